@@ -1,0 +1,67 @@
+"""Slow, obvious versions of what ``tsqlora_scale.ranks`` computes."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from tsqlora_scale.adapters import ADAPTER, lora_layers
+
+
+def sensitivity(model: nn.Module, groups: Sequence[Callable[[nn.Module], Tensor]], estimator: str) -> dict[str, float]:
+    """S_l by unfreezing everything and running autograd once a group.
+
+    Each of ``groups`` maps the model to that group's mean loss (its share of the step's loss, times N / n).
+    """
+    model = copy.deepcopy(model).requires_grad_(True)
+    layers = lora_layers(model)
+    result = dict.fromkeys(layers, 0.0)
+    for loss in groups:
+        model.zero_grad()
+        loss(model).backward()
+        for name, layer in layers.items():
+            base = layer.get_base_layer().weight
+            if estimator == "fisher":
+                value = base.grad.double().square().sum()
+            elif estimator == "adapter":
+                pair = (layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight)
+                value = sum((p.detach() * p.grad).double().abs().mean() for p in pair)
+            else:
+                value = (base.detach().double() * base.grad.double()).abs().mean()
+            result[name] += float(value) / len(groups)
+    return result
+
+
+def water_level(sensitivity: Sequence[float], costs: Sequence[int], low: int, high: Sequence[int], budget: int):
+    """clip(lambda S_l, low, high_l) of total cost ``budget``, lambda by bisection. For positive S."""
+
+    def shares(level: float) -> list[float]:
+        return [min(max(level * s, low), h) for s, h in zip(sensitivity, high, strict=True)]
+
+    below, above = 0.0, 1e12
+    for _ in range(200):
+        middle = (below + above) / 2
+        spent = sum(c * x for c, x in zip(costs, shares(middle), strict=True))
+        below, above = (middle, above) if spent < budget else (below, middle)
+    return shares(above)
+
+
+def nearest_ranks(shares: Sequence[float], low: int, high: Sequence[int], budget: int) -> list[int]:
+    """Of all integer vectors of the right total, the nearest to ``shares``; of those, the one that favours the first.
+
+    Largest remainder is exactly this (Hamilton's apportionment minimises the squared distance).
+    """
+    choices = itertools.product(*(range(low, h + 1) for h in high))
+    right = [c for c in choices if sum(c) == budget]
+    return list(min(right, key=lambda c: (round(sum((r - x) ** 2 for r, x in zip(c, shares, strict=True)), 9),
+                                          [-r for r in c])))  # fmt: skip
+
+
+def best_approximation(product: Tensor, rank: int) -> Tensor:
+    """Eckart-Young from a full SVD of the full matrix."""
+    u, s, vh = torch.linalg.svd(product.double(), full_matrices=False)
+    return (u[:, :rank] * s[:rank]) @ vh[:rank]

@@ -1,0 +1,197 @@
+"""Batched per-sample gradients against autograd, one sample at a time."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tests.reference.quality import score_one_by_one
+from tests.unit.quality.toys import KINDS, Batch, Pool, lora_model
+from tsqlora_scale.quality.gradients import PerSampleGradients, theta_modules
+
+ALL = np.arange(5)
+
+
+def reference(model, pool, **options):
+    return score_one_by_one(model, pool.singles(), lambda m, b: pool.losses(m, b)[0], eta=0.1, **options)
+
+
+def assert_same_gradients(found, expected, rtol=1e-4):
+    assert sorted(found) == sorted(expected.shapes), "every factor has a gradient"
+    for name, gradient in found.items():
+        wanted = expected.of(name)
+        scale = np.abs(wanted).max(axis=tuple(range(1, wanted.ndim)), keepdims=True)
+        assert (scale > 0).all(), f"{name}: nothing to compare"
+        assert np.abs(gradient.numpy() - wanted).max() <= rtol * scale.max(), name
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "deberta"])
+def test_batched_gradients_equal_autograd(kind, tiny_folder):
+    model, pool = lora_model(kind, tiny_folder), Pool(kind, 5)
+    with PerSampleGradients(model) as gradients:
+        losses, found = gradients.per_sample(pool.losses, pool.batch(ALL))
+    expected = reference(model, pool)
+    assert gradients.batchless is None
+    np.testing.assert_allclose(losses, expected.loss, rtol=1e-5)
+    assert_same_gradients(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["mpnet", "bert", "deberta"])
+def test_head_is_included_on_demand(kind, tiny_folder):
+    model, pool = lora_model(kind, tiny_folder), Pool(kind, 5)
+    expected = reference(model, pool, include_head=True)
+    assert any("modules_to_save" in name and name.endswith("bias") for name in expected.shapes)
+    with PerSampleGradients(model, include_head=True) as gradients:
+        parts = [gradients.total(pool.losses, batch)[1] for batch in pool.singles()]
+    assert_same_gradients({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, expected)
+    if kind != "deberta":
+        with PerSampleGradients(model, include_head=True) as gradients:
+            assert_same_gradients(gradients.per_sample(pool.losses, pool.batch(ALL))[1], expected)
+
+
+def test_deberta_is_recognised_and_right_one_at_a_time(tiny_folder):
+    model, pool = lora_model("deberta", tiny_folder), Pool("deberta", 5)
+    with PerSampleGradients(model) as gradients:
+        gradients.per_sample(pool.losses, pool.batch(ALL))
+        assert "query_proj" in gradients.batchless or "key_proj" in gradients.batchless
+        parts = [gradients.total(pool.losses, batch)[1] for batch in pool.singles()]
+        whole = gradients.total(pool.losses, pool.batch(ALL))[1]
+    expected = reference(model, pool)
+    assert_same_gradients({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, expected)
+    for name, gradient in whole.items():
+        np.testing.assert_allclose(gradient[0], expected.of(name).sum(0), atol=1e-4 * np.abs(expected.of(name)).max())
+
+
+@pytest.mark.parametrize("kind", ["bert", "t5"])
+def test_each_sample_sees_its_own_step(kind, tiny_folder):
+    model, pool = lora_model(kind, tiny_folder), Pool(kind, 5)
+    before = copy.deepcopy(model.state_dict())
+    batch = pool.batch(ALL)
+    with PerSampleGradients(model, include_head=kind == "bert") as gradients:
+        losses, found = gradients.per_sample(pool.losses, batch)
+        with gradients.stepped(found, 0.1):
+            after = pool.losses(model, batch)
+        again, _ = gradients.per_sample(pool.losses, batch)
+    expected = reference(model, pool, include_head=kind == "bert")
+    np.testing.assert_allclose(losses - after, expected.delta_loss, rtol=1e-4, atol=2e-6 * expected.loss.max())
+    assert torch.equal(losses, again), "the shift ends with its context"
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class TwoCalls(nn.Module):
+    """One linear layer on two inputs of different lengths, the way a shared projection is used."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(6, 6)
+        self.unused = nn.Linear(6, 6)
+
+    def forward(self, x):
+        self.unused(x)
+        return self.proj(torch.tanh(self.proj(x))[:, :2]).sum((1, 2)) ** 2
+
+
+def test_calls_of_one_module_are_summed_and_unused_factors_left_out():
+    from peft import LoraConfig, get_peft_model
+
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = get_peft_model(TwoCalls(), LoraConfig(r=2, target_modules=["proj", "unused"], init_lora_weights=False))
+        x = torch.randn(4, 5, 6)
+    batch = Batch({"x": x}, torch.zeros(4))
+    with PerSampleGradients(model) as gradients:
+        _, found = gradients.per_sample(lambda m, b: m(**b.inputs), batch)
+    assert found
+    assert not any("unused" in name for name in found)
+    singles = [Batch({"x": x[i : i + 1]}, torch.zeros(1)) for i in range(4)]
+    expected = score_one_by_one(model, singles, lambda m, b: m(b.inputs["x"].double())[0], eta=0.1)
+    for name, gradient in found.items():
+        np.testing.assert_allclose(gradient, expected.of(name), rtol=1e-4, atol=1e-5)
+
+
+def snapshot(model):
+    return (
+        [(name, module.training) for name, module in model.named_modules()],
+        [(name, parameter.requires_grad) for name, parameter in model.named_parameters()],
+        {name: parameter.grad for name, parameter in model.named_parameters()},
+        sum(len(module._forward_hooks) for module in model.modules()),
+    )
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_module_is_left_as_it_was(fails, tiny_folder):
+    model, pool = lora_model("bert", tiny_folder), Pool("bert", 5)
+    model.base_model.model.bert.pooler.eval()  # mixed modes come back as they were
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.ones_like(parameter)
+    before = snapshot(model)
+
+    def losses(module, batch):
+        assert not module.training
+        assert not any(parameter.requires_grad for parameter in module.parameters())
+        if fails:
+            raise ArithmeticError
+        return pool.losses(module, batch)
+
+    if fails:
+        with pytest.raises(ArithmeticError), PerSampleGradients(model) as gradients:
+            gradients.per_sample(losses, pool.batch(ALL))
+    else:
+        with torch.no_grad(), PerSampleGradients(model) as gradients:
+            gradients.per_sample(losses, pool.batch(ALL))
+    after = snapshot(model)
+    assert before[:2] == after[:2]
+    assert before[3] == after[3]
+    for name, gradient in after[2].items():
+        assert gradient is before[2][name], name
+        assert gradient is None or bool((gradient == 1).all()), name
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.bfloat16, 0.1), (torch.float16, 0.02)])
+def test_half_precision_bases(dtype, rtol, tiny_folder):
+    pool = Pool("llama", 5)
+    model = lora_model("llama", tiny_folder, dtype=dtype)
+    tiny_loss = 1e-4  # of float16's smallest numbers: without a scale the gradients would vanish
+    with PerSampleGradients(model) as gradients:
+        _, found = gradients.per_sample(lambda m, b: pool.losses(m, b).float() * tiny_loss, pool.batch(ALL))
+        assert gradients.rounding == torch.finfo(dtype).eps
+    expected = reference(model, pool)
+    norms = torch.stack([g.flatten(1).norm(dim=1) for g in found.values()]).norm(dim=0) / tiny_loss
+    np.testing.assert_allclose(norms, expected.grad_norm, rtol=rtol)
+    assert all(g.dtype == torch.float32 for g in found.values())
+
+
+def test_four_bit_base(tiny_folder):
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32,
+        llm_int8_skip_modules=["classifier", "pooler"],
+    )  # fmt: skip
+    model, pool = lora_model("bert", tiny_folder, quantization_config=quantization), Pool("bert", 5)
+    batch = pool.batch(ALL)
+    with PerSampleGradients(model) as gradients:
+        _, found = gradients.per_sample(pool.losses, batch)
+    assert found.keys() == {f"{name}.weight" for name in theta_modules(model)}
+    model.eval()
+    for i, single in enumerate(pool.singles()):
+        model.zero_grad()
+        pool.losses(model, single)[0].backward()
+        for name, parameter in model.named_parameters():
+            if name in found:
+                atol = 1e-4 * float(parameter.grad.abs().max())
+                np.testing.assert_allclose(found[name][i], parameter.grad, rtol=1e-3, atol=atol, err_msg=name)
+
+
+def test_engines_are_refused(tiny_folder):
+    class DeepSpeedEngine(nn.Module):
+        pass
+
+    with pytest.raises(AssertionError, match="unwrapped"):
+        PerSampleGradients(DeepSpeedEngine())

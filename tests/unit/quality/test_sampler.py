@@ -1,0 +1,97 @@
+"""Minibatches as a pure function of the step."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import chisquare
+
+from tests.reference.quality import inclusion_probabilities
+from tsqlora_scale.errors import UserError
+from tsqlora_scale.quality.sampler import BatchSampler
+
+INDICES = np.array([3, 4, 8, 10, 11, 20])
+WEIGHTS = np.array([0.1, 0.0, 0.25, 0.05, 0.4, 0.2])
+
+
+def make(weights=WEIGHTS, **options) -> BatchSampler:
+    return BatchSampler(INDICES, weights, **{"batch_size": 4, "seed": 0, "replacement": True} | options)
+
+
+@pytest.mark.parametrize("weights", [None, WEIGHTS, 7 * WEIGHTS])
+def test_draws_follow_the_weights(weights):
+    sampler = make(weights, batch_size=50)
+    drawn = np.concatenate([sampler.draw(step) for step in range(200)])
+    expected = np.full(6, 1 / 6) if weights is None else WEIGHTS
+    counts = np.array([(drawn == index).sum() for index in INDICES])
+    assert counts.sum() == 10000
+    assert counts[expected == 0].sum() == 0
+    assert chisquare(counts[expected > 0], 10000 * expected[expected > 0]).pvalue > 1e-3
+
+
+def test_neighbouring_steps_and_seeds_are_independent():
+    pairs = np.zeros((6, 6))
+    for step in range(0, 4000, 2):
+        first, second = (make(None, batch_size=1).draw(s)[0] for s in (step, step + 1))
+        pairs[np.searchsorted(INDICES, first), np.searchsorted(INDICES, second)] += 1
+    assert chisquare(pairs.ravel()).pvalue > 1e-3
+    assert any((make(seed=0).draw(s) != make(seed=1).draw(s)).any() for s in range(3))
+
+
+@pytest.mark.parametrize("replacement", [True, False])
+@pytest.mark.parametrize("weights", [None, WEIGHTS])
+def test_a_draw_depends_on_nothing_but_the_step(replacement, weights):
+    forwards = make(weights, replacement=replacement)
+    in_order = [forwards.draw(step).tolist() for step in range(12)]
+    for step in (7, 0, 11, 3):
+        assert make(weights, replacement=replacement).draw(step).tolist() == in_order[step]
+        assert forwards.draw(step).tolist() == in_order[step]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 40), st.integers(1, 50), st.booleans(), st.integers(0, 2**31 - 1))
+def test_without_replacement_every_epoch_covers_the_subset_once(size, batch_size, weighted, seed):
+    indices = np.arange(size) * 3 + 1
+    weights = np.linspace(0, 1, size) if weighted and size > 1 else None
+    sampler = BatchSampler(indices, weights, batch_size=batch_size, seed=seed, replacement=False)
+    steps = -(-3 * size // batch_size)
+    drawn = np.concatenate([sampler.draw(step) for step in range(steps)])
+    for epoch in range(3):
+        assert sorted(drawn[epoch * size : (epoch + 1) * size]) == indices.tolist()
+
+
+def test_without_replacement_heavy_samples_come_early():
+    weights = np.array([0.5, 0.05, 0.2, 0.1, 0.1, 0.05])
+    trials = 4000
+    sampler = BatchSampler(np.arange(6), weights, batch_size=6, seed=0, replacement=False)
+    early = np.zeros(6)
+    for epoch in range(trials):
+        early[sampler.draw(epoch)[:2]] += 1
+    exact = inclusion_probabilities(weights, 2)
+    np.testing.assert_array_less(np.abs(early / trials - exact), 4.5 * np.sqrt(exact * (1 - exact) / trials))
+
+
+def test_uniform_epochs_differ():
+    sampler = make(None, batch_size=6, replacement=False)
+    assert len({tuple(sampler.draw(epoch)) for epoch in range(5)}) > 1
+
+
+def test_state_is_checked_not_restored():
+    state = make().state_dict()
+    make().load_state_dict(state)
+    with pytest.raises(UserError, match="other weights"):
+        make(WEIGHTS[::-1].copy()).load_state_dict(state)
+    with pytest.raises(UserError, match="other weights"):
+        make(None).load_state_dict(state)
+    with pytest.raises(UserError, match=r"batch_size=4.*5"):
+        make(batch_size=5).load_state_dict(state)
+    with pytest.raises(UserError, match="seed"):
+        make(seed=2).load_state_dict(state)
+
+
+def test_the_draws_of_this_version_do_not_change():
+    """A run resumed with another version would otherwise train on other data without a word."""
+    assert make().draw(0).tolist() == [11, 10, 11, 20]
+    assert make(replacement=False).draw(1).tolist() == [3, 4, 11, 20]

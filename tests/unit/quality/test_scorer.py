@@ -1,0 +1,301 @@
+"""Scoring passes against the reference; what is kept between them; worlds of several processes."""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import multiprocessing
+
+import numpy as np
+import pytest
+import torch
+
+from tests.reference.quality import quality, score_one_by_one
+from tests.unit.quality import world_worker
+from tests.unit.quality.toys import KINDS, Batch, Pool, lora_model, scorer
+from tests.unit.quality.world_worker import train_a_little
+from tsqlora_scale.engine.collectives import World
+from tsqlora_scale.errors import UserError
+from tsqlora_scale.quality import ScoreTable
+
+ETA = 0.1
+
+
+def reference(model, pool, **options):
+    return score_one_by_one(model, pool.singles(), lambda m, b: pool.losses(m, b)[0], eta=ETA, **options)
+
+
+def assert_same_tables(one: ScoreTable, other: ScoreTable, atol: float = 1e-5) -> None:
+    for name, column in one.state_dict().items():
+        np.testing.assert_allclose(getattr(other, name), column.numpy(), rtol=1e-5, atol=atol, err_msg=name)
+
+
+def assert_identical(one: ScoreTable, other: ScoreTable) -> None:
+    for name, column in one.state_dict().items():
+        np.testing.assert_array_equal(getattr(other, name), column.numpy(), err_msg=name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_equal_the_reference(kind, tiny_folder):
+    model, pool = lora_model(kind, tiny_folder), Pool(kind, 9)
+    expected = reference(model, pool)
+    dim = 8192  # wide enough for the sketch's error to be small against the spread of the cosines
+    made = scorer(pool, sketch_dim=dim, preset="paper", eta=ETA)
+    table = made.score(model)
+    np.testing.assert_allclose(table.loss, expected.loss, rtol=1e-4)
+    np.testing.assert_allclose(table.grad_norm, expected.grad_norm, rtol=1e-4)
+    np.testing.assert_allclose(table.delta_loss, expected.delta_loss, rtol=1e-4, atol=2e-6 * expected.loss.max())
+    np.testing.assert_allclose(table.convergence, expected.alignment(), atol=4 / dim**0.5)
+    terms = np.stack([table.grad_norm, table.delta_loss, table.convergence], 1)
+    np.testing.assert_allclose(table.quality, quality(terms, [1 / 3] * 3), atol=1e-6)
+    weights = np.exp(table.quality / 0.7)
+    np.testing.assert_allclose(table.probability, weights / weights.sum(), rtol=1e-9)
+    assert made.report.one_at_a_time == (kind == "deberta")
+    assert made.report.samples == 9
+    assert table.selected.all()
+    assert (table.scoring_pass == 0).all()
+
+
+def test_first_order_and_head(tiny_folder):
+    model, pool = lora_model("bert", tiny_folder), Pool("bert", 9)
+    expected = reference(model, pool, include_head=True)
+    table = scorer(pool, delta_loss="first_order", include_head=True, eta=ETA).score(model)
+    np.testing.assert_allclose(table.grad_norm, expected.grad_norm, rtol=1e-4)
+    np.testing.assert_allclose(table.delta_loss, ETA * expected.grad_norm**2, rtol=1e-4)
+
+
+@pytest.mark.parametrize("target_batch", [2, 5])
+def test_target_alignment(target_batch, tiny_folder):
+    model, pool, held_out = lora_model("bert", tiny_folder), Pool("bert", 9), Pool("bert", 7, seed=1)
+    direction = reference(model, held_out).gradients.mean(axis=0)
+    starts = range(0, 7, target_batch)
+    batches = [held_out.batch(np.arange(7)[start : start + target_batch]) for start in starts]
+    table = scorer(pool, convergence="target", target=batches, sketch_dim=8192).score(model)
+    np.testing.assert_allclose(table.convergence, reference(model, pool).alignment(direction), atol=4 / 8192**0.5)
+    with pytest.raises(UserError, match="held-out samples"):
+        scorer(pool, convergence="target", target=[]).score(model)
+    with pytest.raises(UserError, match="development set"):
+        scorer(pool, convergence="target")
+
+
+def test_loss_trend_is_blind_at_first_and_then_previous_minus_now(tiny_folder):
+    model, pool = lora_model("bert", tiny_folder), Pool("bert", 9)
+    made = scorer(pool, convergence="loss_trend", weights=[0, 0, 1], refresh_fraction=1.0)
+    first = made.score(model)
+    assert made.sketches is None
+    assert (first.convergence == 0).all()
+    assert (first.quality == 0).all()
+    second = made.score(train_a_little(model), refresh=True)
+    np.testing.assert_allclose(second.convergence, first.loss - second.loss)
+    z = (second.convergence - second.convergence.mean()) / second.convergence.std()
+    np.testing.assert_allclose(second.quality, z.clip(-3, 3))
+
+
+@pytest.mark.parametrize("kind", ["bert", "t5"])
+def test_scores_do_not_depend_on_batch_size_or_order(kind, tiny_folder):
+    model, pool = lora_model(kind, tiny_folder), Pool(kind, 11)
+    whole = scorer(pool, batch_size=16).score(model)
+    for size in (1, 3):
+        assert_same_tables(whole, scorer(pool, batch_size=size).score(model))
+    unsorted = scorer(pool, batch_size=4)
+    unsorted.length_of = None
+    assert_same_tables(whole, unsorted.score(model))
+    again = scorer(pool, batch_size=16).score(model)
+    assert_identical(whole, again)
+
+
+def test_training_continues_as_if_nothing_had_been_scored(tiny_folder):
+    pool = Pool("bert", 8)
+
+    def trajectory(scored: bool) -> list[float]:
+        model = lora_model("bert", tiny_folder)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        losses = []
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            for step in range(4):
+                loss = pool.losses(model, pool.batch(np.arange(8))).mean()
+                loss.backward()
+                if scored and step == 1:  # in the middle of a step: gradients are there and stay
+                    scorer(pool).score(model)
+                optimizer.step()
+                optimizer.zero_grad()
+                losses.append(loss.item())
+        return losses
+
+    assert trajectory(True) == trajectory(False)
+
+
+def test_a_refresh_scores_a_share_of_the_subset_and_keeps_the_rest(tiny_folder):
+    model, pool = lora_model("bert", tiny_folder), Pool("bert", 20)
+    made = scorer(pool, refresh_fraction=0.35, sampling={"keep_fraction": 0.5})
+    first = made.score(model)
+    kept = copy.deepcopy(first)
+    second = made.score(train_a_little(model), refresh=True)
+    third = made.score(train_a_little(model), refresh=True)
+    fresh = second.scoring_pass == 1
+    assert first.selected.sum() == 10
+    assert fresh.sum() == 4  # ceil(0.35 * 10)
+    assert first.selected[fresh].all()
+    assert (second.loss[fresh] != first.loss[fresh]).all()
+    assert ((third.scoring_pass == 2) != fresh).any(), "every refresh draws anew"
+    for name in ("loss", "grad_norm", "delta_loss", "convergence", "quality"):
+        assert (getattr(second, name)[~fresh] == getattr(first, name)[~fresh]).all()
+    assert (second.selected == first.selected).all()
+    assert second.probability.sum() == pytest.approx(1)
+    assert_identical(kept, first)
+    # the first pass's constants: z of the norms, by hand
+    paper = scorer(pool, weights=[1, 0, 0], refresh_fraction=1.0)
+    start = paper.score(model)
+    after = paper.score(train_a_little(model), refresh=True)
+    z = (after.grad_norm - start.grad_norm.mean()) / start.grad_norm.std()
+    np.testing.assert_allclose(after.quality, z.clip(-3, 3))
+
+
+def test_unscored_samples_get_the_mean(tiny_folder):
+    model, pool = lora_model("bert", tiny_folder), Pool("bert", 20)
+    made = scorer(pool, max_samples=8)
+    table = made.score(model)
+    scored = table.scoring_pass == 0
+    assert scored.sum() == 8
+    assert (table.scoring_pass[~scored] == -1).all()
+    assert table.quality[~scored] == pytest.approx(0, abs=1e-9)
+    for name in ("loss", "grad_norm", "delta_loss", "convergence"):
+        np.testing.assert_allclose(getattr(table, name)[~scored], getattr(table, name)[scored].mean())
+    whole = scorer(pool).score(model)
+    np.testing.assert_allclose(table.grad_norm[scored], whole.grad_norm[scored], rtol=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_a_sample_that_is_not_finite_gets_the_lowest_quality(batch_size, tiny_folder, caplog):
+    model, pool = lora_model("bert", tiny_folder), Pool("bert", 9)
+    bad = int(pool.tokens[4][0])
+    pool.tokens = [np.where(tokens == bad, 5, tokens) for tokens in pool.tokens]
+    pool.tokens[4][0] = bad
+    clean = reference(model, pool)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[bad] = float("nan")
+    with caplog.at_level(logging.WARNING, "tsqlora_scale"):
+        made = scorer(pool, batch_size=batch_size)
+        table = made.score(model)
+    assert made.report.not_finite == 1
+    assert "sample-4" in caplog.text
+    others = np.arange(9) != 4
+    assert not np.isfinite(table.loss[4])
+    assert table.quality[4] == table.quality.min() == table.quality[others].min()
+    np.testing.assert_allclose(table.grad_norm[others], clean.grad_norm[others], rtol=1e-4)
+    assert np.isfinite(table.probability).all()
+    with torch.no_grad():
+        model.get_input_embeddings().weight.fill_(float("nan"))
+    with pytest.raises(UserError, match="diverged"):
+        made.score(model, refresh=True)
+
+
+def test_state_round_trip_continues_exactly(tiny_folder):
+    model, pool = lora_model("deberta", tiny_folder), Pool("deberta", 12)
+    made = scorer(pool, sampling={"keep_fraction": 0.5}, refresh_fraction=0.5)
+    made.score(model)
+    buffer = io.BytesIO()
+    torch.save(made.state_dict(), buffer)
+    buffer.seek(0)
+    restored = scorer(pool, sampling={"keep_fraction": 0.5}, refresh_fraction=0.5)
+    restored.load_state_dict(torch.load(buffer, weights_only=True))
+    moved = train_a_little(model)
+    expected, found = made.score(moved, refresh=True), restored.score(moved, refresh=True)
+    assert_identical(expected, found)
+    assert found.scoring_pass.max() == 1
+    with pytest.raises(UserError, match="another pool"):
+        scorer(pool, ids=pool.ids[::-1]).load_state_dict(made.state_dict())
+
+
+class Mixes(torch.nn.Module):
+    """A forward in which samples touch each other: the adapters see the batch's dimension, and yet it is no batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj = torch.nn.Linear(6, 6)
+
+    def forward(self, x):
+        hidden = self.proj(x)
+        return (hidden * hidden.mean(0, keepdim=True)).sum((1, 2))
+
+
+def test_numbers_that_differ_from_a_sample_alone_end_batching(caplog):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(Mixes(), LoraConfig(r=2, target_modules=["proj"], init_lora_weights=False))
+    pool = Pool("bert", 6)
+    x = torch.randn(6, 4, 6, generator=torch.Generator().manual_seed(0))
+    pool.batch = lambda indices: Batch({"x": x[torch.as_tensor(indices)]}, torch.zeros(len(indices)))
+    pool.losses = lambda module, batch: module(**batch.inputs)
+    made = scorer(pool, batch_size=3, delta_loss="first_order")
+    with caplog.at_level(logging.WARNING, "tsqlora_scale"):
+        table = made.score(model)
+    assert made.report.one_at_a_time
+    assert "one sample at a time" in caplog.text
+    assert_same_tables(table, scorer(pool, batch_size=1, delta_loss="first_order").score(model))
+
+
+def test_a_later_batch_without_the_batch_dimension_is_noticed(tiny_folder, caplog):
+    model, pool = lora_model("bert", tiny_folder), Pool("bert", 9)
+    calls = []
+
+    def losses(module, batch):  # from some batch on, an adapter is also called without the batch
+        calls.append(batch.size)
+        values = Pool.losses(pool, module, batch)
+        if batch.size > 1 and len(calls) > 8:
+            module.base_model.model.bert.encoder.layer[0].attention.self.query(torch.zeros(1, 3, 32))
+        return values
+
+    pool.losses = losses
+    made = scorer(pool, batch_size=4, delta_loss="first_order")
+    with caplog.at_level(logging.WARNING, "tsqlora_scale"):
+        made.score(model)
+        table = made.score(model)
+    assert made.report.one_at_a_time
+    assert "a later batch" in caplog.text
+    assert table.scoring_pass.tolist() == [1] * 9
+
+
+def test_a_step_too_small_to_see_falls_back_to_first_order(tiny_folder, caplog):
+    model, pool = lora_model("bert", tiny_folder), Pool("bert", 9)
+    with caplog.at_level(logging.WARNING, "tsqlora_scale"):
+        table = scorer(pool, eta=1e-9).score(model)
+    assert "scoring.eta" in caplog.text
+    np.testing.assert_allclose(table.delta_loss, 1e-9 * table.grad_norm**2)
+    assert np.corrcoef(table.delta_loss, table.grad_norm)[0, 1] > 0.9
+
+
+def test_progress_counts_batches(tiny_folder):
+    model, pool = lora_model("bert", tiny_folder), Pool("bert", 9)
+    seen = []
+    made = scorer(pool)
+    made._measurer.progress = lambda done, total: seen.append((done, total))
+    made.score(model)
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+@pytest.mark.distributed
+def test_two_and_three_processes_give_the_table_of_one(tiny_folder):
+    alone = {case: world_worker.tables(case, tiny_folder, World()) for case in world_worker.CASES}
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([world_worker.__name__])  # the libraries are imported once, not by every rank
+    ranks = [
+        context.Process(target=world_worker.run_rank, args=(rank, size, tiny_folder), daemon=True)
+        for size in (2, 3)
+        for rank in range(size)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+        assert process.exitcode == 0
+    for size in (2, 3):
+        worlds = [torch.load(tiny_folder / f"tables-{size}-{rank}.pt") for rank in range(size)]
+        for case, expected in alone.items():
+            for number, table in enumerate(expected):
+                found = ScoreTable.from_state_dict(worlds[0][case][number])
+                assert_same_tables(table, found)
+                for other in worlds[1:]:
+                    assert_identical(found, ScoreTable.from_state_dict(other[case][number]))

@@ -1,0 +1,124 @@
+"""z-scores, weights, and the global softmax."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from scipy.special import logsumexp
+from scipy.special import softmax as scipy_softmax
+
+from tests.reference.quality import quality
+from tsqlora_scale.config import ScoringConfig
+from tsqlora_scale.engine.collectives import World
+from tsqlora_scale.quality.standardise import (
+    PRESETS,
+    Standardisation,
+    log_sum_exp,
+    sampling_probabilities,
+    softmax,
+    term_weights,
+)
+
+
+class ThreadWorld(World):
+    """Ranks as threads; the reductions see nothing but what each rank hands in."""
+
+    def __init__(self, rank: int, size: int, board: list, barrier: threading.Barrier) -> None:
+        super().__init__(rank, size)
+        self.board, self.barrier = board, barrier
+
+    def gather_objects(self, value):
+        self.board[self.rank] = value
+        self.barrier.wait()
+        values = list(self.board)
+        self.barrier.wait()
+        return values
+
+    def sum(self, tensor):
+        return torch.stack(self.gather_objects(tensor)).sum(0)
+
+    def max(self, tensor):
+        return torch.stack(self.gather_objects(tensor)).amax(0)
+
+
+def on_ranks(size: int, function):
+    board, barrier = [None] * size, threading.Barrier(size)
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(lambda rank: function(ThreadWorld(rank, size, board, barrier)), range(size)))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_log_sum_exp_is_global_and_stable(size):
+    values = np.array([1000.0, -1000.0, 999.0, 3.0])
+    shares = np.array_split(values, [1, 3])[:size] if size > 1 else [values]
+    if size == 2:
+        shares = [values[:1], values[1:]]
+    found = on_ranks(size, lambda world: log_sum_exp(shares[world.rank], world))
+    assert found == pytest.approx([logsumexp(values)] * size, abs=1e-12)
+    parts = on_ranks(size, lambda world: softmax(shares[world.rank], world))
+    np.testing.assert_allclose(np.concatenate(parts), scipy_softmax(values), rtol=1e-12)
+
+
+def test_a_rank_may_hold_nothing():
+    found = on_ranks(2, lambda world: log_sum_exp(np.array([2.0, 5.0])[: 2 * world.rank], world))
+    assert found == pytest.approx([logsumexp([2.0, 5.0])] * 2)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_probabilities_are_the_same_on_any_number_of_ranks(size):
+    values = np.random.default_rng(0).normal(size=17)
+    found = on_ranks(size, lambda world: sampling_probabilities(values, 0.7, world))
+    for probabilities in found:
+        np.testing.assert_allclose(probabilities, scipy_softmax(values / 0.7), rtol=1e-12)
+        assert (probabilities == found[0]).all()
+
+
+@settings(deadline=None, max_examples=60)
+@given(arrays(np.float64, (20, 3), elements=st.floats(-100, 100), unique=True))
+def test_quality_is_the_weighted_sum_of_clipped_z_scores(terms):
+    standardisation = Standardisation()
+    standardisation.fit(terms)
+    weights = (0.5, 0.2, 0.3)
+    if (standardisation.std > 0).all():
+        np.testing.assert_allclose(standardisation.z(terms) @ weights, quality(terms, weights), atol=1e-9)
+    assert np.abs(standardisation.z(terms * 50)).max() <= 3
+
+
+def test_constants_of_the_first_pass_stay():
+    generator = np.random.default_rng(0)
+    first, second = generator.normal(size=(50, 3)), generator.normal(5, 3, size=(50, 3))
+    standardisation = Standardisation()
+    standardisation.fit(first)
+    expected = standardisation.z(second)
+    standardisation.fit(second)
+    assert (standardisation.z(second) == expected).all()
+    restored = Standardisation()
+    restored.load_state_dict(standardisation.state_dict())
+    assert (restored.z(second) == expected).all()
+
+
+def test_a_term_without_spread_counts_zero_until_it_spreads():
+    terms = np.random.default_rng(0).normal(size=(50, 3))
+    flat = terms.copy()
+    flat[:, 2] = 0.7 + 1e-9 * terms[:, 2]
+    standardisation = Standardisation()
+    standardisation.fit(flat)
+    assert (standardisation.z(flat)[:, 2] == 0).all()
+    standardisation.fit(terms)
+    np.testing.assert_allclose(standardisation.z(terms).std(axis=0), 1, atol=0.05)
+
+
+def test_presets_keep_all_three_terms_and_weights_override_them():
+    for name, preset in PRESETS.items():
+        assert all(weight > 0 for weight in preset)
+        assert sum(preset) == pytest.approx(1)
+        assert term_weights(ScoringConfig(preset=name)).tolist() == list(preset)
+    assert PRESETS["paper"] == (1 / 3, 1 / 3, 1 / 3)
+    assert term_weights(ScoringConfig(preset="paper", weights=[1, -2, 0])).tolist() == [1, -2, 0]

@@ -1,0 +1,54 @@
+"""One rank of a small gloo world that scores tiny pools; run by test_scorer in processes of its own."""
+
+from __future__ import annotations
+
+import copy
+import datetime
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from tests.unit.quality.toys import Pool, lora_model, scorer
+from tsqlora_scale.engine.collectives import World
+from tsqlora_scale.quality import ScoreTable
+
+#: model, pool size, scoring options: batched; one at a time on a subsample; fewer samples than ranks; held-out target
+CASES: dict[str, tuple[str, int, dict]] = {
+    "batched": ("bert", 11, {}),
+    "one_at_a_time": ("deberta", 7, {"max_samples": 5}),
+    "fewer_samples_than_ranks": ("bert", 2, {"delta_loss": "first_order"}),
+    "target": ("bert", 9, {"convergence": "target"}),
+}
+
+
+def train_a_little(model: nn.Module, scale: float = 0.05) -> nn.Module:
+    """A copy with moved factors."""
+    model = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter += scale * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def tables(case: str, folder: Path, world: World) -> list[ScoreTable]:
+    """The table of a full pass and of a refresh."""
+    kind, size, options = CASES[case]
+    model, pool, held_out = lora_model(kind, folder), Pool(kind, size), Pool(kind, 5, seed=1)
+    target = [held_out.batch(np.arange(5)[i : i + 2]) for i in (0, 2, 4)]
+    made = scorer(pool, world=world, sampling={"keep_fraction": 0.6}, refresh_fraction=0.5, target=target, **options)
+    return [made.score(model), made.score(train_a_little(model), refresh=True)]
+
+
+def run_rank(rank: int, size: int, folder: Path) -> None:
+    """Join a world of ``size`` and write every case's tables to ``folder``."""
+    torch.set_num_threads(1)
+    meeting = dist.FileStore(str(folder / f"store-{size}"), size)
+    dist.init_process_group("gloo", store=meeting, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=60))
+    found = {case: [t.state_dict() for t in tables(case, folder, World.current())] for case in CASES}
+    torch.save(found, folder / f"tables-{size}-{rank}.pt")
+    dist.destroy_process_group()

@@ -1,0 +1,325 @@
+import json
+import logging
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.reference import ranks as reference
+from tests.unit.ranks.models import Batch, adapted, padded_batch
+from tsqlora_scale.adapters import lora_layers
+from tsqlora_scale.config import ResizeConfig, SensitivityConfig
+from tsqlora_scale.engine.collectives import World
+from tsqlora_scale.engine.state import ParamState, TrainState
+from tsqlora_scale.errors import UserError
+from tsqlora_scale.ranks.install import current_ranks, resize_model
+from tsqlora_scale.ranks.policies import Plan
+from tsqlora_scale.ranks.sensitivity import SensitivityTracker
+
+ESTIMATORS = ["weight", "weight_per_sample", "fisher", "adapter"]
+SIZE = 8
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+def make_tracker(estimator: str = "weight", *, micro: int = SIZE, every: int = 1, beta: float = 0.0,
+                 group: int | str = "auto") -> SensitivityTracker:  # fmt: skip
+    cfg = SensitivityConfig(estimator=estimator, every=every, beta=beta, group_size=group)
+    return SensitivityTracker(cfg, batch_size=SIZE, micro_batch_size=micro)
+
+
+def train_step(tracker: SensitivityTracker, model: nn.Module, batches: list[Batch], step: int = 0, scale: float = 1.0):
+    tracker.start_step(step, loss_scale=scale)
+    for batch in batches:
+        tracker.start_micro_batch(len(batch))
+        (scale * batch.loss(model)).backward()
+    tracker.end_step()
+
+
+def measure(model: nn.Module, batches: list[Batch], estimator: str = "weight", **kwargs) -> dict[str, float]:
+    tracker = make_tracker(estimator, micro=len(batches[0]), **kwargs)
+    tracker.attach(model)
+    train_step(tracker, model, batches)
+    tracker.detach()
+    return tracker.reduce(World())
+
+
+def split(batch: Batch, parts: int) -> list[Batch]:
+    size = len(batch) // parts
+    return [batch[i * size : (i + 1) * size] for i in range(parts)]
+
+
+def expected(model: nn.Module, batch: Batch, estimator: str, group_size: int) -> dict[str, float]:
+    count = len(batch) // group_size
+    groups = [lambda m, part=part: count * part.loss(m) for part in split(batch, count)]
+    return reference.sensitivity(model, groups, estimator)
+
+
+def assert_close(got: dict[str, float], want: dict[str, float], rel: float) -> None:
+    assert got.keys() == want.keys()
+    assert all(value > 0 for value in want.values())
+    worst = max(abs(got[n] / want[n] - 1) for n in want)
+    assert worst <= rel, f"worst relative difference {worst:.2e}"
+
+
+def own_messages(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.message for record in caplog.records if record.name.startswith("tsqlora_scale")]
+
+
+@pytest.mark.parametrize("kind", ["bert", "bart", "t5", "llama"])
+@pytest.mark.parametrize(
+    ("estimator", "group"), [("weight", 4), ("weight_per_sample", 1), ("fisher", 1), ("adapter", 4)]
+)
+def test_equals_autograd_with_padding(kind: str, estimator: str, group: int, folder: Path) -> None:
+    model, batch = adapted(kind, folder), padded_batch(kind)
+    assert_close(measure(model, [batch], estimator), expected(model, batch, estimator, group), rel=1e-4)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_calls_without_a_batch_dimension_make_the_micro_batch_one_group(
+    estimator: str, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """DeBERTa's key and query projections see the relative positions, too; both calls' gradients must be summed."""
+    model, batch = adapted("deberta", folder), padded_batch("deberta")
+    with caplog.at_level(logging.WARNING):
+        got = measure(model, split(batch, 2), estimator, group=2)
+    assert_close(got, expected(model, batch, estimator, SIZE // 2), rel=1e-4)
+    (message,) = own_messages(caplog)
+    assert "called without a batch dimension" in message
+
+
+@pytest.mark.parametrize("kind", ["bert", "deberta", "llama"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_nothing(kind: str, reentrant: bool, folder: Path) -> None:
+    model, batch = adapted(kind, folder), padded_batch(kind)
+    plain = measure(model, split(batch, 2))
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    assert_close(measure(model, split(batch, 2)), plain, rel=1e-5)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_accumulation_and_ranks_change_nothing(estimator: str, folder: Path) -> None:
+    model, batch = adapted("bert", folder), padded_batch("bert")
+    whole = measure(model, [batch], estimator, group=2)
+    for parts in (2, 4):
+        assert_close(measure(model, split(batch, parts), estimator, group=2), whole, rel=1e-5)
+    assert_close(on_two_ranks(model, batch, estimator), whole, rel=1e-5)
+
+
+class Recorder(World):
+    """A rank that shows what it would send, and receives the mean that it is told."""
+
+    def __init__(self, answer: Tensor | None = None) -> None:
+        super().__init__()
+        self.sent: list[Tensor] = []
+        self._answer = answer
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        self.sent.append(tensor)
+        return tensor if self._answer is None else self._answer
+
+
+def on_two_ranks(model: nn.Module, batch: Batch, estimator: str) -> dict[str, float]:
+    """Two ranks of two micro-batches each; the loss is scaled by ranks x accumulation, as engines do."""
+    parts, sent, trackers = split(batch, 4), [], []
+    for rank in range(2):
+        tracker = make_tracker(estimator, micro=2, group=2)
+        tracker.attach(model)
+        train_step(tracker, model, parts[rank::2], scale=4.0)
+        tracker.detach()
+        world = Recorder()
+        tracker.synchronize(world)
+        assert len(world.sent) == 1, "one all-reduce for all layers"
+        sent.append(world.sent[0])
+        trackers.append(tracker)
+    results = [tracker.reduce(Recorder((sent[0] + sent[1]) / 2)) for tracker in trackers]
+    assert results[0] == results[1]
+    return results[0]
+
+
+def test_bf16_is_within_two_percent(folder: Path) -> None:
+    batch = padded_batch("bert")
+    got = measure(adapted("bert", folder, dtype=torch.bfloat16), [batch])
+    assert_close(got, expected(adapted("bert", folder), batch, "weight", 4), rel=0.02)
+
+
+def test_listening_does_not_change_training(folder: Path) -> None:
+    model, batch = adapted("bert", folder), padded_batch("bert")
+
+    def gradients() -> dict[str, Tensor]:
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    batch.loss(model).backward()
+    plain = gradients()
+    model.zero_grad()
+    measure(model, [batch])
+    heard = gradients()
+    assert heard.keys() == plain.keys()
+    assert all(torch.equal(heard[n], plain[n]) for n in plain)
+
+
+def test_moving_average_is_bias_corrected_over_listened_steps(folder: Path) -> None:
+    model = adapted("bert", folder)
+    tracker = make_tracker(every=3, beta=0.85)
+    tracker.attach(model)
+    single = []
+    for step in range(7):
+        batch = padded_batch("bert", seed=step)
+        train_step(tracker, model, [batch], step=step)
+        if step % 3 == 0:
+            single.append(expected(model, batch, "weight", 4))
+    weights = [0.85**2, 0.85, 1.0]
+    want = {n: sum(w * s[n] for w, s in zip(weights, single, strict=True)) / sum(weights) for n in single[0]}
+    assert_close(tracker.reduce(World()), want, rel=1e-4)
+
+
+def test_first_step_is_listened_to_whatever_its_number(folder: Path) -> None:
+    model, batch = adapted("bert", folder), padded_batch("bert")
+    tracker = make_tracker(every=100)
+    tracker.attach(model)
+    train_step(tracker, model, [batch], step=7)
+    first = tracker.reduce(World())
+    assert all(value > 0 for value in first.values())
+    train_step(tracker, model, [padded_batch("bert", seed=1)], step=8)
+    assert tracker.reduce(World()) == first
+
+
+def test_state_round_trips_through_json_and_continues(folder: Path) -> None:
+    model = adapted("bert", folder)
+    one, two = make_tracker(beta=0.85), make_tracker(beta=0.85)
+    one.attach(model)
+    train_step(one, model, [padded_batch("bert", seed=0)])
+    one.synchronize(World())
+    two.load_state_dict(json.loads(json.dumps(one.state_dict())))
+    assert two.reduce(World()) == one.reduce(World())
+    results = []
+    for tracker in (one, two):
+        one.detach()
+        tracker.attach(model)
+        train_step(tracker, model, [padded_batch("bert", seed=1)], step=1)
+        tracker.detach()
+        results.append(tracker.reduce(World()))
+    assert results[0] == results[1]
+
+
+def test_a_layer_without_gradient_counts_as_zero_and_is_named(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model, batch = adapted("bert", folder), padded_batch("bert")
+    name = next(n for n in lora_layers(model) if n.endswith("layer.0.attention.self.value"))
+    lora_layers(model)[name].get_base_layer().register_forward_hook(lambda module, args, out: out.detach())
+    for parameter in (lora_layers(model)[name].lora_A, lora_layers(model)[name].lora_B):
+        parameter.requires_grad_(False)
+    tracker = make_tracker()
+    tracker.attach(model)
+    train_step(tracker, model, [batch])
+    with caplog.at_level(logging.WARNING):
+        got = tracker.reduce(World())
+        tracker.reduce(World())
+    assert got[name] == 0.0
+    assert all(value > 0 for n, value in got.items() if n != name)
+    (message,) = own_messages(caplog)
+    assert name in message
+
+
+def test_a_step_that_overflows_is_skipped(folder: Path) -> None:
+    model, batch = adapted("bert", folder), padded_batch("bert")
+    tracker = make_tracker(beta=0.85)
+    tracker.attach(model)
+    train_step(tracker, model, [batch])
+    before = tracker.reduce(World())
+    tracker.start_step(1, loss_scale=1.0)
+    tracker.start_micro_batch(SIZE)
+    (math.inf * batch.loss(model)).backward()
+    tracker.end_step()
+    assert tracker.reduce(World()) == before
+
+
+def test_an_output_that_never_reaches_the_loss_is_not_waited_for(folder: Path) -> None:
+    """A layer is called a second time, and nobody uses the result: what has arrived is still counted."""
+    model, batch = adapted("bert", folder), padded_batch("bert")
+    plain = measure(model, [batch])
+    layer = next(m for n, m in lora_layers(model).items() if n.endswith("layer.0.attention.self.value"))
+    calls = []
+
+    def call_again(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        if not calls:
+            calls.append(1)
+            module(args[0])
+
+    layer.register_forward_hook(call_again)
+    assert_close(measure(model, [batch]), plain, rel=1e-5)
+    assert calls
+
+
+def test_hooks_are_idle_between_listened_steps_and_gone_after_detach(folder: Path) -> None:
+    model, batch = adapted("bert", folder), padded_batch("bert")
+
+    def hooks() -> int:
+        return sum(len(module._forward_hooks) for module in model.modules())
+
+    without = hooks()
+    tracker = make_tracker(every=2)
+    tracker.attach(model)
+    attached = hooks()
+    tracker.attach(model)
+    assert hooks() == attached == without + len(lora_layers(model))
+    train_step(tracker, model, [batch], step=0)
+    state = tracker.state_dict()
+    train_step(tracker, model, [batch], step=1)
+    assert tracker.state_dict() == state
+    tracker.detach()
+    assert hooks() == without
+
+
+def test_adapter_estimator_follows_a_resize(folder: Path) -> None:
+    model, batch = adapted("bert", folder), padded_batch("bert")
+    tracker = make_tracker("adapter")
+    tracker.attach(model)
+    train_step(tracker, model, [batch])
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    state = TrainState({n: ParamState.fresh(p.detach().clone()) for n, p in trained.items()})
+    ranks = {name: 2 + i % 3 for i, name in enumerate(current_ranks(model))}
+    plan = Plan(ranks=ranks, phi=1.0, budget=0, sensitivity={}, reasons={})
+    resize_model(model, state, plan, cfg=ResizeConfig(), seed=0, step=1)
+    tracker.attach(model)
+    train_step(tracker, model, [batch], step=1)
+    assert_close(tracker.reduce(World()), expected(model, batch, "adapter", 4), rel=1e-4)
+
+
+def test_group_size_must_divide_the_micro_batch() -> None:
+    with pytest.raises(UserError, match=r"sensitivity.group_size=3 .* 8 samples"):
+        make_tracker(group=3)
+    assert [make_tracker(micro=m).group_size for m in (8, 4, 2, 1)] == [4, 4, 2, 1]
+    assert make_tracker("fisher", group=4).group_size == 1
+
+
+def test_nf4_weights_are_dequantised(folder: Path) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model, batch = adapted("bert", folder), padded_batch("bert")
+    quantised = adapted("bert", folder)
+    for layer in lora_layers(quantised).values():
+        layer.base_layer = quantise(layer.get_base_layer(), bitsandbytes)
+    weights = {n: dequantised(layer, bitsandbytes) for n, layer in lora_layers(quantised).items()}
+    got = measure(quantised, [batch])
+    for name, layer in lora_layers(model).items():
+        layer.get_base_layer().weight.data = weights[name]
+    assert_close(got, expected(model, batch, "weight", 4), rel=1e-4)
+
+
+def quantise(linear: nn.Linear, bitsandbytes) -> nn.Module:
+    new = bitsandbytes.nn.Linear4bit(
+        linear.in_features, linear.out_features, compute_dtype=torch.float32, quant_type="nf4"
+    )
+    new.support_avx512bf16_for_cpu = False
+    new.load_state_dict(linear.state_dict())
+    return new.to("cpu").requires_grad_(False).train()
+
+
+def dequantised(layer, bitsandbytes) -> Tensor:
+    weight = layer.get_base_layer().weight
+    return bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)

@@ -1,0 +1,74 @@
+"""A private Arrow cache, small files, and tiny models with their tokenizers."""
+
+from __future__ import annotations
+
+import gzip
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import datasets
+import pytest
+from transformers import AutoConfig, AutoTokenizer
+
+from tests.tiny import tiny_model
+from tsqlora_scale.config import TaskConfig
+from tsqlora_scale.tasks import Task, build_task, load_data
+
+TEXT = {"text": ["text"], "label": "label", "max_length": 48}
+CLASSES = TEXT | {"type": "classification", "labels": ["bad", "good"], "metrics": ["f1"]}
+NUMBERS = TEXT | {"type": "regression", "metrics": ["pearson"]}
+LENGTHS = {"max_length": 48, "max_target_length": 16}
+SUMMARIES = LENGTHS | {"type": "seq2seq", "source": "source", "target": "target", "metrics": ["rouge1"]}
+ANSWERS = SUMMARIES | {"type": "causal"}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def arrow_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The tests' own cache of converted files."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("arrow")))
+        yield
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[str, str | bytes], Path]:
+    """Write a file into the test's folder; ``.gz`` names are compressed."""
+
+    def write(name: str, content: str | bytes) -> Path:
+        data = content.encode() if isinstance(content, str) else content
+        path = tmp_path / name
+        path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+        return path
+
+    return write
+
+
+def task_config(folder: Path, kind: dict[str, Any], /, **dataset: Any) -> TaskConfig:
+    """A task config on files of a folder; keys of ``kind`` are the task's, the rest the dataset's."""
+    files = {"path": str(folder), "train_file": "train.tsv"}
+    return TaskConfig.model_validate(kind | {"dataset": files | dataset})
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a tiny model by its kind."""
+    folder = tmp_path_factory.mktemp("models")
+    return lambda kind: tiny_model(kind, folder)
+
+
+@pytest.fixture
+def make_task(models: Callable[[str], Path], tmp_path: Path) -> Callable[..., Task]:
+    """A task on ``train.tsv`` of the test's folder (also as dev set) with the tokenizer of a tiny model."""
+
+    def make(model: str, kind: dict[str, Any], tsv: str, **dataset: Any) -> Task:
+        (tmp_path / "train.tsv").write_text(tsv)
+        cfg = task_config(tmp_path, kind, dev_file="train.tsv", **dataset)
+        folder = models(model)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        return build_task(cfg, load_data(cfg, seed=0), tokenizer, AutoConfig.from_pretrained(folder))
+
+    return make

@@ -1,0 +1,139 @@
+"""Metrics against scikit-learn, scipy and rouge_score called directly, and through ``evaluate.load``."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import evaluate
+import numpy as np
+import pytest
+from rouge_score.rouge_scorer import RougeScorer
+from scipy import stats
+from sklearn import metrics as sk
+
+from tsqlora_scale.errors import UserError
+from tsqlora_scale.tasks import metrics as ours
+from tsqlora_scale.tasks.metrics import METRICS, check_metrics, compute_metrics
+
+RNG = np.random.default_rng(0)
+TRUE = RNG.integers(0, 2, 200).tolist()
+GUESS = [int(t) if RNG.random() < 0.8 else 1 - int(t) for t in TRUE]
+CLASSES = ["accuracy", "f1", "matthews_correlation"]
+TEXTS = ["The cats are sitting on mats.", "A dull film", "no overlap"]
+SUMMARIES = ["The cat sat on the mat", "A dull film", "something else"]
+
+
+@pytest.fixture(autouse=True)
+def _warnings_are_errors() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+def test_two_classes() -> None:
+    assert compute_metrics(CLASSES, GUESS, TRUE, num_labels=2) == pytest.approx(
+        {
+            "accuracy": sk.accuracy_score(TRUE, GUESS),
+            "f1": sk.f1_score(TRUE, GUESS),
+            "matthews_correlation": sk.matthews_corrcoef(TRUE, GUESS),
+        }
+    )
+
+
+def test_f1_of_more_classes_is_the_macro_mean() -> None:
+    true, guess = RNG.integers(0, 4, 100).tolist(), RNG.integers(0, 4, 100).tolist()
+    by_hand = []
+    for c in range(4):
+        hits = sum(t == g == c for t, g in zip(true, guess, strict=True))
+        by_hand.append(2 * hits / (true.count(c) + guess.count(c)))
+    assert compute_metrics(["f1"], guess, true, num_labels=4)["f1"] == pytest.approx(np.mean(by_hand))
+
+
+def test_correlations() -> None:
+    true = RNG.normal(size=100)
+    guess = true + RNG.normal(size=100)
+    found = compute_metrics(["spearman", "pearson"], guess.tolist(), true.tolist())
+    assert list(found) == ["spearman", "pearson"]  # the order asked for
+    assert found["pearson"] == pytest.approx(np.corrcoef(true, guess)[0, 1])
+    assert found["spearman"] == pytest.approx(stats.spearmanr(true, guess).statistic)
+
+
+def test_rouge_is_the_mean_with_stemming() -> None:
+    names = ["rougeL", "rouge1", "rouge2"]
+    scorer = RougeScorer(names, use_stemmer=True)
+    scores = [scorer.score(s, t) for s, t in zip(SUMMARIES, TEXTS, strict=True)]
+    found = compute_metrics(names, TEXTS, SUMMARIES)
+    assert found == pytest.approx({n: np.mean([s[n].fmeasure for s in scores]) for n in names})
+    assert compute_metrics(["rouge1"], ["cats"], ["cat"]) == {"rouge1": 1.0}
+    assert compute_metrics(["rouge1"], [""], ["cat"]) == {"rouge1": 0.0}
+
+
+@pytest.mark.parametrize(("guess", "true"), [([1, 1, 1], [0, 1, 1]), ([0, 1, 1], [0, 0, 0]), ([1], [1])])
+def test_constant_answers_score_zero_without_a_warning(guess: list[int], true: list[int]) -> None:
+    assert compute_metrics(["matthews_correlation"], guess, true, num_labels=2)["matthews_correlation"] == 0.0
+    numbers = compute_metrics(["pearson", "spearman"], [float(g) for g in guess], [float(t) for t in true])
+    assert numbers == {"pearson": 0.0, "spearman": 0.0}
+
+
+def test_f1_without_any_positive() -> None:
+    assert compute_metrics(["f1"], [0, 0], [0, 0], num_labels=2) == {"f1": 0.0}
+
+
+def test_a_diverged_model_is_not_hidden() -> None:
+    assert np.isnan(compute_metrics(["pearson"], [float("nan"), 1.0, 2.0], [1.0, 2.0, 3.0])["pearson"])
+
+
+def test_nothing_is_printed_or_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", str(tmp_path / "metrics"))
+    monkeypatch.chdir(tmp_path)
+    state = np.random.get_state()[1].copy()
+    with caplog.at_level(logging.WARNING):
+        compute_metrics(CLASSES, GUESS, TRUE, num_labels=2)
+        compute_metrics(["rouge1"], TEXTS, SUMMARIES)
+    assert list(tmp_path.iterdir()) == []
+    assert capfd.readouterr() == ("", "")
+    assert caplog.records == []
+    assert (np.random.get_state()[1] == state).all()
+
+
+@pytest.fixture(scope="module")
+def module_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Where ``evaluate.load`` copies modules to; one for all, since it imports them as one package."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = str(tmp_path_factory.mktemp("modules"))
+        patch.setattr(evaluate.config, "HF_MODULES_CACHE", folder)
+        yield folder
+
+
+@pytest.mark.parametrize("module", sorted({spec.module for spec in METRICS.values()}))
+def test_evaluate_loads_the_modules_by_path(module: str, module_cache: str) -> None:
+    names = [name for name, spec in METRICS.items() if spec.module == module]
+    guess, true = (TEXTS, SUMMARIES) if module == "rouge" else (GUESS, TRUE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of evaluate's own
+        metric = evaluate.load(str(Path(ours.__file__).parent / module), cache_dir=module_cache, keep_in_memory=True)
+    found = metric.compute(predictions=guess, references=true)
+    assert found == compute_metrics(names, guess, true, num_labels=2)
+
+
+def test_unknown_and_unfit_metrics() -> None:
+    for name, spec in METRICS.items():
+        for task in spec.task_types:
+            check_metrics([name], task)
+    with pytest.raises(UserError, match=r"unknown metric 'rouge3'; did you mean .*Known: accuracy, f1, matthews"):
+        check_metrics(["rouge1", "rouge3"], "seq2seq")
+    with pytest.raises(UserError, match=r"'f1' does not fit a regression task; use pearson, spearman"):
+        check_metrics(["pearson", "f1"], "regression")
+
+
+def test_as_many_predictions_as_references() -> None:
+    with pytest.raises(AssertionError):
+        compute_metrics(["accuracy"], [1, 0], [1])
+    with pytest.raises(AssertionError):
+        compute_metrics(["accuracy"], [], [])

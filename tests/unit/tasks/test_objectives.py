@@ -1,0 +1,243 @@
+"""Batches, per-sample losses and predictions, on tiny models of every architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoTokenizer
+
+from tests.reference.tasks import alone, mean_losses
+from tests.unit.tasks.conftest import ANSWERS, CLASSES, NUMBERS, SUMMARIES, task_config
+from tsqlora_scale.errors import UserError
+from tsqlora_scale.tasks import IGNORED, Batch, Task, auto_class_of, build_task, load_data
+
+LABELLED = (
+    "text\tpair\tlabel\n"
+    "the film is very good\tit is great\tgood\n"
+    "bad\tawful and dull plot\tbad\n"
+    "a lovely scene and a strong ending\tweak\tgood\n"
+    "the director is not good\tboring\tbad\n"
+)
+SCORED = LABELLED.replace("good\n", "4.5\n").replace("bad\n", "-0.25\n")
+TEXTS = (
+    "source\ttarget\n"
+    "the film is very good and the actor is great\tgood film\n"
+    "the plot\tbad plot with a weak ending and dull music\n"
+    "a lovely scene\tlovely\n"
+)
+KINDS = {
+    "bert": (CLASSES, LABELLED),
+    "mpnet": (NUMBERS, SCORED),
+    "deberta": (CLASSES | {"text": ["text", "pair"]}, LABELLED),
+    "bart": (SUMMARIES, TEXTS),
+    "t5": (SUMMARIES | {"prefix": "story of "}, TEXTS),
+    "llama": (ANSWERS, TEXTS),
+}
+Make = Callable[..., Task]
+
+
+def build(kind: str, make_task: Make, models: Callable[[str], Path]) -> tuple[Task, Any]:
+    """The task and the model of a kind; a new head is drawn by a fixed seed."""
+    task = make_task(kind, *KINDS[kind])
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = task.auto_class.from_pretrained(models(kind), **task.model_kwargs)
+    return task, model.eval()
+
+
+def sample_losses(task: Task, model: Any, batch: Batch) -> torch.Tensor:
+    with torch.no_grad():
+        sums, counts = task.losses(model(**batch.inputs), batch)
+    assert sums.shape == counts.shape == (batch.size,)
+    assert sums.dtype == counts.dtype == torch.float32
+    assert torch.equal(counts, task.loss_terms(batch))
+    return sums / counts
+
+
+@pytest.mark.parametrize("kind", KINDS)
+class TestLosses:
+    def test_are_those_of_each_sample_alone(self, kind: str, make_task: Make, models: Callable[[str], Path]) -> None:
+        task, model = build(kind, make_task, models)
+        batch = task.batch("train", range(len(task.train)))
+        assert (batch.inputs["attention_mask"] == 0).any(), "nothing is padded, nothing is tested"
+        found = sample_losses(task, model, batch)
+        torch.testing.assert_close(found, mean_losses(model, batch), atol=1e-5, rtol=1e-5)
+        assert found.unique().numel() == batch.size
+
+    def test_do_not_depend_on_the_batch(self, kind: str, make_task: Make, models: Callable[[str], Path]) -> None:
+        task, model = build(kind, make_task, models)
+        rows = np.array([2, 0, 1, 2])
+        together = sample_losses(task, model, task.batch("train", rows))
+        one_by_one = torch.cat([sample_losses(task, model, task.batch("train", [i])) for i in rows])
+        torch.testing.assert_close(together, one_by_one, atol=1e-5, rtol=1e-5)
+
+    def test_sum_to_the_models_own_loss(self, kind: str, make_task: Make, models: Callable[[str], Path]) -> None:
+        """Same rows repeated: nothing is padded, and the model's own mean is over all terms of the batch."""
+        task, model = build(kind, make_task, models)
+        batch = task.batch("train", [0, 0, 0])
+        with torch.no_grad():
+            sums, counts = task.losses(model(**batch.inputs), batch)
+            inputs = {n: t for n, t in batch.inputs.items() if n != "decoder_input_ids"}
+            own = model(**inputs, labels=batch.targets).loss
+        torch.testing.assert_close(sums.sum() / counts.sum(), own, atol=1e-5, rtol=1e-5)
+
+    def test_have_gradients(self, kind: str, make_task: Make, models: Callable[[str], Path]) -> None:
+        task, model = build(kind, make_task, models)
+        batch = task.batch("train", [0, 1])
+        sums, _ = task.losses(model(**batch.inputs), batch)
+        inputs, labels = alone(batch, 1)
+        own = model(**inputs, labels=labels).loss * task.loss_terms(batch)[1]
+        weights = [p for p in model.parameters() if p.requires_grad]
+        ours, theirs = (torch.autograd.grad(x, weights, allow_unused=True) for x in (sums[1], own))
+        for a, b in zip(ours, theirs, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None:
+                torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+    def test_of_half_precision_logits_are_float32(
+        self, kind: str, make_task: Make, models: Callable[[str], Path]
+    ) -> None:
+        task, model = build(kind, make_task, models)
+        batch = task.batch("train", [0, 1])
+        outputs = model(**batch.inputs)
+        outputs.logits = outputs.logits.detach().bfloat16()
+        rounded, _ = task.losses(outputs, batch)
+        outputs.logits = outputs.logits.float()
+        exact, _ = task.losses(outputs, batch)
+        assert torch.equal(rounded, exact)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_batches(kind: str, make_task: Make, models: Callable[[str], Path]) -> None:
+    task, _ = build(kind, make_task, models)
+    batch = task.batch("train", np.array([2, 0]))
+    assert batch.size == 2
+    assert batch.indices.tolist() == [2, 0]
+    assert "labels" not in batch.inputs
+    assert all(t.dtype == torch.int64 and len(t) == 2 for t in batch.inputs.values())
+    moved = batch.to("meta")
+    assert {t.device.type for t in (*moved.inputs.values(), moved.targets)} == {"meta"}
+    assert moved.indices is batch.indices
+    assert task.tokenizer is not None
+    assert task.auto_class is auto_class_of(KINDS[kind][0]["type"])
+
+
+def test_classes(make_task: Make, models: Callable[[str], Path]) -> None:
+    task, model = build("bert", make_task, models)
+    batch = task.batch("dev", [0, 1, 2])
+    assert batch.targets.tolist() == [1, 0, 1]
+    assert batch.targets.dtype == torch.int64
+    assert task.references("dev", [2, 1]) == [1, 0]
+    with torch.no_grad():
+        logits = model(**batch.inputs).logits
+    assert task.predict(model, batch, synced=False) == logits.argmax(-1).tolist()
+    assert (task.peft_task_type, task.best_metric, task.higher_is_better) == ("SEQ_CLS", "f1", True)
+    assert model.config.id2label == {0: "bad", 1: "good"}
+    assert model.config.problem_type == "single_label_classification"
+    assert task.metrics([1, 0, 0], [1, 0, 1]) == {"f1": pytest.approx(2 / 3)}
+
+
+def test_numbers(make_task: Make, models: Callable[[str], Path]) -> None:
+    task, model = build("mpnet", make_task, models)
+    batch = task.batch("train", [0, 1])
+    assert batch.targets.tolist() == [4.5, -0.25]
+    assert batch.targets.dtype == torch.float32
+    predicted = task.predict(model, batch, synced=False)
+    assert all(type(value) is float for value in predicted)
+    sums, _ = task.losses(model(**batch.inputs), batch)
+    assert sums.tolist() == pytest.approx([(p - t) ** 2 for p, t in zip(predicted, [4.5, -0.25], strict=True)])
+    assert task.references("train", [1]) == [-0.25]
+    assert model.config.problem_type == "regression"
+    assert model.config.num_labels == 1
+
+
+def test_pairs_are_told_apart(make_task: Make, models: Callable[[str], Path]) -> None:
+    task, _ = build("deberta", make_task, models)
+    ids = task.batch("train", [1]).inputs["input_ids"][0].tolist()
+    assert task.tokenizer.decode(ids) == "<s> bad </s> awful and dull plot </s>"
+    assert task.preview("train", 1) == "bad | awful and dull plot"
+
+
+def test_sources_and_targets(make_task: Make, models: Callable[[str], Path]) -> None:
+    task, _ = build("t5", make_task, models)
+    batch = task.batch("train", [2, 1])
+    decode = task.tokenizer.decode
+    assert decode(batch.inputs["input_ids"][0]).startswith("<s> story of a lovely scene </s>")
+    assert decode(batch.targets[0][batch.targets[0] != IGNORED]) == "<s> lovely </s>"
+    assert decode(batch.inputs["decoder_input_ids"][0]).split()[:3] == ["<pad>", "<s>", "lovely"]
+    assert task.references("train", [2, 1]) == ["lovely", "bad plot with a weak ending and dull music"]
+    assert task.preview("train", 2) == "a lovely scene -> lovely"
+    assert task.peft_task_type == "SEQ_2_SEQ_LM"
+
+
+def test_a_class_head_on_a_decoder_gets_a_pad_id(
+    tmp_path: Path, models: Callable[[str], Path], make_task: Make
+) -> None:
+    make_task("llama", CLASSES, LABELLED)  # writes the file
+    cfg = task_config(tmp_path, CLASSES)
+    tokenizer = AutoTokenizer.from_pretrained(models("llama"))
+    tokenizer.pad_token = None
+    config = AutoConfig.from_pretrained(models("llama"))
+    config.pad_token_id = None
+    task = build_task(cfg, load_data(cfg, seed=0), tokenizer, config)
+    assert task.model_kwargs["pad_token_id"] == tokenizer.eos_token_id
+    model = task.auto_class.from_config(AutoConfig.from_pretrained(models("llama"), **task.model_kwargs)).eval()
+    batch = task.batch("train", range(4))
+    torch.testing.assert_close(sample_losses(task, model, batch), mean_losses(model, batch), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["bert", "bart", "llama"])
+def test_lengths(kind: str, make_task: Make) -> None:
+    limits = {"max_length": 12, "max_target_length": 5}
+    task = make_task(kind, KINDS[kind][0] | limits, KINDS[kind][1].replace("the ", "the the the the the the the the "))
+    rows = range(len(task.train))
+    assert task.batch("train", rows).inputs["input_ids"].shape[1] == 12
+    assert task.batch("train", rows, max_length=8).inputs["input_ids"].shape[1] == 8
+    assert task.batch("train", rows, max_length=99).inputs["input_ids"].shape[1] == 12
+    targets = task.batch("train", rows).targets
+    if targets.dim() == 2:
+        assert (targets != IGNORED).sum(1).tolist() == [min(5, int(n)) for n in (targets != IGNORED).sum(1)]
+        assert (targets != IGNORED).any(1).all()
+
+
+@pytest.mark.parametrize(
+    ("model", "kind", "message"),
+    [
+        ("llama", SUMMARIES, r"task.type='seq2seq' needs an encoder-decoder.*'llama'"),
+        ("bart", ANSWERS, r"task.type='causal' needs a decoder-only model.*'bart'.*use task.type: seq2seq"),
+        ("bert", CLASSES | {"max_length": 65}, r"task.max_length=65: the model takes 64 tokens; lower it"),
+        (
+            "bart",
+            SUMMARIES | {"max_length": 8, "max_target_length": 65},
+            r"task.max_target_length=65: the model takes 64",
+        ),
+        (
+            "llama",
+            ANSWERS | {"max_length": 20, "max_target_length": 20},
+            r"max_length=20 leaves 0 tokens for the prompt",
+        ),
+    ],
+)
+def test_models_that_cannot_do_the_task(model: str, kind: dict[str, Any], message: str, make_task: Make) -> None:
+    with pytest.raises(UserError, match=message):
+        make_task(model, kind, TEXTS if "source" in kind else LABELLED)
+
+
+@pytest.mark.parametrize("kind", ["deberta", "t5", "llama"])
+def test_relative_positions_have_no_limit(kind: str, make_task: Make) -> None:
+    make_task(kind, KINDS[kind][0] | {"max_length": 4096}, KINDS[kind][1])
+
+
+def test_no_dev_split(tmp_path: Path, models: Callable[[str], Path], make_task: Make) -> None:
+    make_task("bert", CLASSES, LABELLED)
+    cfg = task_config(tmp_path, CLASSES)
+    tokenizer = AutoTokenizer.from_pretrained(models("bert"))
+    task = build_task(cfg, load_data(cfg, seed=0), tokenizer, AutoConfig.from_pretrained(models("bert")))
+    assert task.dev is None
+    with pytest.raises(UserError, match=r"task.dataset.dev_file is not set"):
+        task.batch("dev", [0])

@@ -1,0 +1,110 @@
+"""Prompts and answers of causal models, with and without a chat template."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from tests.tiny import WORDS, tiny_tokenizer
+from tsqlora_scale.errors import UserError
+from tsqlora_scale.tasks.prompts import PromptFormat
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<mask> {{ 'actor' if m.role == 'user' else 'director' }} "
+    "{% if m.role == 'assistant' %}THOUGHT{% endif %}{{ m.content }} </s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<mask> director {% endif %}"
+)
+TEXTS = st.lists(st.sampled_from(WORDS), min_size=1, max_size=40).map(" ".join)
+
+
+def tokenizer(template: str | None = None) -> PreTrainedTokenizerFast:
+    made = tiny_tokenizer()
+    made.chat_template = template
+    return made
+
+
+def decode(made: PreTrainedTokenizerFast, ids: list[int]) -> str:
+    return made.decode(ids)
+
+
+def test_without_a_template() -> None:
+    made = tokenizer()
+    form = PromptFormat(made, prefix="story ")
+    assert decode(made, form.prompts(["the film"], 20)[0]) == "<s> story the film"
+    assert decode(made, form.answers(["good", "very bad"], 20)[1]) == "very bad </s>"
+    assert form.stop_ids == [made.eos_token_id]
+    assert form.overhead == 2
+
+
+def test_a_tokenizer_without_a_begin_token() -> None:
+    made = tokenizer()
+    made.bos_token = None
+    assert decode(made, PromptFormat(made).prompts(["the film"], 20)[0]) == "the film"
+
+
+def test_a_tokenizer_without_an_end_token() -> None:
+    made = tokenizer()
+    made.eos_token = None
+    with pytest.raises(UserError, match="needs a tokenizer with an end token"):
+        PromptFormat(made)
+
+
+@pytest.mark.parametrize("thought", ["", "not "])
+def test_a_chat_template_is_followed_to_the_letter(thought: str) -> None:
+    """Prompt and answer together are the conversation as the template writes it, up to the end of the turn."""
+    made = tokenizer(TEMPLATE.replace("THOUGHT", thought))
+    form = PromptFormat(made, prefix="a ")
+    turns = [{"role": "user", "content": "a film"}, {"role": "assistant", "content": "good"}]
+    whole = made.apply_chat_template(turns, tokenize=True, return_dict=False)
+    assert form.prompts(["film"], 20)[0] + form.answers(["good"], 20)[0] == whole
+    assert form.answers(["good"], 20)[0] == made("good </s>", add_special_tokens=False)["input_ids"]
+    opening = decode(made, form.prompts(["film"], 20)[0])
+    assert opening == f"<s> <mask> actor a film </s> <mask> director {thought}".strip()
+
+
+def test_an_end_of_turn_that_is_not_the_end_token() -> None:
+    made = tokenizer(TEMPLATE.replace("THOUGHT", "").replace("</s>", "<mask>"))
+    form = PromptFormat(made)
+    assert decode(made, form.answers(["good"], 9)[0]) == "good <mask>"
+    assert form.stop_ids == sorted([made.mask_token_id, made.eos_token_id])
+
+
+def test_a_template_that_closes_no_turn_gets_an_end_token() -> None:
+    made = tokenizer("{% for m in messages %}{{ m.content }} {% endfor %}")
+    assert decode(made, PromptFormat(made).answers(["good"], 9)[0]) == "good </s>"
+
+
+def test_a_template_that_rewrites_the_conversation() -> None:
+    """What the generation prompt opens, the finished conversation does not hold: only the prompt can be used."""
+    made = tokenizer(TEMPLATE.replace("THOUGHT", "").replace("director {% endif %}", "director music {% endif %}"))
+    form = PromptFormat(made)
+    assert decode(made, form.prompts(["film"], 20)[0]).endswith("director music")
+    assert decode(made, form.answers(["good"], 9)[0]) == "good </s>"
+
+
+@settings(deadline=None, max_examples=60)
+@given(TEXTS, st.integers(1, 30), st.booleans())
+def test_a_long_source_loses_its_beginning_only(source: str, room: int, chat: bool) -> None:
+    made = tokenizer(TEMPLATE.replace("THOUGHT", "") if chat else None)
+    form = PromptFormat(made, prefix="story ")
+    full, limit = form.prompts([source], 10_000)[0], form.overhead + room
+    cut = form.prompts([source], limit)[0]
+    words = made(source, add_special_tokens=False)["input_ids"]
+    kept = words[-room:]
+    before, after = (
+        ([1, 4, *made("actor story", add_special_tokens=False)["input_ids"]], 3) if chat else ([1, full[1]], 0)
+    )
+    assert len(cut) == min(len(full), limit)
+    assert cut == [*before, *kept, *full[len(full) - after :]]
+
+
+@settings(deadline=None, max_examples=40)
+@given(TEXTS, st.integers(1, 50))
+def test_a_cut_answer_has_no_end(target: str, limit: int) -> None:
+    made = tokenizer()
+    (ids,) = PromptFormat(made).answers([target], limit)
+    words = made(target, add_special_tokens=False)["input_ids"]
+    assert ids == [*words, made.eos_token_id][:limit]
+    assert ids

@@ -1,0 +1,160 @@
+"""Local files: every format, exactly as written, and every way to be malformed."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tsqlora_scale.errors import UserError
+from tsqlora_scale.tasks import readers
+from tsqlora_scale.tasks.readers import read_tables
+
+Write = Callable[[str, "str | bytes"], Path]
+ROWS = [{"text": 'a lone " quote', "label": "1"}, {"text": "NA", "label": "null"}, {"text": "", "label": "été"}]
+
+
+def read(path: Path, names: list[str] | None = None, text: tuple[str, ...] = ()) -> list[dict[str, str]]:
+    return pa.concat_tables(read_tables(path, column_names=names, text_columns=text)).to_pylist()
+
+
+TSV = "\n".join(["text\tlabel", *(f"{r['text']}\t{r['label']}" for r in ROWS)]) + "\n"
+CSV = 'text,label\n"a lone "" quote",1\nNA,null\n"",été\n'
+JSONL = "\n".join(json.dumps(row) for row in ROWS)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("x.tsv", TSV),
+        ("x.tsv.gz", TSV),
+        ("X.TSV", TSV.replace("\n", "\r\n")),
+        ("x.csv", CSV),
+        ("x.csv.gz", CSV.rstrip("\n")),
+        ("x.jsonl", JSONL),
+        ("x.jsonl.gz", JSONL.replace("\n", "\n\n")),
+        ("x.json", json.dumps(ROWS, indent=2)),
+        ("x.json", JSONL),
+        ("x.tsv", "\ufeff" + TSV),
+        ("x.jsonl", "\ufeff" + JSONL),
+    ],
+)
+def test_text_formats_keep_every_cell(write: Write, name: str, content: str) -> None:
+    assert read(write(name, content)) == ROWS
+
+
+def test_parquet_keeps_its_types(tmp_path: Path) -> None:
+    rows = [{"text": "", "label": 1, "x": None}, {"text": "NA", "label": 0, "x": 2.5}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
+    assert read(tmp_path / "x.parquet") == rows
+
+
+def test_a_lone_quote_swallows_nothing_in_a_tsv(write: Write) -> None:
+    lines = [f'"sentence {i}\t{i % 2}' if i % 3 == 0 else f"sentence {i}\t{i % 2}" for i in range(100)]
+    rows = read(write("x.tsv", "\n".join(["text\tlabel", *lines])))
+    assert [f"{r['text']}\t{r['label']}" for r in rows] == lines
+
+
+def test_a_lone_quote_is_an_error_in_a_csv(write: Write) -> None:
+    swallowed = 'text,label\n"good film,1\nbad film,0\n"fine,1\n'
+    with pytest.raises(UserError, match=r"x.csv, line 4: .*double the quote inside, or save the file as tsv"):
+        read(write("x.csv", swallowed))
+    with pytest.raises(UserError, match=r"x.csv, line 3: unexpected end of data"):
+        read(write("x.csv", 'text,label\n"good film,1\nbad film,0\n'))
+
+
+def test_csv_values_may_hold_separators_and_long_documents(write: Write) -> None:
+    document = "word, and\nline\n" * 20_000
+    rows = read(write("x.csv", f'text,label\n"{document}",1\nshort,0\n'))
+    assert [r["text"] for r in rows] == [document, "short"]
+
+
+def test_separators_of_unicode_do_not_end_a_line(write: Write) -> None:
+    text = "one\u2028two\x85three\x0bfour"
+    assert read(write("x.tsv", f"text\tlabel\n{text}\t1\n"))[0]["text"] == text
+    assert read(write("x.jsonl", json.dumps({"text": text}, ensure_ascii=False)))[0]["text"] == text
+
+
+def test_headerless_files(write: Write) -> None:
+    path = write("x.tsv", "gj04\t1\t\tOur friends.\nks08\t0\t*\tFriends our.")
+    rows = read(path, ["source", "label", "note", "sentence"])
+    assert [(r["label"], r["note"], r["sentence"]) for r in rows] == [
+        ("1", "", "Our friends."),
+        ("0", "*", "Friends our."),
+    ]
+
+
+def test_json_values_become_text(write: Write) -> None:
+    rows = '{"a": 1, "b": 2.50, "c": true, "d": null, "e": [1, "é"]}\n{"a": "x", "late": 1}'
+    first, second = read(write("x.jsonl", rows))
+    assert first == {"a": "1", "b": "2.5", "c": "true", "d": None, "e": '[1, "é"]', "late": None}
+    assert second["a"] == "x"
+    assert second["late"] == "1"
+
+
+def test_files_of_many_chunks(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "CHUNK_ROWS", 7)
+    path = write("x.jsonl", "\n".join(json.dumps({"i": i}) for i in range(50)))
+    tables = list(read_tables(path, column_names=None, text_columns=[]))
+    assert [len(t) for t in tables] == [7] * 7 + [1]
+    assert [r["i"] for t in tables for r in t.to_pylist()] == [str(i) for i in range(50)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.txt", "a", r"x.txt: unknown format; use csv, tsv, json"),
+        ("x.parquet.gz", "a", r"unknown format"),
+        ("x.tsv", "", r"x.tsv: the file is empty; it needs a header"),
+        ("x.csv", "\n\n", r"x.csv: the file is empty"),
+        ("x.jsonl", " \n", r"x.jsonl: the file is empty"),
+        ("x.json", "[]", r"x.json: the file is empty"),
+        ("x.tsv", "text\tlabel\n", r"x.tsv: the file holds no rows"),
+        ("x.tsv", "a\ta\n1\t2\n", r"x.tsv: the header names column 'a' twice"),
+        ("x.tsv", "a\tb\n1\t2\n3\n", r"x.tsv, row 2: 1 fields where the header has 2 \(a, b\); mend"),
+        ("x.csv", "a,b\n1,2,3\n", r"x.csv, row 1: 3 fields where the header has 2"),
+        ("x.tsv", b"a\tb\n1\t2\n3\tcaf\xe9\n", r"x.tsv, line 3: not UTF-8 text \(byte 0xe9\); save the file as UTF-8"),
+        ("x.csv", "a,b\n1,2\n".encode("utf-16"), r"x.csv, line 1: not UTF-8 text"),
+        ("x.jsonl", b'{"a": "\xff"}', r"x.jsonl, line 1: not UTF-8"),
+        ("x.jsonl", '{"a": 1}\n\n{"a": 2', r"x.jsonl, row 2: not valid JSON"),
+        ("x.jsonl", '{"a": 1}\n[1]', r"x.jsonl, row 2: '\[1\]' is not an object of column names"),
+        ("x.json", '[{"a": 1}, 5]', r"x.json, row 2: '5' is not an object"),
+        ("x.json", '[{"a": 1},', r"x.json: not valid JSON"),
+        ("x.jsonl", '{"a": "\\ud800"}', r"x.jsonl, rows 1 to 1: not valid text"),
+        ("x.jsonl", '{"a": "x"}\n{"a": ["x"]}', r"x.jsonl, row 2: column 'a' holds a list; it must hold plain text"),
+        ("x.parquet", "no parquet", r"x.parquet: cannot be read as parquet: "),
+    ],
+)
+def test_malformed_files(write: Write, name: str, content: str | bytes, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read(write(name, content), text=("a",))
+
+
+def test_wrong_number_of_column_names(write: Write) -> None:
+    with pytest.raises(UserError, match=r"row 1: 2 fields where task.dataset.column_names gives 3 \(a, b, c\)"):
+        read(write("x.tsv", "1\t2\n"), ["a", "b", "c"])
+
+
+def test_a_truncated_gzip_file(tmp_path: Path) -> None:
+    path = tmp_path / "x.tsv.gz"
+    path.write_bytes(gzip.compress(TSV.encode() * 50)[:60])
+    with pytest.raises(UserError, match=r"x.tsv.gz: cannot be read as tsv: "):
+        read(path)
+    path.write_bytes(b"plain text")
+    with pytest.raises(UserError, match=r"x.tsv.gz: cannot be read as tsv: "):
+        read(path)
+
+
+@settings(deadline=None)
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\t\r\n")), min_size=1))
+def test_any_text_survives_a_tsv(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> None:
+    path = tmp_path_factory.mktemp("tsv") / "x.tsv"
+    path.write_bytes("\n".join(["text\tend", *(f"{t}\t." for t in texts)]).encode())
+    assert [r["text"] for r in read(path)] == texts

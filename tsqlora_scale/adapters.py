@@ -1,0 +1,241 @@
+"""PEFT: which layers are adapted, how the model is built, and how it leaves as a plain adapter."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from tsqlora_scale.config import AdapterConfig, ModelConfig
+from tsqlora_scale.engine.sharded import read_parameter, write_parameter
+from tsqlora_scale.errors import UserError
+
+#: PEFT's name of the one adapter that a run trains.
+ADAPTER = "default"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
+    """The adapted layers of ``model`` by module name, sorted: the order of every collective and every plan.
+
+    A layer of rank r has ``lora_A[ADAPTER].weight`` of shape (r, d_in), ``lora_B[ADAPTER].weight`` of shape
+    (d_out, r), ``scaling[ADAPTER]`` and ``get_base_layer()``.
+    """
+    found = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer) and ADAPTER in m.lora_A}
+    return dict(sorted(found.items()))
+
+
+def short_name(layer: str) -> str:
+    """A layer's name without PEFT's wrapping, as ``rank_pattern`` and people write it."""
+    return layer.removeprefix("base_model.model.")
+
+
+def skeleton(auto_class: Any, model_config: Any, *, trust_remote_code: bool = False) -> nn.Module:
+    """The model's modules without weights (meta device): names and shapes for checks before anything is loaded."""
+    with torch.device("meta"):
+        return auto_class.from_config(model_config, trust_remote_code=trust_remote_code)
+
+
+def resolve_targets(model: nn.Module, targets: list[str] | str) -> list[str]:
+    """Full names of the linear layers to adapt.
+
+    ``auto`` is every linear layer inside the repeated blocks (attention and feed-forward), which for BERT-like
+    models is the paper's choice: query, key, value, attention output, intermediate, output. A list holds name
+    suffixes; inside the blocks they win over the same names outside (``dense`` is not the pooler's).
+
+    Raises:
+        UserError: when a suffix matches no linear layer.
+    """
+    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    blocks = [n for n in linears if re.search(r"\.\d+\.", n)]
+    if targets == "auto":
+        if not blocks:
+            raise UserError(
+                "adapter.target_modules='auto' found no linear layer inside repeated blocks of "
+                f"{type(model).__name__}; name the layers"
+            )
+        return blocks
+    chosen: list[str] = []
+    for target in targets:
+        for names in (blocks, linears):
+            matches = [n for n in names if n == target or n.endswith(f".{target}")]
+            if matches:
+                break
+        else:
+            known = sorted({n.rsplit(".", 1)[-1] for n in linears})
+            raise UserError(
+                f"adapter.target_modules: {target!r} matches no linear layer of {type(model).__name__}; "
+                f"known: {', '.join(known)}"
+            )
+        chosen += matches
+    return sorted(set(chosen))
+
+
+def heads_of(model: nn.Module) -> list[str]:
+    """Linear layers outside the repeated blocks (classifier, pooler, lm_head): never quantised."""
+    return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not re.search(r"\.\d+\.", n)]
+
+
+def load_base(
+    name_or_path: str,
+    model: ModelConfig,
+    *,
+    auto_class: Any,
+    model_config: Any,
+    unquantised: list[str],
+    generator: torch.Generator,
+    device: torch.device | None = None,
+) -> tuple[nn.Module, list[str]]:
+    """Load the frozen base. Layers that the checkpoint lacks (a new head) are drawn from ``generator``, so that every
+    engine starts from the same values.
+
+    Args:
+        unquantised: modules that a 4-bit base keeps in floating point (:func:`heads_of`); PEFT's modules_to_save
+            cannot train packed weights.
+
+    Returns:
+        The model, and the top-level modules that hold newly initialised parameters.
+    """
+    kwargs: dict[str, Any] = {"config": model_config, "dtype": DTYPES[model.dtype], "revision": model.revision}
+    if model.quantization == "nf4":
+        kwargs["quantization_config"] = _nf4_config(model, unquantised)
+        if device is not None and device.type == "cuda":
+            kwargs["device_map"] = {"": device}
+    loaded, info = auto_class.from_pretrained(
+        name_or_path, output_loading_info=True, trust_remote_code=model.trust_remote_code, **kwargs
+    )
+    for module in loaded.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # Left on, an evaluation forward repacks the 4-bit weight and the next training step fails.
+            module.support_avx512bf16_for_cpu = False
+    new = sorted(info["missing_keys"])
+    initialise_new(loaded, new, std=getattr(model_config, "initializer_range", 0.02), generator=generator)
+    if model.gradient_checkpointing:
+        loaded.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if getattr(loaded.config, "use_cache", None):
+        loaded.config.use_cache = False
+    return loaded, sorted({key.split(".")[0] for key in new})
+
+
+def initialise_new(model: nn.Module, names: Iterable[str], *, std: float, generator: torch.Generator) -> None:
+    """Draw newly initialised parameters in name order: normal weights, zero biases. Works on ZeRO-3's shards."""
+    params = dict(model.named_parameters())
+    for name in sorted(names):
+        if name not in params:
+            continue
+        shape = getattr(params[name], "ds_shape", params[name].shape)
+        value = torch.zeros(shape)
+        if len(shape) > 1:
+            value.normal_(0.0, std, generator=generator)
+        elif "norm" in name.lower() and name.endswith("weight"):
+            value.fill_(1.0)
+        write_parameter(params[name], value)
+
+
+def add_adapter(
+    base: nn.Module,
+    adapter: AdapterConfig,
+    *,
+    task_type: str,
+    new_modules: list[str],
+    dtype: str,
+    generator: torch.Generator,
+) -> PeftModel:
+    """Put LoRA layers on ``base``; A is drawn from ``generator`` in name order, B is zero.
+
+    Factors and newly initialised heads train in float32; with a 16-bit base the forward runs under autocast, the
+    same on every engine.
+    """
+    config = LoraConfig(
+        r=adapter.r,
+        lora_alpha=adapter.alpha,  # type: ignore[arg-type]
+        lora_dropout=adapter.dropout,
+        target_modules=resolve_targets(base, adapter.target_modules),
+        modules_to_save=new_modules or None,
+        task_type=task_type,  # type: ignore[arg-type]
+        use_rslora=adapter.method == "rslora",
+        use_dora=adapter.method == "dora",
+    )
+    model = get_peft_model(base, config)
+    for layer in lora_layers(model).values():
+        weight = layer.lora_A[ADAPTER].weight
+        weight.data.copy_(torch.empty(weight.shape).uniform_(-1, 1, generator=generator) / weight.shape[1] ** 0.5)
+    for module in model.modules():
+        for name, param in list(module.named_parameters(recurse=False)):
+            if param.requires_grad:
+                module.register_parameter(name, nn.Parameter(read_parameter(param).float()))
+    use_autocast(model, dtype)
+    return model
+
+
+def use_autocast(model: PeftModel, dtype: str) -> None:
+    """Run the innermost model's forward under autocast, on whatever path it is called."""
+    if dtype != "bf16":
+        return
+    inner = model.base_model.model
+    forward = inner.forward
+
+    @functools.wraps(forward)
+    def autocast_forward(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(next(inner.parameters()).device.type, dtype=DTYPES[dtype]):
+            return forward(*args, **kwargs)
+
+    inner.forward = autocast_forward
+
+
+def save_adapter(model: PeftModel, values: Mapping[str, torch.Tensor], folder: Path, *, base_name: str) -> None:
+    """Write a plain PEFT adapter: ``PeftModel.from_pretrained`` opens it, nothing of ours needed.
+
+    Args:
+        model: the trained model; its parameters may be sharded.
+        values: full trainable parameters by name.
+        folder: written by the caller's process alone.
+        base_name: what ``adapter_config.json`` names as the base.
+
+    ``rank_pattern`` and ``alpha_pattern`` give every layer its rank and keep its scaling s = alpha / r exactly.
+    """
+    config = model.peft_config[ADAPTER]
+    layers = lora_layers(model)
+    ranks = {short_name(n): layer.r[ADAPTER] for n, layer in layers.items()}
+    if any(rank != config.r for rank in ranks.values()):
+        config.rank_pattern = ranks
+        config.alpha_pattern = {short_name(n): layer.scaling[ADAPTER] * layer.r[ADAPTER] for n, layer in layers.items()}
+    config.base_model_name_or_path = base_name
+    state = {name: value.contiguous() for name, value in values.items()}
+    model.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
+    empty = [n for n, v in state.items() if v.numel() == 0]
+    assert not empty, f"sharded parameters reached the adapter file: {empty}"
+
+
+def load_adapter(base: nn.Module, folder: Path, *, dtype: str) -> PeftModel:
+    """Put a saved adapter on a fresh base, for evaluation.
+
+    Raises:
+        UserError: when the folder holds no adapter, or one in an unsafe format.
+    """
+    if not (folder / "adapter_config.json").is_file():
+        raise UserError(f"adapter {str(folder)!r} holds no adapter_config.json; give the folder that a run wrote")
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise UserError(f"adapter {str(folder)!r} holds no adapter_model.safetensors; other formats are not read")
+    model = PeftModel.from_pretrained(base, str(folder))
+    use_autocast(model, dtype)
+    return model
+
+
+def _nf4_config(model: ModelConfig, unquantised: list[str]) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=DTYPES[model.dtype],
+        bnb_4bit_quant_storage={"uint8": torch.uint8, **DTYPES}[model.quant_storage],
+        llm_int8_skip_modules=unquantised,
+    )

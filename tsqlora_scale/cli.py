@@ -1,0 +1,128 @@
+"""The commands: thin wrappers over the package. A user's mistake is one line and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from tsqlora_scale.config import Config, load_config
+from tsqlora_scale.errors import UserError
+
+
+def train(argv: Sequence[str] | None = None) -> int:
+    """``launch/train.py``: train as a config says."""
+    parser = _parser("train", "Train as a config says: TsqLoRA, or plain LoRA beside it.")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the config and the plan, stop")
+    parser.add_argument("--overwrite", action="store_true", help="delete the run folder first if it exists")
+    parser.add_argument("--resume", metavar="auto|DIR", help="continue from the newest checkpoint, or from this one")
+    options = parser.parse_args(argv)
+    return _guard(lambda: _train(options))
+
+
+def evaluate(argv: Sequence[str] | None = None) -> int:
+    """``launch/evaluate.py``: metrics of a saved adapter."""
+    parser = _parser("evaluate", "Metrics of a saved adapter on the config's development file.")
+    parser.add_argument("--adapter", required=True, metavar="DIR", help="the adapter folder that a run wrote")
+    options = parser.parse_args(argv)
+    return _guard(lambda: _evaluate(options))
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"train": train, "evaluate": evaluate}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``tsqlora COMMAND …``."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] not in COMMANDS:
+        print(f"usage: tsqlora {{{','.join(COMMANDS)}}} --config FILE [section.key=value ...]", file=sys.stderr)
+        return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
+    return COMMANDS[arguments[0]](arguments[1:])
+
+
+def _parser(name: str, description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=name, description=description)
+    parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file (configs/)")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that win over the file")
+    return parser
+
+
+def _guard(command: Callable[[], None]) -> int:
+    """Run a command; a :class:`UserError` becomes one line on rank 0 and exit code 2 on every rank."""
+    _quiet_environment()
+    try:
+        command()
+    except UserError as error:
+        if _is_main():
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _quiet_environment() -> None:
+    """Before the heavy libraries are imported: their start-up messages help nobody."""
+    import logging
+    import warnings
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    for name in ("DeepSpeed", "bitsandbytes", "torch.distributed"):
+        logger = logging.getLogger(name)
+        logger.addFilter(lambda record: record.levelno >= logging.ERROR)
+
+
+def _train(options: argparse.Namespace) -> None:
+    config = load_config(options.config, options.overrides)
+    from tsqlora_scale import preflight
+
+    if not options.dry_run:
+        preflight.check_run_dir(config, overwrite=options.overwrite, resume=options.resume is not None)
+    checked = preflight.check(config)
+    if options.dry_run:
+        if _is_main():
+            print(config.to_yaml())
+            print("\n".join(checked.plan.lines()))
+        return
+    from tsqlora_scale.report.result import print_result
+    from tsqlora_scale.run import build_run
+    from tsqlora_scale.train import train as train_run
+
+    if options.overwrite and _is_main():
+        import shutil
+
+        shutil.rmtree(config.run_dir, ignore_errors=True)
+    run = build_run(checked, resume=options.resume)
+    result = train_run(run)
+    if run.is_main:
+        print_result(result)
+    _leave()
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    config: Config = load_config(options.config, options.overrides)
+    from tsqlora_scale import preflight
+
+    checked = preflight.check(config)
+    from tsqlora_scale.run import evaluate_adapter
+
+    metrics, is_main = evaluate_adapter(checked, options.adapter)
+    if is_main:
+        for name, value in metrics.items():
+            print(f"{name}: {value:.6f}")
+    _leave()
+
+
+def _leave() -> None:
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()

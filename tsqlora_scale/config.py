@@ -1,0 +1,398 @@
+"""The run, as typed data: YAML, then ``section.key=value``, checked before torch is imported.
+
+Every key that a config file may hold is a field below. Unknown keys are errors that name the
+nearest known one. Checks that need the data, the model's config or the machine live in
+:mod:`tsqlora_scale.preflight`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from tsqlora_scale.errors import UserError
+
+PositiveInt = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+UnitInterval = Annotated[float, Field(gt=0, le=1)]
+Below1 = Annotated[float, Field(ge=0, lt=1)]
+#: Optimizer steps, or a fraction of the run when strictly between 0 and 1.
+StepsOrFraction = Annotated[int, Field(ge=0)] | Annotated[float, Field(gt=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A config section: unknown keys are errors, values are immutable once checked."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class RunConfig(Section):
+    """Where the run is written, and the seed that everything random derives from."""
+
+    name: Annotated[str, Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
+    output_dir: str = "runs"
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+
+
+class ModelConfig(Section):
+    """The frozen base model."""
+
+    #: A hub name, a folder, or ``package:NAME/sub/folder`` (a folder inside an installed package).
+    name_or_path: Annotated[str, Field(min_length=1)]
+    revision: str | None = None
+    #: Storage and compute type of the base; the LoRA factors are float32 in any case.
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    quantization: Literal["none", "nf4"] = "none"
+    #: Storage type of packed 4-bit weights; a float type lets sharding engines treat them as ordinary tensors.
+    quant_storage: Literal["uint8", "bf16", "fp32"] = "uint8"
+    gradient_checkpointing: bool = False
+    trust_remote_code: bool = False
+
+
+class DatasetConfig(Section):
+    """The pool and the held-out set: a hub dataset (``name``) or a local folder (``path``)."""
+
+    #: A folder, or ``package:NAME/sub/folder``.
+    path: str | None = None
+    train_file: str | None = None
+    dev_file: str | None = None
+    #: A hub dataset and its subset.
+    name: str | None = None
+    subset: str | None = None
+    train_split: str = "train"
+    dev_split: str = "validation"
+    #: Column names of csv/tsv files that have no header row.
+    column_names: list[str] | None = None
+    #: A column with unique sample ids; without it the id is the row's number in the pool.
+    id_column: str | None = None
+    #: A random subset of that size, fixed by ``run.seed``: files are often sorted.
+    max_train_samples: PositiveInt | None = None
+    max_dev_samples: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DatasetConfig:
+        if (self.path is None) == (self.name is None):
+            raise ValueError("needs exactly one of 'path' (a local folder) and 'name' (a hub dataset)")
+        if self.path is not None and self.train_file is None:
+            raise ValueError("'path' needs 'train_file', the training file inside it")
+        return self
+
+
+class TaskConfig(Section):
+    """What the model learns: columns, lengths, metrics."""
+
+    type: Literal["classification", "regression", "seq2seq", "causal"]
+    dataset: DatasetConfig
+    #: One or two text columns (classification, regression).
+    text: list[str] = []
+    label: str | None = None
+    #: Class names in label order, or their number; required for classification.
+    labels: list[str] | PositiveInt | None = None
+    #: Input and output columns (seq2seq, causal).
+    source: str | None = None
+    target: str | None = None
+    #: Text put before every source (T5-style).
+    prefix: str = ""
+    max_length: PositiveInt = 128
+    max_target_length: PositiveInt = 64
+    #: Metric names; the first is the one that decides which checkpoint is best.
+    metrics: Annotated[list[str], Field(min_length=1)]
+    num_beams: PositiveInt = 4
+
+    @model_validator(mode="after")
+    def _columns_of_the_type(self) -> TaskConfig:
+        if self.type in ("classification", "regression"):
+            if not 1 <= len(self.text) <= 2:
+                raise ValueError(f"'text' must name one or two columns for a {self.type} task, got {self.text!r}")
+            if self.label is None:
+                raise ValueError(f"'label' must name the label column of a {self.type} task")
+            if self.type == "classification" and self.labels is None:
+                raise ValueError("'labels' must give the class names, or their number, of a classification task")
+        elif self.source is None or self.target is None:
+            raise ValueError(f"'source' and 'target' must name the input and output columns of a {self.type} task")
+        return self
+
+    @property
+    def num_labels(self) -> int:
+        """Size of the head: classes, or 1 for regression. 0 where there is no head."""
+        if self.type == "regression":
+            return 1
+        if self.labels is None:
+            return 0
+        return self.labels if isinstance(self.labels, int) else len(self.labels)
+
+
+class AdapterConfig(Section):
+    """The LoRA layers. ``lora``, ``rslora`` and ``dora`` are PEFT's own, on uniform samples and fixed ranks."""
+
+    method: Literal["tsqlora", "lora", "rslora", "dora"] = "tsqlora"
+    r: PositiveInt = 8
+    #: The scaling s = alpha / r stays constant when ranks change (METHOD: rescaling harms).
+    alpha: PositiveFloat = 16.0
+    dropout: Below1 = 0.0
+    #: Module-name suffixes, or ``auto``: every linear layer of attention and feed-forward blocks.
+    target_modules: list[str] | Literal["auto"] = "auto"
+
+
+class ScoringConfig(Section):
+    """Per-sample quality scores (paper 2.1, Eq. 1 and 2)."""
+
+    enabled: bool = True
+    #: Optimizer steps on uniform samples before the pool is scored: at step 0, B = 0 and scores are blind.
+    warmup_steps: StepsOrFraction = 0.1
+    #: ``paper`` is Eq. 1 with equal weights, to the letter; ``aligned`` leads with the convergence term.
+    preset: Literal["paper", "aligned"] = "aligned"
+    #: (alpha_1, alpha_2, alpha_3) for gradient norm, loss reduction, convergence; overrides ``preset``.
+    weights: Annotated[list[Annotated[float, Field(allow_inf_nan=False)]], Field(min_length=3, max_length=3)] | None = (
+        None
+    )
+    #: Step size of the loss reduction; none means ``train.lr``.
+    eta: PositiveFloat | None = None
+    delta_loss: Literal["exact", "first_order"] = "exact"
+    convergence: Literal["alignment", "loss_trend", "target"] = "alignment"
+    sketch_dim: Annotated[int, Field(ge=16)] = 512
+    batch_size: PositiveInt = 32
+    #: Score a uniform subsample and give the rest the mean score.
+    max_samples: PositiveInt | None = None
+    max_length: PositiveInt | None = None
+    #: When scores are taken anew: never, at every schedule event, or at every N-th.
+    refresh: Literal["none", "every_event"] | PositiveInt = "every_event"
+    #: Share of S that a refresh scores; the rest keep their last score.
+    refresh_fraction: UnitInterval = 0.1
+    #: Count the head's gradient among theta.
+    include_head: bool = False
+
+
+class SamplingConfig(Section):
+    """Which samples are trained on, and how often (Algorithm 1, lines 4 and 9)."""
+
+    selector: Literal["quality", "random", "full"] = "quality"
+    tau: PositiveFloat = 0.7
+    keep_fraction: UnitInterval = 1.0
+    replacement: bool = True
+
+
+class SensitivityConfig(Section):
+    """Layer sensitivity (paper 2.2, Eq. 3 and 4)."""
+
+    enabled: bool = True
+    estimator: Literal["weight", "weight_per_sample", "fisher", "adapter"] = "weight"
+    #: Every how many optimizer steps one takes part in the statistic.
+    every: PositiveInt = 10
+    beta: Below1 = 0.85
+    #: Samples whose gradients are summed before the absolute value. ``auto`` is 1, Eq. 3 to the letter: the one size
+    #: that every micro batch is a multiple of, so that accumulation never changes the ranks (and costs no more).
+    group_size: PositiveInt | Literal["auto"] = "auto"
+
+
+class ScheduleConfig(Section):
+    """When ranks change: every ``every`` steps from ``start`` to ``end``, in steps or fractions of the run."""
+
+    start: StepsOrFraction = 0.2
+    end: StepsOrFraction = 0.8
+    every: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)] = 0.1
+
+
+class AllocationConfig(Section):
+    """How a rank budget is divided among layers (paper 2.3, Eq. 6)."""
+
+    r_min: PositiveInt = 1
+    #: None means 4 r.
+    r_max: PositiveInt | None = None
+    phi_min: PositiveFloat = 0.5
+    phi_max: PositiveFloat = 1.5
+    budget_unit: Literal["rank", "params"] = "rank"
+
+    @model_validator(mode="after")
+    def _bounds_in_order(self) -> AllocationConfig:
+        if self.r_max is not None and self.r_max < self.r_min:
+            raise ValueError(f"'r_max' ({self.r_max}) must not be below 'r_min' ({self.r_min})")
+        if self.phi_max < self.phi_min:
+            raise ValueError(f"'phi_max' ({self.phi_max}) must not be below 'phi_min' ({self.phi_min})")
+        return self
+
+
+class ResizeConfig(Section):
+    """How factors grow and shrink."""
+
+    grow_init: Literal["orthogonal", "gaussian"] = "orthogonal"
+    shrink: Literal["svd", "importance"] = "svd"
+
+
+class TrainConfig(Section):
+    """Optimization. ``batch_size`` is the global batch of one optimizer step."""
+
+    max_steps: PositiveInt | None = None
+    #: Passes over the samples trained on (S, not the pool).
+    epochs: PositiveFloat | None = None
+    batch_size: PositiveInt = 32
+    #: Samples per rank and backward pass; none means batch_size / ranks (no accumulation).
+    micro_batch_size: PositiveInt | None = None
+    eval_batch_size: PositiveInt = 64
+    lr: PositiveFloat = 5e-4
+    lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
+    lr_warmup: StepsOrFraction = 0
+    weight_decay: NonNegativeFloat = 0.0
+    betas: Annotated[list[Below1], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    eps: PositiveFloat = 1e-8
+    #: None disables clipping.
+    max_grad_norm: PositiveFloat | None = 1.0
+    checkpoint_every: PositiveInt | None = None
+    checkpoint_keep: PositiveInt = 2
+    #: Optimizer steps between evaluations; none evaluates before and after training only.
+    eval_every: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainConfig:
+        if (self.max_steps is None) == (self.epochs is None):
+            raise ValueError("needs exactly one of 'max_steps' and 'epochs'")
+        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"'batch_size' ({self.batch_size}) must be a multiple of 'micro_batch_size' ({self.micro_batch_size})"
+            )
+        return self
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig
+    task: TaskConfig
+    adapter: AdapterConfig = AdapterConfig()
+    scoring: ScoringConfig = ScoringConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    sensitivity: SensitivityConfig = SensitivityConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    allocation: AllocationConfig = AllocationConfig()
+    resize: ResizeConfig = ResizeConfig()
+    train: TrainConfig
+
+    @model_validator(mode="after")
+    def _rank_within_bounds(self) -> Config:
+        r_max = self.allocation.r_max
+        if self.adapts_ranks and not (self.allocation.r_min <= self.adapter.r <= (r_max or self.adapter.r)):
+            raise ValueError(
+                f"'adapter.r' ({self.adapter.r}) must lie between 'allocation.r_min' ({self.allocation.r_min}) "
+                f"and 'allocation.r_max' ({r_max})"
+            )
+        if self.adapter.method == "tsqlora" and self.sampling.selector == "quality" and not self.scoring.enabled:
+            raise ValueError(
+                "'sampling.selector: quality' needs 'scoring.enabled: true'; "
+                "to switch quality off set 'sampling.selector: full'"
+            )
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        """The run folder."""
+        return Path(self.run.output_dir) / self.run.name
+
+    @property
+    def scores_data(self) -> bool:
+        """Whether the data half of the method is on."""
+        return self.adapter.method == "tsqlora" and self.scoring.enabled and self.sampling.selector == "quality"
+
+    @property
+    def adapts_ranks(self) -> bool:
+        """Whether the rank half of the method is on."""
+        return self.adapter.method == "tsqlora" and self.sensitivity.enabled
+
+    def to_yaml(self) -> str:
+        """The resolved config; training from this text reproduces the run."""
+        return OmegaConf.to_yaml(OmegaConf.create(self.model_dump(mode="json")))
+
+
+def as_steps(value: int | float, total: int) -> int:
+    """A number of optimizer steps from steps or a fraction of ``total``."""
+    return value if isinstance(value, int) else math.ceil(round(value * total, 6))  # 0.55 * 100 is 55, not 56
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a YAML file, apply ``section.key=value`` overrides, check everything.
+
+    Raises:
+        UserError: naming the file or key, the value, and the remedy.
+    """
+    path = Path(path)
+    try:
+        tree = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise UserError(f"config file {str(path)!r} does not exist") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
+    except Exception as error:  # YAML errors come in several classes of two libraries
+        raise UserError(f"{path}: not valid YAML: {_one_line(error)}") from None
+    for override in overrides or []:
+        key, sign, _ = override.partition("=")
+        if not sign or not key.strip() or key.startswith("-"):
+            raise UserError(f"override {override!r} is not of the form section.key=value")
+        try:
+            tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([override]))
+        except Exception as error:
+            raise UserError(f"override {override!r}: {_one_line(error)}") from None
+    try:
+        plain = OmegaConf.to_container(tree, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {_one_line(error)}") from None
+    if not isinstance(plain, dict):
+        raise UserError(f"{path}: must be a mapping of sections ({', '.join(Config.model_fields)})")
+    return parse_config(plain, where=str(path))
+
+
+def parse_config(tree: dict[str, Any], where: str = "config") -> Config:
+    """Check a nested mapping.
+
+    Raises:
+        UserError: all problems in one line, each with its dotted key.
+    """
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        messages = dict.fromkeys(_describe(e) for e in error.errors())
+        raise UserError(f"{where}: {'; '.join(messages)}") from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in model.model_fields.items():
+        keys.append(prefix + name)
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                keys += _known_keys(kind, f"{prefix}{name}.")
+    return keys
+
+
+def _describe(error: Any) -> str:
+    loc = [part for part in error["loc"] if isinstance(part, str | int)]
+    known = _known_keys(Config)
+    # pydantic appends the tried union member to the location; keep what is a key of ours
+    while len(loc) > 1 and isinstance(loc[-1], str) and ".".join(map(str, loc)) not in known:
+        if error["type"] == "extra_forbidden":
+            break
+        loc.pop()
+    key = ".".join(map(str, loc))
+    if error["type"] == "extra_forbidden":
+        name = str(loc[-1])
+        siblings = [k for k in known if k.split(".")[:-1] == [str(p) for p in loc[:-1]]]
+        near = difflib.get_close_matches(key, siblings, 1, 0.6) or difflib.get_close_matches(key, known, 1, 0.5)
+        near = near or [k for k in known if k.split(".")[-1] == name][:1]
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(s.split('.')[-1] for s in siblings)}"
+        return f"unknown key {key!r}; {hint}"
+    if error["type"] == "missing":
+        return f"missing key {key!r}; set it in the file or on the command line"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    return f"{key}={error['input']!r}: {message[0].lower()}{message[1:]}"

@@ -1,0 +1,1 @@
+"""The distributed machinery: collectives, prepare/gather/rebuild under DDP and ZeRO, checkpoints."""

@@ -1,0 +1,81 @@
+"""The few collectives that the project uses, the same with one process and with many."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+class World:
+    """This process among the others. Every method is a collective: all ranks call it, in the same order.
+
+    With one process the methods return their argument unchanged and no process group is needed.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, device: torch.device | None = None) -> None:
+        self.rank = rank
+        self.size = size
+        self.device = device or torch.device("cpu")
+
+    @classmethod
+    def current(cls, device: torch.device | None = None) -> World:
+        """The default process group, or a world of one."""
+        if dist.is_available() and dist.is_initialized():
+            return cls(dist.get_rank(), dist.get_world_size(), device)
+        return cls(device=device)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, the one that writes and prints."""
+        return self.rank == 0
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Element-wise sum over ranks, as a new tensor on the caller's device."""
+        return self._reduce(tensor, dist.ReduceOp.SUM)
+
+    def max(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Element-wise maximum over ranks."""
+        return self._reduce(tensor, dist.ReduceOp.MAX)
+
+    def mean(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Element-wise mean over ranks of a floating-point tensor."""
+        return self.sum(tensor) / self.size
+
+    def gather_arrays(self, array: np.ndarray) -> np.ndarray:
+        """Concatenate the ranks' arrays along dimension 0, in rank order; lengths may differ."""
+        if self.size == 1:
+            return array
+        return np.concatenate(self.gather_objects(array))
+
+    def gather_objects(self, value: T) -> list[T]:
+        """Every rank's value, in rank order, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's value on every rank."""
+        if self.size == 1:
+            return value
+        box = [value if self.is_main else None]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]  # type: ignore[return-value]
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.size > 1:
+            dist.barrier()
+
+    def _reduce(self, tensor: torch.Tensor, op: dist.ReduceOp.RedOpType) -> torch.Tensor:
+        if self.size == 1:
+            return tensor.clone()
+        moved = tensor.detach().to(self.device, copy=True)
+        dist.all_reduce(moved, op=op)
+        return moved.to(tensor.device)

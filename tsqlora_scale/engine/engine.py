@@ -1,0 +1,203 @@
+"""One optimizer step, one gather and one rebuild, the same under plain, DDP, ZeRO-1, 2 and 3.
+
+The engine knows parameters by name; it does not know what a rank is.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import nn
+
+from tsqlora_scale.config import TrainConfig
+from tsqlora_scale.engine import zero
+from tsqlora_scale.engine.collectives import World
+from tsqlora_scale.engine.state import ParamState, TrainState
+
+
+class Engine:
+    """A model under training, wrapped by whatever the launcher asked for.
+
+    Args:
+        accelerator: from :func:`tsqlora_scale.engine.start.start_accelerator`.
+        module: the model, trainable parameters in float32 with ``requires_grad``.
+        train: learning-rate-free optimizer settings are read from here (betas, eps, weight decay, clipping).
+        micro_batch_size: samples per rank and backward pass.
+        before_prepare: called with the module before every ``prepare``: where hooks are attached that must sit
+            inside the engine's own.
+        state: moments and step count to start from (a resumed run); values must already be in ``module``.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        module: nn.Module,
+        *,
+        train: TrainConfig,
+        micro_batch_size: int,
+        before_prepare: Callable[[nn.Module], None] | None = None,
+        state: TrainState | None = None,
+    ) -> None:
+        self.accelerator = accelerator
+        self.world = World.current(accelerator.device)
+        self._train = train
+        self._micro_batch_size = micro_batch_size
+        self._before_prepare = before_prepare
+        self._prepare(module, state or TrainState())
+
+    @property
+    def is_deepspeed(self) -> bool:
+        """Whether DeepSpeed drives the optimizer."""
+        return self.accelerator.distributed_type == DistributedType.DEEPSPEED
+
+    @property
+    def name(self) -> str:
+        """What the engine really is: ``plain``, ``ddp``, ``zero2`` or ``zero3``."""
+        if self.is_deepspeed:
+            return f"zero{self.accelerator.state.deepspeed_plugin.zero_stage}"
+        return "plain" if self.world.size == 1 else "ddp"
+
+    @property
+    def loss_scale(self) -> float:
+        """The factor that undoes the engine's averaging over ranks and micro-batches.
+
+        A step's loss is normalised over the whole step; each micro-batch contributes a plain sum.
+        """
+        return float(self.world.size * self.accelerator.gradient_accumulation_steps)
+
+    @property
+    def gradient_scale(self) -> float:
+        """How much larger the gradients inside a backward pass are than those of the step's loss.
+
+        Accelerate and DeepSpeed divide by the accumulation before the backward pass; averaging over ranks and a
+        loss scaler's factor come after it.
+        """
+        scaler = self.accelerator.scaler
+        return float(self.world.size) * (scaler.get_scale() if scaler is not None else 1.0)
+
+    @property
+    def module(self) -> nn.Module:
+        """The unwrapped model. Score and evaluate through it, never through the engine's wrapper: under ZeRO-3 a
+        foreign backward through the wrapper changes the next step without a word."""
+        return self._wrapped.module if self._is_wrapped else self._wrapped
+
+    def forward(self, **inputs: torch.Tensor) -> Any:
+        """The training forward."""
+        return self._wrapped(**inputs)
+
+    @contextmanager
+    def micro_batch(self) -> Iterator[None]:
+        """Around one micro-batch's forward and backward: no gradient exchange before the last of the step."""
+        with self.accelerator.accumulate(self._wrapped):
+            yield
+
+    def backward(self, loss: torch.Tensor, lr: float) -> float | None:
+        """Backward of one micro-batch's share of the step's loss; on the last one, the optimizer step.
+
+        Args:
+            loss: this micro-batch's part of the globally normalised loss (not yet scaled).
+            lr: learning rate of the step.
+
+        Returns:
+            The gradient's 2-norm before clipping on the last micro-batch of a step, else None.
+        """
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self.accelerator.backward(loss * self.loss_scale)
+        if not self.accelerator.sync_gradients:
+            return None
+        if self.is_deepspeed:  # backward() has stepped already
+            return float(self.accelerator.deepspeed_engine_wrapped.get_global_grad_norm() or 0.0)
+        norm = self.accelerator.clip_grad_norm_(self._trainable(), self._train.max_grad_norm or float("inf"))
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return float(norm)
+
+    def gather(self) -> TrainState:
+        """Every trainable parameter and its moments, whole, on every rank. A collective."""
+        if self.is_deepspeed:
+            return zero.gather(self._wrapped)
+        inner = self._optimizer.optimizer.state
+        state = TrainState()
+        for name, param in sorted(self.module.named_parameters()):
+            if not param.requires_grad:
+                continue
+            entry = ParamState.fresh(param.detach().float().cpu().clone())
+            if param in inner:
+                entry.exp_avg = inner[param]["exp_avg"].detach().cpu().clone()
+                entry.exp_avg_sq = inner[param]["exp_avg_sq"].detach().cpu().clone()
+                state.optimizer_steps = int(inner[param]["step"])
+            state.params[name] = entry
+        return state
+
+    def rebuild(self, change: Callable[[nn.Module, TrainState], TrainState]) -> None:
+        """Gather, take the engine down, let ``change`` alter the module, and prepare again. A collective.
+
+        Args:
+            change: alters the module in place and returns the state of its trainable parameters, by name; it runs
+                on every rank and must do the same on each.
+        """
+        state = self.gather()
+        module = self.module
+        if self.is_deepspeed:
+            zero.release(self.accelerator, self._wrapped, self._optimizer)
+        else:
+            self.accelerator.free_memory(self._wrapped, self._optimizer)
+        del self._wrapped, self._optimizer
+        gc.collect()
+        self._prepare(module, change(module, state))
+
+    def _trainable(self) -> list[nn.Parameter]:
+        return [p for _, p in sorted(self.module.named_parameters()) if p.requires_grad]
+
+    def _prepare(self, module: nn.Module, state: TrainState) -> None:
+        if self._before_prepare is not None:
+            self._before_prepare(module)
+        params = [p for _, p in sorted(module.named_parameters()) if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            params,
+            lr=self._train.lr,
+            betas=(self._train.betas[0], self._train.betas[1]),
+            eps=self._train.eps,
+            weight_decay=self._train.weight_decay,
+        )
+        if self.is_deepspeed:
+            zero.configure(
+                self.accelerator,
+                micro_batch_size=self._micro_batch_size,
+                max_grad_norm=self._train.max_grad_norm,
+                trainable_numel=sum(p.numel() for p in params),
+            )
+        else:
+            _restore_moments(optimizer, module, state)
+        self._is_wrapped = self.is_deepspeed or self.world.size > 1
+        self._wrapped, self._optimizer = self.accelerator.prepare(module, optimizer)
+        if self.is_deepspeed:
+            zero.restore_moments(self._wrapped, state)
+        self._wrapped.train()
+
+
+def _restore_moments(optimizer: torch.optim.Optimizer, module: nn.Module, state: TrainState) -> None:
+    if not state.optimizer_steps:
+        return
+    for name, param in module.named_parameters():
+        if param.requires_grad:
+            entry = state.params[name]
+            optimizer.state[param] = {
+                "step": torch.tensor(float(state.optimizer_steps)),
+                "exp_avg": entry.exp_avg.to(param.device, copy=True),
+                "exp_avg_sq": entry.exp_avg_sq.to(param.device, copy=True),
+            }
+
+
+def generator_for(seed: int, *purpose: object) -> torch.Generator:
+    """A CPU generator that depends on the seed and the purpose alone, the same on every rank."""
+    digest = hashlib.sha256("/".join(map(str, (seed, *purpose))).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -1,0 +1,69 @@
+"""Join the other processes: one Accelerator that is what the launcher asked for, on a GPU or without one."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import warnings
+from typing import Any
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import DistributedType
+
+from tsqlora_scale.errors import UserError
+
+SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.DEEPSPEED)
+
+
+def launched() -> bool:
+    """Whether a launcher (``accelerate launch``, ``torchrun``, SLURM's environment) started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def start_accelerator(*, accumulation: int, mixed_precision: str = "no", timeout_minutes: float = 10) -> Accelerator:
+    """Build the Accelerator of this process.
+
+    Args:
+        accumulation: micro-batches per optimizer step on each rank.
+        mixed_precision: ``fp16`` hands loss scaling to Accelerate; ``bf16`` needs none (autocast is ours) and is ``no``.
+        timeout_minutes: how long a collective may wait for a rank before the run ends.
+
+    Raises:
+        UserError: when the launcher asked for an engine that is not supported, or for several processes that
+            did not come about.
+    """
+    handlers: list[Any] = []
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    # cpu=True is what makes Accelerate wrap a model in DDP without a GPU, and what silently disables DeepSpeed
+    cpu = launched() and not deepspeed and not torch.cuda.is_available()
+    if launched():
+        # Without CUDA and without gloo named, Accelerate reports one process and trains the ranks apart.
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        handlers.append(InitProcessGroupKwargs(backend=backend, timeout=datetime.timedelta(minutes=timeout_minutes)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        accelerator = Accelerator(
+            cpu=cpu,
+            mixed_precision=mixed_precision,
+            gradient_accumulation_steps=accumulation,
+            kwargs_handlers=handlers,
+        )
+    wanted = int(os.environ.get("WORLD_SIZE", "1")) if launched() else 1
+    if accelerator.num_processes != wanted:
+        raise UserError(
+            f"the launcher started {wanted} processes but Accelerate sees {accelerator.num_processes}; "
+            "launch with 'accelerate launch --num_processes N' and without 'cpu: true' for DeepSpeed"
+        )
+    if deepspeed and accelerator.distributed_type != DistributedType.DEEPSPEED:
+        raise UserError("DeepSpeed was asked for but is not in use; remove 'cpu: true' from the launcher's config")
+    if accelerator.distributed_type not in SUPPORTED:
+        raise UserError(
+            f"distributed_type {accelerator.distributed_type.value!r} is not supported; "
+            "use DDP or DeepSpeed ZeRO-2/3 (configs/accelerate/)"
+        )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        stage = accelerator.state.deepspeed_plugin.zero_stage
+        if stage not in (1, 2, 3):
+            raise UserError(f"zero_stage={stage} is not supported; use 2 or 3")
+    return accelerator

@@ -1,0 +1,121 @@
+"""All that the project knows about DeepSpeed: gather, tear down and restore under ZeRO-1/2/3."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from tsqlora_scale.engine.state import ParamState, TrainState
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+#: Closures on a destroyed engine that ``engine.destroy()`` leaves on every module; with them in place the next
+#: ZeRO-3 backward fails in the old engine's parameter trace (deepspeed 0.19).
+STALE_ATTRIBUTES = ("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt", "ds_grads_remaining")
+
+
+def configure(accelerator: Any, *, micro_batch_size: int, max_grad_norm: float | None, trainable_numel: int) -> None:
+    """Fill the DeepSpeed config with what the run decides.
+
+    ``gradient_clipping`` is always set: its default changed between releases. Buckets are sized by the trainable
+    parameters, not by DeepSpeed's default of 5e8 elements, which would allocate 2 GB for an adapter.
+    """
+    config = accelerator.state.deepspeed_plugin.deepspeed_config
+    config["train_micro_batch_size_per_gpu"] = micro_batch_size
+    config["gradient_accumulation_steps"] = accelerator.gradient_accumulation_steps
+    config["train_batch_size"] = micro_batch_size * accelerator.gradient_accumulation_steps * accelerator.num_processes
+    config["gradient_clipping"] = max_grad_norm or 0.0
+    zero = config["zero_optimization"]
+    for key in ("reduce_bucket_size", "allgather_bucket_size"):
+        if zero.get(key, "auto") == "auto":  # twice the adapter leaves room for it to grow
+            zero[key] = max(2 * trainable_numel, 1_000_000)
+
+
+def gather(engine: Any) -> TrainState:
+    """Every trainable parameter with its moments, whole, on every rank. A collective."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    state = TrainState(optimizer_steps=_optimizer_steps(engine))
+    for name, param in sorted(engine.module.named_parameters()):
+        if not param.requires_grad:
+            continue
+        value = safe_get_full_fp32_param(param).detach().float().cpu().clone()
+        entry = ParamState.fresh(value)
+        if state.optimizer_steps:
+            for key in MOMENTS:
+                moment = safe_get_full_optimizer_state(param, key)
+                setattr(entry, key, moment.detach().float().cpu().reshape(value.shape).clone())
+        state.params[name] = entry
+    return state
+
+
+def restore_moments(engine: Any, state: TrainState) -> None:
+    """Give a freshly prepared engine the moments and the step count of ``state``; values are already in the module.
+
+    Optimizer state is lazy after ``prepare``: it is filled in first, for Adam-type optimizers.
+    """
+    if not state.optimizer_steps:
+        return
+    zero_optimizer = engine.optimizer
+    inner = zero_optimizer.optimizer
+    for flat in _flat_partitions(zero_optimizer):
+        step: Any = torch.tensor(float(state.optimizer_steps))
+        if type(inner).__name__ == "DeepSpeedCPUAdam":  # the one optimizer here whose step is a plain int
+            step = state.optimizer_steps
+        inner.state[flat] = {
+            "step": step,
+            "exp_avg": torch.zeros_like(flat.data),
+            "exp_avg_sq": torch.zeros_like(flat.data),
+        }
+    if hasattr(zero_optimizer, "_lazy_init_hp_params_optimizer_state"):
+        zero_optimizer._lazy_init_hp_params_optimizer_state()  # ZeRO-1/2: link the slices to their parameters
+    for name, param in sorted(engine.module.named_parameters()):
+        if param.requires_grad:
+            for key in MOMENTS:
+                _set_moment(param, getattr(state.params[name], key), key)
+
+
+def _set_moment(param: nn.Parameter, value: torch.Tensor, key: str) -> None:
+    from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+    if not hasattr(param, "ds_id"):
+        safe_set_full_optimizer_state(param, value.to(param.device), key)
+        return
+    # ZeRO-3's setter of whole tensors fails where the world size does not divide the size: set the padded shard.
+    shard = param.ds_tensor.numel()
+    world, rank = dist.get_world_size(), dist.get_rank()
+    padded = torch.zeros(shard * world)
+    padded[: value.numel()] = value.flatten()
+    safe_set_local_optimizer_state(param, padded[rank * shard : (rank + 1) * shard].to(param.device), key)
+
+
+def _flat_partitions(zero_optimizer: Any) -> list[torch.Tensor]:
+    """The flat float32 tensors that the inner optimizer steps: one per group (ZeRO-1/2) or sub-group (ZeRO-3)."""
+    for attribute in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups"):
+        if hasattr(zero_optimizer, attribute):
+            return list(getattr(zero_optimizer, attribute))
+    raise AssertionError(f"unknown ZeRO optimizer {type(zero_optimizer).__name__}")
+
+
+def _optimizer_steps(engine: Any) -> int:
+    for flat in _flat_partitions(engine.optimizer):
+        entry = engine.optimizer.optimizer.state.get(flat, {})
+        if "step" in entry:
+            return int(entry["step"])
+    return 0
+
+
+def release(accelerator: Any, engine: Any, optimizer: Any) -> None:
+    """Destroy the engine and everything that it left on the module, so that ``prepare`` can be called again."""
+    module = engine.module
+    for hook in (engine.module_forward_pre_hook, engine.module_forward_post_hook):
+        if hook is not None:
+            hook.remove()  # destroy() leaves these two, and each rebuild would add two more
+    accelerator.free_memory(engine, optimizer)
+    for submodule in module.modules():
+        for name in STALE_ATTRIBUTES:
+            submodule.__dict__.pop(name, None)
+    gc.collect()

@@ -1,0 +1,226 @@
+"""Everything that can be found wrong before the model is loaded, and the plan of the run that follows from it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tsqlora_scale.config import Config, as_steps
+from tsqlora_scale.errors import UserError
+from tsqlora_scale.locations import resolve
+
+if TYPE_CHECKING:
+    from tsqlora_scale.ranks.schedule import Schedule
+    from tsqlora_scale.tasks import Data
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """The numbers of a run: sizes in samples, times in optimizer steps."""
+
+    pool_size: int
+    subset_size: int
+    total_steps: int
+    #: The pool is scored after this many steps; none when the data half is off.
+    scoring_step: int | None
+    schedule: Schedule | None
+    micro_batch_size: int
+    accumulation: int
+    world_size: int
+    group_size: int
+
+    def lines(self) -> list[str]:
+        """What will happen when, for people."""
+        lines = [
+            f"pool: {self.pool_size} samples, trained on: {self.subset_size}",
+            f"steps: {self.total_steps}, each of {self.micro_batch_size} samples x {self.accumulation} micro-batches "
+            f"x {self.world_size} ranks",
+        ]
+        if self.scoring_step is not None:
+            lines.append(f"scoring: after step {self.scoring_step}, on uniform samples until then")
+        if self.schedule is not None:
+            events = self.schedule.events
+            lines.append(f"rank events: {len(events)}, after steps {', '.join(map(str, events))}")
+        return lines
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What the checks found out, for whoever loads the model next."""
+
+    config: Config
+    plan: RunPlan
+    data: Data
+    model_path: str
+    model_config: Any
+    tokenizer: Any
+    #: Linear layers that a 4-bit base keeps in floating point.
+    heads: list[str]
+
+
+def check(config: Config) -> Preflight:
+    """Run every check that needs no weights.
+
+    Raises:
+        UserError: naming the key, the value and the remedy.
+    """
+    check_machine(config)
+    from tsqlora_scale.tasks import load_data
+
+    data = load_data(config.task, seed=config.run.seed)
+    plan = plan_run(config, len(data.train), int(os.environ.get("WORLD_SIZE", "1")))
+    if config.task.dataset.dev_file is None and config.task.dataset.path is not None and config.train.eval_every:
+        raise UserError("train.eval_every is set but task.dataset.dev_file is not; name a file to evaluate on")
+    path = resolve(config.model.name_or_path, key="model.name_or_path")
+    model_config, tokenizer = load_descriptions(config, path)
+    heads = check_architecture(config, model_config)
+    return Preflight(config, plan, data, path, model_config, tokenizer, heads)
+
+
+def check_machine(config: Config) -> None:
+    """What the config asks for against what is installed here."""
+    if config.model.quantization == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("model.quantization='nf4' needs bitsandbytes; pip install 'tsqlora-scale[nf4]'")
+    if config.model.dtype == "fp16":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UserError("model.dtype='fp16' needs a GPU; use bf16 or fp32 on a CPU")
+
+
+def plan_run(config: Config, pool_size: int, world_size: int) -> RunPlan:
+    """Steps, batches and events.
+
+    Raises:
+        UserError: when the batch does not divide, the schedule never fires, or scoring comes after the end.
+    """
+    from tsqlora_scale.ranks.schedule import Schedule
+
+    train = config.train
+    micro = train.micro_batch_size or train.batch_size // world_size
+    if micro == 0 or train.batch_size % (micro * world_size):
+        raise UserError(
+            f"train.batch_size={train.batch_size} must be a multiple of micro_batch_size x ranks = "
+            f"{max(micro, 1)} x {world_size}; change one of them"
+        )
+    group = config.sensitivity.group_size
+    if group == "auto":
+        group = 1
+    elif micro % group:
+        raise UserError(f"sensitivity.group_size={group} must divide the micro batch of {micro} samples")
+    subset = pool_size
+    if config.adapter.method == "tsqlora" and config.sampling.selector != "full":
+        subset = ceil(config.sampling.keep_fraction * pool_size)
+    total = train.max_steps or ceil((train.epochs or 0) * subset / train.batch_size)
+    scoring_step = None
+    if config.scores_data:
+        scoring_step = as_steps(config.scoring.warmup_steps, total)
+        if scoring_step >= total:
+            raise UserError(
+                f"scoring.warmup_steps={config.scoring.warmup_steps} leaves no step to train on the scores "
+                f"(the run has {total}); lower it or set sampling.selector: full"
+            )
+    schedule = Schedule.from_config(config.schedule, total) if config.adapts_ranks else None
+    return RunPlan(
+        pool_size=pool_size,
+        subset_size=subset,
+        total_steps=total,
+        scoring_step=scoring_step,
+        schedule=schedule,
+        micro_batch_size=micro,
+        accumulation=train.batch_size // (micro * world_size),
+        world_size=world_size,
+        group_size=group,
+    )
+
+
+def load_descriptions(config: Config, path: str) -> tuple[Any, Any]:
+    """The model's config and tokenizer.
+
+    Raises:
+        UserError: when the model cannot be found or described.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    key = f"model.name_or_path={config.model.name_or_path!r}"
+    if path.startswith((".", "/")) and not Path(path).is_dir():
+        raise UserError(f"{key}: no such folder")
+    options: dict[str, Any] = {
+        "revision": config.model.revision,
+        "trust_remote_code": config.model.trust_remote_code,
+    }
+    labels = {"num_labels": config.task.num_labels} if config.task.num_labels else {}
+    try:
+        model_config = AutoConfig.from_pretrained(path, **options, **labels)
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+    except Exception as error:  # hub, network, JSON and import errors of several libraries
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{key}: cannot be loaded ({reason}); give a folder with config.json or a hub name") from None
+    if config.task.type == "regression":
+        model_config.problem_type = "regression"
+    elif config.task.type == "classification":
+        model_config.problem_type = "single_label_classification"
+        if isinstance(config.task.labels, list):
+            model_config.id2label = dict(enumerate(config.task.labels))
+            model_config.label2id = {name: i for i, name in enumerate(config.task.labels)}
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+        if tokenizer.pad_token is None:
+            raise UserError(f"{key}: the tokenizer has neither a padding nor an end token")
+    if model_config.get_text_config().pad_token_id is None:
+        model_config.pad_token_id = tokenizer.pad_token_id
+    return model_config, tokenizer
+
+
+def check_architecture(config: Config, model_config: Any) -> list[str]:
+    """Target modules and lengths against the model's structure, on the meta device.
+
+    Runs before the process group exists: under ZeRO-3, Transformers would shard even a skeleton.
+
+    Returns:
+        The linear layers outside the repeated blocks.
+    """
+    from tsqlora_scale.adapters import heads_of, resolve_targets, skeleton
+    from tsqlora_scale.tasks import auto_class_of
+
+    auto_class = auto_class_of(config.task.type)
+    try:
+        bare = skeleton(auto_class, model_config, trust_remote_code=config.model.trust_remote_code)
+    except ValueError:
+        raise UserError(
+            f"model.name_or_path={config.model.name_or_path!r} is a {model_config.model_type} model, which has no "
+            f"{config.task.type} form; choose another model or task.type"
+        ) from None
+    resolve_targets(bare, config.adapter.target_modules)
+    limit = getattr(model_config, "max_position_embeddings", None)
+    absolute = getattr(model_config, "position_biased_input", True)
+    longest = config.task.max_length
+    if config.task.type == "seq2seq":
+        longest = max(longest, config.task.max_target_length)
+    elif config.task.type == "causal":
+        longest += config.task.max_target_length
+    if limit is not None and absolute and longest > limit:
+        raise UserError(
+            f"task.max_length={config.task.max_length}: the model has {limit} positions and would see {longest}; lower it"
+        )
+    return heads_of(bare)
+
+
+def check_run_dir(config: Config, *, overwrite: bool, resume: bool) -> None:
+    """Never write over a run unless asked to.
+
+    Raises:
+        UserError: when the run folder holds a run.
+    """
+    folder = config.run_dir
+    if not overwrite and not resume and (folder / "config.yaml").exists():
+        raise UserError(
+            f"run folder {str(folder)!r} already holds a run; choose another run.name, or give --resume auto or --overwrite"
+        )
+    existing = folder if folder.exists() else next(p for p in folder.absolute().parents if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"run.output_dir={config.run.output_dir!r} cannot be written to; choose another")

@@ -1,0 +1,129 @@
+"""Minibatches of S as a pure function of the step (METHOD 1; Algorithm 1, line 9)."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+
+from tsqlora_scale.errors import UserError
+from tsqlora_scale.quality.rng import gumbel, philox
+
+
+class BatchSampler:
+    """Draws the global batch of every optimizer step.
+
+    ``draw(step)`` depends on the arguments below and the step alone, through a counter-based generator. So every
+    rank draws the same global batch and takes its slice of it, the number of ranks changes nothing, and a resumed
+    run continues exactly, in any order of calls.
+
+    Args:
+        indices: pool indices of S, (n,).
+        probabilities: weights of these samples, (n,), nonnegative, of any positive sum; None is uniform.
+        batch_size: samples per optimizer step.
+        seed: of the run.
+        replacement: with it every draw is independent. Without it the draws are slices of one order of S per epoch,
+            each sample once per epoch; weighted, an epoch's order is one of successive weighted draws from what is
+            left, so heavy samples tend to come early. A batch may straddle epochs.
+    """
+
+    def __init__(
+        self,
+        indices: np.ndarray,
+        probabilities: np.ndarray | None,
+        *,
+        batch_size: int,
+        seed: int,
+        replacement: bool,
+    ) -> None:
+        self.indices = np.asarray(indices, dtype=np.int64)
+        self.weights = None if probabilities is None else np.asarray(probabilities, dtype=np.float64)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.replacement = replacement
+        assert self.indices.ndim == 1
+        assert len(self.indices) > 0
+        assert batch_size > 0
+        self._cumulative: np.ndarray | None = None
+        self._orders: dict[int, np.ndarray] = {}
+        if self.weights is not None:
+            assert self.weights.shape == self.indices.shape, "one weight per index"
+            assert np.isfinite(self.weights).all()
+            assert (self.weights >= 0).all()
+            assert self.weights.sum() > 0
+            self._cumulative = np.cumsum(self.weights)
+            self._last_drawable = int(np.flatnonzero(self.weights)[-1])
+
+    def draw(self, step: int) -> np.ndarray:
+        """Pool indices (batch_size,) of optimizer step ``step`` (from 0)."""
+        if self.replacement:
+            places = self._independent(philox(self.seed, "draw", step).random(self.batch_size))
+        else:
+            places = self._slice(step * self.batch_size, (step + 1) * self.batch_size)
+        drawn: np.ndarray = self.indices[places]
+        return drawn
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the draws depend on; there is no position to keep."""
+        return {
+            "fingerprint": self.fingerprint(),
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "replacement": self.replacement,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Check that this sampler continues the one that was saved.
+
+        Raises:
+            UserError: its samples, weights or settings differ.
+        """
+        for key, value in self.state_dict().items():
+            if state.get(key) == value:
+                continue
+            if key == "fingerprint":
+                raise UserError(
+                    "the checkpoint was written with other samples or other weights than the present ones; "
+                    "resume with the same data, sampling.* and scoring.* as the run that wrote it"
+                )
+            raise UserError(
+                f"the checkpoint's sampler had {key}={state.get(key)!r}, this run has {value!r}; "
+                "resume with the config of the run that wrote it"
+            )
+
+    def fingerprint(self) -> str:
+        """Digest of indices and weights, to the bit."""
+        digest = hashlib.sha256(self.indices.tobytes())
+        digest.update(b"uniform" if self.weights is None else self.weights.tobytes())
+        return digest.hexdigest()
+
+    def _independent(self, uniform: np.ndarray) -> np.ndarray:
+        """Positions in S by inverse CDF of numbers in [0, 1)."""
+        if self._cumulative is None:
+            return (uniform * len(self.indices)).astype(np.int64).clip(max=len(self.indices) - 1)
+        # 'right': a sample of weight zero spans no interval and is never drawn
+        found = np.searchsorted(self._cumulative, uniform * self._cumulative[-1], side="right")
+        places: np.ndarray = np.minimum(found, self._last_drawable)
+        return places
+
+    def _slice(self, start: int, stop: int) -> np.ndarray:
+        """Positions in S at places [start, stop) of the endless sequence of epochs."""
+        size = len(self.indices)
+        parts = []
+        while start < stop:
+            epoch, offset = divmod(start, size)
+            parts.append(self._order(epoch)[offset : offset + stop - start])
+            start += len(parts[-1])
+        return np.concatenate(parts)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if epoch not in self._orders:
+            if len(self._orders) >= 2:  # a cache, not a state
+                self._orders.clear()
+            keys = gumbel(philox(self.seed, "epoch", epoch), len(self.indices))
+            if self.weights is not None:
+                with np.errstate(divide="ignore"):
+                    keys = keys + np.log(self.weights)
+            self._orders[epoch] = np.argsort(-keys, kind="stable")
+        return self._orders[epoch]

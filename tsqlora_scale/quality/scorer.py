@@ -1,0 +1,273 @@
+"""Quality scores of the pool: the passes, what is kept between them, and the table that they give (METHOD 1)."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tsqlora_scale.config import SamplingConfig, ScoringConfig
+from tsqlora_scale.engine.collectives import World
+from tsqlora_scale.errors import UserError
+from tsqlora_scale.quality.gradients import Batch, LossFn
+from tsqlora_scale.quality.measure import NOISE_ROUNDINGS, Measured, Measurer
+from tsqlora_scale.quality.rng import philox, share_of
+from tsqlora_scale.quality.select import select_subset
+from tsqlora_scale.quality.sketch import cosines
+from tsqlora_scale.quality.standardise import Standardisation, sampling_probabilities, term_weights
+from tsqlora_scale.quality.table import NEVER, ScoreTable, pool_fingerprint
+
+log = logging.getLogger("tsqlora_scale")
+
+
+@dataclass(frozen=True)
+class PassReport:
+    """What a scoring pass was and cost."""
+
+    scoring_pass: int
+    samples: int
+    seconds: float
+    one_at_a_time: bool
+    not_finite: int
+
+
+class QualityScorer(Generic[Batch]):
+    """Scores a pool, once in full and then by light refreshes.
+
+    Args:
+        scoring, sampling: the config sections.
+        seed: of the run; sketches, subsamples and the draw of S derive from it.
+        eta: step size of the loss reduction.
+        sample_ids: of the pool, in order; they are named in warnings and tie a checkpoint to its pool.
+        world: the ranks. They score disjoint shares and all hold the whole table.
+        batch_of: samples at the given pool indices, on the device.
+        losses: ``(module, batch) -> (batch.size,)`` losses of the samples, each its own mean, with a graph.
+        target_batches: the held-out set of ``convergence: target``, the same batches on every rank.
+        progress: told (batches done, batches of the pass) of this rank.
+        length_of: lengths of the samples at the given indices; batches then hold samples of similar length.
+
+    Attributes:
+        table: the last table; None before the first pass.
+        report: what the last pass cost.
+        sketches: this rank's gradient sketches of the last pass with their pool indices, or None.
+    """
+
+    def __init__(
+        self,
+        scoring: ScoringConfig,
+        sampling: SamplingConfig,
+        *,
+        seed: int,
+        eta: float,
+        sample_ids: Sequence[str],
+        world: World,
+        batch_of: Callable[[np.ndarray], Batch],
+        losses: LossFn[Batch],
+        target_batches: Callable[[], Iterable[Batch]] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        length_of: Callable[[np.ndarray], np.ndarray] | None = None,
+    ) -> None:
+        if scoring.convergence == "target" and target_batches is None:
+            raise UserError(
+                "scoring.convergence='target' needs a held-out set; "
+                "give task.dataset a development set or set scoring.convergence=alignment"
+            )
+        assert len(sample_ids) > 0, "an empty pool"
+        self.scoring = scoring
+        self.sampling = sampling
+        self.seed = seed
+        self.eta = eta
+        self.sample_ids = sample_ids
+        self.world = world
+        self.target_batches = target_batches
+        self.length_of = length_of
+        self.table: ScoreTable | None = None
+        self.report: PassReport | None = None
+        self.sketches: tuple[np.ndarray, Tensor] | None = None
+        self.passes = 0
+        self._measurer = Measurer(
+            scoring, seed=seed, eta=eta, world=world, batch_of=batch_of, losses=losses, progress=progress
+        )
+        self._standardisation = Standardisation()
+        self._first_order = scoring.delta_loss == "first_order"
+
+    def score(self, module: nn.Module, *, refresh: bool = False) -> ScoreTable:
+        """Score the pool or, with ``refresh``, ``refresh_fraction`` of S. Collective; equal on every rank.
+
+        The first pass fixes S and the standardisation constants. A refresh replaces the scores of the samples that
+        it saw and renormalises the probabilities over the pool. The mean gradient of ``alignment`` is taken over
+        the samples of the pass.
+
+        Args:
+            module: the unwrapped model, never a DDP or DeepSpeed engine; it is left as it was.
+            refresh: a light pass; needs a full one before it.
+
+        Raises:
+            UserError: no sample has a finite loss and gradient.
+        """
+        started = time.perf_counter()
+        assert self.table is not None or not refresh, "a refresh needs a full pass before it"
+        indices = self._refreshed() if refresh else self._subsample()
+        measured = self._measurer.measure(module, self._ordered(indices), exact=not self._first_order)
+        loss, terms = self._gathered(measured, self._convergence(module, measured))
+        finite = np.isfinite(loss) & np.isfinite(terms).all(axis=1)
+        if not finite.any():
+            raise UserError(
+                "no scored sample has a finite loss and gradient, the model has diverged; "
+                "lower train.lr or use model.dtype=fp32"
+            )
+        self._report_not_finite(indices[~finite])
+        self._standardisation.fit(terms[finite])
+        self.table = self._updated(indices, loss, terms, finite)
+        self.report = PassReport(
+            self.passes,
+            len(indices),
+            time.perf_counter() - started,
+            bool(self._measurer.one_at_a_time),
+            int((~finite).sum()),
+        )
+        self.passes += 1
+        return self.table
+
+    def state_dict(self) -> dict[str, Any]:
+        """Table, constants and decisions; without the sketches."""
+        return {
+            "pool": pool_fingerprint(self.sample_ids),
+            "passes": self.passes,
+            "one_at_a_time": self._measurer.one_at_a_time,
+            "first_order": self._first_order,
+            "standardisation": self._standardisation.state_dict(),
+            "table": None if self.table is None else self.table.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint.
+
+        Raises:
+            UserError: it belongs to another pool.
+        """
+        if state["pool"] != pool_fingerprint(self.sample_ids):
+            raise UserError(
+                "the checkpoint's scores belong to another pool of samples; "
+                "resume with the task.dataset of the run that wrote it"
+            )
+        self.passes = state["passes"]
+        self._measurer.one_at_a_time = state["one_at_a_time"]
+        self._first_order = state["first_order"]
+        self._standardisation.load_state_dict(state["standardisation"])
+        self.table = None if state["table"] is None else ScoreTable.from_state_dict(state["table"])
+
+    def _subsample(self) -> np.ndarray:
+        """The whole pool, or ``scoring.max_samples`` of it, the same ones in every full pass."""
+        size, limit = len(self.sample_ids), self.scoring.max_samples
+        if limit is None or limit >= size:
+            return np.arange(size)
+        return np.sort(np.argsort(philox(self.seed, "subsample").random(size), kind="stable")[:limit])
+
+    def _refreshed(self) -> np.ndarray:
+        assert self.table is not None
+        members = np.flatnonzero(self.table.selected)
+        count = share_of(self.scoring.refresh_fraction, len(members))
+        keys = philox(self.seed, "refresh", self.passes).random(len(members))
+        return np.sort(members[np.argsort(keys, kind="stable")[:count]])
+
+    def _ordered(self, indices: np.ndarray) -> np.ndarray:
+        if self.length_of is None:
+            return indices
+        return indices[np.argsort(self.length_of(indices), kind="stable")]
+
+    def _convergence(self, module: nn.Module, measured: Measured) -> np.ndarray:
+        """The convergence term of this rank's samples; zeros for ``loss_trend``, which needs no gradient."""
+        if measured.sketches is None:
+            return np.zeros(len(measured.indices))
+        self.sketches = (measured.indices, measured.sketches)
+        if self.target_batches is not None and self.scoring.convergence == "target":
+            direction = self._measurer.mean_sketch(module, self.target_batches())
+        else:
+            usable = measured.sketches[measured.sketches.isfinite().all(1)].double()
+            count = torch.tensor([float(len(usable))], dtype=torch.float64)
+            total = self.world.sum(torch.cat([usable.sum(0), count]))
+            direction = total[:-1] / total[-1].clamp_min(1)
+        return cosines(measured.sketches, direction).numpy()
+
+    def _gathered(self, measured: Measured, convergence: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """All ranks' losses (n,) and raw terms (n, 3), in the order of their pool indices."""
+        own = np.column_stack(
+            [measured.indices, measured.loss, measured.grad_norm, measured.delta_loss, convergence]
+        ).astype(np.float64)
+        rows = self.world.gather_arrays(own)
+        rows = rows[np.argsort(rows[:, 0], kind="stable")]
+        indices, loss, terms = rows[:, 0].astype(np.int64), rows[:, 1], rows[:, 2:]
+        if not self._first_order:
+            self._first_order = self._below_rounding(loss, terms, measured.rounding)
+            if self._first_order:
+                terms[:, 1] = self.eta * terms[:, 0] ** 2
+        if self.scoring.convergence == "loss_trend" and self.table is not None:
+            seen = self.table.scoring_pass[indices] != NEVER
+            terms[:, 2] = np.where(seen, self.table.loss[indices] - loss, 0.0)
+        return loss, terms
+
+    def _below_rounding(self, loss: np.ndarray, terms: np.ndarray, eps: float) -> bool:
+        """Whether a step of ``eta`` changes the losses by no more than the forward's rounding does.
+
+        The difference of two forwards is then noise, and its first order, the same up to O(eta^2), is the better
+        number. Decided in the first pass that finds it so, and kept.
+        """
+        finite = np.isfinite(loss) & np.isfinite(terms[:, 0])
+        if not finite.any():
+            return False
+        spread = (self.eta * terms[finite, 0] ** 2).std()
+        noise = NOISE_ROUNDINGS * eps * np.abs(loss[finite]).mean()
+        if spread == 0 or spread > noise:
+            return False
+        if self.world.is_main:
+            log.warning(
+                "loss reductions by a step of scoring.eta=%g (spread %.1e) are below the rounding of the model's "
+                "losses (%.1e); using scoring.delta_loss=first_order",
+                self.eta,
+                spread,
+                noise,
+            )
+        return True
+
+    def _report_not_finite(self, indices: np.ndarray) -> None:
+        if len(indices) == 0:
+            return
+        first = ", ".join(str(self.sample_ids[i]) for i in indices[:5])
+        if self.world.is_main:
+            log.warning(
+                "%d samples have a loss or gradient that is not finite and get the lowest quality; first ids: %s",
+                len(indices),
+                first,
+            )
+
+    def _updated(self, indices: np.ndarray, loss: np.ndarray, terms: np.ndarray, finite: np.ndarray) -> ScoreTable:
+        """The table after this pass; earlier tables stay as they are. Collective."""
+        weights = term_weights(self.scoring)
+        quality = self._standardisation.z(terms) @ weights
+        worst = quality[finite].min()
+        first = self.table is None
+        table = ScoreTable.empty(len(self.sample_ids)) if self.table is None else self.table.copy()
+        if not first:
+            worst = min(worst, table.quality.min())
+        quality[~finite] = worst
+        table.loss[indices] = loss
+        table.grad_norm[indices], table.delta_loss[indices], table.convergence[indices] = terms.T
+        table.quality[indices] = quality
+        table.scoring_pass[indices] = self.passes
+        if first:
+            rest = table.scoring_pass == NEVER
+            mean = terms[finite].mean(axis=0)
+            table.loss[rest] = loss[finite].mean()
+            table.grad_norm[rest], table.delta_loss[rest], table.convergence[rest] = mean
+            table.quality[rest] = (self._standardisation.z(mean[None]) @ weights)[0]
+        table.probability = sampling_probabilities(table.quality, self.sampling.tau, self.world)
+        if first:
+            table.selected = select_subset(len(table), table.quality, self.sampling, seed=self.seed)
+        return table

@@ -1,0 +1,184 @@
+"""Grow and shrink one LoRA layer together with its Adam moments (METHOD section 4).
+
+Pure tensor algebra, in float64 within and float32 outside. With dW = B A, A (r, d_in) and B (d_out, r):
+
+* Growth leaves dW as it is: new rows of A, and zeros as new columns of B.
+* Shrinking by ``svd`` takes the best approximation of dW of the new rank, and writes the new factors as a linear map
+  of the old ones, A' = T_A A and B' = B T_B with T_A T_B = I. Gradients then follow dL/dA' = T_B^T dL/dA and
+  dL/dB' = dL/dB T_A^T, and so do first moments, which are averages of gradients. Second moments follow the squared
+  map, as if gradients of different components were uncorrelated. Singular values are split evenly between the
+  factors. Giving A back its former row norms instead, and B the rest, left the loss of a small three-layer student up
+  to 21 % higher after an early shrink (8 to 4 at step 10, 50 or 200 of 600; mean of four seeds), and never lower.
+* Shrinking by ``importance`` keeps whole components, values and moments untouched. In the same experiment its loss
+  was 11 to 120 % above that of ``svd`` right after the event, and 6 to 14 % above at the end.
+
+New components have no first moment. Their second moment is the mean over existing components, coordinate by
+coordinate: a zero would be wrong, because Adam's step count goes on, its bias correction with it, and the first
+update would be (1 - b1)|g| / sqrt((1 - b2) g^2) = 3.2 learning rates. With v0 it is at most one learning rate as soon
+as b2 v0 + (1 - b2) g^2 >= (1 - b1)^2 g^2, that is v0 >= 0.009 g^2 for Adam's usual betas: the new gradient may be ten
+times the typical one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.linalg import matrix_norm, qr, svd, vector_norm
+
+from tsqlora_scale.engine.state import ParamState
+
+Shrink = Literal["svd", "importance"]
+GrowInit = Literal["orthogonal", "gaussian"]
+
+#: Singular values of dW below this share of the largest one are noise of float32 factors.
+RELATIVE_CUTOFF = 1e-6
+#: … and below this, dW is zero for all purposes, and its directions mean nothing.
+ABSOLUTE_CUTOFF = 1e-12
+#: Typical norm of a row of A as PEFT initialises it: d_in uniform numbers of variance 1 / (3 d_in).
+INITIAL_ROW_NORM = 3**-0.5
+
+
+@dataclass(frozen=True)
+class Resized:
+    """The layer's new factors, and ||dW - dW'||_F / ||dW||_F (0 when dW was zero)."""
+
+    a: ParamState
+    b: ParamState
+    shrink_error: float
+
+
+@dataclass(frozen=True)
+class _Factors:
+    """Values and moments of A (r, d_in) and of B^T (r, d_out): component k is row k of all six."""
+
+    a: Tensor
+    a_avg: Tensor
+    a_sq: Tensor
+    b: Tensor
+    b_avg: Tensor
+    b_sq: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.a, self.a_avg, self.a_sq, self.b, self.b_avg, self.b_sq)
+
+    def __len__(self) -> int:
+        return self.a.shape[0]
+
+
+def resize_layer(
+    a: ParamState,
+    b: ParamState,
+    rank: int,
+    *,
+    shrink: Shrink,
+    grow_init: GrowInit,
+    generator: torch.Generator,
+    importance: Tensor | None = None,
+) -> Resized:
+    """A layer of ``rank`` components from one of r.
+
+    Args:
+        a: factor A, (r, d_in), float32 on the CPU.
+        b: factor B, (d_out, r).
+        rank: the new rank, at least 1.
+        shrink: how to drop components.
+        grow_init: where new rows of A point: ``orthogonal`` to the present ones, as long as there is room, or
+            ``gaussian``. Their norm is the mean norm of the present rows.
+        generator: the only source of randomness.
+        importance: (r,), what ``shrink="importance"`` ranks components by. Without it, the mean over elements of
+            |A_k * dA_k| plus that of |B_k * dB_k|, with Adam's first moments as the gradients.
+    """
+    assert rank >= 1, rank
+    assert a.value.shape[0] == b.value.shape[1], (a.value.shape, b.value.shape)
+    old = _Factors(*(t.double() for t in (a.value, a.exp_avg, a.exp_avg_sq)),
+                   *(t.double().T for t in (b.value, b.exp_avg, b.exp_avg_sq)))  # fmt: skip
+    if rank == len(old):
+        return Resized(a, b, 0.0)
+    kept, error = old, 0.0
+    if rank < len(old):
+        kept, error = _shrink_svd(old, rank) if shrink == "svd" else _shrink_importance(old, rank, importance)
+    new = _grow(kept, rank - len(kept), grow_init, generator, template=kept if len(kept) else old)
+    values = [t.float().contiguous() for t in new.tensors[:3]] + [t.T.float().contiguous() for t in new.tensors[3:]]
+    assert all(bool(t.isfinite().all()) for t in values)
+    return Resized(ParamState(*values[:3]), ParamState(*values[3:]), error)
+
+
+def layer_generator(seed: int, step: int, layer: str) -> torch.Generator:
+    """A generator that depends on these three alone: the same on every process and under every engine."""
+    digest = hashlib.sha256(f"resize/{seed}/{step}/{layer}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def _shrink_svd(old: _Factors, rank: int) -> tuple[_Factors, float]:
+    """Eckart-Young by way of two thin QRs and an r x r SVD. May keep fewer than ``rank``: zeros are not kept."""
+    r_a = qr(old.a.T).R  # (min(d_in, r), r)
+    r_b = qr(old.b.T).R  # (min(d_out, r), r)
+    u, s, vh = svd(r_b @ r_a.T, full_matrices=False)
+    alive = int((s > max(RELATIVE_CUTOFF * float(s[0]), ABSOLUTE_CUTOFF)).sum())
+    keep = min(rank, alive)
+    error = _ratio(float(vector_norm(s[keep:])), float(vector_norm(s)))
+    u, s, v = u[:, :keep], s[:keep], vh[:keep].T
+    # a singular pair is defined up to a common sign: fix it, or float noise would decide it
+    sign = torch.where(u.gather(0, u.abs().argmax(0, keepdim=True)) < 0, -1.0, 1.0)
+    t_a = (sign * u / s.sqrt()).T @ r_b  # (keep, r)
+    t_b = r_a.T @ (sign * v / s.sqrt())  # (r, keep)
+    return _Factors(
+        t_a @ old.a, t_b.T @ old.a_avg, t_b.T.square() @ old.a_sq,
+        t_b.T @ old.b, t_a @ old.b_avg, t_a.square() @ old.b_sq,
+    ), error  # fmt: skip
+
+
+def _shrink_importance(old: _Factors, rank: int, importance: Tensor | None) -> tuple[_Factors, float]:
+    """The ``rank`` most important components, in their old order; ties go to the earlier one."""
+    if importance is None:
+        importance = (old.a * old.a_avg).abs().mean(1) + (old.b * old.b_avg).abs().mean(1)
+    order = torch.argsort(importance, descending=True, stable=True)
+    keep, drop = order[:rank].sort().values, order[rank:]
+    error = _ratio(_product_norm(old.a[drop], old.b[drop]), _product_norm(old.a, old.b))
+    return _Factors(*(t[keep] for t in old.tensors)), error
+
+
+def _product_norm(a: Tensor, b: Tensor) -> float:
+    """||B A||_F of A (r, d_in) and B^T (r, d_out), without forming the product."""
+    return float(matrix_norm(qr(b.T).R @ qr(a.T).R.T))
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else 0.0
+
+
+def _grow(kept: _Factors, count: int, init: GrowInit, generator: torch.Generator, *, template: _Factors) -> _Factors:
+    """``count`` new components after those kept; ``template`` gives their scale and second moments."""
+    if count == 0:
+        return kept
+    norm = float(vector_norm(template.a, dim=1).mean()) or INITIAL_ROW_NORM
+    rows = norm * _directions(kept.a, count, init, generator)
+
+    def extend(tensor: Tensor, new: Tensor) -> Tensor:
+        return torch.cat([tensor, new.expand(count, -1)])
+
+    nothing_in, nothing_out = kept.a.new_zeros(kept.a.shape[1]), kept.b.new_zeros(kept.b.shape[1])
+    return _Factors(
+        torch.cat([kept.a, rows]), extend(kept.a_avg, nothing_in), extend(kept.a_sq, template.a_sq.mean(0)),
+        extend(kept.b, nothing_out), extend(kept.b_avg, nothing_out), extend(kept.b_sq, template.b_sq.mean(0)),
+    )  # fmt: skip
+
+
+def _directions(existing: Tensor, count: int, init: GrowInit, generator: torch.Generator) -> Tensor:
+    """(count, d_in) rows of norm about 1; orthonormal, and orthogonal to ``existing``, as far as there is room."""
+    d_in = existing.shape[1]
+    drawn = torch.randn(count, d_in, dtype=torch.float64, generator=generator) / math.sqrt(d_in)
+    room = min(count, max(d_in - existing.shape[0], 0))
+    if init == "gaussian" or room == 0:
+        return drawn
+    basis = qr(existing.T).Q  # (d_in, r)
+    free = drawn[:room]
+    for _ in range(2):  # a second pass removes what rounding left of the first
+        free = free - (free @ basis) @ basis.T
+    return torch.cat([qr(free.T).Q.T, drawn[room:]])

@@ -1,0 +1,42 @@
+"""When ranks change: warm up, adjust, stabilise (METHOD section 5)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tsqlora_scale.config import ScheduleConfig, as_steps
+from tsqlora_scale.errors import UserError
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The optimizer steps after which ranks change.
+
+    ``events`` holds counts of finished steps, ascending, each in [1, total_steps - 1]: nothing would be
+    trained after an event that follows the last step.
+    """
+
+    events: tuple[int, ...]
+
+    @classmethod
+    def from_config(cls, cfg: ScheduleConfig, total_steps: int) -> Schedule:
+        """Events at ``start``, ``start + every``, … up to and including ``end``.
+
+        Raises:
+            UserError: when no event falls inside the run.
+        """
+        start, end = as_steps(cfg.start, total_steps), as_steps(cfg.end, total_steps)
+        every = as_steps(cfg.every, total_steps)
+        events = tuple(step for step in range(start, end + 1, every) if 1 <= step < total_steps)
+        if not events:
+            raise UserError(
+                f"schedule.start={cfg.start}, schedule.end={cfg.end}, schedule.every={cfg.every} (steps {start} to "
+                f"{end}, every {every}) put no event inside the run of {total_steps} optimizer steps: an event needs "
+                f"start <= end and falls after steps 1 to {total_steps - 1}; change the schedule, train longer, or "
+                "set sensitivity.enabled=false to keep ranks fixed"
+            )
+        return cls(events)
+
+    def due(self, step: int) -> bool:
+        """Whether ranks change once ``step`` optimizer steps are finished."""
+        return step in self.events

@@ -1,0 +1,94 @@
+"""The run folder: config, one line per step and per event, the final result. Rank 0 writes."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class RunRecord:
+    """Appends to ``metrics.jsonl`` and ``ranks.jsonl``, writes ``result.json``; times the phases of a run.
+
+    Args:
+        folder: the run folder.
+        writes: whether this process writes (rank 0).
+    """
+
+    def __init__(self, folder: Path, *, writes: bool) -> None:
+        self.folder = folder
+        self._writes = writes
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._started = time.perf_counter()
+
+    def prepare(self, config_yaml: str) -> None:
+        """Create the folder and write the resolved config."""
+        if self._writes:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "config.yaml").write_text(config_yaml)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count wall seconds under a phase: load, warmup, scoring, training, resizing, evaluation, checkpointing."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - start
+
+    def metrics(self, **line: Any) -> None:
+        """A line of ``metrics.jsonl``."""
+        self._append("metrics.jsonl", line)
+
+    def event(self, **line: Any) -> None:
+        """A line of ``ranks.jsonl``."""
+        self._append("ranks.jsonl", line)
+
+    def rewind(self, step: int) -> None:
+        """Drop the lines after ``step``, which a resumed run writes again."""
+        if not self._writes:
+            return
+        for name in ("metrics.jsonl", "ranks.jsonl"):
+            path = self.folder / name
+            if path.exists():
+                lines = [text for text in path.read_text().splitlines() if _step_of(text) <= step]
+                path.write_text("".join(f"{text}\n" for text in lines))
+
+    def wall_seconds(self) -> float:
+        """Seconds since the record was made."""
+        return time.perf_counter() - self._started
+
+    def result(self, result: dict[str, Any]) -> None:
+        """Write ``result.json``, whole or not at all."""
+        if self._writes:
+            partial = self.folder / "result.json.partial"
+            partial.write_text(json.dumps(result, indent=1) + "\n")
+            partial.rename(self.folder / "result.json")
+
+    def _append(self, name: str, line: dict[str, Any]) -> None:
+        if self._writes:
+            with (self.folder / name).open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak memory of this process: on the GPU what the allocator held, else resident memory."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _step_of(text: str) -> int:
+    try:
+        return int(json.loads(text).get("step", 0))
+    except ValueError:
+        return sys.maxsize  # a line cut short when the run was killed

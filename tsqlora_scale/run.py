@@ -1,0 +1,355 @@
+"""A run in progress: the parts that Algorithm 1 moves, and how they are saved and restored together."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
+
+from tsqlora_scale.adapters import add_adapter, load_base, save_adapter
+from tsqlora_scale.config import Config
+from tsqlora_scale.engine.checkpoint import (
+    checkpoint_dir,
+    complete_checkpoints,
+    prune,
+    read_checkpoint,
+    write_checkpoint,
+)
+from tsqlora_scale.engine.engine import Engine, generator_for
+from tsqlora_scale.engine.sharded import write_parameter
+from tsqlora_scale.engine.start import start_accelerator
+from tsqlora_scale.engine.state import TrainState
+from tsqlora_scale.errors import UserError
+from tsqlora_scale.evaluation import evaluate
+from tsqlora_scale.preflight import Preflight, RunPlan
+from tsqlora_scale.quality import BatchSampler, QualityScorer, select_subset
+from tsqlora_scale.ranks import SensitivityTracker, TsqLoraPolicy, current_ranks, set_ranks
+from tsqlora_scale.report.progress import Progress
+from tsqlora_scale.report.record import RunRecord
+from tsqlora_scale.tasks import Task, build_task
+
+
+@dataclass
+class Run:
+    """Everything that a run owns. Built by :func:`build_run`; :mod:`tsqlora_scale.train` moves it."""
+
+    config: Config
+    plan: RunPlan
+    engine: Engine
+    task: Task
+    record: RunRecord
+    tracker: SensitivityTracker | None
+    scorer: QualityScorer | None
+    policy: TsqLoraPolicy | None
+    #: Optimizer steps done.
+    step: int = 0
+    #: Rank events done.
+    events: int = 0
+    sampler: BatchSampler = field(init=False)
+    #: The step at which the present sampler took over.
+    sampler_start: int = 0
+    first_quality: float | None = None
+    #: Which pool rows have been trained on, (N,) bool.
+    seen: np.ndarray = field(init=False)
+    best: dict[str, Any] | None = None
+    initial_ranks: dict[str, int] = field(default_factory=dict)
+    metrics_before: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.seen = np.zeros(self.plan.pool_size, dtype=bool)
+        self.initial_ranks = current_ranks(self.engine.module)
+        pool = np.arange(self.plan.pool_size)
+        if self.config.adapter.method == "tsqlora" and self.config.sampling.selector == "random":
+            chosen = select_subset(self.plan.pool_size, None, self.config.sampling, seed=self.config.run.seed)
+            pool = np.flatnonzero(chosen)
+        self.use_samples(pool, None)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes and prints."""
+        return self.engine.world.is_main
+
+    def use_samples(self, indices: np.ndarray, probabilities: np.ndarray | None) -> None:
+        """Draw from ``indices`` by ``probabilities`` (none: uniformly) from the next step on."""
+        self.sampler = BatchSampler(
+            indices,
+            probabilities,
+            batch_size=self.config.train.batch_size,
+            seed=self.config.run.seed,
+            replacement=self.config.sampling.replacement and probabilities is not None,
+        )
+        self.sampler_start = self.step
+
+    def draw(self) -> np.ndarray:
+        """The next global batch, (batch_size,) pool rows: a function of the seed and the step alone."""
+        indices = self.sampler.draw(self.step - self.sampler_start)
+        self.seen[indices] = True
+        return indices
+
+    def progress(self, what: str, total: int) -> Progress:
+        """Progress shown by rank 0."""
+        return Progress(what, total, shows=self.is_main)
+
+    def evaluate(self) -> dict[str, float]:
+        """Metrics on the development split; empty without one."""
+        if self.task.dev is None:
+            return {}
+        with self.record.phase("evaluation"), self.progress("evaluating", len(self.task.dev)) as bar:
+            metrics = evaluate(
+                self.engine.module,
+                self.task,
+                self.engine.world,
+                batch_size=self.config.train.eval_batch_size,
+                progress=bar,
+            )
+        self.record.metrics(step=self.step, eval=metrics)
+        return metrics
+
+    def note_best(self, metrics: dict[str, float]) -> bool:
+        """Remember the best evaluation so far; whether this is it."""
+        if not metrics:
+            return False
+        value = metrics[self.task.best_metric]
+        if self.best is not None and (value > self.best["value"]) != self.task.higher_is_better:
+            return False
+        if self.best is not None and value == self.best["value"]:
+            return False
+        name = checkpoint_dir(Path("checkpoints"), self.step).as_posix()
+        self.best = {"step": self.step, "metric": self.task.best_metric, "value": value, "checkpoint": name}
+        return True
+
+    def save_checkpoint(self) -> None:
+        """Write ``checkpoints/step-…``. A collective; rank 0 writes."""
+        with self.record.phase("checkpointing"):
+            state = self.engine.gather()
+            if self.tracker is not None:
+                self.tracker.synchronize(self.engine.world)
+            root = self.record.folder / "checkpoints"
+            if self.is_main:
+                write_checkpoint(checkpoint_dir(root, self.step), state, self.state_dict(), self._write_arrays)
+                protect = {Path(self.best["checkpoint"]).name} if self.best else set()
+                prune(root, keep=self.config.train.checkpoint_keep, protect=protect)
+            self.engine.world.barrier()
+
+    def save_adapter(self) -> Path:
+        """Write ``adapter/``, plain PEFT. A collective; rank 0 writes."""
+        folder = self.record.folder / "adapter"
+        state = self.engine.gather()
+        if self.is_main:
+            values = {name: entry.value for name, entry in state.params.items()}
+            save_adapter(self.engine.module, values, folder, base_name=self.config.model.name_or_path)
+            self.task.tokenizer.save_pretrained(str(folder))
+        self.engine.world.barrier()
+        return folder
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able state beside parameters and moments."""
+        return {
+            "step": self.step,
+            "events": self.events,
+            "sampler_start": self.sampler_start,
+            "sampler": self.sampler.state_dict(),
+            "ranks": current_ranks(self.engine.module),
+            "initial_ranks": self.initial_ranks,
+            "first_quality": self.first_quality,
+            "best": self.best,
+            "metrics_before": self.metrics_before,
+            "tracker": self.tracker.state_dict() if self.tracker else None,
+            "config": self.config.model_dump(mode="json"),
+            "seconds": dict(self.record.seconds),
+        }
+
+    def load_state_dict(self, tree: dict[str, Any], folder: Path) -> None:
+        """Continue from a checkpoint; parameters, moments and ranks are already in the engine."""
+        arrays = load_file(folder / "arrays.safetensors")
+        self.step = tree["sampler_start"]
+        self.seen = arrays.pop("seen").astype(bool)
+        if self.scorer is not None and arrays:
+            self.scorer.load_state_dict(arrays)
+            self.draw_by_scores()
+        self.sampler.load_state_dict(tree["sampler"])
+        self.step, self.events = tree["step"], tree["events"]
+        self.first_quality, self.best = tree["first_quality"], tree["best"]
+        self.metrics_before, self.initial_ranks = tree["metrics_before"], tree["initial_ranks"]
+        if self.tracker is not None:
+            self.tracker.load_state_dict(tree["tracker"])
+        self.record.seconds.update(tree["seconds"])
+        self.record.rewind(self.step)
+
+    def draw_by_scores(self) -> None:
+        """Draw from S by p, as the scores in force say (Algorithm 1, lines 4 and 9)."""
+        assert self.scorer is not None and self.scorer.table is not None
+        table = self.scorer.table
+        chosen = np.flatnonzero(table.selected)
+        self.use_samples(chosen, table.probability[chosen])
+
+    def _write_arrays(self, folder: Path) -> None:
+        arrays = {"seen": self.seen.astype(np.uint8)}
+        if self.scorer is not None and self.scorer.table is not None:
+            arrays |= self.scorer.state_dict()
+        save_file(arrays, folder / "arrays.safetensors")
+
+
+def build_run(preflight: Preflight, *, resume: str | None = None) -> Run:
+    """Load the model, put the adapter on it, start the engine.
+
+    Args:
+        resume: ``auto`` (the newest complete checkpoint of the run folder, if any) or a checkpoint folder.
+    """
+    config, plan = preflight.config, preflight.plan
+    accelerator = start_accelerator(
+        accumulation=plan.accumulation, mixed_precision="fp16" if config.model.dtype == "fp16" else "no"
+    )
+    record = RunRecord(config.run_dir, writes=accelerator.is_main_process)
+    checkpoint = find_checkpoint(config.run_dir, resume) if resume else None
+    with record.phase("load"), quiet_libraries():
+        task = build_task(config.task, preflight.data, preflight.tokenizer, preflight.model_config)
+        model = build_model(config, preflight, task, device=accelerator.device)
+        tracker = None
+        if config.adapts_ranks:
+            tracker = SensitivityTracker(
+                config.sensitivity, batch_size=config.train.batch_size, micro_batch_size=plan.micro_batch_size
+            )
+        state, tree = read_checkpoint(checkpoint) if checkpoint else (TrainState(), None)
+        if tree is not None:
+            same_method(config, tree["config"], checkpoint)
+            set_ranks(model, tree["ranks"])
+            params = dict(model.named_parameters())
+            for name, entry in sorted(state.params.items()):
+                write_parameter(params[name], entry.value)
+        engine = Engine(
+            accelerator,
+            model,
+            train=config.train,
+            micro_batch_size=plan.micro_batch_size,
+            before_prepare=tracker.attach if tracker else None,
+            state=state,
+        )
+        run = Run(
+            config=config,
+            plan=plan,
+            engine=engine,
+            task=task,
+            record=record,
+            tracker=tracker,
+            scorer=build_scorer(config, plan, engine, task) if config.scores_data else None,
+            policy=TsqLoraPolicy(config.allocation) if tracker else None,
+        )
+        if tree is not None and checkpoint is not None:
+            run.load_state_dict(tree, checkpoint)
+        else:
+            record.prepare(config.to_yaml())
+    return run
+
+
+def build_model(config: Config, preflight: Preflight, task: Task, *, device: torch.device) -> Any:
+    """The base with a fresh adapter, the same on every rank and engine."""
+    seed = config.run.seed
+    torch.manual_seed(seed)  # whatever the libraries draw and we do not redraw
+    base, new_modules = load_base(
+        preflight.model_path,
+        config.model,
+        auto_class=task.auto_class,
+        model_config=preflight.model_config,
+        unquantised=preflight.heads,
+        generator=generator_for(seed, "head"),
+        device=device,
+    )
+    return add_adapter(
+        base,
+        config.adapter,
+        task_type=task.peft_task_type,
+        new_modules=new_modules,
+        dtype=config.model.dtype,
+        generator=generator_for(seed, "adapter"),
+    )
+
+
+def build_scorer(config: Config, plan: RunPlan, engine: Engine, task: Task) -> QualityScorer:
+    """The scorer, given the task's batches and per-sample losses as callables."""
+    device = engine.world.device
+    limit = config.scoring.max_length
+
+    def batch_of(indices: np.ndarray) -> Any:
+        return task.batch("train", indices, max_length=limit).to(device)
+
+    def losses(module: torch.nn.Module, batch: Any) -> torch.Tensor:
+        sums, counts = task.losses(module(**batch.inputs), batch)
+        return sums / counts
+
+    def target_batches() -> Iterable[Any]:
+        assert task.dev is not None
+        size = config.scoring.batch_size
+        for start in range(0, len(task.dev), size):
+            rows = np.arange(start, min(start + size, len(task.dev)))
+            yield task.batch("dev", rows, max_length=limit).to(device)
+
+    return QualityScorer(
+        config.scoring,
+        config.sampling,
+        seed=config.run.seed,
+        eta=config.scoring.eta or config.train.lr,
+        sample_ids=task.train["sample_id"],
+        world=engine.world,
+        batch_of=batch_of,
+        losses=losses,
+        target_batches=target_batches if config.scoring.convergence == "target" else None,
+    )
+
+
+def find_checkpoint(run_dir: Path, resume: str) -> Path | None:
+    """The checkpoint that ``--resume`` means; none when ``auto`` finds none.
+
+    Raises:
+        UserError: when a folder was named and is none.
+    """
+    if resume == "auto":
+        found = complete_checkpoints(run_dir / "checkpoints")
+        return found[-1] if found else None
+    if not Path(resume).is_dir():
+        raise UserError(f"--resume {resume!r} is no checkpoint folder; give 'auto' or a step-… folder")
+    return Path(resume)
+
+
+def same_method(config: Config, saved: dict[str, Any], checkpoint: Path | None) -> None:
+    """Refuse a checkpoint of another run: everything but lengths of time and places must be the same.
+
+    Raises:
+        UserError: naming the first key that differs.
+    """
+    now = config.model_dump(mode="json")
+    free = {"run.output_dir", "run.name", "train.micro_batch_size", "train.eval_batch_size", "train.checkpoint_every"}
+    free |= {"train.checkpoint_keep", "train.eval_every"}
+    for section, values in now.items():
+        for key, value in values.items():
+            old = saved.get(section, {}).get(key)
+            if f"{section}.{key}" not in free and value != old:
+                raise UserError(
+                    f"{checkpoint}: was written with {section}.{key}={old!r}, the config says {value!r}; "
+                    "use the same config, or start a new run"
+                )
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Any:
+    """Silence what libraries print while a model loads; errors still raise."""
+    import logging
+    import warnings
+
+    from transformers.utils import logging as transformers_logging
+
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    for name in ("DeepSpeed", "accelerate", "bitsandbytes", "peft"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    transformers_logging.set_verbosity(verbosity)

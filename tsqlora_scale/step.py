@@ -1,0 +1,80 @@
+"""One optimizer step on a global batch, the same for any number of ranks and any accumulation."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from tsqlora_scale.engine.engine import Engine
+    from tsqlora_scale.ranks.sensitivity import SensitivityTracker
+    from tsqlora_scale.tasks import Task
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did: mean loss over the global batch, gradient 2-norm before clipping."""
+
+    loss: float
+    grad_norm: float
+
+
+def micro_batches(indices: np.ndarray, micro_batch_size: int, rank: int, world_size: int) -> list[np.ndarray]:
+    """This rank's micro-batches of a global batch.
+
+    The global batch of shape (batch_size,) is cut into consecutive micro-batches that are dealt to the ranks in
+    turn, so the set of micro-batches does not depend on the number of ranks.
+    """
+    parts = indices.reshape(-1, micro_batch_size)
+    return list(parts[rank::world_size])
+
+
+def optimizer_step(
+    engine: Engine,
+    task: Task,
+    tracker: SensitivityTracker | None,
+    indices: np.ndarray,
+    *,
+    step: int,
+    lr: float,
+    micro_batch_size: int,
+    seed: int,
+) -> StepResult:
+    """Forward and backward of every micro-batch, then one step. A collective.
+
+    The loss is normalised by the number of loss terms (samples, or target tokens) of the whole step, so that
+    padding, accumulation and the number of ranks do not change the gradient.
+    """
+    world = engine.world
+    seed_dropout(seed, step, world.rank)
+    parts = micro_batches(indices, micro_batch_size, world.rank, world.size)
+    batches = [task.batch("train", part).to(world.device) for part in parts]
+    terms = world.sum(torch.stack([task.loss_terms(batch).sum().double().cpu() for batch in batches]).sum())
+    loss_sum = torch.zeros((), dtype=torch.float64)
+    grad_norm = None
+    if tracker is not None:
+        tracker.start_step(step, loss_scale=engine.gradient_scale)
+    for batch in batches:
+        if tracker is not None:
+            tracker.start_micro_batch(batch.size)
+        with engine.micro_batch():
+            sums, _ = task.losses(engine.forward(**batch.inputs), batch)
+            loss_sum += sums.detach().double().sum().cpu()
+            grad_norm = engine.backward(sums.sum() / terms.to(sums), lr)
+    if tracker is not None:
+        tracker.end_step()
+    assert grad_norm is not None, "the last micro-batch of a step must be an accumulation boundary"
+    return StepResult(loss=float(world.sum(loss_sum) / terms), grad_norm=grad_norm)
+
+
+def seed_dropout(seed: int, step: int, rank: int) -> None:
+    """Seed the global generator, from which dropout draws: a function of step and rank, so a resumed run repeats it.
+
+    Masks follow the rank: with dropout, other world sizes give other masks (and only this differs).
+    """
+    digest = hashlib.sha256(f"{seed}/dropout/{step}/{rank}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)

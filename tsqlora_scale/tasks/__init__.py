@@ -1,0 +1,11 @@
+"""What the model learns from: sources and their checks, batches, per-sample losses, metrics.
+
+``load_data`` checks every row before anything heavy is loaded; ``build_task`` joins the data with a tokenizer.
+"""
+
+from tsqlora_scale.tasks.batch import IGNORED, Batch
+from tsqlora_scale.tasks.data import Data, load_data
+from tsqlora_scale.tasks.task import Task, auto_class_of, build_task
+from tsqlora_scale.tasks.tokenizing import check_lengths
+
+__all__ = ["IGNORED", "Batch", "Data", "Task", "auto_class_of", "build_task", "check_lengths", "load_data"]

@@ -1,0 +1,46 @@
+"""A batch: what the model receives, what it should have said, and which rows these are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+#: Target of a position that no loss is taken at.
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B samples.
+
+    Attributes:
+        inputs: what ``model.forward`` receives, each of shape (B, T); never labels, for the loss is taken per sample.
+        targets: class ids (B,) int64, numbers (B,) float32, or token ids (B, T) int64 with :data:`IGNORED` gaps.
+        indices: the samples' rows in their split, (B,) int64.
+    """
+
+    inputs: dict[str, Tensor]
+    targets: Tensor
+    indices: np.ndarray
+
+    @property
+    def size(self) -> int:
+        """Number of samples B."""
+        return len(self.indices)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with its tensors on ``device``."""
+        inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}
+        return Batch(inputs, self.targets.to(device, non_blocking=True), self.indices)
+
+
+def pad_rows(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    """Rows of token ids, filled up on the right to the longest: (B, T) int64."""
+    out = torch.full((len(rows), max(map(len, rows))), value, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
+    return out

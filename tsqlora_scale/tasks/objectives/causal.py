@@ -1,0 +1,110 @@
+"""Causal models: instruction tuning, with the loss on the answer alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
+
+from tsqlora_scale.config import TaskConfig
+from tsqlora_scale.errors import UserError
+from tsqlora_scale.tasks.batch import IGNORED, Batch, pad_rows
+from tsqlora_scale.tasks.generation import generate_text
+from tsqlora_scale.tasks.losses import token_losses
+from tsqlora_scale.tasks.objectives import Rows
+from tsqlora_scale.tasks.prompts import PromptFormat
+from tsqlora_scale.tasks.tokenizing import pad_id
+
+
+class CausalObjective:
+    """Token cross-entropy of the answer given the prompt.
+
+    ``max_length`` bounds prompt and answer together. Of it the answer has ``max_target_length`` tokens and the
+    prompt the rest, whatever the two need: so no target is ever cut away by a long source, and the prompt that
+    evaluation shows the model does not depend on the target, not even on its length. A long prompt loses the
+    beginning of its source, a long answer its end. With a smaller ``max_length`` for one batch both shrink in
+    proportion.
+    """
+
+    peft_task_type = "CAUSAL_LM"
+    auto_class = AutoModelForCausalLM
+
+    def __init__(self, cfg: TaskConfig, tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig) -> None:
+        assert cfg.source is not None, "the config requires source and target columns"
+        assert cfg.target is not None, "the config requires source and target columns"
+        if model_config.is_encoder_decoder:
+            raise UserError(
+                f"task.type='causal' needs a decoder-only model, and model.name_or_path names a "
+                f"{model_config.model_type!r} model, an encoder-decoder; use task.type: seq2seq"
+            )
+        if not tokenizer.is_fast:
+            raise UserError(
+                "task.type='causal' needs a fast tokenizer (tokenizer.json); this model has a slow one only"
+            )
+        self._cfg, self._tokenizer = cfg, tokenizer
+        self._format = PromptFormat(tokenizer, cfg.prefix)
+        self._pad = pad_id(tokenizer)
+        self._source, self.answer = cfg.source, cfg.target
+        self.columns = [cfg.source, cfg.target]
+        self._limits(cfg.max_length)
+
+    @property
+    def model_kwargs(self) -> dict[str, Any]:
+        """Nothing: there is no head to size."""
+        return {}
+
+    def collate(self, rows: Rows, max_length: int) -> tuple[dict[str, Tensor], Tensor]:
+        """Prompt and answer, padded on the right (B, T); targets (B, T) at the answers' own positions."""
+        prompt_limit, answer_limit = self._limits(max_length)
+        prompts = self._format.prompts(rows[self._source], prompt_limit)
+        answers = self._format.answers(rows[self.answer], answer_limit)
+        both = list(zip(prompts, answers, strict=True))
+        inputs = {
+            "input_ids": pad_rows([[*p, *a] for p, a in both], self._pad),
+            "attention_mask": pad_rows([[1] * (len(p) + len(a)) for p, a in both], 0),
+        }
+        return inputs, pad_rows([[IGNORED] * len(p) + a for p, a in both], IGNORED)
+
+    def losses(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """One loss term for each answer token: logits at position t speak of the token at t + 1."""
+        return token_losses(logits[:, :-1], targets[:, 1:])
+
+    def predict(self, module: Any, batch: Batch, *, synced: bool) -> list[Any]:
+        """Texts by beam search from the prompts alone."""
+        inputs = self.prompts_only(batch)
+        own = module.generation_config.eos_token_id
+        stops = {*self._format.stop_ids, *([own] if isinstance(own, int) else own or [])}
+        return generate_text(
+            module, self._tokenizer, inputs,
+            prompt_length=inputs["input_ids"].shape[1],
+            max_new_tokens=self._cfg.max_target_length, num_beams=self._cfg.num_beams, synced=synced,
+            eos_token_id=sorted(stops), pad_token_id=self._pad,
+        )  # fmt: skip
+
+    def prompts_only(self, batch: Batch) -> dict[str, Tensor]:
+        """The batch's prompts (B, P), padded on the left, as generation needs them: every row ends with its prompt."""
+        lengths = (batch.targets != IGNORED).int().argmax(dim=1)  # a prompt ends where the targets begin
+        width = int(lengths.max())
+        position = torch.arange(width, device=lengths.device) - (width - lengths)[:, None]
+        inside = position >= 0
+        ids = batch.inputs["input_ids"].gather(1, position.clamp(min=0))
+        return {"input_ids": torch.where(inside, ids, self._pad), "attention_mask": inside.long()}
+
+    def preview(self, rows: Rows) -> list[str]:
+        """``source -> target``."""
+        return [f"{s} -> {t}" for s, t in zip(rows[self._source], rows[self.answer], strict=True)]
+
+    def _limits(self, max_length: int) -> tuple[int, int]:
+        """Most tokens of (prompt, answer)."""
+        answer = self._cfg.max_target_length
+        if max_length < self._cfg.max_length:
+            answer = max(1, answer * max_length // self._cfg.max_length)
+        prompt = max_length - answer
+        if prompt <= self._format.overhead:
+            raise UserError(
+                f"max_length={max_length} leaves {prompt} tokens for the prompt beside {answer} of max_target_length, "
+                f"and prefix and template take {self._format.overhead}; raise max_length or lower max_target_length"
+            )
+        return prompt, answer

@@ -1,0 +1,76 @@
+"""Encoder-decoder models: a source text in, a target text out (summaries, translations)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedTokenizerBase
+
+from tsqlora_scale.config import TaskConfig
+from tsqlora_scale.errors import UserError
+from tsqlora_scale.tasks.batch import IGNORED, Batch, pad_rows
+from tsqlora_scale.tasks.generation import generate_text
+from tsqlora_scale.tasks.losses import token_losses
+from tsqlora_scale.tasks.objectives import Rows
+from tsqlora_scale.tasks.tokenizing import encode, pad_id
+
+
+class Seq2SeqObjective:
+    """Token cross-entropy of the target given the source.
+
+    Sources longer than ``max_length`` and targets longer than ``max_target_length`` lose their ends, but keep
+    the special tokens that the tokenizer puts there. The decoder's input is the target shifted right by one.
+    """
+
+    peft_task_type = "SEQ_2_SEQ_LM"
+    auto_class = AutoModelForSeq2SeqLM
+
+    def __init__(self, cfg: TaskConfig, tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig) -> None:
+        assert cfg.source is not None, "the config requires source and target columns"
+        assert cfg.target is not None, "the config requires source and target columns"
+        start = getattr(model_config, "decoder_start_token_id", None)
+        if not model_config.is_encoder_decoder or start is None:
+            raise UserError(
+                f"task.type='seq2seq' needs an encoder-decoder with a decoder_start_token_id, and model.name_or_path "
+                f"is a {model_config.model_type!r} model without; use a model such as T5 or BART, or task.type: causal"
+            )
+        self._cfg, self._tokenizer = cfg, tokenizer
+        self._start = int(start)
+        pad = model_config.pad_token_id
+        self._pad = pad_id(tokenizer) if pad is None else int(pad)
+        self.columns = [cfg.source, cfg.target]
+        self._source, self.answer = cfg.source, cfg.target
+
+    @property
+    def model_kwargs(self) -> dict[str, Any]:
+        """Nothing: there is no head to size."""
+        return {}
+
+    def collate(self, rows: Rows, max_length: int) -> tuple[dict[str, Tensor], Tensor]:
+        """Inputs with ``decoder_input_ids`` (B, T), and targets (B, T)."""
+        sources = [self._cfg.prefix + text for text in rows[self._source]]
+        encoded = encode(self._tokenizer, sources, max_length=max_length)
+        fill = {"input_ids": self._pad, "token_type_ids": self._tokenizer.pad_token_type_id}
+        inputs = {name: pad_rows(ids, fill.get(name, 0)) for name, ids in encoded.items()}
+        limit = self._cfg.max_target_length
+        targets = self._tokenizer(text_target=rows[self.answer], truncation=True, max_length=limit)["input_ids"]
+        inputs["decoder_input_ids"] = pad_rows([[self._start, *ids[:-1]] for ids in targets], self._pad)
+        return inputs, pad_rows(targets, IGNORED)
+
+    def losses(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """One loss term for each target token; logits and targets are aligned by the shifted decoder input."""
+        return token_losses(logits, targets)
+
+    def predict(self, module: Any, batch: Batch, *, synced: bool) -> list[Any]:
+        """Texts by beam search from the source alone."""
+        inputs = {name: tensor for name, tensor in batch.inputs.items() if name != "decoder_input_ids"}
+        return generate_text(
+            module, self._tokenizer, inputs,
+            prompt_length=1,  # the start token
+            max_new_tokens=self._cfg.max_target_length, num_beams=self._cfg.num_beams, synced=synced,
+        )  # fmt: skip
+
+    def preview(self, rows: Rows) -> list[str]:
+        """``source -> target``."""
+        return [f"{s} -> {t}" for s, t in zip(rows[self._source], rows[self.answer], strict=True)]

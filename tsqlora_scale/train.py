@@ -1,0 +1,153 @@
+"""Algorithm 1 of the paper: score the data, train on what scores well, move rank to where it counts."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+
+from tsqlora_scale.lr_schedule import learning_rate
+from tsqlora_scale.ranks import Plan, Statistics, agree, current_ranks, layer_dims, resize_model
+from tsqlora_scale.report.result import build_result
+from tsqlora_scale.run import Run
+from tsqlora_scale.step import optimizer_step
+
+
+def train(run: Run) -> dict[str, Any]:
+    """Train to the end and leave the run folder complete.
+
+    The trainer decides *when*; the modules know *what*. ``run.step`` counts finished optimizer steps.
+
+    Returns:
+        What ``result.json`` holds.
+    """
+    config, plan = run.config, run.plan
+    if run.step == 0:
+        run.metrics_before = run.evaluate()
+    with run.progress("training", plan.total_steps) as bar:
+        while run.step < plan.total_steps:
+            if run.step == plan.scoring_step and run.first_quality is None:
+                score_pool(run)  # lines 2-4: Q, p and S
+            loss = train_step(run)  # lines 5 and 9: a minibatch of S by p; the sensitivity listens
+            if plan.schedule is not None and plan.schedule.due(run.step):
+                adapt_ranks(run)  # lines 7 and 8: S, then r
+                refresh_scores(run)
+            evaluates = due(config.train.eval_every, run.step) and run.step < plan.total_steps
+            is_best = evaluates and run.note_best(run.evaluate())
+            if due(config.train.checkpoint_every, run.step) or is_best:
+                run.save_checkpoint()
+            bar(run.step, plan.total_steps, f"loss {loss:.4f}")
+    metrics = run.evaluate()
+    run.note_best(metrics)
+    run.save_checkpoint()
+    adapter = run.save_adapter()
+    result = build_result(run, metrics, adapter)
+    run.record.result(result)
+    return result
+
+
+def train_step(run: Run) -> float:
+    """One optimizer step on the next global batch; its loss."""
+    start = time.perf_counter()
+    lr = learning_rate(run.config.train, run.step, run.plan.total_steps)
+    with run.record.phase("warmup" if run.scorer and run.first_quality is None else "training"):
+        result = optimizer_step(
+            run.engine,
+            run.task,
+            run.tracker,
+            run.draw(),
+            step=run.step,
+            lr=lr,
+            micro_batch_size=run.plan.micro_batch_size,
+            seed=run.config.run.seed,
+        )
+    run.step += 1
+    run.record.metrics(
+        step=run.step,
+        loss=result.loss,
+        lr=lr,
+        grad_norm=result.grad_norm,
+        samples_seen=run.step * run.config.train.batch_size,
+        total_rank=sum(current_ranks(run.engine.module).values()),
+        seconds=round(time.perf_counter() - start, 6),
+    )
+    return result.loss
+
+
+def score_pool(run: Run) -> None:
+    """Eq. 1 and 2: a quality for every sample, the subset S, and p for the draws from it."""
+    assert run.scorer is not None
+    with run.record.phase("scoring"), run.progress("scoring", run.plan.pool_size) as bar:
+        table = run.scorer.score(run.engine.module, progress=bar)
+    run.first_quality = table.mean_quality()
+    run.draw_by_scores()
+    if run.is_main:
+        table.write(run.record.folder / "scores", run.scorer.sample_ids)
+
+
+def adapt_ranks(run: Run) -> None:
+    """Eq. 3 and 6: gather the sensitivities, agree on a plan, resize every layer on every rank."""
+    assert run.tracker is not None and run.policy is not None
+    start = time.perf_counter()
+    with run.record.phase("resizing"):
+        module = run.engine.module
+        before = current_ranks(module)
+        quality = run.scorer.table.mean_quality() if run.scorer and run.scorer.table else None
+        statistics = Statistics(
+            sensitivity=run.tracker.reduce(run.engine.world),
+            ranks=before,
+            dims=layer_dims(module),
+            initial_rank=run.config.adapter.r,
+            quality=quality or 1.0,
+            first_quality=run.first_quality or quality or 1.0,
+        )
+        plan = agree(run.policy.plan(statistics), run.engine.world)
+        errors = resize(run, plan) if plan.ranks != before else {}
+        run.events += 1
+    run.record.event(
+        step=run.step,
+        phi=plan.phi,
+        budget=plan.budget,
+        quality=quality,
+        sensitivity=plan.sensitivity,
+        ranks=plan.ranks,
+        reasons=plan.reasons,
+        shrink_error=errors,
+        seconds=round(time.perf_counter() - start, 6),
+    )
+
+
+def resize(run: Run, plan: Plan) -> dict[str, float]:
+    """Install a plan: gather, pure algebra, rebuild. Returns the relative error of each layer that shrank."""
+    errors: dict[str, float] = {}
+
+    def change(module: Any, state: Any) -> Any:
+        new_state, shrink_errors = resize_model(
+            module, state, plan, cfg=run.config.resize, seed=run.config.run.seed, step=run.step
+        )
+        errors.update(shrink_errors)
+        return new_state
+
+    run.engine.rebuild(change)
+    return errors
+
+
+def refresh_scores(run: Run) -> None:
+    """Score a share of S anew where the config says so, and draw by the new p from the next step on."""
+    refresh = run.config.scoring.refresh
+    if run.scorer is None or run.first_quality is None or refresh == "none":
+        return
+    if refresh != "every_event" and run.events % int(refresh):
+        return
+    with run.record.phase("scoring"):
+        table = run.scorer.score(run.engine.module, refresh=True)
+    run.draw_by_scores()
+    if run.is_main:
+        table.write(run.record.folder / "scores", run.scorer.sample_ids)
+
+
+def due(every: int | None, step: int) -> bool:
+    """Whether something that happens every ``every`` steps happens after ``step``."""
+    return every is not None and step % every == 0
+
+
