@@ -2,6 +2,10 @@
 """See tsqlora_scale.cli.evaluate; ``python launch/evaluate.py --help``."""
 
 import sys
+from pathlib import Path
+
+# This folder would come first on the path, and its evaluate.py before the library of that name.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from tsqlora_scale.cli import evaluate
 

@@ -75,9 +75,9 @@ def _quiet_environment() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
-    for name in ("DeepSpeed", "bitsandbytes", "torch.distributed"):
-        logger = logging.getLogger(name)
-        logger.addFilter(lambda record: record.levelno >= logging.ERROR)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # DeepSpeed sets its logger's level at import; a filter stays
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
 
 
 def _train(options: argparse.Namespace) -> None:

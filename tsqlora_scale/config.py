@@ -67,7 +67,8 @@ class DatasetConfig(Section):
     name: str | None = None
     subset: str | None = None
     train_split: str = "train"
-    dev_split: str = "validation"
+    #: None where the hub dataset has no such split.
+    dev_split: str | None = "validation"
     #: Column names of csv/tsv files that have no header row.
     column_names: list[str] | None = None
     #: A column with unique sample ids; without it the id is the row's number in the pool.

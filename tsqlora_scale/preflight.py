@@ -77,7 +77,7 @@ def check(config: Config) -> Preflight:
         raise UserError("train.eval_every is set but task.dataset.dev_file is not; name a file to evaluate on")
     path = resolve(config.model.name_or_path, key="model.name_or_path")
     model_config, tokenizer = load_descriptions(config, path)
-    heads = check_architecture(config, model_config)
+    heads = check_architecture(config, model_config, tokenizer)
     return Preflight(config, plan, data, path, model_config, tokenizer, heads)
 
 
@@ -176,7 +176,7 @@ def load_descriptions(config: Config, path: str) -> tuple[Any, Any]:
     return model_config, tokenizer
 
 
-def check_architecture(config: Config, model_config: Any) -> list[str]:
+def check_architecture(config: Config, model_config: Any, tokenizer: Any) -> list[str]:
     """Target modules and lengths against the model's structure, on the meta device.
 
     Runs before the process group exists: under ZeRO-3, Transformers would shard even a skeleton.
@@ -185,7 +185,7 @@ def check_architecture(config: Config, model_config: Any) -> list[str]:
         The linear layers outside the repeated blocks.
     """
     from tsqlora_scale.adapters import heads_of, resolve_targets, skeleton
-    from tsqlora_scale.tasks import auto_class_of
+    from tsqlora_scale.tasks import auto_class_of, check_lengths
 
     auto_class = auto_class_of(config.task.type)
     try:
@@ -196,17 +196,7 @@ def check_architecture(config: Config, model_config: Any) -> list[str]:
             f"{config.task.type} form; choose another model or task.type"
         ) from None
     resolve_targets(bare, config.adapter.target_modules)
-    limit = getattr(model_config, "max_position_embeddings", None)
-    absolute = getattr(model_config, "position_biased_input", True)
-    longest = config.task.max_length
-    if config.task.type == "seq2seq":
-        longest = max(longest, config.task.max_target_length)
-    elif config.task.type == "causal":
-        longest += config.task.max_target_length
-    if limit is not None and absolute and longest > limit:
-        raise UserError(
-            f"task.max_length={config.task.max_length}: the model has {limit} positions and would see {longest}; lower it"
-        )
+    check_lengths(config.task, tokenizer, model_config)
     return heads_of(bare)
 
 

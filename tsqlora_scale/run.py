@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.numpy import load_file, save_file
 
-from tsqlora_scale.adapters import add_adapter, load_base, save_adapter
+from tsqlora_scale.adapters import add_adapter, load_adapter, load_base, save_adapter
 from tsqlora_scale.config import Config
 from tsqlora_scale.engine.checkpoint import (
     checkpoint_dir,
@@ -21,6 +20,7 @@ from tsqlora_scale.engine.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
+from tsqlora_scale.engine.collectives import World
 from tsqlora_scale.engine.engine import Engine, generator_for
 from tsqlora_scale.engine.sharded import write_parameter
 from tsqlora_scale.engine.start import start_accelerator
@@ -92,15 +92,15 @@ class Run:
         self.seen[indices] = True
         return indices
 
-    def progress(self, what: str, total: int) -> Progress:
+    def progress(self, what: str) -> Progress:
         """Progress shown by rank 0."""
-        return Progress(what, total, shows=self.is_main)
+        return Progress(what, shows=self.is_main)
 
     def evaluate(self) -> dict[str, float]:
         """Metrics on the development split; empty without one."""
         if self.task.dev is None:
             return {}
-        with self.record.phase("evaluation"), self.progress("evaluating", len(self.task.dev)) as bar:
+        with self.record.phase("evaluation"), self.progress("evaluating") as bar:
             metrics = evaluate(
                 self.engine.module,
                 self.task,
@@ -132,7 +132,7 @@ class Run:
                 self.tracker.synchronize(self.engine.world)
             root = self.record.folder / "checkpoints"
             if self.is_main:
-                write_checkpoint(checkpoint_dir(root, self.step), state, self.state_dict(), self._write_arrays)
+                write_checkpoint(checkpoint_dir(root, self.step), state, self.state_dict())
                 protect = {Path(self.best["checkpoint"]).name} if self.best else set()
                 prune(root, keep=self.config.train.checkpoint_keep, protect=protect)
             self.engine.world.barrier()
@@ -149,7 +149,7 @@ class Run:
         return folder
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able state beside parameters and moments."""
+        """All that changes during a run, beside parameters and moments: JSON values and tensors."""
         return {
             "step": self.step,
             "events": self.events,
@@ -160,18 +160,19 @@ class Run:
             "first_quality": self.first_quality,
             "best": self.best,
             "metrics_before": self.metrics_before,
+            "seen": torch.from_numpy(self.seen.astype(np.uint8)),
             "tracker": self.tracker.state_dict() if self.tracker else None,
+            "scorer": self.scorer.state_dict() if self.scorer else None,
             "config": self.config.model_dump(mode="json"),
             "seconds": dict(self.record.seconds),
         }
 
-    def load_state_dict(self, tree: dict[str, Any], folder: Path) -> None:
+    def load_state_dict(self, tree: dict[str, Any]) -> None:
         """Continue from a checkpoint; parameters, moments and ranks are already in the engine."""
-        arrays = load_file(folder / "arrays.safetensors")
         self.step = tree["sampler_start"]
-        self.seen = arrays.pop("seen").astype(bool)
-        if self.scorer is not None and arrays:
-            self.scorer.load_state_dict(arrays)
+        self.seen = tree["seen"].numpy().astype(bool)
+        if self.scorer is not None and tree["scorer"]["table"] is not None:
+            self.scorer.load_state_dict(tree["scorer"])
             self.draw_by_scores()
         self.sampler.load_state_dict(tree["sampler"])
         self.step, self.events = tree["step"], tree["events"]
@@ -188,12 +189,6 @@ class Run:
         table = self.scorer.table
         chosen = np.flatnonzero(table.selected)
         self.use_samples(chosen, table.probability[chosen])
-
-    def _write_arrays(self, folder: Path) -> None:
-        arrays = {"seen": self.seen.astype(np.uint8)}
-        if self.scorer is not None and self.scorer.table is not None:
-            arrays |= self.scorer.state_dict()
-        save_file(arrays, folder / "arrays.safetensors")
 
 
 def build_run(preflight: Preflight, *, resume: str | None = None) -> Run:
@@ -241,8 +236,8 @@ def build_run(preflight: Preflight, *, resume: str | None = None) -> Run:
             scorer=build_scorer(config, plan, engine, task) if config.scores_data else None,
             policy=TsqLoraPolicy(config.allocation) if tracker else None,
         )
-        if tree is not None and checkpoint is not None:
-            run.load_state_dict(tree, checkpoint)
+        if tree is not None:
+            run.load_state_dict(tree)
         else:
             record.prepare(config.to_yaml())
     return run
@@ -275,6 +270,7 @@ def build_scorer(config: Config, plan: RunPlan, engine: Engine, task: Task) -> Q
     """The scorer, given the task's batches and per-sample losses as callables."""
     device = engine.world.device
     limit = config.scoring.max_length
+    lengths = task.lengths("train")
 
     def batch_of(indices: np.ndarray) -> Any:
         return task.batch("train", indices, max_length=limit).to(device)
@@ -300,7 +296,36 @@ def build_scorer(config: Config, plan: RunPlan, engine: Engine, task: Task) -> Q
         batch_of=batch_of,
         losses=losses,
         target_batches=target_batches if config.scoring.convergence == "target" else None,
+        progress=Progress("scoring", shows=engine.world.is_main),
+        length_of=lambda indices: lengths[indices],
     )
+
+
+def evaluate_adapter(preflight: Preflight, adapter: str) -> tuple[dict[str, float], bool]:
+    """Metrics of a saved adapter on a fresh base, and whether this process should print them. A collective."""
+    config = preflight.config
+    folder = Path(adapter)
+    if not folder.is_dir():
+        raise UserError(f"--adapter {adapter!r} is no folder; give the adapter folder that a run wrote")
+    if preflight.data.dev is None:
+        raise UserError("task.dataset.dev_file is not set, and evaluation needs it; name the file")
+    accelerator = start_accelerator(accumulation=1)
+    world = World.current(accelerator.device)
+    with quiet_libraries():
+        task = build_task(config.task, preflight.data, preflight.tokenizer, preflight.model_config)
+        base, _ = load_base(
+            preflight.model_path,
+            config.model,
+            auto_class=task.auto_class,
+            model_config=preflight.model_config,
+            unquantised=preflight.heads,
+            generator=generator_for(config.run.seed, "head"),
+            device=accelerator.device,
+        )
+        model = load_adapter(base, folder, dtype=config.model.dtype).to(accelerator.device).eval()
+    with Progress("evaluating", shows=world.is_main) as bar:
+        metrics = evaluate(model, task, world, batch_size=config.train.eval_batch_size, progress=bar)
+    return metrics, world.is_main
 
 
 def find_checkpoint(run_dir: Path, resume: str) -> Path | None:

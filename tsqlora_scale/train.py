@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from typing import Any
 
-
 from tsqlora_scale.lr_schedule import learning_rate
 from tsqlora_scale.ranks import Plan, Statistics, agree, current_ranks, layer_dims, resize_model
 from tsqlora_scale.report.result import build_result
@@ -24,7 +23,7 @@ def train(run: Run) -> dict[str, Any]:
     config, plan = run.config, run.plan
     if run.step == 0:
         run.metrics_before = run.evaluate()
-    with run.progress("training", plan.total_steps) as bar:
+    with run.progress("training") as bar:
         while run.step < plan.total_steps:
             if run.step == plan.scoring_step and run.first_quality is None:
                 score_pool(run)  # lines 2-4: Q, p and S
@@ -77,8 +76,8 @@ def train_step(run: Run) -> float:
 def score_pool(run: Run) -> None:
     """Eq. 1 and 2: a quality for every sample, the subset S, and p for the draws from it."""
     assert run.scorer is not None
-    with run.record.phase("scoring"), run.progress("scoring", run.plan.pool_size) as bar:
-        table = run.scorer.score(run.engine.module, progress=bar)
+    with run.record.phase("scoring"):
+        table = run.scorer.score(run.engine.module)
     run.first_quality = table.mean_quality()
     run.draw_by_scores()
     if run.is_main:
@@ -149,5 +148,3 @@ def refresh_scores(run: Run) -> None:
 def due(every: int | None, step: int) -> bool:
     """Whether something that happens every ``every`` steps happens after ``step``."""
     return every is not None and step % every == 0
-
-

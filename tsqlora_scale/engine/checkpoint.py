@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,8 @@ from tsqlora_scale.engine.state import ParamState, TrainState
 from tsqlora_scale.errors import UserError
 
 MANIFEST = "manifest.json"
+#: Key of a reference to a tensor in ``state.safetensors``.
+TENSOR = "tensor"
 
 
 def checkpoint_dir(root: Path, step: int) -> Path:
@@ -24,15 +25,13 @@ def checkpoint_dir(root: Path, step: int) -> Path:
     return root / f"step-{step:08d}"
 
 
-def write_checkpoint(
-    folder: Path, state: TrainState, tree: dict[str, Any], extra: Callable[[Path], None] | None = None
-) -> None:
-    """Write parameters, moments and a JSON tree; called by one process.
+def write_checkpoint(folder: Path, state: TrainState, tree: dict[str, Any]) -> None:
+    """Write parameters, moments and the rest of a run's state; called by one process.
 
     Everything is written beside the target, flushed to disk, and renamed: a folder of that name is complete.
 
     Args:
-        extra: writes further files into the unfinished folder.
+        tree: nested dictionaries of JSON values and tensors.
     """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -41,10 +40,11 @@ def write_checkpoint(
     for name, entry in state.params.items():
         for part in ("value", "exp_avg", "exp_avg_sq"):
             tensors[f"{part}/{name}"] = getattr(entry, part).contiguous()
-    save_file(tensors, partial / "state.safetensors")
-    (partial / "state.json").write_text(json.dumps({"optimizer_steps": state.optimizer_steps, **tree}, indent=1))
-    if extra is not None:
-        extra(partial)
+    save_file(tensors, partial / "parameters.safetensors")
+    arrays: dict[str, torch.Tensor] = {}
+    plain = _without_tensors({"optimizer_steps": state.optimizer_steps, **tree}, "", arrays)
+    save_file(arrays, partial / "state.safetensors")
+    (partial / "state.json").write_text(json.dumps(plain, indent=1))
     digests = {p.relative_to(partial).as_posix(): _sha256(p) for p in sorted(partial.rglob("*")) if p.is_file()}
     (partial / MANIFEST).write_text(json.dumps(digests, indent=1))
     for path in [*partial.rglob("*"), partial]:
@@ -70,12 +70,10 @@ def read_checkpoint(folder: Path) -> tuple[TrainState, dict[str, Any]]:
             raise UserError(f"checkpoint {str(folder)!r}: {name!r} lies outside of it; resume from another one")
         if not path.is_file() or _sha256(path) != digest:
             raise UserError(f"checkpoint file {str(path)!r} is missing or damaged; resume from another checkpoint")
-    tree = json.loads((folder / "state.json").read_text())
-    tensors = load_file(folder / "state.safetensors")
+    tree = _with_tensors(json.loads((folder / "state.json").read_text()), load_file(folder / "state.safetensors"))
+    tensors = load_file(folder / "parameters.safetensors")
     names = [key.removeprefix("value/") for key in tensors if key.startswith("value/")]
-    params = {
-        n: ParamState(tensors[f"value/{n}"], tensors[f"exp_avg/{n}"], tensors[f"exp_avg_sq/{n}"]) for n in names
-    }
+    params = {n: ParamState(tensors[f"value/{n}"], tensors[f"exp_avg/{n}"], tensors[f"exp_avg_sq/{n}"]) for n in names}
     return TrainState(params, tree.pop("optimizer_steps")), tree
 
 
@@ -91,15 +89,29 @@ def prune(root: Path, *, keep: int, protect: set[str]) -> None:
             shutil.rmtree(path)
 
 
+def _without_tensors(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
+    """``value`` with every tensor replaced by a reference, the tensors put into ``tensors`` by path."""
+    if isinstance(value, torch.Tensor):
+        tensors[path] = value.contiguous()
+        return {TENSOR: path}
+    if isinstance(value, dict):
+        return {key: _without_tensors(item, f"{path}/{key}", tensors) for key, item in value.items()}
+    return value
+
+
+def _with_tensors(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    if isinstance(value, dict):
+        if value.keys() == {TENSOR}:
+            return tensors[value[TENSOR]]
+        return {key: _with_tensors(item, tensors) for key, item in value.items()}
+    return value
+
+
 def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _slow(file)
-
-
-def _slow(file: Any) -> str:
-    digest = hashlib.sha256()  # Python 3.10 has no file_digest
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
     return digest.hexdigest()
 
 

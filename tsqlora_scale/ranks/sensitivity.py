@@ -189,7 +189,7 @@ def _group_size(cfg: SensitivityConfig, micro_batch_size: int) -> int:
     if cfg.estimator in ("weight_per_sample", "fisher"):
         return 1
     if cfg.group_size == "auto":
-        return math.gcd(micro_batch_size, 4)
+        return 1
     if micro_batch_size % cfg.group_size:
         raise UserError(
             f"sensitivity.group_size={cfg.group_size} does not divide the micro-batch of {micro_batch_size} samples; "

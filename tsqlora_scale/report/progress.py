@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from types import TracebackType
+from typing import Any
 
 from tqdm import tqdm
 
@@ -12,12 +13,12 @@ SECONDS_BETWEEN_LINES = 15.0
 
 
 class Progress:
-    """``with Progress("training", 100, shows=True) as bar: bar(7, 100, "loss 0.3")``."""
+    """``with Progress("training", shows=True) as bar: bar(7, 100, "loss 0.3")``."""
 
-    def __init__(self, what: str, total: int, *, shows: bool) -> None:
+    def __init__(self, what: str, *, shows: bool) -> None:
         self._what = what
         self._shows = shows
-        self._bar = tqdm(total=total, desc=what, leave=False) if shows and sys.stderr.isatty() else None
+        self._bar: Any = None
         self._printed = time.monotonic()
 
     def __enter__(self) -> Progress:
@@ -26,18 +27,26 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._close()
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
         """Report that ``done`` of ``total`` units are finished."""
         if not self._shows:
             return
-        if self._bar is not None:
+        if sys.stderr.isatty():
+            if self._bar is None:
+                self._bar = tqdm(total=total, desc=self._what, leave=False)
             self._bar.update(done - self._bar.n)
             self._bar.set_postfix_str(note)
+            if done == total:
+                self._close()
             return
         now = time.monotonic()
         if done == total or now - self._printed >= SECONDS_BETWEEN_LINES:
             self._printed = now
             print(f"{self._what}: {done}/{total} {note}".rstrip(), file=sys.stderr, flush=True)
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

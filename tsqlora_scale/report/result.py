@@ -71,7 +71,9 @@ def print_result(result: dict[str, Any]) -> None:
     table = Table(title=f"{result['name']}: {result['method']} on {result['engine']}", show_header=False)
     for name, value in result["metrics"].items():
         before = result["metrics_before"].get(name)
-        table.add_row(f"{name} before -> after", f"{before:.4f} -> {value:.4f}" if before is not None else f"{value:.4f}")
+        table.add_row(
+            f"{name} before -> after", f"{before:.4f} -> {value:.4f}" if before is not None else f"{value:.4f}"
+        )
     if result["best"]:
         best = result["best"]
         table.add_row(f"best {best['metric']}", f"{best['value']:.4f} at step {best['step']} ({best['checkpoint']})")

@@ -40,7 +40,7 @@ def generate_text(
         options["max_new_tokens"] = max_new_tokens
     with torch.no_grad():
         tokens = module.generate(
-            **inputs, num_beams=num_beams, use_cache=True, synced_gpus=synced, **options
+            **inputs, num_beams=num_beams, do_sample=False, use_cache=True, synced_gpus=synced, **options
         )
     texts = tokenizer.batch_decode(tokens[:, prompt_length:], skip_special_tokens=True)
     return [text.strip() for text in texts]

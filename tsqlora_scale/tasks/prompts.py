@@ -46,22 +46,20 @@ class PromptFormat:
         assert limit > self.overhead, (limit, self.overhead)
         ids = self._prompt_ids(sources)
         return [
-            row if len(row) <= limit else self._cut(text, len(row), limit)
-            for text, row in zip(sources, ids, strict=True)
+            row if len(row) <= limit else self._cut(text, row, limit) for text, row in zip(sources, ids, strict=True)
         ]
 
     def answers(self, targets: list[str], limit: int) -> list[list[int]]:
         """Answers of at most ``limit`` tokens. One that is cut has no end token: it did not end there."""
         return [[*ids, *self._end][:limit] for ids in self._plain_ids([self._lead + text for text in targets])]
 
-    def _cut(self, source: str, length: int, limit: int) -> list[int]:
+    def _cut(self, source: str, ids: list[int], limit: int) -> list[int]:
         encoded = self._tokenizer(source, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         offsets = encoded["offset_mapping"]
-        keep, ids = len(offsets), list[int]()
-        while keep > 1 and length > limit:
-            keep = max(1, keep - (length - limit))
+        keep = len(offsets)
+        while keep > 1 and len(ids) > limit:  # a cut inside a word can make other tokens of it: count again
+            keep = max(1, keep - (len(ids) - limit))
             ids = self._prompt_ids([source[offsets[-keep][0] :]])[0]
-            length = len(ids)  # a cut inside a word can make other tokens of it, so the length is measured
         return ids[-limit:]  # a no-op, unless the last word alone is too long
 
     def _prompt_ids(self, sources: list[str]) -> list[list[int]]:

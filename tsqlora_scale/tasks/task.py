@@ -7,13 +7,14 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from tsqlora_scale.config import TaskConfig
 from tsqlora_scale.errors import UserError
 from tsqlora_scale.tasks.batch import Batch
-from tsqlora_scale.tasks.data import Data
+from tsqlora_scale.tasks.data import Data, text_columns
 from tsqlora_scale.tasks.losses import loss_terms
 from tsqlora_scale.tasks.metrics import METRICS, compute_metrics
 from tsqlora_scale.tasks.objectives import Objective, Rows
@@ -111,6 +112,12 @@ class Task:
     def metrics(self, predictions: list[Any], references: list[Any]) -> dict[str, float]:
         """``task.metrics`` of all predictions of a split, as fractions (not times 100)."""
         return compute_metrics(self._cfg.metrics, predictions, references, num_labels=self._cfg.num_labels)
+
+    def lengths(self, split: SplitName) -> np.ndarray:
+        """Characters of input text of every row of a split, (N,) int64: enough to put rows of a length together."""
+        names = [name for key, name in text_columns(self._cfg).items() if key != "task.target"]
+        table = self._views[split].select_columns(names).with_format("arrow")[:]
+        return np.sum([pc.utf8_length(table[name]).to_numpy() for name in names], axis=0, dtype=np.int64)
 
     def preview(self, split: SplitName, index: int) -> str:
         """One sample's text on one line, for tables."""

@@ -27,7 +27,7 @@ def encode(
 def check_lengths(cfg: TaskConfig, tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig) -> None:
     """Check the task's lengths against a model that has a fixed number of positions.
 
-    Models with relative or rotary positions (T5, DeBERTa, Llama) are not limited by their config.
+    Models with relative or rotary positions alone (T5, DeBERTa-v3, Llama) are not limited by their config.
 
     Raises:
         UserError: naming the key, its value and the limit. Without the check the run would end at its first
@@ -35,7 +35,8 @@ def check_lengths(cfg: TaskConfig, tokenizer: PreTrainedTokenizerBase, model_con
     """
     positions = getattr(model_config, "max_position_embeddings", None)
     rotary = any(getattr(model_config, name, None) is not None for name in ("rope_parameters", "rope_theta"))
-    if not isinstance(positions, int) or rotary or getattr(model_config, "relative_attention", False):
+    absolute = getattr(model_config, "position_biased_input", not rotary)  # DeBERTa says whether it adds them
+    if not isinstance(positions, int) or not absolute:
         return
     limit = min(positions, tokenizer.model_max_length)  # RoBERTa's positions include two that no token can have
     keys = ("max_length", "max_target_length") if cfg.type == "seq2seq" else ("max_length",)

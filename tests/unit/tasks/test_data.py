@@ -46,13 +46,22 @@ def test_text_lies_on_disk(write: Write, tmp_path: Path) -> None:
 
 def test_a_changed_file_is_read_anew(write: Write, tmp_path: Path) -> None:
     path = write("train.tsv", GOOD)
+    then = path.stat().st_mtime_ns
     assert len(load(tmp_path).train) == 3
     write("train.tsv", GOOD + "d\tnew film\tbad\n")
+    os.utime(path, ns=(then, then))  # another size at the same time
     assert len(load(tmp_path).train) == 4
-    stat = path.stat()
-    write("train.tsv", GOOD.replace("bad film", "sad film") + "d\tnew film\tbad\n")  # the same size
-    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    write("train.tsv", GOOD.replace("bad film", "sad film") + "d\tnew film\tbad\n")
+    os.utime(path, ns=(then, then + 1))  # the same size at another time
     assert load(tmp_path).train["text"][1] == "sad film"
+
+
+def test_loading_prints_nothing(write: Write, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write("train.tsv", GOOD)
+    shown = datasets.are_progress_bars_disabled()
+    load(tmp_path, dev_file="train.tsv")
+    assert capfd.readouterr() == ("", "")
+    assert datasets.are_progress_bars_disabled() == shown
 
 
 def test_regression(write: Write, tmp_path: Path) -> None:
