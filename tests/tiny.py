@@ -19,7 +19,43 @@ from transformers import (
     T5Config,
 )
 
-WORDS = ["the", "a", "film", "movie", "plot", "actor", "scene", "is", "was", "not", "very", "good", "bad", "great", "awful", "dull", "fine", "boring", "lovely", "weak", "strong", "and", "but", "with", "of", "in", "to", "it", "this", "that", "story", "ending", "music", "script", "director"]
+WORDS = [
+    "the",
+    "a",
+    "film",
+    "movie",
+    "plot",
+    "actor",
+    "scene",
+    "is",
+    "was",
+    "not",
+    "very",
+    "good",
+    "bad",
+    "great",
+    "awful",
+    "dull",
+    "fine",
+    "boring",
+    "lovely",
+    "weak",
+    "strong",
+    "and",
+    "but",
+    "with",
+    "of",
+    "in",
+    "to",
+    "it",
+    "this",
+    "that",
+    "story",
+    "ending",
+    "music",
+    "script",
+    "director",
+]
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<mask>"]
 VOCAB = len(WORDS) + len(SPECIAL)
 SIZE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)

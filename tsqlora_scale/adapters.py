@@ -40,7 +40,8 @@ def short_name(layer: str) -> str:
 def skeleton(auto_class: Any, model_config: Any, *, trust_remote_code: bool = False) -> nn.Module:
     """The model's modules without weights (meta device): names and shapes for checks before anything is loaded."""
     with torch.device("meta"):
-        return auto_class.from_config(model_config, trust_remote_code=trust_remote_code)
+        bare: nn.Module = auto_class.from_config(model_config, trust_remote_code=trust_remote_code)
+    return bare
 
 
 def resolve_targets(model: nn.Module, targets: list[str] | str) -> list[str]:
@@ -165,7 +166,7 @@ def add_adapter(
     )
     model = get_peft_model(base, config)
     for layer in lora_layers(model).values():
-        weight = layer.lora_A[ADAPTER].weight
+        weight: nn.Parameter = layer.lora_A[ADAPTER].weight  # type: ignore[assignment]
         weight.data.copy_(torch.empty(weight.shape).uniform_(-1, 1, generator=generator) / weight.shape[1] ** 0.5)
     for module in model.modules():
         for name, param in list(module.named_parameters(recurse=False)):
@@ -179,7 +180,7 @@ def use_autocast(model: PeftModel, dtype: str) -> None:
     """Run the innermost model's forward under autocast, on whatever path it is called."""
     if dtype != "bf16":
         return
-    inner = model.base_model.model
+    inner: Any = model.base_model.model
     forward = inner.forward
 
     @functools.wraps(forward)
@@ -190,18 +191,19 @@ def use_autocast(model: PeftModel, dtype: str) -> None:
     inner.forward = autocast_forward
 
 
-def save_adapter(model: PeftModel, values: Mapping[str, torch.Tensor], folder: Path, *, base_name: str) -> None:
+def save_adapter(model: nn.Module, values: Mapping[str, torch.Tensor], folder: Path, *, base_name: str) -> None:
     """Write a plain PEFT adapter: ``PeftModel.from_pretrained`` opens it, nothing of ours needed.
 
     Args:
-        model: the trained model; its parameters may be sharded.
+        model: the trained PEFT model; its parameters may be sharded.
         values: full trainable parameters by name.
         folder: written by the caller's process alone.
         base_name: what ``adapter_config.json`` names as the base.
 
     ``rank_pattern`` and ``alpha_pattern`` give every layer its rank and keep its scaling s = alpha / r exactly.
     """
-    config = model.peft_config[ADAPTER]
+    assert isinstance(model, PeftModel)
+    config: Any = model.peft_config[ADAPTER]
     layers = lora_layers(model)
     ranks = {short_name(n): layer.r[ADAPTER] for n, layer in layers.items()}
     if any(rank != config.r for rank in ranks.values()):

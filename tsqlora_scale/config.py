@@ -324,7 +324,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """
     path = Path(path)
     try:
-        tree = OmegaConf.load(path)
+        tree: Any = OmegaConf.load(path)
     except FileNotFoundError:
         raise UserError(f"config file {str(path)!r} does not exist") from None
     except UnicodeDecodeError as error:
@@ -345,7 +345,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise UserError(f"{path}: {_one_line(error)}") from None
     if not isinstance(plain, dict):
         raise UserError(f"{path}: must be a mapping of sections ({', '.join(Config.model_fields)})")
-    return parse_config(plain, where=str(path))
+    return parse_config({str(key): value for key, value in plain.items()}, where=str(path))
 
 
 def parse_config(tree: dict[str, Any], where: str = "config") -> Config:

@@ -26,7 +26,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Metrics of ``module`` (unwrapped) on the development split, the same on every rank. A collective.
 
-    Rows of a length go together, so that little is computed on padding. Every rank runs the same number of batches, as ZeRO-3's gathers need; rows repeated for that are dropped.
+    Rows of a length go together, so that little is computed on padding. Every rank runs the same number of
+    batches, as ZeRO-3's gathers need; rows repeated for that are dropped.
     Leaves the module in the mode that it was in.
     """
     assert task.dev is not None

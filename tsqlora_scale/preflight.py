@@ -209,7 +209,8 @@ def check_run_dir(config: Config, *, overwrite: bool, resume: bool) -> None:
     folder = config.run_dir
     if not overwrite and not resume and (folder / "config.yaml").exists():
         raise UserError(
-            f"run folder {str(folder)!r} already holds a run; choose another run.name, or give --resume auto or --overwrite"
+            f"run folder {str(folder)!r} already holds a run; "
+            "choose another run.name, or give --resume auto or --overwrite"
         )
     existing = folder if folder.exists() else next(p for p in folder.absolute().parents if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):

@@ -55,7 +55,7 @@ class Engine:
     @property
     def is_deepspeed(self) -> bool:
         """Whether DeepSpeed drives the optimizer."""
-        return self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        return bool(self.accelerator.distributed_type == DistributedType.DEEPSPEED)
 
     @property
     def name(self) -> str:
@@ -86,7 +86,8 @@ class Engine:
     def module(self) -> nn.Module:
         """The unwrapped model. Score and evaluate through it, never through the engine's wrapper: under ZeRO-3 a
         foreign backward through the wrapper changes the next step without a word."""
-        return self._wrapped.module if self._is_wrapped else self._wrapped
+        module: nn.Module = self._wrapped.module if self._is_wrapped else self._wrapped
+        return module
 
     def forward(self, **inputs: torch.Tensor) -> Any:
         """The training forward."""
@@ -146,13 +147,22 @@ class Engine:
         """
         state = self.gather()
         module = self.module
+        self.close()
+        self._prepare(module, change(module, state))
+
+    def close(self) -> None:
+        """Take the engine down; the module stays. A collective."""
         if self.is_deepspeed:
             zero.release(self.accelerator, self._wrapped, self._optimizer)
         else:
             self.accelerator.free_memory(self._wrapped, self._optimizer)
         del self._wrapped, self._optimizer
         gc.collect()
-        self._prepare(module, change(module, state))
+
+    def sharded_parameters(self) -> tuple[int, int]:
+        """How many frozen parameters this rank holds only a part of, and how many there are."""
+        frozen = [p for p in self.module.parameters() if not p.requires_grad]
+        return sum(zero.is_sharded(p) for p in frozen), len(frozen)
 
     def _trainable(self) -> list[nn.Parameter]:
         return [p for _, p in sorted(self.module.named_parameters()) if p.requires_grad]

@@ -26,7 +26,7 @@ def start_accelerator(*, accumulation: int, mixed_precision: str = "no", timeout
 
     Args:
         accumulation: micro-batches per optimizer step on each rank.
-        mixed_precision: ``fp16`` hands loss scaling to Accelerate; ``bf16`` needs none (autocast is ours) and is ``no``.
+        mixed_precision: ``fp16`` hands loss scaling to Accelerate; with bf16, whose autocast is ours, it is ``no``.
         timeout_minutes: how long a collective may wait for a rank before the run ends.
 
     Raises:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from tsqlora_scale.engine.state import ParamState, TrainState
 
@@ -32,6 +31,14 @@ def configure(accelerator: Any, *, micro_batch_size: int, max_grad_norm: float |
     for key in ("reduce_bucket_size", "allgather_bucket_size"):
         if zero.get(key, "auto") == "auto":  # twice the adapter leaves room for it to grow
             zero[key] = max(2 * trainable_numel, 1_000_000)
+
+
+def is_sharded(param: Any) -> bool:
+    """Whether ZeRO-3 keeps only a part of the parameter on this rank (above the persistence threshold).
+
+    Between its uses, that is: recently used parameters may be whole for a while.
+    """
+    return hasattr(param, "ds_id") and bool(not param.ds_persist and param.ds_tensor.numel() < param.ds_numel)
 
 
 def gather(engine: Any) -> TrainState:
@@ -78,7 +85,7 @@ def restore_moments(engine: Any, state: TrainState) -> None:
                 _set_moment(param, getattr(state.params[name], key), key)
 
 
-def _set_moment(param: nn.Parameter, value: torch.Tensor, key: str) -> None:
+def _set_moment(param: Any, value: torch.Tensor, key: str) -> None:
     from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
     if not hasattr(param, "ds_id"):

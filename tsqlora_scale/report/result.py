@@ -36,11 +36,14 @@ def build_result(run: Run, metrics: dict[str, float], adapter: Path) -> dict[str
     stepping = seconds.get("warmup", 0.0) + seconds.get("training", 0.0)
     whole = sum(seconds.values())
     state = run.engine.gather()
+    sharded, frozen = run.engine.sharded_parameters()
     return {
         "name": run.config.run.name,
         "method": run.config.adapter.method,
         "engine": run.engine.name,
         "world_size": world.size,
+        "distributed_type": run.engine.accelerator.distributed_type.value,
+        "frozen_parameters": {"sharded": sharded, "all": frozen},
         "steps": run.step,
         "metrics_before": run.metrics_before,
         "metrics": metrics,

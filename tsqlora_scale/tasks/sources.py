@@ -38,6 +38,8 @@ def open_split(
     """
     with _quiet():
         if cfg.name is not None:
+            if split == "dev" and cfg.dev_split is None:
+                return None
             opened = _from_hub(cfg, split)
         else:
             file = cfg.train_file if split == "train" else cfg.dev_file

@@ -117,7 +117,8 @@ class Task:
         """Characters of input text of every row of a split, (N,) int64: enough to put rows of a length together."""
         names = [name for key, name in text_columns(self._cfg).items() if key != "task.target"]
         table = self._views[split].select_columns(names).with_format("arrow")[:]
-        return np.sum([pc.utf8_length(table[name]).to_numpy() for name in names], axis=0, dtype=np.int64)
+        lengths: np.ndarray = np.stack([pc.utf8_length(table[name]).to_numpy() for name in names]).sum(axis=0)
+        return lengths
 
     def preview(self, split: SplitName, index: int) -> str:
         """One sample's text on one line, for tables."""

@@ -1,0 +1,17 @@
+"""Shared by all tests: no hub, few threads, and tiny models made once."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def models_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where :func:`tests.tiny.tiny_model` saves its models."""
+    return tmp_path_factory.mktemp("models")

@@ -1,0 +1,65 @@
+"""Start real processes the way a user does."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+BIN = Path(sys.executable).parent
+ROOT = Path(__file__).resolve().parents[2]
+WORKER = Path(__file__).with_name("worker.py")
+
+#: name -> (processes, ZeRO stage or None, what result.json must say the engine was)
+ENGINES = {
+    "plain": (1, None, "NO"),
+    "ddp-2": (2, None, "MULTI_CPU"),
+    "zero2-2": (2, 2, "DEEPSPEED"),
+    "zero3-2": (2, 3, "DEEPSPEED"),
+    "zero3-3": (3, 3, "DEEPSPEED"),
+}
+
+
+def launch(engine: str, script: Path, arguments: list[str], folder: Path, timeout: float = 540) -> str:
+    """Run a script under an engine; its output. Fails the test with that output if it exits with an error."""
+    done = run_launched(engine, script, arguments, folder, timeout)
+    assert done.returncode == 0, f"{engine} exited with {done.returncode}:\n{done.stdout[-6000:]}"
+    return done.stdout
+
+
+def run_launched(
+    engine: str, script: Path, arguments: list[str], folder: Path, timeout: float = 540
+) -> subprocess.CompletedProcess[str]:
+    """Run a script under an engine, output and errors together."""
+    processes, stage, _ = ENGINES[engine]
+    port = str(_free_port())
+    if stage is not None:
+        # threshold 0: even a tiny model's weights are really partitioned
+        zero: dict[str, object] = {"stage": stage}
+        if stage == 3:
+            zero["stage3_param_persistence_threshold"] = 0
+        sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+        config = folder / f"deepspeed-{stage}.json"
+        config.write_text(json.dumps({"zero_optimization": zero, **dict.fromkeys(sizes, "auto")}))
+        command = [str(BIN / "accelerate"), "launch", "--use_deepspeed", "--deepspeed_config_file", str(config)]
+        command += ["--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
+        command += ["--dynamo_backend", "no", "--main_process_port", port]
+    elif processes > 1:
+        command = [str(BIN / "torchrun"), "--nproc_per_node", str(processes), "--master_port", port]
+    else:
+        command = [sys.executable]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
+    return subprocess.run(
+        [*command, str(script), *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout, cwd=ROOT, env=environment,
+        check=False,
+    )  # fmt: skip
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

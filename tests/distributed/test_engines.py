@@ -1,0 +1,69 @@
+"""The same run under every engine: equal losses, equal ranks, and the engine really is what it is called."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.launch import ENGINES, WORKER, launch
+from tests.runs import losses_of, ranks_of, result_of, run_tree, write_config
+
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+
+MODELS = ["deberta", "bart", "llama"]
+CASES = [(kind, quantization) for kind in MODELS for quantization in ("none", "nf4")]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, models_dir: Path) -> dict[str, dict[tuple[str, str], Path]]:
+    """Run folders by engine and case; one launch per engine runs all cases."""
+    runs: dict[str, dict[tuple[str, str], Path]] = {}
+    for engine in ENGINES:
+        folder = tmp_path_factory.mktemp(engine)
+        configs = []
+        runs[engine] = {}
+        for kind, quantization in CASES:
+            name = f"{kind}-{quantization}"
+            tree = run_tree(kind, folder, models_dir, name)
+            tree["model"]["quantization"] = quantization
+            configs.append(str(write_config(folder / f"{name}.yaml", tree)))
+            runs[engine][kind, quantization] = folder / "runs" / name
+        launch(engine, WORKER, configs, folder)
+    return runs
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_engine_is_what_it_is_called(
+    finished: dict[str, dict[tuple[str, str], Path]], engine: str, case: tuple[str, str]
+) -> None:
+    processes, stage, distributed_type = ENGINES[engine]
+    result = result_of(finished[engine][case])
+    assert result["world_size"] == processes
+    assert result["distributed_type"] == distributed_type
+    assert result["engine"] == (f"zero{stage}" if stage else "plain" if processes == 1 else "ddp")
+    sharded = result["frozen_parameters"]["sharded"]
+    assert sharded == (result["frozen_parameters"]["all"] if stage == 3 else 0)
+    assert len(result["peak_memory_bytes"]) == processes
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+@pytest.mark.parametrize("engine", [e for e in ENGINES if e != "plain"])
+def test_same_trajectory(finished: dict[str, dict[tuple[str, str], Path]], engine: str, case: tuple[str, str]) -> None:
+    reference, run = finished["plain"][case], finished[engine][case]
+    expected = losses_of(reference)
+    assert len(expected) == 13
+    assert losses_of(run) == pytest.approx(expected, abs=1e-5)
+    assert ranks_of(run) == ranks_of(reference)
+    assert result_of(run)["metrics"] == pytest.approx(result_of(reference)["metrics"], abs=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_events_grow_and_shrink(finished: dict[str, dict[tuple[str, str], Path]], case: tuple[str, str]) -> None:
+    """Otherwise equal trajectories would say little about resizing."""
+    first, second = ranks_of(finished["plain"][case])
+    start = dict.fromkeys(first, 4)
+    for before, after in ((start, first), (first, second)):
+        changes = {after[layer] - before[layer] for layer in after}
+        assert min(changes) < 0 < max(changes)

@@ -1,0 +1,38 @@
+"""Run several configs one after another in one process group: ``launch … worker.py CONFIG…``."""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from tsqlora_scale import preflight
+from tsqlora_scale.cli import _quiet_environment
+from tsqlora_scale.config import load_config
+from tsqlora_scale.errors import UserError
+
+
+def main() -> int:
+    _quiet_environment()
+    configs = [load_config(path) for path in sys.argv[1:]]
+    # every check before the first process group exists, as in a run of its own
+    checked = [preflight.check(config) for config in configs]
+    from tsqlora_scale.run import build_run
+    from tsqlora_scale.train import train
+
+    for one in checked:
+        try:
+            run = build_run(one)
+            train(run)
+            run.engine.close()
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
