@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -308,7 +309,7 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         """The resolved config; training from this text reproduces the run."""
-        return OmegaConf.to_yaml(OmegaConf.create(self.model_dump(mode="json")))
+        return OmegaConf.to_yaml(OmegaConf.create(_escaped(self.model_dump(mode="json"))))
 
 
 def as_steps(value: int | float, total: int) -> int:
@@ -329,6 +330,8 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise UserError(f"config file {str(path)!r} does not exist") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
+    except (IsADirectoryError, PermissionError) as error:
+        raise UserError(f"config file {str(path)!r} cannot be read ({error.strerror}); give a YAML file") from None
     except Exception as error:  # YAML errors come in several classes of two libraries
         raise UserError(f"{path}: not valid YAML: {_one_line(error)}") from None
     for override in overrides or []:
@@ -361,6 +364,17 @@ def parse_config(tree: dict[str, Any], where: str = "config") -> Config:
         raise UserError(f"{where}: {'; '.join(messages)}") from None
 
 
+def _escaped(tree: Any) -> Any:
+    """Strings that hold ``${`` after interpolation, written so that reading them does not interpolate again."""
+    if isinstance(tree, dict):
+        return {key: _escaped(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_escaped(value) for value in tree]
+    if isinstance(tree, str):
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", tree)
+    return tree
+
+
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
@@ -376,24 +390,28 @@ def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def _describe(error: Any) -> str:
-    loc = [part for part in error["loc"] if isinstance(part, str | int)]
     known = _known_keys(Config)
-    # pydantic appends the tried union member to the location; keep what is a key of ours
-    while len(loc) > 1 and isinstance(loc[-1], str) and ".".join(map(str, loc)) not in known:
-        if error["type"] == "extra_forbidden":
-            break
-        loc.pop()
-    key = ".".join(map(str, loc))
+    loc = [str(part) for part in error["loc"]]
     if error["type"] == "extra_forbidden":
-        name = str(loc[-1])
-        siblings = [k for k in known if k.split(".")[:-1] == [str(p) for p in loc[:-1]]]
-        near = difflib.get_close_matches(key, siblings, 1, 0.6) or difflib.get_close_matches(key, known, 1, 0.5)
-        near = near or [k for k in known if k.split(".")[-1] == name][:1]
-        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(s.split('.')[-1] for s in siblings)}"
-        return f"unknown key {key!r}; {hint}"
+        return _unknown(loc, known)
+    # pydantic puts the tried member of a union into the location; keep the key of ours, and places in a list
+    end = max((n for n in range(1, len(loc) + 1) if ".".join(loc[:n]) in known), default=len(loc))
+    key = ".".join(loc[:end] + [part for part in loc[end:] if part.isdigit()])
     if error["type"] == "missing":
         return f"missing key {key!r}; set it in the file or on the command line"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         return f"{key}: {message}" if key else message
     return f"{key}={error['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _unknown(loc: list[str], known: list[str]) -> str:
+    """The nearest known key: a slip of the pen in this section, then the same name in another, then anything near."""
+    key, name, parent = ".".join(loc), loc[-1], loc[:-1]
+    siblings = {k.split(".")[-1]: k for k in known if k.split(".")[:-1] == parent}
+    elsewhere = {k.split(".")[-1]: k for k in reversed(known)}
+    for names, cutoff in ((siblings, 0.75), (elsewhere, 1.0), (siblings, 0.6), (elsewhere, 0.75)):
+        near = difflib.get_close_matches(name, names, 1, cutoff)
+        if near:
+            return f"unknown key {key!r}; did you mean {names[near[0]]!r}?"
+    return f"unknown key {key!r}; known here: {', '.join(siblings)}"

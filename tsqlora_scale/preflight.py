@@ -31,7 +31,6 @@ class RunPlan:
     micro_batch_size: int
     accumulation: int
     world_size: int
-    group_size: int
 
     def lines(self) -> list[str]:
         """What will happen when, for people."""
@@ -108,9 +107,7 @@ def plan_run(config: Config, pool_size: int, world_size: int) -> RunPlan:
             f"{max(micro, 1)} x {world_size}; change one of them"
         )
     group = config.sensitivity.group_size
-    if group == "auto":
-        group = 1
-    elif micro % group:
+    if isinstance(group, int) and micro % group:
         raise UserError(f"sensitivity.group_size={group} must divide the micro batch of {micro} samples")
     subset = pool_size
     if config.adapter.method == "tsqlora" and config.sampling.selector != "full":
@@ -134,7 +131,6 @@ def plan_run(config: Config, pool_size: int, world_size: int) -> RunPlan:
         micro_batch_size=micro,
         accumulation=train.batch_size // (micro * world_size),
         world_size=world_size,
-        group_size=group,
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import DistributedType
 
 from tsqlora_scale.adapters import add_adapter, load_adapter, load_base, save_adapter
 from tsqlora_scale.config import Config
@@ -310,6 +311,8 @@ def evaluate_adapter(preflight: Preflight, adapter: str) -> tuple[dict[str, floa
     if preflight.data.dev is None:
         raise UserError("task.dataset.dev_file is not set, and evaluation needs it; name the file")
     accelerator = start_accelerator(accumulation=1)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise UserError("evaluation of a saved adapter runs without DeepSpeed; launch it plainly or with DDP")
     world = World.current(accelerator.device)
     with quiet_libraries():
         task = build_task(config.task, preflight.data, preflight.tokenizer, preflight.model_config)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import io
 import os
 import warnings
 from typing import Any
@@ -41,7 +43,7 @@ def start_accelerator(*, accumulation: int, mixed_precision: str = "no", timeout
         # Without CUDA and without gloo named, Accelerate reports one process and trains the ranks apart.
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         handlers.append(InitProcessGroupKwargs(backend=backend, timeout=datetime.timedelta(minutes=timeout_minutes)))
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints what it builds
         warnings.simplefilter("ignore")
         accelerator = Accelerator(
             cpu=cpu,
