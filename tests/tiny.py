@@ -58,8 +58,8 @@ WORDS = [
 ]
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<mask>"]
 VOCAB = len(WORDS) + len(SPECIAL)
-SIZE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
-NO_DROPOUT = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 CONFIGS = {
     "bert": lambda: BertConfig(vocab_size=VOCAB, pad_token_id=0, max_position_embeddings=64, **SIZE, **NO_DROPOUT),
