@@ -50,7 +50,6 @@ def optimizer_step(
     padding, accumulation and the number of ranks do not change the gradient.
     """
     world = engine.world
-    seed_dropout(seed, step, world.rank)
     parts = micro_batches(indices, micro_batch_size, world.rank, world.size)
     batches = [task.batch("train", part).to(world.device) for part in parts]
     terms = world.sum(torch.stack([task.loss_terms(batch).sum().double().cpu() for batch in batches]).sum())
@@ -58,7 +57,8 @@ def optimizer_step(
     grad_norm = None
     if tracker is not None:
         tracker.start_step(step, loss_scale=engine.gradient_scale)
-    for batch in batches:
+    for number, batch in enumerate(batches):
+        seed_dropout(seed, step, number * world.size + world.rank)
         if tracker is not None:
             tracker.start_micro_batch(batch.size)
         with engine.micro_batch():
@@ -71,10 +71,11 @@ def optimizer_step(
     return StepResult(loss=float(world.sum(loss_sum) / terms), grad_norm=grad_norm)
 
 
-def seed_dropout(seed: int, step: int, rank: int) -> None:
-    """Seed the global generator, from which dropout draws: a function of step and rank, so a resumed run repeats it.
+def seed_dropout(seed: int, step: int, micro_batch: int) -> None:
+    """Seed the global generator, from which dropout draws.
 
-    Masks follow the rank: with dropout, other world sizes give other masks (and only this differs).
+    Masks are a function of the step and the micro-batch's place in the global batch: a resumed run repeats them, and
+    so does any number of ranks with the same micro_batch_size.
     """
-    digest = hashlib.sha256(f"{seed}/dropout/{step}/{rank}".encode()).digest()
+    digest = hashlib.sha256(f"{seed}/dropout/{step}/{micro_batch}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
