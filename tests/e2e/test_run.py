@@ -68,6 +68,7 @@ def test_evaluating_the_adapter_gives_the_same_metrics(tmp_path: Path, models_di
     assert metrics == pytest.approx(result_of(tmp_path / "runs" / "run")["metrics"], abs=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bert", "llama"])
 def test_accumulation_does_not_change_the_run(tmp_path: Path, models_dir: Path, kind: str) -> None:
     for micro in (12, 6, 4, 2, 1):
@@ -107,6 +108,14 @@ def test_resume_is_bit_identical(tmp_path: Path, models_dir: Path, step: int) ->
     assert losses_of(run_dir) == losses
     assert ranks_of(run_dir) == ranks
     assert (resumed.seen == seen).all()
+
+
+def test_resume_without_a_checkpoint_starts_anew(tmp_path: Path, models_dir: Path) -> None:
+    tree = run_tree("bert", tmp_path, models_dir, "run")
+    go(tree)
+    shutil.rmtree(tmp_path / "runs" / "run" / "checkpoints")
+    go(tree, resume="auto")
+    assert len(losses_of(tmp_path / "runs" / "run")) == 13
 
 
 def test_checkpoints_are_whole_small_and_safe(tmp_path: Path, models_dir: Path) -> None:

@@ -30,7 +30,8 @@ class RunRecord:
         self._started = time.perf_counter()
 
     def prepare(self, config_yaml: str) -> None:
-        """Create the folder and write the resolved config."""
+        """Create the folder, write the resolved config, drop what a run that left no checkpoint has recorded."""
+        self.rewind(-1)
         if self._writes:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "config.yaml").write_text(config_yaml)

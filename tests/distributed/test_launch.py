@@ -1,0 +1,46 @@
+"""The real command under real launchers: resuming on another engine, and mistakes on every rank."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.launch import ROOT, launch, run_launched
+from tests.runs import losses_of, ranks_of, result_of, run_tree, write_config
+
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+
+TRAIN = ROOT / "launch" / "train.py"
+
+
+def test_resume_on_another_engine(tmp_path: Path, models_dir: Path) -> None:
+    tree = run_tree("bert", tmp_path, models_dir, "run", train={"checkpoint_every": 6, "checkpoint_keep": 3})
+    config = write_config(tmp_path / "config.yaml", tree)
+    whole, interrupted = tmp_path / "whole" / "run", tmp_path / "interrupted" / "run"
+    launch("plain", TRAIN, ["--config", str(config), f"run.output_dir={whole.parent}"], tmp_path)
+    launch("zero2-2", TRAIN, ["--config", str(config), f"run.output_dir={interrupted.parent}"], tmp_path)
+    for checkpoint in (interrupted / "checkpoints").iterdir():
+        if checkpoint.name != "step-00000006":  # after scoring and one rank event, before the next
+            shutil.rmtree(checkpoint)
+    assert (interrupted / "checkpoints" / "step-00000006").is_dir()
+    for engine in ("plain", "zero3-2"):
+        continued = tmp_path / engine / "run"
+        shutil.copytree(interrupted, continued)
+        arguments = ["--config", str(config), f"run.output_dir={continued.parent}", "--resume", "auto"]
+        launch(engine, TRAIN, arguments, tmp_path)
+        assert losses_of(continued) == pytest.approx(losses_of(whole), abs=1e-5)
+        assert ranks_of(continued) == ranks_of(whole)
+        assert result_of(continued)["engine"] == ("plain" if engine == "plain" else "zero3")
+
+
+@pytest.mark.parametrize("override", ["task.text=[texxt]", "train.batch_size=9", "train.lrr=1"])
+def test_a_mistake_ends_every_rank(tmp_path: Path, models_dir: Path, override: str) -> None:
+    config = write_config(tmp_path / "config.yaml", run_tree("bert", tmp_path, models_dir, "run"))
+    done = run_launched("zero2-2", TRAIN, ["--config", str(config), override], tmp_path, timeout=120)
+    assert done.returncode != 0
+    assert done.stdout.count("error: ") == 1, done.stdout
+    assert "tsqlora_scale/" not in done.stdout, "a traceback of ours"
+    assert "exitcode  : 2" in done.stdout
+    assert not (tmp_path / "runs").exists()
