@@ -74,6 +74,8 @@ class DatasetConfig(Section):
     column_names: list[str] | None = None
     #: A column with unique sample ids; without it the id is the row's number in the pool.
     id_column: str | None = None
+    #: Leave out rows with an empty text instead of refusing the data.
+    drop_empty: bool = False
     #: A random subset of that size, fixed by ``run.seed``: files are often sorted.
     max_train_samples: PositiveInt | None = None
     max_dev_samples: PositiveInt | None = None

@@ -35,8 +35,14 @@ def require_columns(dataset: datasets.Dataset, wanted: Mapping[str, str], *, whe
         raise UserError(f"{key}={name!r}: no such column in {where}; {hint} has: {', '.join(dataset.column_names)}")
 
 
-def check_text(dataset: datasets.Dataset, name: str, *, where: str) -> None:
+def check_text(dataset: datasets.Dataset, name: str, *, where: str, may_be_empty: bool = False) -> np.ndarray:
     """Check that a column holds text, and something other than blanks in every row.
+
+    Args:
+        may_be_empty: accept blanks.
+
+    Returns:
+        Which rows hold more than blanks, (N,) bool.
 
     Raises:
         UserError: naming file, row and column.
@@ -44,13 +50,19 @@ def check_text(dataset: datasets.Dataset, name: str, *, where: str) -> None:
     column = dataset.data.column(name)
     if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
         raise UserError(f"{where}: column {name!r} holds {column.type} values; it must hold text")
+    found = [np.zeros(0, dtype=bool)]
     row = 0
     for chunk in column.chunks:  # chunk by chunk: the column may be larger than memory
         filled = pc.fill_null(pc.greater(pc.utf8_length(pc.utf8_trim_whitespace(chunk)), 0), False)
         first = pc.index(filled, False).as_py()
-        if first >= 0:
-            raise UserError(f"{where}, row {row + first + 1}: column {name!r} is empty; fill it in or drop the row")
+        if first >= 0 and not may_be_empty:
+            raise UserError(
+                f"{where}, row {row + first + 1}: column {name!r} is empty; "
+                "fill it in, or set task.dataset.drop_empty=true to leave such rows out"
+            )
+        found.append(filled.to_numpy(zero_copy_only=False))
         row += len(chunk)
+    return np.concatenate(found)
 
 
 def sample_ids(dataset: datasets.Dataset, id_column: str | None, *, where: str) -> pa.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import datasets
@@ -14,6 +15,8 @@ from tsqlora_scale.tasks.columns import SAMPLE_ID, check_text, require_columns, 
 from tsqlora_scale.tasks.labels import class_ids, regression_targets
 from tsqlora_scale.tasks.metrics import check_metrics
 from tsqlora_scale.tasks.sources import SplitName, open_split
+
+log = logging.getLogger("tsqlora_scale")
 
 
 @dataclass(frozen=True)
@@ -72,13 +75,18 @@ def _load_split(cfg: TaskConfig, split: SplitName, seed: int) -> datasets.Datase
     if id_column is not None:
         wanted["task.dataset.id_column"] = id_column
     require_columns(raw, wanted, where=where)
-    for name in texts.values():
-        check_text(raw, name, where=where)
+    drop = cfg.dataset.drop_empty
+    filled = np.logical_and.reduce([check_text(raw, name, where=where, may_be_empty=drop) for name in texts.values()])
     ours: dict[str, pa.Array | np.ndarray] = {SAMPLE_ID: sample_ids(raw, id_column, where=where)}
     if labelled and cfg.label is not None:
         ours[cfg.label] = _targets(cfg, raw, cfg.label, where)
     kept = raw.remove_columns([name for name in ours if name in raw.column_names])
     dataset = datasets.concatenate_datasets([kept, datasets.Dataset(pa.table(ours))], axis=1)
+    if not filled.all():
+        log.warning("%s: %d rows with an empty text are left out", where, int((~filled).sum()))
+        dataset = dataset.select(np.flatnonzero(filled))
+        if not len(dataset):
+            raise UserError(f"{where}: every row has an empty text; check task.text, task.source and task.target")
     limit = cfg.dataset.max_train_samples if split == "train" else cfg.dataset.max_dev_samples
     if limit is None or limit >= len(dataset):
         return dataset

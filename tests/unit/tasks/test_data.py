@@ -140,7 +140,12 @@ class TestSubset:
         (("", ""), {}, {"id_column": "ky"}, r"task.dataset.id_column='ky': no such column.*did you mean 'key'"),
         (("\tbad\n", "\tmeh\n"), {}, {}, r"train.tsv, row 2: label 'meh' in column 'label' is not among the 2"),
         (("\tbad\n", "\t\n"), {}, {}, r"train.tsv, row 2: column 'label' is empty"),
-        (("bad film", "  "), {}, {}, r"train.tsv, row 2: column 'text' is empty; fill it in or drop the row"),
+        (
+            ("bad film", "  "),
+            {},
+            {},
+            r"train.tsv, row 2: column 'text' is empty; fill it in, or set task.dataset.drop_empty",
+        ),
         (("b\t", "a\t"), {}, {"id_column": "key"}, r"rows 1 and 2: the same id 'a' in id column 'key'"),
         (("b\t", "\t"), {}, {"id_column": "key"}, r"row 2: id column 'key' is empty"),
         (("", ""), {"labels": 2}, {}, r"row 1: label 'good'.*as task.labels=2 means"),
@@ -229,3 +234,14 @@ class TestHub:
         (tmp_path / "train.csv").write_text("text,label\na,good\nb,bad\n")
         with pytest.raises(UserError, match=r"split 'validation'.*check name, subset, dev_split"):
             load_data(self.config(tmp_path), seed=0)
+
+
+def test_rows_with_an_empty_text_can_be_left_out(write: Write, tmp_path: Path) -> None:
+    write("train.tsv", GOOD.replace("bad film", "  "))
+    data = load(tmp_path, drop_empty=True)
+    assert data.train["text"][:] == ["good film", "a film"]
+    assert data.train["sample_id"][:] == ["0", "2"]  # the ids stay those of the file
+    assert data.train["label"][:] == [1, 1]
+    write("train.tsv", "key\ttext\tlabel\na\t \tgood\n")
+    with pytest.raises(UserError, match="every row has an empty text"):
+        load(tmp_path, drop_empty=True)
