@@ -9,7 +9,8 @@ import pytest
 from tests.distributed.launch import ENGINES, WORKER, launch
 from tests.runs import losses_of, ranks_of, result_of, run_tree, write_config
 
-pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+# a test may have to make the runs of two engines first
+pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(2000)]
 
 MODELS = ["deberta", "bart", "llama"]
 #: dropout: its masks belong to the micro-batch, not to the rank
@@ -18,32 +19,39 @@ CASES = [*((kind, base) for kind in MODELS for base in ("fp32", "nf4")), ("bert"
 BF16 = ("bert", "bf16")
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, models_dir: Path) -> dict[str, dict[tuple[str, str], Path]]:
-    """Run folders by engine and case; one launch per engine runs all cases."""
-    runs: dict[str, dict[tuple[str, str], Path]] = {}
-    for engine in ENGINES:
-        folder = tmp_path_factory.mktemp(engine)
+class Finished(dict[str, dict[tuple[str, str], Path]]):
+    """Run folders by engine and case. An engine's runs are made when they are first asked for, in one launch."""
+
+    def __init__(self, factory: pytest.TempPathFactory, models: Path) -> None:
+        super().__init__()
+        self._factory, self._models = factory, models
+
+    def __missing__(self, engine: str) -> dict[tuple[str, str], Path]:
+        folder = self._factory.mktemp(engine)
         configs = []
-        runs[engine] = {}
+        runs: dict[tuple[str, str], Path] = {}
         for kind, base in [*CASES, BF16]:
             name = f"{kind}-{base}"
-            tree = run_tree(kind, folder, models_dir, name)
+            tree = run_tree(kind, folder, self._models, name)
             if base == "dropout":
                 tree["adapter"]["dropout"] = 0.2
             else:
                 tree["model"] |= {"quantization": "nf4"} if base == "nf4" else {"dtype": base}
             configs.append(str(write_config(folder / f"{name}.yaml", tree)))
-            runs[engine][kind, base] = folder / "runs" / name
+            runs[kind, base] = folder / "runs" / name
         launch(engine, WORKER, configs, folder)
-    return runs
+        self[engine] = runs
+        return runs
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, models_dir: Path) -> Finished:
+    return Finished(tmp_path_factory, models_dir)
 
 
 @pytest.mark.parametrize("case", [*CASES, BF16], ids="-".join)
 @pytest.mark.parametrize("engine", ENGINES)
-def test_engine_is_what_it_is_called(
-    finished: dict[str, dict[tuple[str, str], Path]], engine: str, case: tuple[str, str]
-) -> None:
+def test_engine_is_what_it_is_called(finished: Finished, engine: str, case: tuple[str, str]) -> None:
     processes, stage, distributed_type = ENGINES[engine]
     result = result_of(finished[engine][case])
     assert result["world_size"] == processes
@@ -56,7 +64,7 @@ def test_engine_is_what_it_is_called(
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 @pytest.mark.parametrize("engine", [e for e in ENGINES if e != "plain"])
-def test_same_trajectory(finished: dict[str, dict[tuple[str, str], Path]], engine: str, case: tuple[str, str]) -> None:
+def test_same_trajectory(finished: Finished, engine: str, case: tuple[str, str]) -> None:
     reference, run = finished["plain"][case], finished[engine][case]
     expected = losses_of(reference)
     assert len(expected) == 13
@@ -66,7 +74,7 @@ def test_same_trajectory(finished: dict[str, dict[tuple[str, str], Path]], engin
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)
-def test_events_grow_and_shrink(finished: dict[str, dict[tuple[str, str], Path]], case: tuple[str, str]) -> None:
+def test_events_grow_and_shrink(finished: Finished, case: tuple[str, str]) -> None:
     """Otherwise equal trajectories would say little about resizing."""
     first, second = ranks_of(finished["plain"][case])
     start = dict.fromkeys(first, 4)
@@ -76,7 +84,7 @@ def test_events_grow_and_shrink(finished: dict[str, dict[tuple[str, str], Path]]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_bf16_runs(finished: dict[str, dict[tuple[str, str], Path]], engine: str) -> None:
+def test_bf16_runs(finished: Finished, engine: str) -> None:
     run = finished[engine][BF16]
     losses = losses_of(run)
     assert len(losses) == 13
