@@ -23,7 +23,7 @@ ENGINES = {
 }
 
 
-def launch(engine: str, script: Path, arguments: list[str], folder: Path, timeout: float = 900) -> str:
+def launch(engine: str, script: Path, arguments: list[str], folder: Path, timeout: float = 1500) -> str:
     """Run a script under an engine; its output. Fails the test with that output if it exits with an error."""
     done = run_launched(engine, script, arguments, folder, timeout)
     assert done.returncode == 0, f"{engine} exited with {done.returncode}:\n{done.stdout[-6000:]}"
@@ -31,7 +31,7 @@ def launch(engine: str, script: Path, arguments: list[str], folder: Path, timeou
 
 
 def run_launched(
-    engine: str, script: Path, arguments: list[str], folder: Path, timeout: float = 900
+    engine: str, script: Path, arguments: list[str], folder: Path, timeout: float = 1500
 ) -> subprocess.CompletedProcess[str]:
     """Run a script under an engine, output and errors together."""
     processes, stage, _ = ENGINES[engine]

@@ -10,7 +10,7 @@ from tests.distributed.launch import ENGINES, WORKER, launch
 from tests.runs import losses_of, ranks_of, result_of, run_tree, write_config
 
 # a test may have to make the runs of two engines first
-pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(2000)]
+pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(3000)]
 
 MODELS = ["deberta", "bart", "llama"]
 #: dropout: its masks belong to the micro-batch, not to the rank
