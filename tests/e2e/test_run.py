@@ -180,8 +180,6 @@ def test_run_folder(tmp_path: Path, models_dir: Path) -> None:
     assert set(result["seconds"]) >= {"load", "warmup", "scoring", "training", "resizing", "evaluation"}
     assert result["subset_size"] == 36
     assert len(list((run_dir / "scores").glob("*.parquet"))) == 3  # the pool, and a refresh after each event
-    again = build_run(preflight.check(parse_config(tree)))  # the same seed gives the same run
-    again.record.folder = tmp_path / "again"
-    again.record.prepare("")
-    train(again)
-    assert losses_of(tmp_path / "again") == losses_of(run_dir)
+    tree["run"]["name"] = "again"  # the same seed gives the same run
+    go(tree)
+    assert losses_of(tmp_path / "runs" / "again") == losses_of(run_dir)
