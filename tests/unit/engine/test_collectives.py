@@ -1,0 +1,68 @@
+"""The collectives in a world of one and among real processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from tsqlora_scale.engine.collectives import World
+
+
+def test_a_world_of_one_needs_no_group() -> None:
+    world = World.current()
+    assert (world.rank, world.size, world.is_main) == (0, 1, True)
+    tensor = torch.tensor([1.0, -2.0])
+    for reduced in (world.sum(tensor), world.max(tensor), world.mean(tensor)):
+        assert torch.equal(reduced, tensor)
+        reduced += 1
+    assert tensor.tolist() == [1.0, -2.0], "the result is a new tensor"
+    assert world.gather_arrays(np.arange(3)).tolist() == [0, 1, 2]
+    assert world.gather_objects("a") == ["a"]
+    assert world.broadcast({"a": 1}) == {"a": 1}
+    world.barrier()
+
+
+def _rank(rank: int, size: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
+    world = World.current()
+    mine = torch.tensor([float(rank), -float(rank)], dtype=torch.float64)
+    out: dict[str, Any] = {
+        "place": (world.rank, world.size, world.is_main),
+        "sum": world.sum(mine).tolist(),
+        "max": world.max(mine).tolist(),
+        "mean": world.mean(mine).tolist(),
+        "integers": world.sum(torch.tensor([2**40 + rank])).tolist(),
+        "kept": mine.tolist(),
+        # rank 0 has nothing to give
+        "arrays": world.gather_arrays(np.full((2 * rank, 2), rank)).tolist(),
+        "objects": world.gather_objects({"rank": rank}),
+        "broadcast": world.broadcast(f"from {rank}"),
+    }
+    world.barrier()
+    torch.save(out, Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_real_ranks_agree(tmp_path: Path) -> None:
+    size = 3
+    mp.spawn(_rank, args=(size, str(tmp_path)), nprocs=size)
+    for rank in range(size):
+        assert torch.load(tmp_path / f"{rank}.pt") == {
+            "place": (rank, size, rank == 0),
+            "sum": [3.0, -3.0],
+            "max": [2.0, 0.0],
+            "mean": [1.0, -1.0],
+            "integers": [3 * 2**40 + 3],
+            "kept": [float(rank), -float(rank)],
+            "arrays": [[1, 1]] * 2 + [[2, 2]] * 4,
+            "objects": [{"rank": r} for r in range(size)],
+            "broadcast": "from 0",
+        }

@@ -1,0 +1,86 @@
+"""Which layers are adapted in each architecture, and that the exported scaling is the trained one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from tests.tiny import AUTO, tiny_model
+from tsqlora_scale.adapters import heads_of, initialise_new, resolve_targets, skeleton
+from tsqlora_scale.errors import UserError
+
+#: kind -> (adapted layers of its two blocks each, linear layers outside the blocks)
+EXPECTED = {
+    "bert": (12, ["bert.pooler.dense", "classifier"]),
+    "mpnet": (12, ["classifier.dense", "classifier.out_proj"]),
+    "deberta": (12, ["pooler.dense", "classifier"]),
+    "bart": (2 * 6 + 2 * 10, ["lm_head"]),
+    "t5": (2 * 7 + 2 * 11, ["lm_head"]),
+    "llama": (14, ["lm_head"]),
+}
+
+
+def bare(kind: str, models: Path) -> nn.Module:
+    auto = AUTO.get(kind, AutoModelForSequenceClassification)
+    return skeleton(auto, AutoConfig.from_pretrained(tiny_model(kind, models), num_labels=2))
+
+
+@pytest.mark.parametrize("kind", EXPECTED)
+def test_blocks_are_adapted_and_heads_are_not(models_dir: Path, kind: str) -> None:
+    model = bare(kind, models_dir)
+    count, heads = EXPECTED[kind]
+    targets = resolve_targets(model, "auto")
+    assert len(targets) == len(set(targets)) == count
+    assert sorted(heads_of(model)) == sorted(heads)
+    linears = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    assert set(targets) | set(heads) == linears, "every linear layer is one or the other"
+    assert all(p.is_meta for p in model.parameters()), "nothing was loaded to find out"
+
+
+def test_names_suffixes_and_mistakes(models_dir: Path) -> None:
+    model = bare("bert", models_dir)
+    assert resolve_targets(model, ["query"]) == [f"bert.encoder.layer.{i}.attention.self.query" for i in (0, 1)]
+    assert resolve_targets(model, ["query", "self.query"]) == resolve_targets(model, ["query"])
+    assert resolve_targets(model, ["bert.pooler.dense"]) == ["bert.pooler.dense"], "a full name outside is heeded"
+    assert not any("attention.output" in n for n in resolve_targets(model, ["intermediate.dense"]))
+    for wrong in ("uery", "layer", "LayerNorm"):
+        with pytest.raises(UserError, match=rf"adapter\.target_modules: '{wrong}'.*known: .*query"):
+            resolve_targets(model, [wrong])
+
+
+def test_auto_needs_blocks() -> None:
+    with pytest.raises(UserError, match=r"adapter\.target_modules='auto'.*name the layers"):
+        resolve_targets(nn.ModuleDict({"only": nn.Linear(2, 2)}), "auto")
+
+
+@settings(deadline=None, max_examples=60)
+@given(r0=st.integers(1, 64), alpha=st.floats(0.5, 256), rank=st.integers(1, 256))
+def test_alpha_pattern_gives_the_trained_scaling_back(r0: int, alpha: float, rank: int) -> None:
+    """What an exported layer's ``alpha / r`` is in PEFT, to the last place of a double."""
+    scaling = alpha / r0
+    config = LoraConfig(r=r0, lora_alpha=alpha, target_modules=["0"], rank_pattern={"0": rank},  # type: ignore[arg-type]
+                        alpha_pattern={"0": scaling * rank})  # fmt: skip
+    layer = get_peft_model(nn.Sequential(nn.Linear(2, 2)), config).base_model.model[0]  # type: ignore[arg-type]
+    assert layer.r["default"] == rank
+    assert layer.scaling["default"] == pytest.approx(scaling, rel=2**-52, abs=0)
+
+
+def test_new_parameters_follow_names_not_order() -> None:
+    def drawn(order: list[str]) -> dict[str, torch.Tensor]:
+        model = nn.ModuleDict({"b": nn.Linear(3, 2), "a": nn.Linear(3, 2), "norm": nn.LayerNorm(3)})
+        initialise_new(model, order, std=0.5, generator=torch.Generator().manual_seed(0))
+        return {name: param.detach() for name, param in model.named_parameters()}
+
+    names = ["a.weight", "a.bias", "b.weight", "b.bias", "norm.weight", "not.there"]
+    first, second = drawn(names), drawn(names[::-1])
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    assert not torch.equal(first["a.weight"], first["b.weight"])
+    assert first["a.bias"].abs().sum() == 0
+    assert torch.equal(first["norm.weight"], torch.ones(3))

@@ -1,0 +1,78 @@
+"""The commands around a run: usage, exit codes, and what a mistake leaves untouched."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.runs import run_tree, write_config
+from tsqlora_scale import cli
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def config(tmp_path: Path, models_dir: Path) -> Path:
+    return write_config(tmp_path / "config.yaml", run_tree("bert", tmp_path, models_dir, "run"))
+
+
+@pytest.mark.parametrize(("arguments", "code"), [([], 2), (["trian"], 2), (["--help"], 0), (["-h"], 0)])
+def test_usage(arguments: list[str], code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(arguments) == code
+    assert capsys.readouterr().err.startswith("usage: tsqlora {train,evaluate}")
+
+
+def test_main_passes_arguments_on(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--config", str(config), "--dry-run", "run.seed=7"]) == 0
+    assert "seed: 7" in capsys.readouterr().out
+
+
+def test_an_interrupt_is_no_traceback(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "load_config", interrupted)
+    assert cli.train(["--config", str(config)]) == 130
+
+
+def test_a_mistake_with_overwrite_deletes_nothing(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = config.parent / "runs" / "run" / "result.json"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("weeks of work")
+    assert cli.train(["--config", str(config), "--overwrite", "task.text=[texxt]"]) == 2
+    assert "texxt" in capsys.readouterr().err
+    assert kept.read_text() == "weeks of work"
+
+
+def test_a_checkpoint_that_is_none(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tsqlora_scale.run.load_base", lambda *_, **__: pytest.fail("the model was loaded"))
+    assert cli.train(["--config", str(config), "--resume", "./step-1"]) == 2
+    error = capsys.readouterr().err
+    assert (
+        error.splitlines()[-1] == "error: --resume './step-1' is no checkpoint folder; give 'auto' or a step-… folder"
+    )
+    assert not (config.parent / "runs").exists()
+
+
+def test_the_script_ends_with_2_before_torch(config: Path) -> None:
+    """From another folder, as a user may call it; a module named torch that cannot be imported stands in the way."""
+    trap = config.parent / "trap"
+    trap.mkdir()
+    for name in ("torch", "transformers", "peft", "accelerate", "datasets"):
+        (trap / f"{name}.py").write_text(f"raise SystemExit('{name} was imported')")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "launch" / "train.py"), "--config", str(config), "train.lr=-1"],
+        capture_output=True, text=True, cwd=config.parent, check=False,
+        env=os.environ | {"PYTHONPATH": str(trap)},
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert "train.lr=-1" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""

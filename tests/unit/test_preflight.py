@@ -1,0 +1,103 @@
+"""The plan that follows from a config, and mistakes that only the data or the model's files show."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.runs import run_tree
+from tests.tiny import tiny_model
+from tsqlora_scale import preflight
+from tsqlora_scale.config import Config, parse_config
+from tsqlora_scale.errors import UserError
+
+
+def config_of(tmp_path: Path, models_dir: Path, **sections: dict[str, Any]) -> Config:
+    return parse_config(run_tree("bert", tmp_path, models_dir, "run", **sections))
+
+
+@settings(deadline=None)
+@given(micro=st.sampled_from([None, 1, 2, 3, 4, 6, 12]), world=st.integers(1, 14))
+def test_a_step_is_the_global_batch_or_an_error(
+    tmp_path_factory: pytest.TempPathFactory, micro: int | None, world: int
+) -> None:
+    models = tmp_path_factory.getbasetemp() / "plan-models"
+    models.mkdir(exist_ok=True)
+    config = config_of(models, models, train={"micro_batch_size": micro})
+    try:
+        plan = preflight.plan_run(config, 48, world)
+    except UserError as error:
+        assert 12 % ((micro or max(12 // world, 1)) * world)
+        assert "train.batch_size=12" in str(error)
+    else:
+        assert plan.micro_batch_size * plan.accumulation * plan.world_size == 12
+        assert (plan.scoring_step, plan.schedule.events if plan.schedule else ()) == (2, (4, 8))
+
+
+@pytest.mark.parametrize(
+    ("sections", "epochs", "subset", "steps"),
+    [
+        ({}, 4, 36, 12),
+        ({}, 1.5, 36, 5),
+        ({"sampling": {"selector": "full"}, "scoring": {"enabled": False}}, 2, 48, 8),
+        ({"adapter": {"method": "lora"}}, 2, 48, 8),
+        ({"sampling": {"keep_fraction": 0.01}}, 36, 1, 3),
+    ],
+)
+def test_epochs(
+    tmp_path: Path, models_dir: Path, sections: dict[str, Any], epochs: float, subset: int, steps: int
+) -> None:
+    changes = {"sensitivity": {"enabled": False}, "train": {"max_steps": None, "epochs": epochs}}
+    plan = preflight.plan_run(config_of(tmp_path, models_dir, **changes, **sections), 48, 1)
+    assert (plan.subset_size, plan.total_steps) == (subset, steps)
+
+
+def test_evaluation_steps_need_a_development_file(tmp_path: Path, models_dir: Path) -> None:
+    tree = run_tree("bert", tmp_path, models_dir, "run", train={"eval_every": 5})
+    del tree["task"]["dataset"]["dev_file"]
+    with pytest.raises(UserError, match=r"train\.eval_every.*task\.dataset\.dev_file"):
+        preflight.check(parse_config(tree))
+
+
+def test_a_model_without_the_tasks_form(tmp_path: Path, models_dir: Path) -> None:
+    tree = run_tree("bart", tmp_path, models_dir, "run")
+    tree["model"]["name_or_path"] = str(tiny_model("bert", models_dir))
+    with pytest.raises(UserError, match=r"model\.name_or_path=.*bert model.*no seq2seq form.*task\.type"):
+        preflight.check(parse_config(tree))
+
+
+@pytest.mark.parametrize("damage", ["empty folder", "broken config", "unknown type"])
+def test_a_model_folder_that_is_none(tmp_path: Path, models_dir: Path, damage: str) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    if damage != "empty folder":
+        (folder / "config.json").write_text("{" if damage == "broken config" else '{"model_type": "nosuch"}')
+    config = config_of(tmp_path, models_dir, model={"name_or_path": str(folder)})
+    with pytest.raises(UserError, match=r"model\.name_or_path=.*cannot be loaded") as caught:
+        preflight.check(config)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_that_cannot_pad(tmp_path: Path, models_dir: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for path in tiny_model("bert", models_dir).iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    file = folder / "tokenizer_config.json"
+    settings_of = json.loads(file.read_text())
+    file.write_text(json.dumps({k: v for k, v in settings_of.items() if k not in ("pad_token", "eos_token")}))
+    config = config_of(tmp_path, models_dir, model={"name_or_path": str(folder)})
+    with pytest.raises(UserError, match="neither a padding nor an end token"):
+        preflight.check(config)
+
+
+def test_a_run_folder_that_is_a_file(tmp_path: Path, models_dir: Path) -> None:
+    (tmp_path / "taken").write_text("mine")
+    config = config_of(tmp_path, models_dir, run={"output_dir": str(tmp_path / "taken")})
+    with pytest.raises(UserError, match=r"run\.output_dir=.*cannot be written to"):
+        preflight.check_run_dir(config, overwrite=False, resume=False)
