@@ -182,7 +182,7 @@ class Run:
         if self.tracker is not None:
             self.tracker.load_state_dict(tree["tracker"])
         self.record.seconds.update(tree["seconds"])
-        self.record.rewind(self.step)
+        self.record.rewind(self.step, last_step=self.plan.total_steps)
 
     def draw_by_scores(self) -> None:
         """Draw from S by p, as the scores in force say (Algorithm 1, lines 4 and 9)."""

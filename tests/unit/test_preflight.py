@@ -33,7 +33,7 @@ def test_a_step_is_the_global_batch_or_an_error(
         plan = preflight.plan_run(config, 48, world)
     except UserError as error:
         assert 12 % ((micro or max(12 // world, 1)) * world)
-        assert "train.batch_size=12" in str(error)
+        assert "train.batch_size=12" in str(error)  # noqa: PT017
     else:
         assert plan.micro_batch_size * plan.accumulation * plan.world_size == 12
         assert (plan.scoring_step, plan.schedule.events if plan.schedule else ()) == (2, (4, 8))

@@ -49,7 +49,8 @@ def write_checkpoint(folder: Path, state: TrainState, tree: dict[str, Any]) -> N
     (partial / MANIFEST).write_text(json.dumps(digests, indent=1))
     for path in [*partial.rglob("*"), partial]:
         _fsync(path)
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        _remove(folder)
     partial.rename(folder)
     _fsync(folder.parent)
 
@@ -83,10 +84,21 @@ def complete_checkpoints(root: Path) -> list[Path]:
 
 
 def prune(root: Path, *, keep: int, protect: set[str]) -> None:
-    """Delete all but the newest ``keep`` checkpoints and those named in ``protect``."""
+    """Delete all but the newest ``keep`` checkpoints and those named in ``protect``, and what a killed run left half
+    written or half deleted."""
     for path in complete_checkpoints(root)[:-keep]:
         if path.name not in protect:
-            shutil.rmtree(path)
+            _remove(path)
+    for path in root.glob("step-*.partial"):
+        shutil.rmtree(path)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint; renamed first, so that a deletion cut short leaves nothing that looks complete."""
+    doomed = folder.with_name(folder.name + ".deleted.partial")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def _without_tensors(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:

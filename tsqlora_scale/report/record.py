@@ -53,14 +53,19 @@ class RunRecord:
         """A line of ``ranks.jsonl``."""
         self._append("ranks.jsonl", line)
 
-    def rewind(self, step: int) -> None:
-        """Drop the lines after ``step``, which a resumed run writes again."""
+    def rewind(self, step: int, *, last_step: int | None = None) -> None:
+        """Drop what a resumed run writes again: the lines after ``step``, and the evaluation after ``last_step``."""
         if not self._writes:
             return
         for name in ("metrics.jsonl", "ranks.jsonl"):
             path = self.folder / name
             if path.exists():
-                lines = [text for text in path.read_text().splitlines() if _step_of(text) <= step]
+                found = [(text, _parsed(text)) for text in path.read_text().splitlines()]
+                lines = [
+                    text
+                    for text, line in found
+                    if line is not None and line["step"] <= step and not ("eval" in line and line["step"] == last_step)
+                ]
                 path.write_text("".join(f"{text}\n" for text in lines))
 
     def wall_seconds(self) -> float:
@@ -88,8 +93,10 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _step_of(text: str) -> int:
+def _parsed(text: str) -> dict[str, Any] | None:
+    """A line of a record; none where it was cut short when the run was killed."""
     try:
-        return int(json.loads(text).get("step", 0))
+        line: dict[str, Any] = json.loads(text)
     except ValueError:
-        return sys.maxsize  # a line cut short when the run was killed
+        return None
+    return line
