@@ -10,6 +10,10 @@ from typing import Any
 import yaml
 
 from tests.tiny import WORDS, tiny_model
+from tsqlora_scale import preflight
+from tsqlora_scale.config import parse_config
+from tsqlora_scale.run import Run, build_run
+from tsqlora_scale.train import train
 
 GOOD = {"good", "great", "fine", "lovely", "strong"}
 
@@ -91,3 +95,10 @@ def result_of(run_dir: Path) -> dict[str, Any]:
     """``result.json``."""
     result: dict[str, Any] = json.loads((run_dir / "result.json").read_text())
     return result
+
+
+def go(tree: dict[str, Any], resume: str | None = None) -> Run:
+    """A whole run in this process."""
+    run = build_run(preflight.check(parse_config(tree)), resume=resume)
+    train(run)
+    return run

@@ -15,6 +15,7 @@ from torch import nn
 
 from tsqlora_scale.config import AdapterConfig, ModelConfig
 from tsqlora_scale.engine.sharded import read_parameter, write_parameter
+from tsqlora_scale.engine.zero import loading_as
 from tsqlora_scale.errors import UserError
 
 #: PEFT's name of the one adapter that a run trains.
@@ -109,9 +110,10 @@ def load_base(
         kwargs["quantization_config"] = _nf4_config(model, unquantised)
         if device is not None and device.type == "cuda":
             kwargs["device_map"] = {"": device}
-    loaded, info = auto_class.from_pretrained(
-        name_or_path, output_loading_info=True, trust_remote_code=model.trust_remote_code, **kwargs
-    )
+    with loading_as(DTYPES[model.dtype]):
+        loaded, info = auto_class.from_pretrained(
+            name_or_path, output_loading_info=True, trust_remote_code=model.trust_remote_code, **kwargs
+        )
     for module in loaded.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # Left on, an evaluation forward repacks the 4-bit weight and the next training step fails.

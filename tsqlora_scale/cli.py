@@ -15,7 +15,7 @@ def train(argv: Sequence[str] | None = None) -> int:
     """``launch/train.py``: train as a config says."""
     parser = _parser("train", "Train as a config says: TsqLoRA, or plain LoRA beside it.")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the config and the plan, stop")
-    parser.add_argument("--overwrite", action="store_true", help="delete the run folder first if it exists")
+    parser.add_argument("--overwrite", action="store_true", help="start anew where another run has been")
     parser.add_argument("--resume", metavar="auto|DIR", help="continue from the newest checkpoint, or from this one")
     options = parser.parse_args(argv)
     return _guard(lambda: _train(options))
@@ -96,10 +96,6 @@ def _train(options: argparse.Namespace) -> None:
     from tsqlora_scale.run import build_run
     from tsqlora_scale.train import train as train_run
 
-    if options.overwrite and _is_main():
-        import shutil
-
-        shutil.rmtree(config.run_dir, ignore_errors=True)
     run = build_run(checked, resume=options.resume)
     result = train_run(run)
     if run.is_main:

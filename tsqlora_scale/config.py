@@ -31,7 +31,7 @@ StepsOrFraction = Annotated[int, Field(ge=0)] | Annotated[float, Field(gt=0, lt=
 class Section(BaseModel):
     """A config section: unknown keys are errors, values are immutable once checked."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), strict=True)
 
 
 class RunConfig(Section):
@@ -181,6 +181,9 @@ class SamplingConfig(Section):
     tau: PositiveFloat = 0.7
     keep_fraction: UnitInterval = 1.0
     replacement: bool = True
+    #: Classification: Eq. 2 within every label, so that each keeps its share of the draws. ``auto`` is yes, but for
+    #: ``scoring.preset: paper``, which is to the letter.
+    stratify: Literal["auto"] | bool = "auto"
 
 
 class SensitivityConfig(Section):
@@ -280,7 +283,7 @@ class Config(Section):
     train: TrainConfig
 
     @model_validator(mode="after")
-    def _rank_within_bounds(self) -> Config:
+    def _sections_agree(self) -> Config:
         r_max = self.allocation.r_max
         if self.adapts_ranks and not (self.allocation.r_min <= self.adapter.r <= (r_max or self.adapter.r)):
             raise ValueError(
@@ -291,6 +294,10 @@ class Config(Section):
             raise ValueError(
                 "'sampling.selector: quality' needs 'scoring.enabled: true'; "
                 "to switch quality off set 'sampling.selector: full'"
+            )
+        if self.sampling.stratify is True and self.task.type != "classification":
+            raise ValueError(
+                f"'sampling.stratify: true' needs labels, but 'task.type' is {self.task.type!r}; remove it"
             )
         return self
 
@@ -303,6 +310,13 @@ class Config(Section):
     def scores_data(self) -> bool:
         """Whether the data half of the method is on."""
         return self.adapter.method == "tsqlora" and self.scoring.enabled and self.sampling.selector == "quality"
+
+    @property
+    def stratifies(self) -> bool:
+        """Whether p is taken within labels (``sampling.stratify``)."""
+        if self.sampling.stratify == "auto":
+            return self.task.type == "classification" and self.scoring.preset != "paper"
+        return self.sampling.stratify
 
     @property
     def adapts_ranks(self) -> bool:

@@ -72,8 +72,11 @@ def check(config: Config) -> Preflight:
 
     data = load_data(config.task, seed=config.run.seed)
     plan = plan_run(config, len(data.train), int(os.environ.get("WORLD_SIZE", "1")))
-    if config.task.dataset.dev_file is None and config.task.dataset.path is not None and config.train.eval_every:
-        raise UserError("train.eval_every is set but task.dataset.dev_file is not; name a file to evaluate on")
+    if data.dev is None and config.train.eval_every:
+        raise UserError(
+            f"train.eval_every={config.train.eval_every} but there is nothing to evaluate on; "
+            "set task.dataset.dev_file, or dev_split of a hub dataset"
+        )
     path = resolve(config.model.name_or_path, key="model.name_or_path")
     model_config, tokenizer = load_descriptions(config, path)
     heads = check_architecture(config, model_config, tokenizer)

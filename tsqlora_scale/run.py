@@ -299,6 +299,7 @@ def build_scorer(config: Config, plan: RunPlan, engine: Engine, task: Task) -> Q
         target_batches=target_batches if config.scoring.convergence == "target" else None,
         progress=Progress("scoring", shows=engine.world.is_main),
         length_of=lambda indices: lengths[indices],
+        strata=task.strata("train") if config.stratifies else None,
     )
 
 

@@ -62,6 +62,18 @@ def test_engine_is_what_it_is_called(finished: Finished, engine: str, case: tupl
     assert len(result["peak_memory_bytes"]) == processes
 
 
+@pytest.mark.parametrize("case", [*CASES, BF16], ids="-".join)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_rank_holds_its_share_of_the_base_in_its_type(finished: Finished, engine: str, case: tuple[str, str]) -> None:
+    processes, stage, _ = ENGINES[engine]
+    whole, held = (result_of(finished[e][case])["frozen_parameters"]["bytes"] for e in ("plain", engine))
+    wanted = {"bf16": {"bfloat16"}, "nf4": {"uint8", "float32"}}.get(case[1], {"float32"})  # nf4: linear layers only
+    assert set(held) == wanted
+    for kind, size in whole.items():
+        # a shard is rounded up to whole elements, and there are at most 60 parameters
+        assert held[kind] == pytest.approx(size / (processes if stage == 3 else 1), abs=60 * 4)
+
+
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 @pytest.mark.parametrize("engine", [e for e in ENGINES if e != "plain"])
 def test_same_trajectory(finished: Finished, engine: str, case: tuple[str, str]) -> None:

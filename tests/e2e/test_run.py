@@ -12,19 +12,12 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 
-from tests.runs import losses_of, ranks_of, read_lines, result_of, run_tree
+from tests.runs import go, losses_of, ranks_of, read_lines, result_of, run_tree
 from tests.tiny import AUTO
 from tsqlora_scale import preflight
 from tsqlora_scale.config import parse_config
 from tsqlora_scale.errors import UserError
-from tsqlora_scale.run import Run, build_run, evaluate_adapter
-from tsqlora_scale.train import train
-
-
-def go(tree: dict[str, Any], resume: str | None = None) -> Run:
-    run = build_run(preflight.check(parse_config(tree)), resume=resume)
-    train(run)
-    return run
+from tsqlora_scale.run import build_run, evaluate_adapter
 
 
 @pytest.mark.parametrize(
@@ -77,20 +70,6 @@ def test_accumulation_does_not_change_the_run(tmp_path: Path, models_dir: Path, 
     for micro in (6, 4, 2, 1):
         assert losses_of(runs / f"m{micro}") == pytest.approx(losses_of(runs / "m12"), abs=1e-5)
         assert ranks_of(runs / f"m{micro}") == ranks_of(runs / "m12")
-
-
-def test_scoring_leaves_training_alone(tmp_path: Path, models_dir: Path) -> None:
-    """A scoring pass that is not used for sampling must not change a single bit of what follows."""
-    losses = []
-    for scores in (False, True):
-        tree = run_tree("bert", tmp_path, models_dir, f"scores-{scores}", scoring={"warmup_steps": 12})
-        run = build_run(preflight.check(parse_config(tree)))
-        if scores:
-            assert run.scorer is not None
-            run.scorer.score(run.engine.module)
-        train(run)
-        losses.append(losses_of(tmp_path / "runs" / f"scores-{scores}")[:12])
-    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 4, 8, 12])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -102,3 +103,14 @@ def inclusion_probabilities(weights: np.ndarray, k: int) -> np.ndarray:
     result = np.zeros(len(weights))
     walk((), 1.0)
     return result
+
+
+def probabilities(quality: Sequence[float], tau: float, strata: Sequence[int] | None = None) -> list[float]:
+    """Eq. 2 in Python's floats; with ``strata`` within each, weighed by its share of the samples."""
+    groups = [0] * len(quality) if strata is None else [int(group) for group in strata]
+    found = []
+    for value, group in zip(quality, groups, strict=True):
+        peers = [other for other, one in zip(quality, groups, strict=True) if one == group]
+        denominator = math.fsum(math.exp((other - value) / tau) for other in peers)
+        found.append(len(peers) / len(quality) / denominator)
+    return found

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import run_tree, write_config
+from tests.runs import losses_of, run_tree, write_config
 from tsqlora_scale import cli
+from tsqlora_scale.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -46,6 +47,36 @@ def test_a_mistake_with_overwrite_deletes_nothing(config: Path, capsys: pytest.C
     assert cli.train(["--config", str(config), "--overwrite", "task.text=[texxt]"]) == 2
     assert "texxt" in capsys.readouterr().err
     assert kept.read_text() == "weeks of work"
+
+
+def test_overwrite_deletes_nothing_before_the_model_is_loaded(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = config.parent / "runs" / "run"
+    run_dir.mkdir(parents=True)
+    (run_dir / "config.yaml").write_text("of the old run")
+
+    def no_weights(*_: object, **__: object) -> None:
+        raise UserError("no weights here")
+
+    monkeypatch.setattr("tsqlora_scale.run.load_base", no_weights)
+    assert cli.train(["--config", str(config), "--overwrite"]) == 2
+    assert "no weights here" in capsys.readouterr().err
+    assert (run_dir / "config.yaml").read_text() == "of the old run"
+
+
+def test_overwrite_starts_from_nothing(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = config.parent / "runs" / "run"
+    (run_dir / "scores").mkdir(parents=True)
+    (run_dir / "config.yaml").write_text("of the old run")
+    (run_dir / "scores" / "pass-099.parquet").write_text("of the old run")
+    (run_dir / "notes.txt").write_text("of the user")
+    overrides = ["adapter.method=lora", "train.max_steps=2"]
+    assert cli.train(["--config", str(config), "--overwrite", *overrides]) == 0
+    assert "accuracy before -> after" in capsys.readouterr().out
+    assert not (run_dir / "scores").exists()
+    assert (run_dir / "notes.txt").exists()
+    assert len(losses_of(run_dir)) == 2
 
 
 def test_a_checkpoint_that_is_none(

@@ -201,7 +201,9 @@ def test_unknown_key_names_the_nearest(unknown: str, nearest: str) -> None:
 
 def test_unknown_key_like_no_other_lists_the_section() -> None:
     text = message(tree(sampling__xyzzyplugh=1))
-    assert text.endswith("unknown key 'sampling.xyzzyplugh'; known here: selector, tau, keep_fraction, replacement")
+    assert text.endswith(
+        "unknown key 'sampling.xyzzyplugh'; known here: selector, tau, keep_fraction, replacement, stratify"
+    )
 
 
 @pytest.mark.parametrize("key", ["model", "task", "train", "model.name_or_path", "task.type", "task.metrics"])

@@ -33,6 +33,11 @@ MISTAKES: dict[str, tuple[dict[str, dict[str, Any]], list[str]]] = {
     "metric": ({"task": {"metrics": ["acuracy"]}}, ["acuracy", "accuracy"]),
     "wrong metric": ({"task": {"metrics": ["rouge1"]}}, ["rouge1"]),
     "ranks": ({"allocation": {"r_min": 9}}, ["allocation.r_min"]),
+    "truth as a number": ({"train": {"batch_size": True}}, ["train.batch_size=True"]),
+    "strata without labels": (
+        {"task": {"type": "regression", "labels": None, "metrics": ["pearson"]}, "sampling": {"stratify": True}},
+        ["sampling.stratify", "regression"],
+    ),
     "weights": ({"scoring": {"weights": [1, 2]}}, ["scoring.weights"]),
 }
 

@@ -159,10 +159,16 @@ class Engine:
         del self._wrapped, self._optimizer
         gc.collect()
 
-    def sharded_parameters(self) -> tuple[int, int]:
-        """How many frozen parameters this rank holds only a part of, and how many there are."""
+    def frozen_parameters(self) -> dict[str, Any]:
+        """The frozen base: how many parameters there are (``all``), how many of them this rank holds only a part of
+        (``sharded``), and the ``bytes`` of what it holds by type, between uses."""
         frozen = [p for p in self.module.parameters() if not p.requires_grad]
-        return sum(zero.is_sharded(p) for p in frozen), len(frozen)
+        held: dict[str, int] = {}
+        for param in frozen:
+            tensor = zero.held_part(param)
+            kind = str(tensor.dtype).removeprefix("torch.")
+            held[kind] = held.get(kind, 0) + tensor.numel() * tensor.element_size()
+        return {"sharded": sum(zero.is_sharded(p) for p in frozen), "all": len(frozen), "bytes": held}
 
     def _trainable(self) -> list[nn.Parameter]:
         return [p for _, p in sorted(self.module.named_parameters()) if p.requires_grad]

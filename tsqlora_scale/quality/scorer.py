@@ -20,7 +20,7 @@ from tsqlora_scale.quality.measure import NOISE_ROUNDINGS, Measured, Measurer
 from tsqlora_scale.quality.rng import philox, share_of
 from tsqlora_scale.quality.select import select_subset
 from tsqlora_scale.quality.sketch import cosines
-from tsqlora_scale.quality.standardise import Standardisation, sampling_probabilities, term_weights
+from tsqlora_scale.quality.standardise import Standardisation, log_probabilities, term_weights
 from tsqlora_scale.quality.table import NEVER, ScoreTable, pool_fingerprint
 
 log = logging.getLogger("tsqlora_scale")
@@ -51,6 +51,7 @@ class QualityScorer(Generic[Batch]):
         target_batches: the held-out set of ``convergence: target``, the same batches on every rank.
         progress: told (batches done, batches of the pass) of this rank.
         length_of: lengths of the samples at the given indices; batches then hold samples of similar length.
+        strata: groups of the pool, (N,) numbers from 0, that each keep their share of the draws; None is one group.
 
     Attributes:
         table: the last table; None before the first pass.
@@ -72,6 +73,7 @@ class QualityScorer(Generic[Batch]):
         target_batches: Callable[[], Iterable[Batch]] | None = None,
         progress: Callable[[int, int], None] | None = None,
         length_of: Callable[[np.ndarray], np.ndarray] | None = None,
+        strata: np.ndarray | None = None,
     ) -> None:
         if scoring.convergence == "target" and target_batches is None:
             raise UserError(
@@ -87,6 +89,7 @@ class QualityScorer(Generic[Batch]):
         self.world = world
         self.target_batches = target_batches
         self.length_of = length_of
+        self.strata = strata
         self.table: ScoreTable | None = None
         self.report: PassReport | None = None
         self.sketches: tuple[np.ndarray, Tensor] | None = None
@@ -267,7 +270,8 @@ class QualityScorer(Generic[Batch]):
             table.loss[rest] = loss[finite].mean()
             table.grad_norm[rest], table.delta_loss[rest], table.convergence[rest] = mean
             table.quality[rest] = (self._standardisation.z(mean[None]) @ weights)[0]
-        table.probability = sampling_probabilities(table.quality, self.sampling.tau, self.world)
+        log_p = log_probabilities(table.quality, self.sampling.tau, self.world, self.strata)
+        table.probability = np.exp(log_p)
         if first:
-            table.selected = select_subset(len(table), table.quality, self.sampling, seed=self.seed)
+            table.selected = select_subset(len(table), log_p, self.sampling, seed=self.seed)
         return table

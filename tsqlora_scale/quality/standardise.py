@@ -1,4 +1,4 @@
-"""From three raw terms to one quality score and a sampling probability (METHOD 1, Eq. 1 and 2)."""
+"""From three raw terms to one quality score and a sampling probability (paper 2.1, Eq. 1 and 2)."""
 
 from __future__ import annotations
 
@@ -78,24 +78,41 @@ class Standardisation:
         self.mean, self.std = state["mean"].numpy().copy(), state["std"].numpy().copy()
 
 
-def log_sum_exp(local: np.ndarray, world: World) -> float:
-    """``log(sum_j exp(x_j))`` over all ranks' values, stable: the maximum and the sum are all-reduced. Collective."""
-    peak = float(world.max(torch.tensor([local.max(initial=-np.inf)], dtype=torch.float64)))
-    assert np.isfinite(peak), "no finite value on any rank"
-    total = float(world.sum(torch.tensor([np.exp(local - peak).sum()], dtype=torch.float64)))
-    return peak + float(np.log(total))
+def log_sum_exp(local: np.ndarray, strata: np.ndarray, count: int, world: World) -> np.ndarray:
+    """``log(sum_j exp(x_j))`` within every stratum, over all ranks' values, stable. Collective.
+
+    The maxima and the sums are all-reduced, each as one vector.
+
+    Args:
+        local: this rank's values, (n,).
+        strata: the stratum of each, (n,), from 0 to ``count - 1``.
+
+    Returns:
+        (count,) float64; ``-inf`` for a stratum without a value.
+    """
+    assert np.isfinite(local).all()
+    peaks = np.full(count, -np.inf)
+    np.maximum.at(peaks, strata, local)
+    peaks = world.max(torch.from_numpy(peaks)).numpy()
+    terms = np.exp(local - peaks[strata])
+    totals = world.sum(torch.from_numpy(np.bincount(strata, terms, minlength=count))).numpy()
+    with np.errstate(divide="ignore"):  # an empty stratum: log 0
+        sums: np.ndarray = peaks + np.log(totals)
+    return sums
 
 
-def softmax(local: np.ndarray, world: World) -> np.ndarray:
-    """This rank's part of the softmax over all ranks' values, float64. Collective."""
-    return np.exp(local - log_sum_exp(local, world))
+def log_probabilities(quality: np.ndarray, tau: float, world: World, strata: np.ndarray | None = None) -> np.ndarray:
+    """``log p`` of the whole pool (N,), equal to the bit on every rank. Collective.
 
-
-def sampling_probabilities(quality: np.ndarray, tau: float, world: World) -> np.ndarray:
-    """``exp(Q_i/tau) / sum_j exp(Q_j/tau)`` (Eq. 2) for the whole pool, equal to the bit on every rank. Collective.
+    Eq. 2 is ``p_i = exp(Q_i/tau) / sum_j exp(Q_j/tau)``, the sum over the pool. With ``strata``, (N,) numbers from 0,
+    it holds within each stratum, and a stratum has as much of the mass as it has of the samples.
 
     Each rank exponentiates its own contiguous share of ``quality`` (N,).
     """
+    strata = np.zeros(len(quality), dtype=np.int64) if strata is None else strata
+    sizes = np.bincount(strata)
     bounds = np.linspace(0, len(quality), world.size + 1).astype(int)
-    share = quality[bounds[world.rank] : bounds[world.rank + 1]] / tau
-    return world.gather_arrays(softmax(share, world))
+    share = slice(bounds[world.rank], bounds[world.rank + 1])
+    totals = log_sum_exp(quality[share] / tau, strata[share], len(sizes), world)
+    mass = np.log(sizes[strata[share]] / len(quality))
+    return world.gather_arrays(quality[share] / tau - totals[strata[share]] + mass)

@@ -7,7 +7,10 @@ Pure tensor algebra, in float64 within and float32 outside. With dW = B A, A (r,
   of the old ones, A' = T_A A and B' = B T_B with T_A T_B = I. Gradients then follow dL/dA' = T_B^T dL/dA and
   dL/dB' = dL/dB T_A^T, and so do first moments, which are averages of gradients. Second moments follow the squared
   map, as if gradients of different components were uncorrelated. Singular values are split evenly between the
-  factors. Giving A back its former row norms instead, and B the rest, left the loss of a small three-layer student up
+  factors, and the new basis is turned to lie as near to the old components as it can: the singular basis itself would
+  mix moments more than needed, and rounding would choose it where singular values are nearly equal (1e-8 of noise in
+  the factors grew 15-fold in the worst of 200 random layers, turned 5-fold, in the second moments 10- and 3-fold).
+  Giving A back its former row norms instead, and B the rest, left the loss of a small three-layer student up
   to 21 % higher after an early shrink (8 to 4 at step 10, 50 or 200 of 600; mean of four seeds), and never lower.
 * Shrinking by ``importance`` keeps whole components, values and moments untouched. In the same experiment its loss
   was 11 to 120 % above that of ``svd`` right after the event, and 6 to 14 % above at the end.
@@ -123,15 +126,30 @@ def _shrink_svd(old: _Factors, rank: int) -> tuple[_Factors, float]:
     alive = int((s > max(RELATIVE_CUTOFF * float(s[0]), ABSOLUTE_CUTOFF)).sum())
     keep = min(rank, alive)
     error = _ratio(float(vector_norm(s[keep:])), float(vector_norm(s)))
-    u, s, v = u[:, :keep], s[:keep], vh[:keep].T
-    # a singular pair is defined up to a common sign: fix it, or float noise would decide it
-    sign = torch.where(u.gather(0, u.abs().argmax(0, keepdim=True)) < 0, -1.0, 1.0)
-    t_a = (sign * u / s.sqrt()).T @ r_b  # (keep, r)
-    t_b = r_a.T @ (sign * v / s.sqrt())  # (r, keep)
+    t_a = (u[:, :keep] / s[:keep].sqrt()).T @ r_b  # (keep, r)
+    t_b = r_a.T @ (vh[:keep].T / s[:keep].sqrt())  # (r, keep)
+    rotation = _towards_selection(t_a + t_b.T)
+    t_a, t_b = rotation.T @ t_a, t_b @ rotation
     return _Factors(
         t_a @ old.a, t_b.T @ old.a_avg, t_b.T.square() @ old.a_sq,
         t_b.T @ old.b, t_a @ old.b_avg, t_a.square() @ old.b_sq,
     ), error  # fmt: skip
+
+
+def _towards_selection(maps: Tensor) -> Tensor:
+    """The orthogonal R, (k, k), that brings R^T ``maps``, (k, r), nearest to a selection of k of its r columns.
+
+    The columns are those that pivoted elimination finds most independent, R is the polar factor of them (Procrustes).
+    """
+    k = len(maps)
+    rest, chosen = maps.clone(), []
+    for _ in range(k):
+        chosen.append(int(vector_norm(rest, dim=0).argmax()))
+        direction = rest[:, chosen[-1]] / vector_norm(rest[:, chosen[-1]])
+        rest = rest - torch.outer(direction, direction @ rest)
+    u, _, vh = svd(maps[:, sorted(chosen)])
+    rotation: Tensor = u @ vh
+    return rotation
 
 
 def _shrink_importance(old: _Factors, rank: int, importance: Tensor | None) -> tuple[_Factors, float]:

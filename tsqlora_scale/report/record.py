@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import sys
 import time
 from collections import defaultdict
@@ -13,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+#: All that a run writes.
+CONTENTS = ("config.yaml", "metrics.jsonl", "ranks.jsonl", "scores", "checkpoints", "adapter", "result.json")
 
 
 class RunRecord:
@@ -30,10 +34,15 @@ class RunRecord:
         self._started = time.perf_counter()
 
     def prepare(self, config_yaml: str) -> None:
-        """Create the folder, write the resolved config, drop what a run that left no checkpoint has recorded."""
-        self.rewind(-1)
+        """Start a run: drop what an earlier one left here, and write the resolved config."""
         if self._writes:
             self.folder.mkdir(parents=True, exist_ok=True)
+            for name in CONTENTS:
+                path = self.folder / name
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
             (self.folder / "config.yaml").write_text(config_yaml)
 
     @contextmanager

@@ -36,14 +36,13 @@ def build_result(run: Run, metrics: dict[str, float], adapter: Path) -> dict[str
     stepping = seconds.get("warmup", 0.0) + seconds.get("training", 0.0)
     whole = sum(seconds.values())
     state = run.engine.gather()
-    sharded, frozen = run.engine.sharded_parameters()
     return {
         "name": run.config.run.name,
         "method": run.config.adapter.method,
         "engine": run.engine.name,
         "world_size": world.size,
         "distributed_type": run.engine.accelerator.distributed_type.value,
-        "frozen_parameters": {"sharded": sharded, "all": frozen},
+        "frozen_parameters": run.engine.frozen_parameters(),
         "steps": run.step,
         "metrics_before": run.metrics_before,
         "metrics": metrics,

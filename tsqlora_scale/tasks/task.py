@@ -120,6 +120,13 @@ class Task:
         lengths: np.ndarray = np.stack([pc.utf8_length(table[name]).to_numpy() for name in names]).sum(axis=0)
         return lengths
 
+    def strata(self, split: SplitName) -> np.ndarray:
+        """The class of every row of a split as numbers from 0 without gaps, (N,) int64; classification only."""
+        assert self._cfg.type == "classification", self._cfg.type
+        labels = self._views[split].with_format("arrow")[:][self._objective.answer].to_numpy()
+        numbers: np.ndarray = np.unique(labels, return_inverse=True)[1]
+        return numbers
+
     def preview(self, split: SplitName, index: int) -> str:
         """One sample's text on one line, for tables."""
         (text,) = self._objective.preview(self._rows(split, [index]))

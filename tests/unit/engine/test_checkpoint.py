@@ -46,6 +46,23 @@ def test_a_write_that_dies_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
 
 
+def test_a_checkpoint_appears_at_once_and_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the folder that was flushed file by file, under another name; a copy could be cut short."""
+    flushed: dict[str, int] = {}
+    fsync = checkpoint._fsync
+
+    def spy(path: Path) -> None:
+        flushed[path.name] = path.stat().st_ino
+        fsync(path)
+
+    monkeypatch.setattr(checkpoint, "_fsync", spy)
+    folder = tmp_path / "step-00000001"
+    write(folder)
+    assert folder.stat().st_ino == flushed["step-00000001.partial"]
+    assert {path.name: path.stat().st_ino for path in folder.iterdir()}.items() <= flushed.items()
+    assert list(flushed)[-1] == tmp_path.name, "the new name is flushed last"
+
+
 def test_an_overwrite_that_dies_leaves_the_old_the_new_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "step-00000001", 1.0)
     with monkeypatch.context() as patch:

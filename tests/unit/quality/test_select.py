@@ -15,16 +15,16 @@ from tsqlora_scale.quality.select import select_subset
 TRIALS = 8000
 
 
-def frequencies(selector: str, quality: np.ndarray, keep_fraction: float, tau: float = 0.7) -> np.ndarray:
-    sampling = SamplingConfig(selector=selector, keep_fraction=keep_fraction, tau=tau)
-    return np.mean([select_subset(len(quality), quality, sampling, seed=seed) for seed in range(TRIALS)], axis=0)
+def frequencies(selector: str, log_p: np.ndarray, keep_fraction: float) -> np.ndarray:
+    sampling = SamplingConfig(selector=selector, keep_fraction=keep_fraction)
+    return np.mean([select_subset(len(log_p), log_p, sampling, seed=seed) for seed in range(TRIALS)], axis=0)
 
 
 def test_inclusion_probabilities_are_those_of_draws_without_replacement():
-    quality = np.array([1.5, -0.4, 0.3, 0.9, -2.0, 0.0])
-    exact = inclusion_probabilities(np.exp(quality / 0.7), 3)
+    log_p = np.array([1.5, -0.4, 0.3, 0.9, -2.0, 0.0]) / 0.7
+    exact = inclusion_probabilities(np.exp(log_p), 3)
     assert np.isclose(exact.sum(), 3)
-    found = frequencies("quality", quality, 0.5)
+    found = frequencies("quality", log_p, 0.5)
     np.testing.assert_array_less(np.abs(found - exact), 4.5 * np.sqrt(exact * (1 - exact) / TRIALS) + 1e-12)
 
 
@@ -40,13 +40,13 @@ def test_full_takes_all_whatever_the_fraction():
 @settings(deadline=None, max_examples=60)
 @given(st.integers(1, 200), st.floats(0.01, 1), st.sampled_from(["quality", "random"]), st.integers(0, 2**31 - 1))
 def test_size_and_determinism(size, fraction, selector, seed):
-    quality = np.linspace(-3, 3, size)
+    log_p = np.linspace(-4, 4, size)
     sampling = SamplingConfig(selector=selector, keep_fraction=fraction)
-    member = select_subset(size, quality, sampling, seed=seed)
+    member = select_subset(size, log_p, sampling, seed=seed)
     assert member.dtype == bool
     assert member.shape == (size,)
     assert member.sum() == share_of(fraction, size)
-    assert (member == select_subset(size, quality, sampling, seed=seed)).all()
+    assert (member == select_subset(size, log_p, sampling, seed=seed)).all()
 
 
 @pytest.mark.parametrize(

@@ -12,17 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.special import logsumexp
-from scipy.special import softmax as scipy_softmax
 
-from tests.reference.quality import quality
+from tests.reference.quality import probabilities, quality
 from tsqlora_scale.config import ScoringConfig
 from tsqlora_scale.engine.collectives import World
 from tsqlora_scale.quality.standardise import (
     PRESETS,
     Standardisation,
+    log_probabilities,
     log_sum_exp,
-    sampling_probabilities,
-    softmax,
     term_weights,
 )
 
@@ -54,30 +52,44 @@ def on_ranks(size: int, function):
         return list(pool.map(lambda rank: function(ThreadWorld(rank, size, board, barrier)), range(size)))
 
 
+def shares_of(values: np.ndarray, size: int) -> list[np.ndarray]:
+    return {1: [values], 2: [values[:1], values[1:]], 3: np.array_split(values, [1, 3])}[size]
+
+
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_log_sum_exp_is_global_and_stable(size):
-    values = np.array([1000.0, -1000.0, 999.0, 3.0])
-    shares = np.array_split(values, [1, 3])[:size] if size > 1 else [values]
-    if size == 2:
-        shares = [values[:1], values[1:]]
-    found = on_ranks(size, lambda world: log_sum_exp(shares[world.rank], world))
-    assert found == pytest.approx([logsumexp(values)] * size, abs=1e-12)
-    parts = on_ranks(size, lambda world: softmax(shares[world.rank], world))
-    np.testing.assert_allclose(np.concatenate(parts), scipy_softmax(values), rtol=1e-12)
+    values, strata = np.array([1000.0, -1000.0, 999.0, 3.0]), np.array([0, 2, 0, 2])
+    shares, groups = shares_of(values, size), shares_of(strata, size)
+    found = on_ranks(size, lambda world: log_sum_exp(shares[world.rank], groups[world.rank], 3, world))
+    for one in found:
+        np.testing.assert_allclose(one, [logsumexp(values[[0, 2]]), -np.inf, logsumexp(values[[1, 3]])], atol=1e-12)
 
 
 def test_a_rank_may_hold_nothing():
-    found = on_ranks(2, lambda world: log_sum_exp(np.array([2.0, 5.0])[: 2 * world.rank], world))
-    assert found == pytest.approx([logsumexp([2.0, 5.0])] * 2)
+    values, strata = np.array([2.0, 5.0]), np.zeros(2, dtype=np.int64)
+    found = on_ranks(2, lambda w: log_sum_exp(values[: 2 * w.rank], strata[: 2 * w.rank], 1, w))
+    np.testing.assert_allclose(found, logsumexp([2.0, 5.0]))
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])
-def test_probabilities_are_the_same_on_any_number_of_ranks(size):
+@pytest.mark.parametrize("strata", [None, np.array([2, 0, 1, 1, 2, 2, 0, 1, 1, 1, 2, 0, 0, 0, 2, 2, 1])])
+def test_probabilities_are_the_same_on_any_number_of_ranks(size, strata):
     values = np.random.default_rng(0).normal(size=17)
-    found = on_ranks(size, lambda world: sampling_probabilities(values, 0.7, world))
-    for probabilities in found:
-        np.testing.assert_allclose(probabilities, scipy_softmax(values / 0.7), rtol=1e-12)
-        assert (probabilities == found[0]).all()
+    for log_p in (found := on_ranks(size, lambda world: log_probabilities(values, 0.7, world, strata))):
+        np.testing.assert_allclose(np.exp(log_p), probabilities(values, 0.7, strata), rtol=1e-12)
+        assert (log_p == found[0]).all()
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    arrays(np.float64, 12, elements=st.floats(-50, 50)),
+    arrays(np.int64, 12, elements=st.integers(0, 3)),
+    st.floats(0.01, 10),
+)
+def test_every_stratum_has_the_mass_of_its_size(values, labels, tau):
+    strata = np.unique(labels, return_inverse=True)[1]
+    p = np.exp(log_probabilities(values, tau, World(), strata))
+    np.testing.assert_allclose(np.bincount(strata, p), np.bincount(strata) / 12, rtol=1e-9)
 
 
 @settings(deadline=None, max_examples=60)

@@ -1,0 +1,123 @@
+"""A run that was cut short and resumed leaves the same folder as one that was not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.runs import go, read_lines, result_of, run_tree
+from tsqlora_scale import train as loop
+from tsqlora_scale.config import Config, parse_config
+from tsqlora_scale.errors import UserError
+from tsqlora_scale.run import Run, same_method
+
+
+class Killed(BaseException):
+    """What no handler may catch."""
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    """A record without its times."""
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in read_lines(path)]
+
+
+@pytest.fixture
+def draws(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[int]]:
+    """The samples of each step that ran last, by step."""
+    drawn: dict[int, list[int]] = {}
+    draw = Run.draw
+
+    def spy(run: Run) -> np.ndarray:
+        indices = draw(run)
+        drawn[run.step] = indices.tolist()
+        return indices
+
+    monkeypatch.setattr(Run, "draw", spy)
+    return drawn
+
+
+def test_a_killed_run_resumes_as_if_nothing_had_happened(
+    tmp_path: Path, models_dir: Path, draws: dict[int, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in step 8, two steps after the newest checkpoint, while a line and a checkpoint were being written."""
+    changes: dict[str, Any] = {"checkpoint_every": 3, "checkpoint_keep": 1, "eval_every": 4}
+    whole = run_tree("llama", tmp_path, models_dir, "whole", train=changes)
+    go(whole)
+    expected_draws = dict(draws)
+
+    killed = run_tree("llama", tmp_path, models_dir, "killed", train=changes)
+    step = loop.train_step
+
+    def dies(run: Run) -> float:
+        if run.step == 7:
+            raise Killed
+        return step(run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", dies)
+        with pytest.raises(Killed):
+            go(killed)
+    folder, reference = tmp_path / "runs" / "killed", tmp_path / "runs" / "whole"
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "lo')
+    (folder / "checkpoints" / "step-00000009.partial").mkdir()
+    draws.clear()
+    go(killed, resume="auto")
+
+    assert min(draws) == 6, "resumed from the newest checkpoint"
+    assert draws == {step: drawn for step, drawn in expected_draws.items() if step >= 6}
+    for name in ("metrics.jsonl", "ranks.jsonl"):
+        assert lines_of(folder / name) == lines_of(reference / name)
+    adapters = [load_file(run / "adapter" / "adapter_model.safetensors") for run in (folder, reference)]
+    assert adapters[0].keys() == adapters[1].keys()
+    assert all(torch.equal(value, adapters[1][name]) for name, value in adapters[0].items())
+    best = result_of(folder)["best"]
+    assert best == result_of(reference)["best"]
+    kept = {checkpoint.name for checkpoint in (folder / "checkpoints").iterdir()}
+    assert kept == {"step-00000013", Path(best["checkpoint"]).name}, "the newest and the best, nothing half written"
+
+
+def test_resuming_a_finished_run_adds_nothing(tmp_path: Path, models_dir: Path) -> None:
+    tree = run_tree("bert", tmp_path, models_dir, "run", train={"eval_every": 5})
+    go(tree)
+    run_dir = tmp_path / "runs" / "run"
+    before = lines_of(run_dir / "metrics.jsonl")
+    go(tree, resume="auto")
+    assert lines_of(run_dir / "metrics.jsonl") == before
+
+
+def test_an_older_checkpoint_can_be_named(tmp_path: Path, models_dir: Path, draws: dict[int, list[int]]) -> None:
+    tree = run_tree("bert", tmp_path, models_dir, "run", train={"checkpoint_every": 4, "checkpoint_keep": 9})
+    go(tree)
+    run_dir = tmp_path / "runs" / "run"
+    before = lines_of(run_dir / "metrics.jsonl")
+    draws.clear()
+    go(tree, resume=str(run_dir / "checkpoints" / "step-00000004"))
+    assert sorted(draws) == list(range(4, 13))
+    assert lines_of(run_dir / "metrics.jsonl") == before
+
+
+#: What may differ between a run and its continuation: places, and how the same batches are computed and kept.
+FREE = {
+    "run.output_dir", "run.name", "train.micro_batch_size", "train.eval_batch_size", "train.checkpoint_every",
+    "train.checkpoint_keep", "train.eval_every",
+}  # fmt: skip
+
+
+def test_every_other_key_must_be_the_same(tmp_path: Path, models_dir: Path) -> None:
+    config: Config = parse_config(run_tree("bert", tmp_path, models_dir, "run"))
+    same_method(config, config.model_dump(mode="json"), tmp_path)
+    for section, values in config.model_dump(mode="json").items():
+        for key in values:
+            saved = config.model_dump(mode="json")
+            saved[section][key] = "something else"
+            if f"{section}.{key}" in FREE:
+                same_method(config, saved, tmp_path)
+            else:
+                with pytest.raises(UserError, match=rf"{section}\.{key}='something else'"):
+                    same_method(config, saved, tmp_path)
