@@ -19,6 +19,7 @@ from torch import nn
 from tsqlora_scale.config import TrainConfig
 from tsqlora_scale.engine import zero
 from tsqlora_scale.engine.collectives import World
+from tsqlora_scale.engine.numerics import clip_gradients, fix_summation_order
 from tsqlora_scale.engine.state import ParamState, TrainState
 
 
@@ -50,6 +51,8 @@ class Engine:
         self._train = train
         self._micro_batch_size = micro_batch_size
         self._before_prepare = before_prepare
+        if self.name != "zero3":
+            fix_summation_order(module)
         self._prepare(module, state or TrainState())
 
     @property
@@ -116,7 +119,11 @@ class Engine:
             return None
         if self.is_deepspeed:  # backward() has stepped already
             return float(self.accelerator.deepspeed_engine_wrapped.get_global_grad_norm() or 0.0)
-        norm = self.accelerator.clip_grad_norm_(self._trainable(), self._train.max_grad_norm or float("inf"))
+        self.accelerator.unscale_gradients(self._optimizer)
+        params = self._trainable()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+        if self._train.max_grad_norm is not None:
+            clip_gradients(params, norm, self._train.max_grad_norm)
         self._optimizer.step()
         self._optimizer.zero_grad()
         return float(norm)
@@ -196,6 +203,7 @@ class Engine:
         self._is_wrapped = self.is_deepspeed or self.world.size > 1
         self._wrapped, self._optimizer = self.accelerator.prepare(module, optimizer)
         if self.is_deepspeed:
+            zero.clip_by_rounded_norm(self._wrapped)
             zero.restore_moments(self._wrapped, state)
         self._wrapped.train()
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tsqlora_scale.engine.numerics import rounded_norm
 from tsqlora_scale.engine.state import ParamState, TrainState
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -41,13 +42,21 @@ def _linear_as_elsewhere() -> None:
     """Let ZeRO-3's linear function round as torch's does.
 
     ZeRO-3 replaces ``torch.nn.functional.linear`` by a function that keeps no gathered weight for the backward pass,
-    and that adds the bias after the product instead of with it. Every forward then differs from the other engines' in
-    its last bits, and training amplifies that: after 40 steps losses differed by 3e-7, with this line by 1e-8. (What is
-    left comes from the order in which autograd adds up the gradients of a tensor that is used several times.)
+    and that adds the bias after the product instead of with it.
     """
     from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3
 
     LinearFunctionForZeroStage3.forward = staticmethod(torch.ops.aten.linear)
+
+
+def clip_by_rounded_norm(engine: Any) -> None:
+    """See :func:`tsqlora_scale.engine.numerics.rounded_norm`; the norm that is reported keeps its digits."""
+    clip = engine.optimizer.unscale_and_clip_grads
+
+    def rounded(gradients: Any, norm: torch.Tensor) -> None:
+        clip(gradients, rounded_norm(norm))
+
+    engine.optimizer.unscale_and_clip_grads = rounded
 
 
 @contextmanager
