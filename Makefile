@@ -1,4 +1,4 @@
-# make demo | test | test-all | lint | clean. PYTHON chooses the interpreter that .venv is made from (3.11 or newer).
+# make demo | test | test-all | lint | clean. PYTHON chooses the interpreter that .venv is made from (3.10 or newer).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -5,14 +5,13 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tsqlora_scale.config import TrainConfig
 from tsqlora_scale.lr_schedule import learning_rate
 
 
-@settings(deadline=None)
 @given(
     schedule=st.sampled_from(["linear", "cosine", "constant"]),
     total=st.integers(1, 200),

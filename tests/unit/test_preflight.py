@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.runs import run_tree
@@ -21,7 +21,6 @@ def config_of(tmp_path: Path, models_dir: Path, **sections: dict[str, Any]) -> C
     return parse_config(run_tree("bert", tmp_path, models_dir, "run", **sections))
 
 
-@settings(deadline=None)
 @given(micro=st.sampled_from([None, 1, 2, 3, 4, 6, 12]), world=st.integers(1, 14))
 def test_a_step_is_the_global_batch_or_an_error(
     tmp_path_factory: pytest.TempPathFactory, micro: int | None, world: int

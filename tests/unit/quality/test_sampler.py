@@ -50,7 +50,7 @@ def test_a_draw_depends_on_nothing_but_the_step(replacement, weights):
         assert forwards.draw(step).tolist() == in_order[step]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(1, 40), st.integers(1, 50), st.booleans(), st.integers(0, 2**31 - 1))
 def test_without_replacement_every_epoch_covers_the_subset_once(size, batch_size, weighted, seed):
     indices = np.arange(size) * 3 + 1

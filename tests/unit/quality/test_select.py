@@ -37,7 +37,7 @@ def test_full_takes_all_whatever_the_fraction():
     assert select_subset(7, None, SamplingConfig(selector="full", keep_fraction=0.1), seed=0).all()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(1, 200), st.floats(0.01, 1), st.sampled_from(["quality", "random"]), st.integers(0, 2**31 - 1))
 def test_size_and_determinism(size, fraction, selector, seed):
     log_p = np.linspace(-4, 4, size)

@@ -80,7 +80,7 @@ def test_probabilities_are_the_same_on_any_number_of_ranks(size, strata):
         assert (log_p == found[0]).all()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     arrays(np.float64, 12, elements=st.floats(-50, 50)),
     arrays(np.int64, 12, elements=st.integers(0, 3)),
@@ -92,7 +92,7 @@ def test_every_stratum_has_the_mass_of_its_size(values, labels, tau):
     np.testing.assert_allclose(np.bincount(strata, p), np.bincount(strata) / 12, rtol=1e-9)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(arrays(np.float64, (20, 3), elements=st.floats(-100, 100), unique=True))
 def test_quality_is_the_weighted_sum_of_clipped_z_scores(terms):
     standardisation = Standardisation()

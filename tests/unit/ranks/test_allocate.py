@@ -63,7 +63,7 @@ def test_bounds_win_over_an_impossible_budget(budget: int, expected: list[int]) 
     assert ranks([1.0, 2.0, 3.0], budget=budget, r_max=4) == expected
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.lists(POSITIVE, min_size=1, max_size=4), st.data())
 def test_equals_brute_force(values: list[float], data: st.DataObject) -> None:
     r_min = data.draw(st.integers(1, 2))
@@ -78,7 +78,6 @@ def test_equals_brute_force(values: list[float], data: st.DataObject) -> None:
     assert list(result.ranks.values()) == reference.nearest_ranks(shares, r_min, high, budget)
 
 
-@settings(deadline=None)
 @given(st.lists(ANY_S, min_size=1, max_size=40), st.data())
 def test_total_is_exact_within_bounds_and_deterministic(values: list[float], data: st.DataObject) -> None:
     r_min, r_max = data.draw(st.tuples(st.integers(1, 3), st.integers(3, 12)))
@@ -91,7 +90,6 @@ def test_total_is_exact_within_bounds_and_deterministic(values: list[float], dat
     assert result == run(values, budget, r_min, r_max)
 
 
-@settings(deadline=None)
 @given(st.lists(ANY_S, min_size=2, max_size=12), st.integers(0, 80), st.data())
 def test_more_sensitivity_never_means_less_rank(values: list[float], budget: int, data: st.DataObject) -> None:
     before = ranks(values, budget, 1, 8)
@@ -103,7 +101,6 @@ def test_more_sensitivity_never_means_less_rank(values: list[float], budget: int
     assert ranks(raised, budget, 1, 8)[i] >= before[i]
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(ANY_S, st.integers(1, 50)), min_size=1, max_size=12), st.integers(0, 2000))
 def test_in_parameters_nothing_more_would_fit(layers: list[tuple[float, int]], budget: int) -> None:
     values, costs = [s for s, _ in layers], [c for _, c in layers]

@@ -36,7 +36,6 @@ def relative(got: Tensor, want: Tensor) -> float:
 SHAPES = st.tuples(st.integers(2, 9), st.integers(6, 20), st.integers(6, 20))
 
 
-@settings(deadline=None)
 @given(SHAPES, st.data())
 def test_svd_shrink_is_the_best_approximation(shape: tuple[int, int, int], data: st.DataObject) -> None:
     a, b = factors(*shape, seed=data.draw(st.integers(0, 1000)))
@@ -54,7 +53,7 @@ def test_svd_shrink_balances_the_factors() -> None:
     assert torch.allclose(new.a.value @ new.a.value.T, new.b.value.T @ new.b.value, atol=1e-6)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(SHAPES, st.data())
 def test_first_moments_are_those_of_the_transported_gradients(shape: tuple[int, int, int], data: st.DataObject) -> None:
     """Two moving averages over the same gradients of dW: one of the old factors, resized; one of the new factors."""
@@ -99,7 +98,6 @@ def test_equal_singular_values_do_not_let_rounding_choose_the_factors() -> None:
         assert relative(one.exp_avg_sq, other.exp_avg_sq) < 1e-5
 
 
-@settings(deadline=None)
 @given(SHAPES, st.sampled_from(["orthogonal", "gaussian"]), st.integers(1, 30))
 def test_growth_leaves_everything_there_is_untouched(shape: tuple[int, int, int], init: str, more: int) -> None:
     r, d_in, _ = shape

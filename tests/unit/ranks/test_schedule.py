@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tsqlora_scale.config import ScheduleConfig
@@ -34,7 +34,6 @@ def test_a_schedule_without_an_event_is_refused_with_its_numbers(start: int, end
     assert "sensitivity.enabled=false" in message
 
 
-@settings(deadline=None)
 @given(st.integers(0, 60), st.integers(0, 60), st.integers(1, 20), st.integers(1, 60))
 def test_events_are_the_steps_that_the_definition_names(start: int, end: int, every: int, total: int) -> None:
     expected = [s for s in range(1, total) if start <= s <= end and (s - start) % every == 0]

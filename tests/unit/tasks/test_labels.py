@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tsqlora_scale.errors import UserError
@@ -52,7 +52,6 @@ def test_class_id(cell: object, labels: list[str] | int, expected: int | None) -
     assert class_id(cell, labels) == expected  # type: ignore[arg-type]
 
 
-@settings(deadline=None)
 @given(CELLS, st.one_of(NAMES, st.integers(2, 9)))
 def test_any_cell_is_a_class_or_nothing(cell: object, labels: list[str] | int) -> None:
     found = class_id(cell, labels)  # type: ignore[arg-type]
@@ -60,14 +59,12 @@ def test_any_cell_is_a_class_or_nothing(cell: object, labels: list[str] | int) -
     assert found is None or (type(found) is int and 0 <= found < size)
 
 
-@settings(deadline=None)
 @given(NAMES, st.data())
 def test_every_declared_name_is_its_own_class(names: list[str], data: st.DataObject) -> None:
     position = data.draw(st.integers(0, len(names) - 1))
     assert class_id(names[position], names) == position
 
 
-@settings(deadline=None)
 @given(st.integers(2, 50), st.data())
 def test_a_class_may_be_written_in_any_way(size: int, data: st.DataObject) -> None:
     position = data.draw(st.integers(0, size - 1))
@@ -75,14 +72,12 @@ def test_a_class_may_be_written_in_any_way(size: int, data: st.DataObject) -> No
         assert class_id(cell, size) == position
 
 
-@settings(deadline=None)
 @given(CELLS)
 def test_any_target_is_a_finite_float32_or_nothing(cell: object) -> None:
     value = target_value(cell)  # type: ignore[arg-type]
     assert value is None or np.isfinite(np.float32(value))
 
 
-@settings(deadline=None)
 @given(st.floats(width=32, allow_nan=False, allow_infinity=False))
 def test_numbers_survive_being_written(value: float) -> None:
     assert target_value(repr(value)) == value

@@ -84,7 +84,7 @@ def test_a_template_that_rewrites_the_conversation() -> None:
     assert decode(made, form.answers(["good"], 9)[0]) == "good </s>"
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(TEXTS, st.integers(1, 30), st.booleans())
 def test_a_long_source_loses_its_beginning_only(source: str, room: int, chat: bool) -> None:
     made = tokenizer(TEMPLATE.replace("THOUGHT", "") if chat else None)
@@ -100,7 +100,7 @@ def test_a_long_source_loses_its_beginning_only(source: str, room: int, chat: bo
     assert cut == [*before, *kept, *full[len(full) - after :]]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(TEXTS, st.integers(1, 50))
 def test_a_cut_answer_has_no_end(target: str, limit: int) -> None:
     made = tokenizer()
