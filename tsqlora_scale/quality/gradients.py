@@ -17,6 +17,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from tsqlora_scale.adapters import ADAPTER, lora_layers
+from tsqlora_scale.quality.batchless import NoSecondBatch, give_batch, same_mark
 
 
 class BatchLike(Protocol):
@@ -70,9 +71,10 @@ class PerSampleGradients:
     Memory: ``batch * |theta|`` float32 numbers.
 
     Attributes:
-        batchless: name of the first module that was called with an input without the batch's dimension (DeBERTa's
-            relative positions); None while there was none. Its output gradient arrives summed over the batch, so
-            :meth:`per_sample` is then wrong for this model and only :meth:`total` may be used.
+        batchless: name of the first module that was called with an input without the batch's dimension and could
+            not be given it (see :mod:`tsqlora_scale.quality.batchless`); None while there was none. Its output gradient
+            arrives summed over the batch, so :meth:`per_sample` is then wrong for this model and only :meth:`total`
+            may be used.
     """
 
     def __init__(self, module: nn.Module, *, include_head: bool = False) -> None:
@@ -80,6 +82,7 @@ class PerSampleGradients:
         assert not engine, "scoring goes through the unwrapped model, never through the engine"
         self.module = module
         self.batchless: str | None = None
+        self._early: bool | None = None  # whether the model has batchless calls; not known before the first batch
         self._theta = theta_modules(module, include_head=include_head)
         self._mode: Literal["idle", "collect", "shift"] = "idle"
         self._size = 0
@@ -139,17 +142,28 @@ class PerSampleGradients:
         self._gradients, self._eta, self._mode = dict(gradients), eta, "shift"
         self._size = len(next(iter(gradients.values())))
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self._batching():
                 yield
         finally:
             self._mode, self._gradients = "idle", {}
+
+    @contextmanager
+    def _batching(self) -> Iterator[None]:
+        """Around a forward over several samples. Every function of torch is watched, so only where there is need."""
+        if self._size == 1 or self._early is False:
+            yield
+            return
+        with NoSecondBatch(self._size):
+            yield
+        self._early = bool(self._early)
 
     def _run(self, losses: LossFn[Batch], batch: Batch, rows: int) -> tuple[Tensor, dict[str, Tensor]]:
         assert self._undo, "use inside 'with'"
         self._mode, self._size, self._gradients = "collect", rows, {}
         try:
             with torch.enable_grad():
-                values = losses(self.module, batch)
+                with self._batching():
+                    values = losses(self.module, batch)
                 assert values.shape == (batch.size,), f"losses of shape {tuple(values.shape)} for {batch.size} samples"
                 torch.autograd.backward(values.float().sum() * self._scale)
         finally:
@@ -160,42 +174,53 @@ class PerSampleGradients:
 
     def _hook(self, name: str, *, has_bias: bool) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            if self._mode == "idle":
+                return None
+            x = args[0]
+            if self._size > 1 and self._early is not False and x.dim() > 2 and x.shape[0] == 1:
+                self._early = True
+                output = give_batch(output, self._size)
             if self._mode == "collect":
-                self._listen(name, args[0].detach(), output, has_bias)
-            elif self._mode == "shift":
-                return self._shift(name, args[0], output)
-            return None
+                return self._listen(name, x.detach(), output, has_bias)
+            return self._shift(name, x, output)
 
         return hook
 
-    def _listen(self, name: str, x: Tensor, output: Tensor, has_bias: bool) -> None:
+    def _listen(self, name: str, x: Tensor, output: Tensor, has_bias: bool) -> Tensor:
         self._types.add(output.dtype)
         if not output.requires_grad:  # nothing before it does: the first layers, DeBERTa's positions
             output.requires_grad_(True)
-        if self._size > 1 and (x.dim() < 2 or x.shape[0] != self._size):
-            self.batchless = self.batchless or name
-            return
         rows, gradients = self._size, self._gradients
+        if rows > 1 and (output.dim() < 2 or output.shape[0] != rows):
+            self.batchless = self.batchless or name
+            return output
 
         # input and gradient in one closure per call: a module may be called several times, in any backward order
         def add(delta: Tensor) -> None:
             wide = torch.promote_types(delta.dtype, x.dtype)
             d = delta.to(wide).reshape(rows, -1, delta.shape[-1])
-            _accumulate(gradients, f"{name}.weight", _outer(d, x.to(wide).reshape(rows, -1, x.shape[-1])))
+            _accumulate(gradients, f"{name}.weight", _outer(d, _rows(x.to(wide), rows)))
             if has_bias:
                 _accumulate(gradients, f"{name}.bias", d.float().sum(1))
 
         output.register_hook(add)  # type: ignore[no-untyped-call]
+        return output
 
-    def _shift(self, name: str, x: Tensor, output: Tensor) -> Tensor | None:
+    def _shift(self, name: str, x: Tensor, output: Tensor) -> Tensor:
         weight, bias = (self._gradients.get(f"{name}.{kind}") for kind in ("weight", "bias"))
         rows = self._size
-        if weight is None or (rows > 1 and (x.dim() < 2 or x.shape[0] != rows)):
-            return None
-        change = torch.bmm(x.to(weight.dtype).reshape(rows, -1, x.shape[-1]), weight.transpose(1, 2))
+        if weight is None or (rows > 1 and (output.dim() < 2 or output.shape[0] != rows)):
+            return output
+        change = torch.bmm(_rows(x.to(weight.dtype), rows), weight.transpose(1, 2))
         if bias is not None:
             change = change + bias.unsqueeze(1)
-        return (output - self._eta * change.reshape(output.shape)).to(output.dtype)
+        return same_mark((output - self._eta * change.reshape(output.shape)).to(output.dtype), output)
+
+
+def _rows(x: Tensor, rows: int) -> Tensor:
+    """(rows, ..., width), or (1, ..., width) for all rows, to (rows, tokens, width)."""
+    flat = x.reshape(x.shape[0] if rows > 1 else 1, -1, x.shape[-1])
+    return flat.expand(rows, -1, -1)
 
 
 def _accumulate(gradients: dict[str, Tensor], name: str, value: Tensor) -> None:

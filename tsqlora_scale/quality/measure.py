@@ -47,10 +47,10 @@ class Measured:
 class Measurer(Generic[Batch]):
     """Runs scoring passes. Every rank runs the same number of forwards and backwards of the same batch size.
 
-    Batched per-sample gradients are exact only if every adapter call has the batch's dimension. That is checked once
-    in the structure (DeBERTa calls its adapters on relative positions, without the batch) and once in the numbers:
-    two samples of the first batch are scored alone too. A model that fails either is scored one sample at a time;
-    the ranks decide together.
+    Batched per-sample gradients are exact only if every adapter call has the batch's dimension, or can be given it
+    (:mod:`tsqlora_scale.quality.batchless`). That is checked once in the structure and once in the numbers: two
+    samples of the first batch are scored alone too. A model that fails either is scored one sample at a time; the
+    ranks decide together.
 
     Attributes:
         one_at_a_time: the decision; None before the first batch of more than one sample.
