@@ -161,6 +161,9 @@ class ScoringConfig(Section):
     eta: PositiveFloat | None = None
     delta_loss: Literal["exact", "first_order"] = "exact"
     convergence: Literal["alignment", "loss_trend", "target"] = "alignment"
+    #: The direction of ``alignment``: the mean of the samples' gradients, or of their gradients scaled to unit length,
+    #: in which large ones have no larger say. ``auto`` is unit, but for ``preset: paper``, which is to the letter.
+    mean_gradient: Literal["auto", "plain", "unit"] = "auto"
     sketch_dim: Annotated[int, Field(ge=16)] = 512
     batch_size: PositiveInt = 32
     #: Score a uniform subsample and give the rest the mean score.
@@ -172,6 +175,11 @@ class ScoringConfig(Section):
     refresh_fraction: UnitInterval = 0.1
     #: Count the head's gradient among theta.
     include_head: bool = False
+
+    @property
+    def takes_unit_mean(self) -> bool:
+        """``mean_gradient``, decided."""
+        return self.mean_gradient == "unit" or (self.mean_gradient == "auto" and self.preset != "paper")
 
 
 class SamplingConfig(Section):

@@ -28,6 +28,10 @@ class Reference:
         mean = self.gradients.mean(axis=0) if direction is None else direction
         return self.gradients @ mean / (np.linalg.norm(self.gradients, axis=1) * np.linalg.norm(mean))
 
+    def unit_mean(self) -> np.ndarray:
+        """Mean (P,) of the gradients scaled to unit length."""
+        return np.mean([gradient / np.linalg.norm(gradient) for gradient in self.gradients], axis=0)
+
     def of(self, name: str) -> np.ndarray:
         """The gradients (N, ...) of one parameter."""
         start = 0

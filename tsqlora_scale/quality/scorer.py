@@ -194,6 +194,8 @@ class QualityScorer(Generic[Batch]):
             direction = self._measurer.mean_sketch(module, self.target_batches())
         else:
             usable = measured.sketches[measured.sketches.isfinite().all(1)].double()
+            if self.scoring.takes_unit_mean:
+                usable = torch.nn.functional.normalize(usable)
             count = torch.tensor([float(len(usable))], dtype=torch.float64)
             total = self.world.sum(torch.cat([usable.sum(0), count]))
             direction = total[:-1] / total[-1].clamp_min(1)

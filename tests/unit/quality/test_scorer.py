@@ -57,6 +57,19 @@ def test_scores_equal_the_reference(kind, tiny_folder):
     assert (table.scoring_pass == 0).all()
 
 
+@pytest.mark.parametrize(
+    ("options", "unit"),
+    [({}, True), ({"preset": "paper", "mean_gradient": "unit"}, True), ({"mean_gradient": "plain"}, False)],
+)
+def test_direction_of_alignment(options, unit, tiny_folder):
+    model, pool, dim = lora_model("bert", tiny_folder), Pool("bert", 9), 8192
+    expected = reference(model, pool)
+    table = scorer(pool, sketch_dim=dim, **options).score(model)
+    direction = expected.unit_mean() if unit else None
+    assert np.abs(expected.alignment(expected.unit_mean()) - expected.alignment()).max() > 8 / dim**0.5
+    np.testing.assert_allclose(table.convergence, expected.alignment(direction), atol=4 / dim**0.5)
+
+
 def test_first_order_and_head(tiny_folder):
     model, pool = lora_model("bert", tiny_folder), Pool("bert", 9)
     expected = reference(model, pool, include_head=True)
