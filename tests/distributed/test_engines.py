@@ -85,6 +85,12 @@ def test_same_trajectory(finished: Finished, engine: str, case: tuple[str, str])
     assert result_of(run)["metrics"] == pytest.approx(result_of(reference)["metrics"], abs=1e-6)
 
 
+@pytest.mark.parametrize("case", [("bart", "fp32"), ("llama", "fp32"), ("bert", "dropout")], ids="-".join)
+def test_zero_2_and_3_agree_to_the_bit(finished: Finished, case: tuple[str, str]) -> None:
+    """See tsqlora_scale.engine.numerics; rounding that differs would part longer runs."""
+    assert losses_of(finished["zero2-2"][case]) == losses_of(finished["zero3-2"][case])
+
+
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_events_grow_and_shrink(finished: Finished, case: tuple[str, str]) -> None:
     """Otherwise equal trajectories would say little about resizing."""
