@@ -165,7 +165,12 @@ class ScoringConfig(Section):
     #: in which large ones have no larger say. ``auto`` is unit, but for ``preset: paper``, which is to the letter.
     mean_gradient: Literal["auto", "plain", "unit"] = "auto"
     sketch_dim: Annotated[int, Field(ge=16)] = 512
-    batch_size: PositiveInt = 32
+    #: Samples per rank and forward. ``auto`` measures what fits; after an allocation failure it goes on with half.
+    batch_size: PositiveInt | Literal["auto"] = "auto"
+    #: Samples after which the numbers of a pass are written, so that a killed pass goes on from there.
+    shard_size: PositiveInt = 4096
+    #: Leave the raw numbers and the sketches of the last pass (4 sketch_dim bytes a sample) in ``scores/parts``.
+    keep_sketches: bool = False
     #: Score a uniform subsample and give the rest the mean score.
     max_samples: PositiveInt | None = None
     max_length: PositiveInt | None = None

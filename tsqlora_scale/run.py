@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +30,7 @@ from tsqlora_scale.engine.state import TrainState
 from tsqlora_scale.errors import UserError
 from tsqlora_scale.evaluation import evaluate
 from tsqlora_scale.preflight import Preflight, RunPlan
-from tsqlora_scale.quality import BatchSampler, QualityScorer, select_subset
+from tsqlora_scale.quality import BatchSampler, QualityScorer, ScoreTable, select_subset
 from tsqlora_scale.ranks import SensitivityTracker, TsqLoraPolicy, current_ranks, set_ranks
 from tsqlora_scale.report.progress import Progress
 from tsqlora_scale.report.record import RunRecord
@@ -184,6 +185,25 @@ class Run:
         self.record.seconds.update(tree["seconds"])
         self.record.rewind(self.step, last_step=self.plan.total_steps)
 
+    def score(self, *, refresh: bool = False) -> ScoreTable:
+        """Score the pool, or a share of S, and draw by the new scores from the next step on. A collective."""
+        assert self.scorer is not None
+        with self.record.phase("scoring"):
+            table = self.scorer.score(self.engine.module, refresh=refresh, model_key=self.model_key())
+            self.draw_by_scores()
+            if self.is_main:
+                table.write(self.record.folder / "scores", self.scorer.sample_ids)
+        return table
+
+    def model_key(self) -> str:
+        """Says which weights the model has: the base by its name, what is trained by a digest. A collective."""
+        digest = hashlib.sha256()
+        for name, entry in sorted(self.engine.gather().params.items()):
+            digest.update(name.encode())
+            digest.update(entry.value.numpy().tobytes())
+        model = self.config.model
+        return f"{model.name_or_path} {model.dtype} {model.quantization} {digest.hexdigest()}"
+
     def draw_by_scores(self) -> None:
         """Draw from S by p, as the scores in force say (Algorithm 1, lines 4 and 9)."""
         assert self.scorer is not None and self.scorer.table is not None
@@ -282,7 +302,7 @@ def build_scorer(config: Config, plan: RunPlan, engine: Engine, task: Task) -> Q
 
     def target_batches() -> Iterable[Any]:
         assert task.dev is not None
-        size = config.scoring.batch_size
+        size = 32 if config.scoring.batch_size == "auto" else config.scoring.batch_size
         for start in range(0, len(task.dev), size):
             rows = np.arange(start, min(start + size, len(task.dev)))
             yield task.batch("dev", rows, max_length=limit).to(device)
@@ -300,6 +320,7 @@ def build_scorer(config: Config, plan: RunPlan, engine: Engine, task: Task) -> Q
         progress=Progress("scoring", shows=engine.world.is_main),
         length_of=lambda indices: lengths[indices],
         strata=task.strata("train") if config.stratifies else None,
+        parts_folder=config.run_dir / "scores" / "parts",
     )
 
 

@@ -40,6 +40,8 @@ def train(run: Run) -> dict[str, Any]:
     run.note_best(metrics)
     run.save_checkpoint()
     adapter = run.save_adapter()
+    if run.scorer is not None and run.is_main and not run.config.scoring.keep_sketches:
+        run.scorer.discard_parts()
     result = build_result(run, metrics, adapter)
     run.record.result(result)
     return result
@@ -75,13 +77,8 @@ def train_step(run: Run) -> float:
 
 def score_pool(run: Run) -> None:
     """Eq. 1 and 2: a quality for every sample, the subset S, and p for the draws from it."""
-    assert run.scorer is not None
-    with run.record.phase("scoring"):
-        table = run.scorer.score(run.engine.module)
-    run.first_quality = table.mean_quality()
-    run.draw_by_scores()
-    if run.is_main:
-        table.write(run.record.folder / "scores", run.scorer.sample_ids)
+    run.save_checkpoint()  # a pass that is killed goes on with exactly these weights, on any number of ranks
+    run.first_quality = run.score().mean_quality()
 
 
 def adapt_ranks(run: Run) -> None:
@@ -138,11 +135,7 @@ def refresh_scores(run: Run) -> None:
         return
     if refresh != "every_event" and run.events % int(refresh):
         return
-    with run.record.phase("scoring"):
-        table = run.scorer.score(run.engine.module, refresh=True)
-    run.draw_by_scores()
-    if run.is_main:
-        table.write(run.record.folder / "scores", run.scorer.sample_ids)
+    run.score(refresh=True)
 
 
 def due(every: int | None, step: int) -> bool:

@@ -14,6 +14,7 @@ from tests.runs import go, read_lines, result_of, run_tree
 from tsqlora_scale import train as loop
 from tsqlora_scale.config import Config, parse_config
 from tsqlora_scale.errors import UserError
+from tsqlora_scale.quality.parts import Parts, Rows
 from tsqlora_scale.run import Run, same_method
 
 
@@ -80,6 +81,40 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(
     assert best == result_of(reference)["best"]
     kept = {checkpoint.name for checkpoint in (folder / "checkpoints").iterdir()}
     assert kept == {"step-00000013", Path(best["checkpoint"]).name}, "the newest and the best, nothing half written"
+
+
+@pytest.mark.parametrize("number", [1, 3, 4], ids=["early", "late", "at the end"])
+def test_a_run_killed_while_it_scores(
+    tmp_path: Path, models_dir: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """48 samples in shards of 12: four parts in the first pass."""
+    changes: dict[str, dict[str, Any]] = {"scoring": {"shard_size": 12, "keep_sketches": True}}
+    whole = run_tree("bert", tmp_path, models_dir, "whole", **changes)
+    go(whole)
+    killed = run_tree("bert", tmp_path, models_dir, "killed", **changes)
+    append, written = Parts.append, []
+
+    def dies(parts: Parts, rows: Rows) -> None:
+        append(parts, rows)
+        written.append(len(rows.indices))
+        if len(written) == number:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Parts, "append", dies)
+        with pytest.raises(Killed):
+            go(killed)
+    measured: list[int] = []
+    monkeypatch.setattr(Parts, "append", lambda parts, rows: (measured.append(len(rows.indices)), append(parts, rows)))
+    run = go(killed, resume="auto")
+    folder, reference = tmp_path / "runs" / "killed", tmp_path / "runs" / "whole"
+    assert measured[: 4 - number] == [12] * (4 - number), "only what was not there"
+    for name in ("metrics.jsonl", "ranks.jsonl"):
+        assert lines_of(folder / name) == lines_of(reference / name)
+    for scores in sorted((reference / "scores").rglob("*.parquet")):
+        assert (folder / scores.relative_to(reference)).read_bytes() == scores.read_bytes()
+    assert run.step == 13
+    assert sorted(path.name for path in (folder / "scores" / "parts").iterdir()) == ["pass-002"]
 
 
 def test_resuming_a_finished_run_adds_nothing(tmp_path: Path, models_dir: Path) -> None:

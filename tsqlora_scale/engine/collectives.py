@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, TypeVar
 
 import numpy as np
@@ -34,6 +35,11 @@ class World:
         """Whether this is rank 0, the one that writes and prints."""
         return self.rank == 0
 
+    @property
+    def size_here(self) -> int:
+        """Number of ranks on this machine, as the launcher says. Not a collective."""
+        return min(self.size, int(os.environ.get("LOCAL_WORLD_SIZE", self.size)))
+
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Element-wise sum over ranks, as a new tensor on the caller's device."""
         return self._reduce(tensor, dist.ReduceOp.SUM)
@@ -58,6 +64,14 @@ class World:
             return [value]
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
+        return values
+
+    def gather_on_main(self, value: T) -> list[T] | None:
+        """Every rank's value, in rank order, on rank 0; None elsewhere."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.size if self.is_main else None
+        dist.gather_object(value, values, dst=0)
         return values
 
     def broadcast(self, value: T) -> T:

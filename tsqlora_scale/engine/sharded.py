@@ -6,6 +6,11 @@ import torch
 from torch import nn
 
 
+def has_shards(module: nn.Module) -> bool:
+    """Whether ZeRO-3 holds the parameters: every forward is then a collective."""
+    return any(hasattr(param, "ds_id") for param in module.parameters())
+
+
 def write_parameter(param: nn.Parameter, value: torch.Tensor) -> None:
     """Set a parameter, whole or sharded. With ZeRO-3 a collective; rank 0's ``value`` wins.
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import islice
-from typing import Generic
+from typing import Any, Generic
 
 import numpy as np
 import torch
@@ -15,37 +15,27 @@ from torch import Tensor, nn
 
 from tsqlora_scale.config import ScoringConfig
 from tsqlora_scale.engine.collectives import World
+from tsqlora_scale.engine.sharded import has_shards
 from tsqlora_scale.errors import UserError
 from tsqlora_scale.quality.gradients import Batch, LossFn, PerSampleGradients
+from tsqlora_scale.quality.memory import bytes_kept, fitting_batch, free_bytes, is_out_of_memory
+from tsqlora_scale.quality.parts import Rows
 from tsqlora_scale.quality.sketch import Sketch
 
 log = logging.getLogger("tsqlora_scale")
 
 #: roundings of the forward's type that a loss reduction must exceed to be told from noise
 NOISE_ROUNDINGS = 16
-
-
-@dataclass
-class Measured:
-    """What a pass found out about this rank's samples.
-
-    Attributes:
-        indices: pool indices, (n,).
-        loss, grad_norm, delta_loss: (n,) float64.
-        sketches: (n, sketch_dim) float32 on the CPU; None where the convergence term needs none.
-        rounding: machine epsilon of the forward.
-    """
-
-    indices: np.ndarray
-    loss: np.ndarray
-    grad_norm: np.ndarray
-    delta_loss: np.ndarray
-    sketches: Tensor | None
-    rounding: float
+#: samples of the batch whose memory is measured for ``batch_size: auto``
+PROBE = 4
 
 
 class Measurer(Generic[Batch]):
-    """Runs scoring passes. Every rank runs the same number of forwards and backwards of the same batch size.
+    """Measures the samples of a pass, shard by shard.
+
+    A shard is cut into batches that do not depend on the number of ranks; the ranks take them in turn, so that every
+    sample's numbers are the same on any number of ranks. Every rank runs the same number of forwards and backwards
+    (ZeRO-3 would hang otherwise).
 
     Batched per-sample gradients are exact only if every adapter call has the batch's dimension, or can be given it
     (:mod:`tsqlora_scale.quality.batchless`). That is checked once in the structure and once in the numbers: two
@@ -54,6 +44,7 @@ class Measurer(Generic[Batch]):
 
     Attributes:
         one_at_a_time: the decision; None before the first batch of more than one sample.
+        batch_size: samples per batch; None before ``scoring.batch_size: auto`` is decided.
     """
 
     def __init__(
@@ -65,34 +56,51 @@ class Measurer(Generic[Batch]):
         world: World,
         batch_of: Callable[[np.ndarray], Batch],
         losses: LossFn[Batch],
-        progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.scoring = scoring
         self.eta = eta
         self.world = world
         self.batch_of = batch_of
         self.losses = losses
-        self.progress = progress
         self.one_at_a_time: bool | None = None
+        self.batch_size: int | None = None if scoring.batch_size == "auto" else scoring.batch_size
         self._sketch = Sketch(scoring.sketch_dim, seed=seed)
         self._sketches_wanted = scoring.convergence != "loss_trend"
+        self._gradients: PerSampleGradients | None = None
+        self._fits: int | None = None  # after an allocation failed on this rank
 
-    def measure(self, module: nn.Module, indices: np.ndarray, *, exact: bool) -> Measured:
-        """Measure the samples at pool ``indices``, of which this rank takes every world-size-th. Collective.
+    @contextmanager
+    def on(self, module: nn.Module) -> Iterator[None]:
+        """Around the shards of a pass: ``module`` is in evaluation mode and no parameter requires grad."""
+        with PerSampleGradients(module, include_head=self.scoring.include_head) as gradients:
+            self._gradients = gradients
+            try:
+                yield
+            finally:
+                self._gradients = None
+
+    def measure(
+        self, indices: np.ndarray, *, exact: bool, progress: Callable[[int], None] | None = None
+    ) -> Rows | None:
+        """Measure the samples at pool ``indices``. Collective; rank 0 gets the rows, in that order, others None.
 
         ``exact`` takes the loss reduction by a second forward, otherwise it is ``eta * grad_norm**2``.
+        ``progress`` is told the number of samples done, of all ranks together.
         """
-        with PerSampleGradients(module, include_head=self.scoring.include_head) as gradients:
-            if self.one_at_a_time is None:
-                self.one_at_a_time = self._cannot_batch(gradients, indices, exact)
-            measured = self._pass(gradients, indices, exact)
-            if not self.one_at_a_time and self._on_any_rank(gradients.batchless is not None):
-                self._warn(f"a later batch called {gradients.batchless} without the batch's dimension")
-                self.one_at_a_time = True
-                measured = self._pass(gradients, indices, exact)
-        return measured
+        gradients = self._gradients
+        assert gradients is not None, "use inside 'with measurer.on(module)'"
+        if self.batch_size is None:
+            self.batch_size = self._fitting_batch_size(gradients, indices)
+        if self.one_at_a_time is None:
+            self.one_at_a_time = self._cannot_batch(gradients, indices, exact)
+        rows = self._shard(gradients, indices, exact, progress)
+        if not self.one_at_a_time and self._on_any_rank(gradients.batchless is not None):
+            self._warn(f"a later batch called {gradients.batchless} without the batch's dimension")
+            self.one_at_a_time = True
+            rows = self._shard(gradients, indices, exact, progress)
+        return rows
 
-    def mean_sketch(self, module: nn.Module, batches: Iterable[Batch]) -> Tensor:
+    def mean_sketch(self, batches: Iterable[Batch]) -> Tensor:
         """Sketch (sketch_dim,) float64 of the mean gradient over ``batches``, the same on every rank. Collective.
 
         Every rank gets the same batches and takes every world-size-th. A batch whose gradient is not finite is
@@ -101,15 +109,16 @@ class Measurer(Generic[Batch]):
         Raises:
             UserError: there is no sample in them.
         """
+        gradients = self._gradients
+        assert gradients is not None, "use inside 'with measurer.on(module)'"
         total = torch.zeros(self.scoring.sketch_dim + 1, dtype=torch.float64)
         iterator = iter(batches)
-        with PerSampleGradients(module, include_head=self.scoring.include_head) as gradients:
-            while group := list(islice(iterator, self.world.size)):
-                mine = group[min(self.world.rank, len(group) - 1)]  # the same number of forwards on every rank
-                sketch = self._sketch(gradients.total(self.losses, mine)[1])[0].double().cpu()
-                if self.world.rank < len(group) and bool(sketch.isfinite().all()):
-                    total[:-1] += sketch
-                    total[-1] += mine.size
+        while group := list(islice(iterator, self.world.size)):
+            mine = group[min(self.world.rank, len(group) - 1)]  # the same number of forwards on every rank
+            sketch = self._sketch(gradients.total(self.losses, mine)[1])[0].double().cpu()
+            if self.world.rank < len(group) and bool(sketch.isfinite().all()):
+                total[:-1] += sketch
+                total[-1] += mine.size
         total = self.world.sum(total)
         if total[-1] == 0:
             raise UserError(
@@ -118,29 +127,59 @@ class Measurer(Generic[Batch]):
             )
         return total[:-1] / total[-1]
 
-    def _batch_size(self, count: int) -> int:
-        per_rank = math.ceil(count / self.world.size)
-        return 1 if self.one_at_a_time else min(self.scoring.batch_size, per_rank)
+    def state_dict(self) -> dict[str, Any]:
+        """The decisions."""
+        return {"one_at_a_time": self.one_at_a_time, "batch_size": self.batch_size}
 
-    def _share(self, indices: np.ndarray) -> np.ndarray:
-        """This rank's samples; where there are fewer samples than ranks, some ranks have none."""
-        return indices[self.world.rank :: self.world.size]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the decisions."""
+        self.one_at_a_time, self.batch_size = state["one_at_a_time"], state["batch_size"]
 
-    def _pass(self, gradients: PerSampleGradients, indices: np.ndarray, exact: bool) -> Measured:
-        mine, size = self._share(indices), self._batch_size(len(indices))
-        rounds = math.ceil(math.ceil(len(indices) / self.world.size) / size)
-        filler = mine[-1:] if len(mine) else indices[:1]
-        padded = np.concatenate([mine, np.repeat(filler, rounds * size - len(mine))])
-        values, sketches = [], []
-        for done, chunk in enumerate(padded.reshape(rounds, size), start=1):
-            numbers, sketch = self._chunk(gradients, chunk, exact)
-            values.append(numbers)
-            sketches.append(sketch)
-            if self.progress is not None:
-                self.progress(done, rounds)
-        loss, norm, delta = torch.cat(values)[: len(mine)].numpy().T
-        kept = torch.cat(sketches)[: len(mine)] if self._sketches_wanted else None
-        return Measured(mine, loss, norm, delta, kept, gradients.rounding)
+    def _shard(
+        self,
+        gradients: PerSampleGradients,
+        indices: np.ndarray,
+        exact: bool,
+        progress: Callable[[int], None] | None,
+    ) -> Rows | None:
+        size = 1 if self.one_at_a_time else self.batch_size
+        assert size is not None
+        batches = [indices[start : start + size] for start in range(0, len(indices), size)]
+        own: list[tuple[np.ndarray, Tensor, Tensor]] = []
+        for turn in range(math.ceil(len(batches) / self.world.size)):
+            number = turn * self.world.size + self.world.rank
+            chunk = batches[number % len(batches)]
+            measured = self._within_memory(gradients, chunk, exact)
+            if number < len(batches):  # else a repeated batch, so that every rank runs as many
+                own.append((chunk, *measured))
+            if progress is not None:
+                progress(min(len(indices), (turn + 1) * self.world.size * size))
+        found = self.world.gather_on_main([[np.asarray(column) for column in batch] for batch in own])
+        if found is None:
+            return None
+        of_batches = [batch for rank in found for batch in rank]
+        drawn, values, sketches = (np.concatenate(column) for column in zip(*of_batches, strict=True))
+        order = np.argsort(drawn, kind="stable")[np.argsort(np.argsort(indices, kind="stable"), kind="stable")]
+        return Rows(drawn[order], values[order], sketches[order], gradients.rounding, size)
+
+    def _within_memory(self, gradients: PerSampleGradients, chunk: np.ndarray, exact: bool) -> tuple[Tensor, Tensor]:
+        """:meth:`_chunk`, in smaller pieces once an allocation has failed on this rank."""
+        size = min(self._fits or len(chunk), len(chunk))
+        try:
+            pieces = [
+                self._chunk(gradients, chunk[start : start + size], exact) for start in range(0, len(chunk), size)
+            ]
+        except (RuntimeError, MemoryError) as error:
+            # under ZeRO-3 a rank that runs more forwards than the others would hang them all
+            if not is_out_of_memory(error) or size == 1 or has_shards(gradients.module):
+                raise
+            self._fits = size // 2
+        else:
+            return torch.cat([values for values, _ in pieces]), torch.cat([sketch for _, sketch in pieces])
+        log.warning("out of memory while scoring %d samples at once; going on with %d", size, self._fits)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return self._within_memory(gradients, chunk, exact)
 
     def _chunk(self, gradients: PerSampleGradients, chunk: np.ndarray, exact: bool) -> tuple[Tensor, Tensor]:
         """(B, 3) float64 of loss, norm and loss reduction, and sketches (B, sketch_dim), on the CPU."""
@@ -158,13 +197,24 @@ class Measurer(Generic[Batch]):
         sketch = self._sketch(of_theta).cpu() if self._sketches_wanted else torch.zeros(len(chunk), 0)
         return torch.stack([before, norm, delta], 1).cpu().double(), sketch
 
+    def _fitting_batch_size(self, gradients: PerSampleGradients, indices: np.ndarray) -> int:
+        """``scoring.batch_size: auto``: what the longest samples of the shard leave room for. Collective."""
+        probe = self.batch_of(indices[-PROBE:])  # a shard is sorted by length
+        of_theta: dict[str, Tensor] = {}
+        kept = bytes_kept(gradients.module, lambda: of_theta.update(gradients.per_sample(self.losses, probe)[1]))
+        own = sum(g.numel() * g.element_size() for g in of_theta.values())
+        device = self.world.device
+        # a sample's gradient is there twice, the second time on its way into the sketch
+        fits = fitting_batch((kept + 2 * own) / probe.size, free_bytes(device, self.world.size_here), device)
+        return -int(self.world.max(torch.tensor([-fits])).item())
+
     def _cannot_batch(self, gradients: PerSampleGradients, indices: np.ndarray, exact: bool) -> bool | None:
         """Whether samples must be scored one at a time; None if batches hold one sample anyway. Collective."""
-        size = self._batch_size(len(indices))
+        assert self.batch_size is not None
+        size = min(self.batch_size, len(indices))
         if size == 1:
             return None
-        share = self._share(indices)
-        chunk = np.resize(share if len(share) else indices[:1], size)
+        chunk = indices[np.linspace(0, len(indices) - 1, size).astype(int)]  # of all lengths
         gradients.per_sample(self.losses, self.batch_of(chunk))
         batchless, gradients.batchless = gradients.batchless, None
         if self._on_any_rank(batchless is not None):

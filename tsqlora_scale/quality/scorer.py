@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic
 
 import numpy as np
@@ -16,7 +18,8 @@ from tsqlora_scale.config import SamplingConfig, ScoringConfig
 from tsqlora_scale.engine.collectives import World
 from tsqlora_scale.errors import UserError
 from tsqlora_scale.quality.gradients import Batch, LossFn
-from tsqlora_scale.quality.measure import NOISE_ROUNDINGS, Measured, Measurer
+from tsqlora_scale.quality.measure import NOISE_ROUNDINGS, Measurer
+from tsqlora_scale.quality.parts import Parts
 from tsqlora_scale.quality.rng import philox, share_of
 from tsqlora_scale.quality.select import select_subset
 from tsqlora_scale.quality.sketch import cosines
@@ -49,14 +52,16 @@ class QualityScorer(Generic[Batch]):
         batch_of: samples at the given pool indices, on the device.
         losses: ``(module, batch) -> (batch.size,)`` losses of the samples, each its own mean, with a graph.
         target_batches: the held-out set of ``convergence: target``, the same batches on every rank.
-        progress: told (batches done, batches of the pass) of this rank.
+        progress: told (samples done, samples of the pass).
+        parts_folder: where the numbers of a pass are kept while it runs; None keeps them in memory.
+        refuses_parts: whether parts of other data, weights or settings in that folder are an error, or are removed.
         length_of: lengths of the samples at the given indices; batches then hold samples of similar length.
         strata: groups of the pool, (N,) numbers from 0, that each keep their share of the draws; None is one group.
 
     Attributes:
         table: the last table; None before the first pass.
         report: what the last pass cost.
-        sketches: this rank's gradient sketches of the last pass with their pool indices, or None.
+        parts: rank 0's raw numbers and sketches of the last pass, until :meth:`discard_parts`.
     """
 
     def __init__(
@@ -74,6 +79,8 @@ class QualityScorer(Generic[Batch]):
         progress: Callable[[int, int], None] | None = None,
         length_of: Callable[[np.ndarray], np.ndarray] | None = None,
         strata: np.ndarray | None = None,
+        parts_folder: Path | None = None,
+        refuses_parts: bool = False,
     ) -> None:
         if scoring.convergence == "target" and target_batches is None:
             raise UserError(
@@ -92,15 +99,16 @@ class QualityScorer(Generic[Batch]):
         self.strata = strata
         self.table: ScoreTable | None = None
         self.report: PassReport | None = None
-        self.sketches: tuple[np.ndarray, Tensor] | None = None
         self.passes = 0
-        self._measurer = Measurer(
-            scoring, seed=seed, eta=eta, world=world, batch_of=batch_of, losses=losses, progress=progress
-        )
+        self.progress = progress
+        self.refuses_parts = refuses_parts
+        self._parts_folder = parts_folder
+        self.parts = Parts(None)
+        self._measurer = Measurer(scoring, seed=seed, eta=eta, world=world, batch_of=batch_of, losses=losses)
         self._standardisation = Standardisation()
         self._first_order = scoring.delta_loss == "first_order"
 
-    def score(self, module: nn.Module, *, refresh: bool = False) -> ScoreTable:
+    def score(self, module: nn.Module, *, refresh: bool = False, model_key: str = "") -> ScoreTable:
         """Score the pool or, with ``refresh``, ``refresh_fraction`` of S. Collective; equal on every rank.
 
         The first pass fixes S and the standardisation constants. A refresh replaces the scores of the samples that
@@ -110,15 +118,18 @@ class QualityScorer(Generic[Batch]):
         Args:
             module: the unwrapped model, never a DDP or DeepSpeed engine; it is left as it was.
             refresh: a light pass; needs a full one before it.
+            model_key: says which weights ``module`` has; parts of a killed pass are taken up only under the same key.
 
         Raises:
-            UserError: no sample has a finite loss and gradient.
+            UserError: no sample has a finite loss and gradient; the parts folder holds those of another pass.
         """
         started = time.perf_counter()
         assert self.table is not None or not refresh, "a refresh needs a full pass before it"
         indices = self._refreshed() if refresh else self._subsample()
-        measured = self._measurer.measure(module, self._ordered(indices), exact=not self._first_order)
-        loss, terms = self._gathered(measured, self._convergence(module, measured))
+        with self._measurer.on(module):
+            self._measure(indices, model_key)
+            direction = self._target_direction()
+        loss, terms = self._terms(indices, direction)
         finite = np.isfinite(loss) & np.isfinite(terms).all(axis=1)
         if not finite.any():
             raise UserError(
@@ -138,12 +149,16 @@ class QualityScorer(Generic[Batch]):
         self.passes += 1
         return self.table
 
+    def discard_parts(self) -> None:
+        """Forget the raw numbers and sketches of the last pass."""
+        self.parts.discard()
+
     def state_dict(self) -> dict[str, Any]:
         """Table, constants and decisions; without the sketches."""
         return {
             "pool": pool_fingerprint(self.sample_ids),
             "passes": self.passes,
-            "one_at_a_time": self._measurer.one_at_a_time,
+            "measurer": self._measurer.state_dict(),
             "first_order": self._first_order,
             "standardisation": self._standardisation.state_dict(),
             "table": None if self.table is None else self.table.state_dict(),
@@ -161,7 +176,7 @@ class QualityScorer(Generic[Batch]):
                 "resume with the task.dataset of the run that wrote it"
             )
         self.passes = state["passes"]
-        self._measurer.one_at_a_time = state["one_at_a_time"]
+        self._measurer.load_state_dict(state["measurer"])
         self._first_order = state["first_order"]
         self._standardisation.load_state_dict(state["standardisation"])
         self.table = None if state["table"] is None else ScoreTable.from_state_dict(state["table"])
@@ -185,38 +200,97 @@ class QualityScorer(Generic[Batch]):
             return indices
         return indices[np.argsort(self.length_of(indices), kind="stable")]
 
-    def _convergence(self, module: nn.Module, measured: Measured) -> np.ndarray:
-        """The convergence term of this rank's samples; zeros for ``loss_trend``, which needs no gradient."""
-        if measured.sketches is None:
-            return np.zeros(len(measured.indices))
-        self.sketches = (measured.indices, measured.sketches)
-        if self.target_batches is not None and self.scoring.convergence == "target":
-            direction = self._measurer.mean_sketch(module, self.target_batches())
-        else:
-            usable = measured.sketches[measured.sketches.isfinite().all(1)].double()
-            if self.scoring.takes_unit_mean:
-                usable = torch.nn.functional.normalize(usable)
-            count = torch.tensor([float(len(usable))], dtype=torch.float64)
-            total = self.world.sum(torch.cat([usable.sum(0), count]))
-            direction = total[:-1] / total[-1].clamp_min(1)
-        return cosines(measured.sketches, direction).numpy()
+    def _measure(self, indices: np.ndarray, model_key: str) -> None:
+        """Fill :attr:`parts` on rank 0, from where a killed pass stopped. Collective."""
+        size = self.scoring.shard_size
+        shards = [self._ordered(indices[start : start + size]) for start in range(0, len(indices), size)]
+        folder = self._parts_folder / f"pass-{self.passes:03d}" if self._parts_folder is not None else None
+        self.parts = Parts(folder)
+        there, batch_size, problem = 0, None, None
+        if self.world.is_main:
+            try:
+                there = self.parts.open(self._fingerprint(indices, model_key), refuse=self.refuses_parts)
+                batch_size = self.parts[0].batch_size if there else None
+            except UserError as error:
+                problem = str(error)
+        there, batch_size, problem = self.world.broadcast((there, batch_size, problem))
+        if problem is not None:
+            raise UserError(problem)
+        if batch_size is not None:  # of a killed pass: its batches again, to the bit
+            self._measurer.batch_size = batch_size
+        done = sum(len(shard) for shard in shards[:there])
 
-    def _gathered(self, measured: Measured, convergence: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """All ranks' losses (n,) and raw terms (n, 3), in the order of their pool indices."""
-        own = np.column_stack(
-            [measured.indices, measured.loss, measured.grad_norm, measured.delta_loss, convergence]
-        ).astype(np.float64)
-        rows = self.world.gather_arrays(own)
+        def show(more: int) -> None:
+            if self.progress is not None:
+                self.progress(done + more, len(indices))
+
+        for shard in shards[there:]:
+            rows = self._measurer.measure(shard, exact=not self._first_order, progress=show)
+            if rows is not None:
+                self.parts.append(rows)
+            done += len(shard)
+
+    def _fingerprint(self, indices: np.ndarray, model_key: str) -> dict[str, Any]:
+        """What the raw numbers of a pass depend on."""
+        kept = ("delta_loss", "convergence", "sketch_dim", "batch_size", "shard_size", "max_length", "include_head")
+        settings = self.scoring.model_dump(mode="json", include=set(kept))
+        return {
+            "pool": pool_fingerprint(self.sample_ids),
+            "samples": hashlib.sha256(indices.tobytes()).hexdigest(),
+            "model": model_key,
+            "seed": self.seed,
+            "eta": self.eta,
+            **{f"scoring.{key}": settings[key] for key in kept},
+        }
+
+    def _target_direction(self) -> Tensor | None:
+        if self.scoring.convergence != "target" or self.target_batches is None:
+            return None
+        return self._measurer.mean_sketch(self.target_batches())
+
+    def _terms(self, indices: np.ndarray, direction: Tensor | None) -> tuple[np.ndarray, np.ndarray]:
+        """Losses (n,) and raw terms (n, 3) of the samples at ``indices``, on every rank. Collective."""
+        rows = self.world.broadcast(self._rows(direction) if self.world.is_main else None)
+        assert rows is not None
         rows = rows[np.argsort(rows[:, 0], kind="stable")]
-        indices, loss, terms = rows[:, 0].astype(np.int64), rows[:, 1], rows[:, 2:]
+        assert (rows[:, 0] == indices).all()
+        loss, terms, rounding = rows[:, 1], rows[:, 2:5], rows[:, 5].max()
         if not self._first_order:
-            self._first_order = self._below_rounding(loss, terms, measured.rounding)
+            self._first_order = self._below_rounding(loss, terms, rounding)
             if self._first_order:
                 terms[:, 1] = self.eta * terms[:, 0] ** 2
         if self.scoring.convergence == "loss_trend" and self.table is not None:
             seen = self.table.scoring_pass[indices] != NEVER
             terms[:, 2] = np.where(seen, self.table.loss[indices] - loss, 0.0)
         return loss, terms
+
+    def _rows(self, direction: Tensor | None) -> np.ndarray:
+        """(n, 6): pool index, loss, norm, loss reduction, convergence, rounding. On rank 0, from its parts.
+
+        The mean is summed up in the pass's order, so that it does not depend on the number of ranks. Convergence is
+        zero for ``loss_trend``, which needs no gradient.
+        """
+        if direction is None and self.scoring.convergence != "loss_trend":
+            direction = self._mean_direction()
+        found = []
+        for part in self.parts:
+            aligned = np.zeros(len(part.indices))
+            if direction is not None:
+                aligned = cosines(torch.from_numpy(part.sketches), direction).numpy()
+            rounding = np.full(len(part.indices), part.rounding)
+            found.append(np.column_stack([part.indices, part.values, aligned, rounding]))
+        return np.concatenate(found)
+
+    def _mean_direction(self) -> Tensor:
+        total, count = torch.zeros(self.scoring.sketch_dim, dtype=torch.float64), 0
+        for part in self.parts:
+            sketches = torch.from_numpy(part.sketches)
+            usable = sketches[sketches.isfinite().all(1)].double()
+            if self.scoring.takes_unit_mean:
+                usable = torch.nn.functional.normalize(usable)
+            total += usable.sum(0)
+            count += len(usable)
+        return total / max(count, 1)
 
     def _below_rounding(self, loss: np.ndarray, terms: np.ndarray, eps: float) -> bool:
         """Whether a step of ``eta`` changes the losses by no more than the forward's rounding does.

@@ -33,6 +33,8 @@ from tsqlora_scale.engine.collectives import World
 PRESETS: dict[str, tuple[float, float, float]] = {"paper": (1 / 3, 1 / 3, 1 / 3), "aligned": (0.1, 0.1, 0.8)}
 
 CLIP = 3.0
+#: values that are summed up at once
+BLOCK = 2**16
 #: a spread below this share of the largest value is rounding of float32 losses and gradients, not a difference
 NO_SPREAD = 1e-6
 
@@ -79,41 +81,47 @@ class Standardisation:
         self.mean, self.std = state["mean"].numpy().copy(), state["std"].numpy().copy()
 
 
-def log_sum_exp(local: np.ndarray, strata: np.ndarray, count: int, world: World) -> np.ndarray:
-    """``log(sum_j exp(x_j))`` within every stratum, over all ranks' values, stable. Collective.
+def log_sum_exp(values: np.ndarray, strata: np.ndarray, count: int, world: World) -> np.ndarray:
+    """``log(sum_j exp(x_j))`` within every stratum, stable, equal to the bit on any number of ranks. Collective.
 
-    The maxima and the sums are all-reduced, each as one vector.
+    The ranks exponentiate blocks of :data:`BLOCK` values in turn. The maxima and the blocks' sums are all-reduced,
+    each as one array, and the sums are then added up in the blocks' order.
 
     Args:
-        local: this rank's values, (n,).
+        values: (n,) finite, the same on every rank.
         strata: the stratum of each, (n,), from 0 to ``count - 1``.
 
     Returns:
         (count,) float64; ``-inf`` for a stratum without a value.
     """
-    assert np.isfinite(local).all()
+    blocks = [slice(start, start + BLOCK) for start in range(0, len(values), BLOCK)]
+    mine = range(world.rank, len(blocks), world.size)
     peaks = np.full(count, -np.inf)
-    np.maximum.at(peaks, strata, local)
+    for number in mine:
+        assert np.isfinite(values[blocks[number]]).all()
+        np.maximum.at(peaks, strata[blocks[number]], values[blocks[number]])
     peaks = world.max(torch.from_numpy(peaks)).numpy()
-    terms = np.exp(local - peaks[strata])
-    totals = world.sum(torch.from_numpy(np.bincount(strata, terms, minlength=count))).numpy()
+    sums = np.zeros((len(blocks), count))
+    for number in mine:
+        block = blocks[number]
+        sums[number] = np.bincount(strata[block], np.exp(values[block] - peaks[strata[block]]), minlength=count)
+    sums = world.sum(torch.from_numpy(sums)).numpy()
     with np.errstate(divide="ignore"):  # an empty stratum: log 0
-        sums: np.ndarray = peaks + np.log(totals)
-    return sums
+        total: np.ndarray = peaks + np.log(sums.sum(axis=0))
+    return total
 
 
 def log_probabilities(quality: np.ndarray, tau: float, world: World, strata: np.ndarray | None = None) -> np.ndarray:
-    """``log p`` of the whole pool (N,), equal to the bit on every rank. Collective.
+    """``log p`` of the whole pool (N,), equal to the bit on every rank and on any number of them. Collective.
 
     Eq. 2 is ``p_i = exp(Q_i/tau) / sum_j exp(Q_j/tau)``, the sum over the pool. With ``strata``, (N,) numbers from 0,
     it holds within each stratum, and a stratum has as much of the mass as it has of the samples.
 
-    Each rank exponentiates its own contiguous share of ``quality`` (N,).
+    Args:
+        quality: Q of the whole pool, (N,), the same on every rank.
     """
     strata = np.zeros(len(quality), dtype=np.int64) if strata is None else strata
     sizes = np.bincount(strata)
-    bounds = np.linspace(0, len(quality), world.size + 1).astype(int)
-    share = slice(bounds[world.rank], bounds[world.rank + 1])
-    totals = log_sum_exp(quality[share] / tau, strata[share], len(sizes), world)
-    mass = np.log(sizes[strata[share]] / len(quality))
-    return world.gather_arrays(quality[share] / tau - totals[strata[share]] + mass)
+    totals = log_sum_exp(quality / tau, strata, len(sizes), world)
+    log_p: np.ndarray = quality / tau + (np.log(sizes / len(quality)) - totals)[strata]
+    return log_p

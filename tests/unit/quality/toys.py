@@ -120,6 +120,8 @@ def scorer(
     sampling: dict | None = None,
     ids: list[str] | None = None,
     target: list[Batch] | None = None,
+    parts_folder: Path | None = None,
+    refuses_parts: bool = False,
     **scoring: object,
 ) -> QualityScorer:
     """A scorer of ``pool`` with small defaults."""
@@ -134,4 +136,6 @@ def scorer(
         losses=pool.losses,
         target_batches=None if target is None else lambda: target,
         length_of=pool.lengths,
+        parts_folder=parts_folder,
+        refuses_parts=refuses_parts,
     )

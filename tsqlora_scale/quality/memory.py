@@ -1,0 +1,59 @@
+"""How many samples a scoring batch can hold: measured on a few, not guessed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+#: Share of the free memory that a batch may take: its gradients and the second forward come on top of what is measured.
+SHARE_OF_FREE = 0.5
+#: Larger batches were no faster.
+LARGEST = {"cpu": 32}
+LARGEST_ON_ACCELERATOR = 128
+
+
+def bytes_kept(module: nn.Module, call: Callable[[], Any]) -> int:
+    """Bytes of the distinct tensors that autograd keeps for the backward pass of ``call``, without parameters.
+
+    Counted where they are saved, so it needs no device's statistics and is the same in every run.
+    """
+    parameters = {p.data_ptr() for p in module.parameters() if p.numel()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        call()
+    return sum(kept.values())
+
+
+def free_bytes(device: torch.device, ranks_here: int) -> int:
+    """Memory that one of ``ranks_here`` processes on this machine may still take."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+    import psutil
+
+    return int(psutil.virtual_memory().available / ranks_here)
+
+
+def fitting_batch(bytes_per_sample: float, free: int, device: torch.device) -> int:
+    """The largest power of two of samples that fits, at least 1."""
+    most = LARGEST.get(device.type, LARGEST_ON_ACCELERATOR)
+    fits = SHARE_OF_FREE * free / max(bytes_per_sample, 1.0)
+    size = 1
+    while size * 2 <= min(fits, most):
+        size *= 2
+    return size
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a device or on the host."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

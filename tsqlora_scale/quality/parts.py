@@ -1,0 +1,166 @@
+"""What a scoring pass has measured so far, part by part, so that a killed pass goes on where it stopped.
+
+A part holds the raw numbers of one shard of the pass. It depends on the shard, the model and the settings, never on the
+number of ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tsqlora_scale.errors import UserError
+
+_METADATA = b"tsqlora_scale"
+
+
+@dataclass
+class Rows:
+    """The samples of one shard.
+
+    Attributes:
+        indices: pool indices, (n,).
+        values: (n, 3) float64: loss, gradient norm, loss reduction.
+        sketches: (n, sketch_dim) float32; (n, 0) where the convergence term needs none.
+        rounding: machine epsilon of the forward.
+        batch_size: samples per forward.
+    """
+
+    indices: np.ndarray
+    values: np.ndarray
+    sketches: np.ndarray
+    rounding: float
+    batch_size: int
+
+
+class Parts:
+    """The parts of one pass, on disk or, without a folder, in memory. Used on rank 0 alone.
+
+    Args:
+        folder: of this pass's parts; it and what is beside it are this class's own.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self._memory: list[Rows] = []
+        self._fingerprint: dict[str, Any] = {}
+        self._count = 0
+
+    def open(self, fingerprint: dict[str, Any], *, refuse: bool) -> int:
+        """Number of parts that are there already, in order from the first. Parts of other passes are removed.
+
+        Args:
+            fingerprint: what the numbers depend on, JSON values; two that are equal give equal numbers.
+            refuse: what to do with parts of another fingerprint: refuse them, or remove them.
+
+        Raises:
+            UserError: the parts that are there were made with another fingerprint, or are none.
+        """
+        self._fingerprint = json.loads(json.dumps(fingerprint))
+        self._memory.clear()
+        self._count = 0
+        if self.folder is None:
+            return 0
+        if self.folder.parent.exists():
+            for other in self.folder.parent.iterdir():
+                if other != self.folder:
+                    shutil.rmtree(other) if other.is_dir() else other.unlink()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        while self._path(self._count).exists():
+            try:
+                self._check(self._path(self._count))
+            except UserError:
+                if refuse:
+                    raise
+                shutil.rmtree(self.folder)
+                self.folder.mkdir()
+                self._count = 0
+                break
+            self._count += 1
+        return self._count
+
+    def append(self, rows: Rows) -> None:
+        """Keep the next part, whole or not at all."""
+        if self.folder is None:
+            self._memory.append(rows)
+        else:
+            _write(self._path(self._count), rows, self._fingerprint)
+        self._count += 1
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, number: int) -> Rows:
+        if not 0 <= number < self._count:
+            raise IndexError(number)
+        return self._memory[number] if self.folder is None else _read(self._path(number))
+
+    def __iter__(self) -> Iterator[Rows]:
+        return (self[number] for number in range(self._count))
+
+    def discard(self) -> None:
+        """Remove all parts."""
+        self._memory.clear()
+        self._count = 0
+        if self.folder is not None:
+            shutil.rmtree(self.folder.parent, ignore_errors=True)
+
+    def _path(self, number: int) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{number:06d}.parquet"
+
+    def _check(self, path: Path) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            found = json.loads((pq.read_schema(path).metadata or {})[_METADATA])["fingerprint"]
+        except (OSError, KeyError, ValueError, pa.ArrowInvalid):
+            raise UserError(f"{path}: not a part of a scoring pass; remove {path.parent}") from None
+        for key, value in self._fingerprint.items():
+            if found.get(key) != value:
+                raise UserError(
+                    f"{path.parent}: was scored with {key}={found.get(key)!r}, now it is {value!r}; "
+                    "give the run another folder, or remove this one to score again"
+                )
+
+
+def _write(path: Path, rows: Rows, fingerprint: dict[str, Any]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    width = rows.sketches.shape[1]
+    columns = {"index": pa.array(rows.indices)}
+    columns |= {name: pa.array(rows.values[:, i]) for i, name in enumerate(("loss", "grad_norm", "delta_loss"))}
+    if width:
+        flat = pa.array(np.ascontiguousarray(rows.sketches, np.float32).reshape(-1))
+        columns["sketch"] = pa.FixedSizeListArray.from_arrays(flat, width)
+    note = json.dumps({"fingerprint": fingerprint, "rounding": rows.rounding, "batch_size": rows.batch_size})
+    table = pa.table(columns).replace_schema_metadata({_METADATA: note})
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        pq.write_table(table, file, compression="none")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _read(path: Path) -> Rows:
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(path)
+    indices = table["index"].to_numpy()
+    values = np.column_stack([table[name].to_numpy() for name in ("loss", "grad_norm", "delta_loss")])
+    sketches = np.empty((len(indices), 0), np.float32)
+    if "sketch" in table.column_names:
+        flat = table["sketch"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        sketches = flat.reshape(len(indices), -1)
+    note = json.loads(table.schema.metadata[_METADATA])
+    return Rows(indices, values, sketches, note["rounding"], note["batch_size"])
