@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
 from torch import nn
 
 from tsqlora_scale.config import AdapterConfig, ModelConfig
@@ -224,13 +225,44 @@ def load_adapter(base: nn.Module, folder: Path, *, dtype: str) -> PeftModel:
     Raises:
         UserError: when the folder holds no adapter, or one in an unsafe format.
     """
+    _require_adapter(folder)
+    model = PeftModel.from_pretrained(base, str(folder))
+    use_autocast(model, dtype)
+    return model
+
+
+def read_adapter(model: nn.Module, folder: Path) -> tuple[dict[str, int], dict[str, torch.Tensor]]:
+    """A saved adapter's ranks by layer and values by parameter name, for a model with a fresh adapter of the config.
+
+    Raises:
+        UserError: when the folder holds no adapter, or one of other layers or another scaling.
+    """
+    _require_adapter(folder)
+    saved = load_file(folder / "adapter_model.safetensors")
+    values = {}
+    for name, param in model.named_parameters():
+        if param.requires_grad:
+            key = name.replace(f".modules_to_save.{ADAPTER}.", ".").replace(f".{ADAPTER}.", ".")
+            if key not in saved:
+                raise UserError(f"adapter {str(folder)!r} has no {key}; give the config that it was trained with")
+            values[name] = saved[key].float()
+    ranks = {name: len(values[f"{name}.lora_A.{ADAPTER}.weight"]) for name in lora_layers(model)}
+    config: Any = PeftConfig.from_pretrained(str(folder))
+    for name, layer in lora_layers(model).items():
+        alpha = config.alpha_pattern.get(short_name(name), config.lora_alpha)
+        if abs(alpha / ranks[name] - layer.scaling[ADAPTER]) > 1e-6 * layer.scaling[ADAPTER]:
+            raise UserError(
+                f"adapter {str(folder)!r} scales {short_name(name)} by {alpha / ranks[name]:g}, adapter.alpha and "
+                f"adapter.r of the config say {layer.scaling[ADAPTER]:g}; give the config that it was trained with"
+            )
+    return ranks, values
+
+
+def _require_adapter(folder: Path) -> None:
     if not (folder / "adapter_config.json").is_file():
         raise UserError(f"adapter {str(folder)!r} holds no adapter_config.json; give the folder that a run wrote")
     if not (folder / "adapter_model.safetensors").is_file():
         raise UserError(f"adapter {str(folder)!r} holds no adapter_model.safetensors; other formats are not read")
-    model = PeftModel.from_pretrained(base, str(folder))
-    use_autocast(model, dtype)
-    return model
 
 
 def _nf4_config(model: ModelConfig, unquantised: list[str]) -> Any:

@@ -29,7 +29,23 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
     return _guard(lambda: _evaluate(options))
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"train": train, "evaluate": evaluate}
+def score(argv: Sequence[str] | None = None) -> int:
+    """``launch/score.py``: score a pool without training on the scores."""
+    parser = _parser("score", "Score a pool: the samples that look best, worst, mislabelled, and redundant.")
+    parser.add_argument("--adapter", metavar="DIR", help="score with this trained adapter; without it, warm up first")
+    parser.add_argument("--top", type=int, default=5, help="samples in each list (default 5)")
+    parser.add_argument("--similarity", type=float, default=0.98, help="cosine of like samples (default 0.98)")
+    parser.add_argument("--overwrite", action="store_true", help="start anew where another run has been")
+    parser.add_argument("--resume", action="store_true", help="continue a pass that was killed")
+    options = parser.parse_args(argv)
+    return _guard(lambda: _score(options))
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "train": train,
+    "score": score,
+    "evaluate": evaluate,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -100,6 +116,30 @@ def _train(options: argparse.Namespace) -> None:
     result = train_run(run)
     if run.is_main:
         print_result(result)
+    _leave()
+
+
+def _score(options: argparse.Namespace) -> None:
+    config = load_config(options.config, [*options.overrides, "scoring.keep_sketches=true"])
+    if not config.scores_data:
+        raise UserError(
+            "there is nothing to score: adapter.method must be 'tsqlora', scoring.enabled true and "
+            "sampling.selector 'quality'"
+        )
+    if not 0 < options.similarity <= 1:
+        raise UserError(f"--similarity {options.similarity:g} must be above 0 and at most 1")
+    from tsqlora_scale import preflight
+
+    preflight.check_run_dir(config, overwrite=options.overwrite, resume=options.resume)
+    checked = preflight.check(config)
+    from tsqlora_scale.report.scores import print_scores
+    from tsqlora_scale.run import build_run
+    from tsqlora_scale.score import score as score_run
+
+    run = build_run(checked, resume="auto" if options.resume else None, adapter=options.adapter)
+    summary = score_run(run, top=options.top, similarity=options.similarity, warm_up=options.adapter is None)
+    if run.is_main:
+        print_scores(summary, str(run.record.folder / "scores"))
     _leave()
 
 

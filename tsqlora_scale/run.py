@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from accelerate.utils import DistributedType
 
-from tsqlora_scale.adapters import add_adapter, load_adapter, load_base, save_adapter
+from tsqlora_scale.adapters import add_adapter, load_adapter, load_base, read_adapter, save_adapter
 from tsqlora_scale.config import Config
 from tsqlora_scale.engine.checkpoint import (
     checkpoint_dir,
@@ -212,11 +212,12 @@ class Run:
         self.use_samples(chosen, table.probability[chosen])
 
 
-def build_run(preflight: Preflight, *, resume: str | None = None) -> Run:
+def build_run(preflight: Preflight, *, resume: str | None = None, adapter: str | None = None) -> Run:
     """Load the model, put the adapter on it, start the engine.
 
     Args:
         resume: ``auto`` (the newest complete checkpoint of the run folder, if any) or a checkpoint folder.
+        adapter: a saved adapter's folder, to start from its ranks and values.
     """
     config, plan = preflight.config, preflight.plan
     accelerator = start_accelerator(
@@ -236,9 +237,11 @@ def build_run(preflight: Preflight, *, resume: str | None = None) -> Run:
         if tree is not None:
             same_method(config, tree["config"], checkpoint)
             set_ranks(model, tree["ranks"])
-            params = dict(model.named_parameters())
-            for name, entry in sorted(state.params.items()):
-                write_parameter(params[name], entry.value)
+            write_values(model, {name: entry.value for name, entry in state.params.items()})
+        elif adapter is not None:
+            ranks, values = read_adapter(model, Path(adapter))
+            set_ranks(model, ranks)
+            write_values(model, values)
         engine = Engine(
             accelerator,
             model,
@@ -262,6 +265,13 @@ def build_run(preflight: Preflight, *, resume: str | None = None) -> Run:
         else:
             record.prepare(config.to_yaml())
     return run
+
+
+def write_values(model: torch.nn.Module, values: dict[str, torch.Tensor]) -> None:
+    """Set parameters by name. With ZeRO-3 a collective."""
+    params = dict(model.named_parameters())
+    for name, value in sorted(values.items()):
+        write_parameter(params[name], value)
 
 
 def build_model(config: Config, preflight: Preflight, task: Task, *, device: torch.device) -> Any:
@@ -313,6 +323,7 @@ def build_scorer(config: Config, plan: RunPlan, engine: Engine, task: Task) -> Q
         seed=config.run.seed,
         eta=config.scoring.eta or config.train.lr,
         sample_ids=task.train["sample_id"],
+        content=task.digest("train"),
         world=engine.world,
         batch_of=batch_of,
         losses=losses,

@@ -161,6 +161,6 @@ def _read(path: Path) -> Rows:
     sketches = np.empty((len(indices), 0), np.float32)
     if "sketch" in table.column_names:
         flat = table["sketch"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        sketches = flat.reshape(len(indices), -1)
+        sketches = flat.reshape(len(indices), -1).copy()  # torch wants memory that it may write to
     note = json.loads(table.schema.metadata[_METADATA])
     return Rows(indices, values, sketches, note["rounding"], note["batch_size"])

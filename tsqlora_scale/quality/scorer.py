@@ -47,7 +47,8 @@ class QualityScorer(Generic[Batch]):
         scoring, sampling: the config sections.
         seed: of the run; sketches, subsamples and the draw of S derive from it.
         eta: step size of the loss reduction.
-        sample_ids: of the pool, in order; they are named in warnings and tie a checkpoint to its pool.
+        sample_ids: of the pool, in order; they are named in warnings.
+        content: a digest of the pool's content, which with the ids ties checkpoints and parts to it.
         world: the ranks. They score disjoint shares and all hold the whole table.
         batch_of: samples at the given pool indices, on the device.
         losses: ``(module, batch) -> (batch.size,)`` losses of the samples, each its own mean, with a graph.
@@ -72,6 +73,7 @@ class QualityScorer(Generic[Batch]):
         seed: int,
         eta: float,
         sample_ids: Sequence[str],
+        content: str = "",
         world: World,
         batch_of: Callable[[np.ndarray], Batch],
         losses: LossFn[Batch],
@@ -93,6 +95,7 @@ class QualityScorer(Generic[Batch]):
         self.seed = seed
         self.eta = eta
         self.sample_ids = sample_ids
+        self.pool = f"{pool_fingerprint(sample_ids)} {content}".strip()
         self.world = world
         self.target_batches = target_batches
         self.length_of = length_of
@@ -156,7 +159,7 @@ class QualityScorer(Generic[Batch]):
     def state_dict(self) -> dict[str, Any]:
         """Table, constants and decisions; without the sketches."""
         return {
-            "pool": pool_fingerprint(self.sample_ids),
+            "pool": self.pool,
             "passes": self.passes,
             "measurer": self._measurer.state_dict(),
             "first_order": self._first_order,
@@ -170,7 +173,7 @@ class QualityScorer(Generic[Batch]):
         Raises:
             UserError: it belongs to another pool.
         """
-        if state["pool"] != pool_fingerprint(self.sample_ids):
+        if state["pool"] != self.pool:
             raise UserError(
                 "the checkpoint's scores belong to another pool of samples; "
                 "resume with the task.dataset of the run that wrote it"
@@ -235,7 +238,7 @@ class QualityScorer(Generic[Batch]):
         kept = ("delta_loss", "convergence", "sketch_dim", "batch_size", "shard_size", "max_length", "include_head")
         settings = self.scoring.model_dump(mode="json", include=set(kept))
         return {
-            "pool": pool_fingerprint(self.sample_ids),
+            "pool": self.pool,
             "samples": hashlib.sha256(indices.tobytes()).hexdigest(),
             "model": model_key,
             "seed": self.seed,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -108,6 +109,22 @@ class Task:
     def references(self, split: SplitName, indices: Indices) -> list[Any]:
         """The right answers of some rows: class ids, numbers or texts (whole, however short the targets are cut)."""
         return self._rows(split, indices)[self._objective.answer]
+
+    def answer(self, split: SplitName, index: int) -> str:
+        """The right answer of a row, for tables: a class's name, a number, or the target text."""
+        (answer,) = self.references(split, [index])
+        if isinstance(self._cfg.labels, list):
+            return self._cfg.labels[int(answer)]
+        return " ".join(str(answer).split())
+
+    def digest(self, split: SplitName) -> str:
+        """A digest of every row's text and answer, in order."""
+        digest = hashlib.sha256()
+        view = self._views[split]
+        for rows in view.iter(batch_size=10_000):
+            for name in view.column_names:
+                digest.update(repr(rows[name]).encode())
+        return digest.hexdigest()
 
     def metrics(self, predictions: list[Any], references: list[Any]) -> dict[str, float]:
         """``task.metrics`` of all predictions of a split, as fractions (not times 100)."""
