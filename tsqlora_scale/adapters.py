@@ -16,7 +16,7 @@ from torch import nn
 
 from tsqlora_scale.config import AdapterConfig, ModelConfig
 from tsqlora_scale.engine.sharded import read_parameter, write_parameter
-from tsqlora_scale.engine.zero import loading_as
+from tsqlora_scale.engine.zero import loading_as, shards_while_loading
 from tsqlora_scale.errors import UserError
 
 #: PEFT's name of the one adapter that a run trains.
@@ -109,12 +109,16 @@ def load_base(
     kwargs: dict[str, Any] = {"config": model_config, "dtype": DTYPES[model.dtype], "revision": model.revision}
     if model.quantization == "nf4":
         kwargs["quantization_config"] = _nf4_config(model, unquantised)
-        if device is not None and device.type == "cuda":
+        if device is not None and device.type == "cuda" and not shards_while_loading():
             kwargs["device_map"] = {"": device}
-    with loading_as(DTYPES[model.dtype]):
-        loaded, info = auto_class.from_pretrained(
-            name_or_path, output_loading_info=True, trust_remote_code=model.trust_remote_code, **kwargs
-        )
+    try:
+        with loading_as(DTYPES[model.dtype]):
+            loaded, info = auto_class.from_pretrained(
+                name_or_path, output_loading_info=True, trust_remote_code=model.trust_remote_code, **kwargs
+            )
+    except OSError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"model.name_or_path={name_or_path!r}: its weights cannot be loaded ({reason})") from None
     for module in loaded.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # Left on, an evaluation forward repacks the 4-bit weight and the next training step fails.
@@ -125,7 +129,24 @@ def load_base(
         loaded.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if getattr(loaded.config, "use_cache", None):
         loaded.config.use_cache = False
-    return loaded, sorted({key.split(".")[0] for key in new})
+    return loaded, sorted({_new_module(loaded, key) for key in new})
+
+
+def _new_module(model: nn.Module, key: str) -> str:
+    """The module that trains as a whole because the checkpoint lacks its weight ``key``: a head, or a pooler.
+
+    Raises:
+        UserError: the weight is not a head's.
+    """
+    parts = key.split(".")
+    inside = parts[0] == getattr(model, "base_model_prefix", None) and len(parts) > 2
+    module = ".".join(parts[: 2 if inside else 1])
+    if re.search(r"\.\d+\.", key) or "embed" in module:
+        raise UserError(
+            f"the model's checkpoint has no {key}, which is not a new head; "
+            "give model.name_or_path a complete checkpoint of this architecture"
+        )
+    return module
 
 
 def initialise_new(model: nn.Module, names: Iterable[str], *, std: float, generator: torch.Generator) -> None:

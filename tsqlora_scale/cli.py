@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import platform
 import sys
 from collections.abc import Callable, Sequence
 
 from tsqlora_scale.config import Config, load_config
 from tsqlora_scale.errors import UserError
+from tsqlora_scale.launcher import launched_rank, speaks_for_machine
 
 
 def train(argv: Sequence[str] | None = None) -> int:
@@ -17,7 +19,7 @@ def train(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the config and the plan, stop")
     parser.add_argument("--overwrite", action="store_true", help="start anew where another run has been")
     parser.add_argument("--resume", metavar="auto|DIR", help="continue from the newest checkpoint, or from this one")
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
     return _guard(lambda: _train(options))
 
 
@@ -25,7 +27,7 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
     """``launch/evaluate.py``: metrics of a saved adapter."""
     parser = _parser("evaluate", "Metrics of a saved adapter on the config's development file.")
     parser.add_argument("--adapter", required=True, metavar="DIR", help="the adapter folder that a run wrote")
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
     return _guard(lambda: _evaluate(options))
 
 
@@ -37,7 +39,7 @@ def score(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--similarity", type=float, default=0.98, help="cosine of like samples (default 0.98)")
     parser.add_argument("--overwrite", action="store_true", help="start anew where another run has been")
     parser.add_argument("--resume", action="store_true", help="continue a pass that was killed")
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
     return _guard(lambda: _score(options))
 
 
@@ -70,16 +72,14 @@ def _guard(command: Callable[[], None]) -> int:
     try:
         command()
     except UserError as error:
-        if _is_main():
+        if launched_rank() == 0:
             print(f"error: {error}", file=sys.stderr)
+        elif speaks_for_machine():  # what is wrong here may be right where rank 0 is
+            print(f"error on {platform.node()}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
     return 0
-
-
-def _is_main() -> bool:
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _quiet_environment() -> None:
@@ -101,10 +101,10 @@ def _train(options: argparse.Namespace) -> None:
     from tsqlora_scale import preflight
 
     if not options.dry_run:
-        preflight.check_run_dir(config, overwrite=options.overwrite, resume=options.resume is not None)
+        preflight.check_run_dir(config, overwrite=options.overwrite, resume=options.resume)
     checked = preflight.check(config)
     if options.dry_run:
-        if _is_main():
+        if launched_rank() == 0:
             print(config.to_yaml())
             print("\n".join(checked.plan.lines()))
         return
@@ -130,7 +130,7 @@ def _score(options: argparse.Namespace) -> None:
         raise UserError(f"--similarity {options.similarity:g} must be above 0 and at most 1")
     from tsqlora_scale import preflight
 
-    preflight.check_run_dir(config, overwrite=options.overwrite, resume=options.resume)
+    preflight.check_run_dir(config, overwrite=options.overwrite, resume="auto" if options.resume else None)
     checked = preflight.check(config)
     from tsqlora_scale.report.scores import print_scores
     from tsqlora_scale.run import build_run
@@ -147,7 +147,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     config: Config = load_config(options.config, options.overrides)
     from tsqlora_scale import preflight
 
-    checked = preflight.check(config)
+    checked = preflight.check(config, trains=False)
     from tsqlora_scale.run import evaluate_adapter
 
     metrics, is_main = evaluate_adapter(checked, options.adapter)

@@ -197,6 +197,15 @@ class SamplingConfig(Section):
     #: Classification: Eq. 2 within every label, so that each keeps its share of the draws. ``auto`` is yes, but for
     #: ``scoring.preset: paper``, which is to the letter.
     stratify: Literal["auto"] | bool = "auto"
+    #: p_i is divided by this power of the number of samples that teach the same as i, itself included. 0: by nothing.
+    redundancy: NonNegativeFloat = 0.0
+    #: Cosine of two samples' gradients from which on they teach the same.
+    similarity: UnitInterval = 0.98
+    #: Weigh the losses of drawn samples by 1 / (|S| p_i), normalised within the step: the objective is then the mean
+    #: loss over S, as with uniform draws, and p decides only which gradients estimate it.
+    unbiased: bool = False
+    #: Largest such weight; 1 is that of a sample drawn as often as by uniform draws.
+    max_weight: PositiveFloat = 10.0
 
 
 class SensitivityConfig(Section):

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from tsqlora_scale.config import Config, as_steps
 from tsqlora_scale.errors import UserError
+from tsqlora_scale.launcher import launched_rank, launched_size
 from tsqlora_scale.locations import resolve
 
 if TYPE_CHECKING:
     from tsqlora_scale.ranks.schedule import Schedule
-    from tsqlora_scale.tasks import Data
+    from tsqlora_scale.tasks import Data, Task
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Preflight:
     config: Config
     plan: RunPlan
     data: Data
+    task: Task
     model_path: str
     model_config: Any
     tokenizer: Any
@@ -61,17 +63,20 @@ class Preflight:
     heads: list[str]
 
 
-def check(config: Config) -> Preflight:
+def check(config: Config, *, trains: bool = True) -> Preflight:
     """Run every check that needs no weights.
+
+    Args:
+        trains: whether the config's batches must divide among the processes that were started.
 
     Raises:
         UserError: naming the key, the value and the remedy.
     """
     check_machine(config)
-    from tsqlora_scale.tasks import load_data
+    from tsqlora_scale.tasks import build_task, load_data
 
     data = load_data(config.task, seed=config.run.seed)
-    plan = plan_run(config, len(data.train), int(os.environ.get("WORLD_SIZE", "1")))
+    plan = plan_run(config, len(data.train), launched_size() if trains else 1)
     if data.dev is None and config.train.eval_every:
         raise UserError(
             f"train.eval_every={config.train.eval_every} but there is nothing to evaluate on; "
@@ -80,7 +85,31 @@ def check(config: Config) -> Preflight:
     path = resolve(config.model.name_or_path, key="model.name_or_path")
     model_config, tokenizer = load_descriptions(config, path)
     heads = check_architecture(config, model_config, tokenizer)
-    return Preflight(config, plan, data, path, model_config, tokenizer, heads)
+    task = build_task(config.task, data, tokenizer, model_config)
+    if trains:
+        check_scoring(config, task)
+    return Preflight(config, plan, data, task, path, model_config, tokenizer, heads)
+
+
+def check_scoring(config: Config, task: Task) -> None:
+    """What the scoring pass needs of the data and of its shorter texts.
+
+    Raises:
+        UserError: naming the key.
+    """
+    scoring = config.scoring
+    if not config.scores_data:
+        return
+    if scoring.convergence == "target" and task.dev is None:
+        raise UserError(
+            "scoring.convergence='target' needs a held-out set; "
+            "set task.dataset.dev_file (dev_split of a hub dataset), or scoring.convergence=alignment"
+        )
+    if scoring.max_length is not None:
+        try:
+            task.batch("train", [0], max_length=scoring.max_length)
+        except UserError as error:
+            raise UserError(f"scoring.max_length={scoring.max_length}: {error}") from None
 
 
 def check_machine(config: Config) -> None:
@@ -100,6 +129,7 @@ def plan_run(config: Config, pool_size: int, world_size: int) -> RunPlan:
     Raises:
         UserError: when the batch does not divide, the schedule never fires, or scoring comes after the end.
     """
+    from tsqlora_scale.quality.rng import share_of
     from tsqlora_scale.ranks.schedule import Schedule
 
     train = config.train
@@ -114,7 +144,7 @@ def plan_run(config: Config, pool_size: int, world_size: int) -> RunPlan:
         raise UserError(f"sensitivity.group_size={group} must divide the micro batch of {micro} samples")
     subset = pool_size
     if config.adapter.method == "tsqlora" and config.sampling.selector != "full":
-        subset = ceil(config.sampling.keep_fraction * pool_size)
+        subset = share_of(config.sampling.keep_fraction, pool_size)
     total = train.max_steps or ceil((train.epochs or 0) * subset / train.batch_size)
     scoring_step = None
     if config.scores_data:
@@ -199,18 +229,29 @@ def check_architecture(config: Config, model_config: Any, tokenizer: Any) -> lis
     return heads_of(bare)
 
 
-def check_run_dir(config: Config, *, overwrite: bool, resume: bool) -> None:
+def resumes_in(config: Config, resume: str) -> bool:
+    """Whether ``--resume`` continues the run of this run folder, not that of another one."""
+    return resume == "auto" or Path(resume).resolve().parent == (config.run_dir / "checkpoints").resolve()
+
+
+def check_run_dir(config: Config, *, overwrite: bool, resume: str | None) -> None:
     """Never write over a run unless asked to.
+
+    Args:
+        resume: what ``--resume`` says. A checkpoint of another folder starts a new run in this one.
 
     Raises:
         UserError: when the run folder holds a run.
     """
     folder = config.run_dir
-    if not overwrite and not resume and (folder / "config.yaml").exists():
+    continues = resume is not None and resumes_in(config, resume)
+    if not overwrite and not continues and (folder / "config.yaml").exists():
         raise UserError(
             f"run folder {str(folder)!r} already holds a run; "
             "choose another run.name, or give --resume auto or --overwrite"
         )
+    if launched_rank() != 0:  # rank 0 alone writes, and a folder need not be on every machine
+        return
     existing = folder if folder.exists() else next(p for p in folder.absolute().parents if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(f"run.output_dir={config.run.output_dir!r} cannot be written to; choose another")

@@ -18,6 +18,7 @@ from tsqlora_scale.config import Config
 from tsqlora_scale.engine.checkpoint import (
     checkpoint_dir,
     complete_checkpoints,
+    drop_after,
     prune,
     read_checkpoint,
     write_checkpoint,
@@ -29,12 +30,12 @@ from tsqlora_scale.engine.start import start_accelerator
 from tsqlora_scale.engine.state import TrainState
 from tsqlora_scale.errors import UserError
 from tsqlora_scale.evaluation import evaluate
-from tsqlora_scale.preflight import Preflight, RunPlan
-from tsqlora_scale.quality import BatchSampler, QualityScorer, ScoreTable, select_subset
+from tsqlora_scale.preflight import Preflight, RunPlan, resumes_in
+from tsqlora_scale.quality import BatchSampler, QualityScorer, ScoreTable, importance_weights, select_subset
 from tsqlora_scale.ranks import SensitivityTracker, TsqLoraPolicy, current_ranks, set_ranks
 from tsqlora_scale.report.progress import Progress
 from tsqlora_scale.report.record import RunRecord
-from tsqlora_scale.tasks import Task, build_task
+from tsqlora_scale.tasks import Task
 
 
 @dataclass
@@ -54,8 +55,8 @@ class Run:
     #: Rank events done.
     events: int = 0
     sampler: BatchSampler = field(init=False)
-    #: The step at which the present sampler took over.
-    sampler_start: int = 0
+    #: Weights of the samples' losses, (N,); none: all equal. A function of the scores in force.
+    importance: np.ndarray | None = None
     first_quality: float | None = None
     #: Which pool rows have been trained on, (N,) bool.
     seen: np.ndarray = field(init=False)
@@ -85,12 +86,12 @@ class Run:
             batch_size=self.config.train.batch_size,
             seed=self.config.run.seed,
             replacement=self.config.sampling.replacement and probabilities is not None,
+            start=self.step,
         )
-        self.sampler_start = self.step
 
     def draw(self) -> np.ndarray:
         """The next global batch, (batch_size,) pool rows: a function of the seed and the step alone."""
-        indices = self.sampler.draw(self.step - self.sampler_start)
+        indices = self.sampler.draw(self.step)
         self.seen[indices] = True
         return indices
 
@@ -155,7 +156,6 @@ class Run:
         return {
             "step": self.step,
             "events": self.events,
-            "sampler_start": self.sampler_start,
             "sampler": self.sampler.state_dict(),
             "ranks": current_ranks(self.engine.module),
             "initial_ranks": self.initial_ranks,
@@ -171,7 +171,7 @@ class Run:
 
     def load_state_dict(self, tree: dict[str, Any]) -> None:
         """Continue from a checkpoint; parameters, moments and ranks are already in the engine."""
-        self.step = tree["sampler_start"]
+        self.step = tree["sampler"]["start"]
         self.seen = tree["seen"].numpy().astype(bool)
         if self.scorer is not None and tree["scorer"]["table"] is not None:
             self.scorer.load_state_dict(tree["scorer"])
@@ -206,10 +206,12 @@ class Run:
 
     def draw_by_scores(self) -> None:
         """Draw from S by p, as the scores in force say (Algorithm 1, lines 4 and 9)."""
-        assert self.scorer is not None and self.scorer.table is not None
-        table = self.scorer.table
-        chosen = np.flatnonzero(table.selected)
-        self.use_samples(chosen, table.probability[chosen])
+        assert self.scorer is not None
+        chosen, weights = self.scorer.draws()
+        self.use_samples(chosen, weights)
+        if self.config.sampling.unbiased:
+            self.importance = np.ones(self.plan.pool_size)
+            self.importance[chosen] = importance_weights(weights, self.config.sampling.max_weight)
 
 
 def build_run(preflight: Preflight, *, resume: str | None = None, adapter: str | None = None) -> Run:
@@ -226,16 +228,18 @@ def build_run(preflight: Preflight, *, resume: str | None = None, adapter: str |
     record = RunRecord(config.run_dir, writes=accelerator.is_main_process)
     checkpoint = find_checkpoint(config.run_dir, resume) if resume else None
     with record.phase("load"), quiet_libraries():
-        task = build_task(config.task, preflight.data, preflight.tokenizer, preflight.model_config)
+        task = preflight.task
+        same_checkpoint(checkpoint, World.current(accelerator.device))
+        state, tree = read_checkpoint(checkpoint) if checkpoint else (TrainState(), None)
+        if tree is not None:
+            same_method(config, tree["config"], checkpoint)
         model = build_model(config, preflight, task, device=accelerator.device)
         tracker = None
         if config.adapts_ranks:
             tracker = SensitivityTracker(
                 config.sensitivity, batch_size=config.train.batch_size, micro_batch_size=plan.micro_batch_size
             )
-        state, tree = read_checkpoint(checkpoint) if checkpoint else (TrainState(), None)
         if tree is not None:
-            same_method(config, tree["config"], checkpoint)
             set_ranks(model, tree["ranks"])
             write_values(model, {name: entry.value for name, entry in state.params.items()})
         elif adapter is not None:
@@ -260,10 +264,14 @@ def build_run(preflight: Preflight, *, resume: str | None = None, adapter: str |
             scorer=build_scorer(config, plan, engine, task) if config.scores_data else None,
             policy=TsqLoraPolicy(config.allocation) if tracker else None,
         )
+        if tree is None or not resumes_in(config, str(resume)):
+            record.prepare(config.to_yaml())
         if tree is not None:
             run.load_state_dict(tree)
-        else:
-            record.prepare(config.to_yaml())
+            if run.is_main:
+                drop_after(config.run_dir / "checkpoints", run.step)
+            if not resumes_in(config, str(resume)):
+                run.best = None  # its checkpoint lies in the other folder
     return run
 
 
@@ -348,7 +356,7 @@ def evaluate_adapter(preflight: Preflight, adapter: str) -> tuple[dict[str, floa
         raise UserError("evaluation of a saved adapter runs without DeepSpeed; launch it plainly or with DDP")
     world = World.current(accelerator.device)
     with quiet_libraries():
-        task = build_task(config.task, preflight.data, preflight.tokenizer, preflight.model_config)
+        task = preflight.task
         base, _ = load_base(
             preflight.model_path,
             config.model,
@@ -378,6 +386,20 @@ def find_checkpoint(run_dir: Path, resume: str) -> Path | None:
     return Path(resume)
 
 
+def same_checkpoint(checkpoint: Path | None, world: World) -> None:
+    """All ranks must have found the same checkpoint. A collective.
+
+    Raises:
+        UserError: on every rank.
+    """
+    found = world.gather_objects(checkpoint.name if checkpoint else "none")
+    if len(set(found)) > 1:
+        raise UserError(
+            f"--resume finds different checkpoints on different machines ({', '.join(sorted(set(found)))}); "
+            "put the run folder on a disk that all of them share, or copy it"
+        )
+
+
 def same_method(config: Config, saved: dict[str, Any], checkpoint: Path | None) -> None:
     """Refuse a checkpoint of another run: everything but lengths of time and places must be the same.
 
@@ -386,7 +408,7 @@ def same_method(config: Config, saved: dict[str, Any], checkpoint: Path | None) 
     """
     now = config.model_dump(mode="json")
     free = {"run.output_dir", "run.name", "train.micro_batch_size", "train.eval_batch_size", "train.checkpoint_every"}
-    free |= {"train.checkpoint_keep", "train.eval_every"}
+    free |= {"train.checkpoint_keep", "train.eval_every", "scoring.keep_sketches"}
     for section, values in now.items():
         for key, value in values.items():
             old = saved.get(section, {}).get(key)

@@ -43,26 +43,39 @@ def optimizer_step(
     lr: float,
     micro_batch_size: int,
     seed: int,
+    weights: np.ndarray | None = None,
 ) -> StepResult:
     """Forward and backward of every micro-batch, then one step. A collective.
 
     The loss is normalised by the number of loss terms (samples, or target tokens) of the whole step, so that
     padding, accumulation and the number of ranks do not change the gradient.
+
+    Args:
+        indices: pool rows of the global batch, (batch_size,).
+        weights: of their losses, (batch_size,), up to a constant; none: all equal.
     """
     world = engine.world
+    weights = np.ones(len(indices)) if weights is None else weights
     parts = micro_batches(indices, micro_batch_size, world.rank, world.size)
+    shares = [
+        torch.from_numpy(part).float() for part in micro_batches(weights, micro_batch_size, world.rank, world.size)
+    ]
     batches = [task.batch("train", part).to(world.device) for part in parts]
-    terms = world.sum(torch.stack([task.loss_terms(batch).sum().double().cpu() for batch in batches]).sum())
+    counts = [
+        (task.loss_terms(batch).cpu() * share).sum().double() for batch, share in zip(batches, shares, strict=True)
+    ]
+    terms = world.sum(torch.stack(counts).sum())
     loss_sum = torch.zeros((), dtype=torch.float64)
     grad_norm = None
     if tracker is not None:
         tracker.start_step(step, loss_scale=engine.gradient_scale)
-    for number, batch in enumerate(batches):
+    for number, (batch, share) in enumerate(zip(batches, shares, strict=True)):
         seed_dropout(seed, step, number * world.size + world.rank)
         if tracker is not None:
             tracker.start_micro_batch(batch.size)
         with engine.micro_batch():
             sums, _ = task.losses(engine.forward(**batch.inputs), batch)
+            sums = sums * share.to(sums)
             loss_sum += sums.detach().double().sum().cpu()
             grad_norm = engine.backward(sums.sum() / terms.to(sums), lr)
     if tracker is not None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
+from tsqlora_scale.errors import UserError
 from tsqlora_scale.lr_schedule import learning_rate
 from tsqlora_scale.ranks import Plan, Statistics, agree, current_ranks, layer_dims, resize_model
 from tsqlora_scale.report.result import build_result
@@ -21,7 +23,7 @@ def train(run: Run) -> dict[str, Any]:
         What ``result.json`` holds.
     """
     config, plan = run.config, run.plan
-    if run.step == 0:
+    if run.step == 0 and not run.metrics_before:
         run.metrics_before = run.evaluate()
     with run.progress("training") as bar:
         while run.step < plan.total_steps:
@@ -52,17 +54,24 @@ def train_step(run: Run) -> float:
     start = time.perf_counter()
     lr = learning_rate(run.config.train, run.step, run.plan.total_steps)
     with run.record.phase("warmup" if run.scorer and run.first_quality is None else "training"):
+        drawn = run.draw()
         result = optimizer_step(
             run.engine,
             run.task,
             run.tracker,
-            run.draw(),
+            drawn,
+            weights=None if run.importance is None else run.importance[drawn],
             step=run.step,
             lr=lr,
             micro_batch_size=run.plan.micro_batch_size,
             seed=run.config.run.seed,
         )
     run.step += 1
+    if not math.isfinite(result.loss):  # the same number on every rank
+        raise UserError(
+            f"the loss of step {run.step} is {result.loss}: the training has diverged; lower train.lr, "
+            "or continue from an earlier checkpoint"
+        )
     run.record.metrics(
         step=run.step,
         loss=result.loss,

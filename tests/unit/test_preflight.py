@@ -99,4 +99,4 @@ def test_a_run_folder_that_is_a_file(tmp_path: Path, models_dir: Path) -> None:
     (tmp_path / "taken").write_text("mine")
     config = config_of(tmp_path, models_dir, run={"output_dir": str(tmp_path / "taken")})
     with pytest.raises(UserError, match=r"run\.output_dir=.*cannot be written to"):
-        preflight.check_run_dir(config, overwrite=False, resume=False)
+        preflight.check_run_dir(config, overwrite=False, resume=None)

@@ -77,6 +77,7 @@ def test_ranks_must_divide_the_batch(
     config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "5")
+    monkeypatch.setenv("RANK", "0")
     assert cli.train(["--config", str(config)]) == 2
     assert "train.batch_size=12" in capsys.readouterr().err
 
@@ -93,6 +94,7 @@ def test_a_run_is_never_overwritten(config: Path, capsys: pytest.CaptureFixture[
 def test_only_rank_0_speaks(config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     assert cli.train(["--config", str(config), "train.lr=-1"]) == 2
     assert capsys.readouterr().err == ""
 

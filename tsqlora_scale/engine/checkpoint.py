@@ -83,6 +83,13 @@ def complete_checkpoints(root: Path) -> list[Path]:
     return sorted(p for p in root.glob("step-*") if p.is_dir() and not p.name.endswith(".partial"))
 
 
+def drop_after(root: Path, step: int) -> None:
+    """Delete checkpoints of later steps: a run that goes on from ``step`` will not pass through them."""
+    for path in complete_checkpoints(root):
+        if path.name > checkpoint_dir(root, step).name:
+            _remove(path)
+
+
 def prune(root: Path, *, keep: int, protect: set[str]) -> None:
     """Delete all but the newest ``keep`` checkpoints and those named in ``protect``, and what a killed run left half
     written or half deleted."""

@@ -11,16 +11,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, GradientAccumulationPlugin
 
 from tsqlora_scale.errors import UserError
+from tsqlora_scale.launcher import launched, launched_size
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.DEEPSPEED)
-
-
-def launched() -> bool:
-    """Whether a launcher (``accelerate launch``, ``torchrun``, SLURM's environment) started this process."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def start_accelerator(*, accumulation: int, mixed_precision: str = "no", timeout_minutes: float = 10) -> Accelerator:
@@ -48,10 +44,11 @@ def start_accelerator(*, accumulation: int, mixed_precision: str = "no", timeout
         accelerator = Accelerator(
             cpu=cpu,
             mixed_precision=mixed_precision,
-            gradient_accumulation_steps=accumulation,
+            # as a number it would give way to the environment, where launchers put theirs
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation),
             kwargs_handlers=handlers,
         )
-    wanted = int(os.environ.get("WORLD_SIZE", "1")) if launched() else 1
+    wanted = launched_size()
     if accelerator.num_processes != wanted:
         raise UserError(
             f"the launcher started {wanted} processes but Accelerate sees {accelerator.num_processes}; "

@@ -59,6 +59,13 @@ def clip_by_rounded_norm(engine: Any) -> None:
     engine.optimizer.unscale_and_clip_grads = rounded
 
 
+def shards_while_loading() -> bool:
+    """Whether ``from_pretrained`` builds the model under ``zero.Init`` (it then refuses a ``device_map``)."""
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    return bool(is_deepspeed_zero3_enabled())
+
+
 @contextmanager
 def loading_as(dtype: torch.dtype) -> Iterator[None]:
     """Around ``from_pretrained``: under ZeRO-3 the base's shards are stored in ``dtype``.

@@ -6,7 +6,7 @@ Paper 2.1, Eq. 1 and 2; Algorithm 1, lines 2, 4 and 9.
 from tsqlora_scale.quality.gradients import BatchLike, PerSampleGradients
 from tsqlora_scale.quality.sampler import BatchSampler
 from tsqlora_scale.quality.scorer import PassReport, QualityScorer
-from tsqlora_scale.quality.select import select_subset
+from tsqlora_scale.quality.select import importance_weights, select_subset
 from tsqlora_scale.quality.sketch import Sketch
 from tsqlora_scale.quality.table import ScoreTable
 
@@ -18,5 +18,6 @@ __all__ = [
     "QualityScorer",
     "ScoreTable",
     "Sketch",
+    "importance_weights",
     "select_subset",
 ]

@@ -87,6 +87,7 @@ class PerSampleGradients:
         self._mode: Literal["idle", "collect", "shift"] = "idle"
         self._size = 0
         self._gradients: dict[str, Tensor] = {}
+        self._held: dict[int, int] = {}
         self._eta = 0.0
         half = any(parameter.dtype == torch.float16 for parameter in module.parameters())
         self._scale = FP16_LOSS_SCALE if half else 1.0
@@ -98,6 +99,11 @@ class PerSampleGradients:
     def rounding(self) -> float:
         """Machine epsilon of the coarsest type computed in: weights, 4-bit layers' compute type, autocast's outputs."""
         return max(torch.finfo(kind).eps for kind in self._types if kind.is_floating_point)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the adapters' inputs that the last :meth:`per_sample` held until its backward pass."""
+        return sum(self._held.values())
 
     def __enter__(self) -> PerSampleGradients:
         for part in self.module.modules():
@@ -160,6 +166,7 @@ class PerSampleGradients:
     def _run(self, losses: LossFn[Batch], batch: Batch, rows: int) -> tuple[Tensor, dict[str, Tensor]]:
         assert self._undo, "use inside 'with'"
         self._mode, self._size, self._gradients = "collect", rows, {}
+        self._held.clear()
         try:
             with torch.enable_grad():
                 with self._batching():
@@ -168,8 +175,8 @@ class PerSampleGradients:
                 torch.autograd.backward(values.float().sum() * self._scale)
         finally:
             self._mode = "idle"
-        gradients = {name: gradient / self._scale for name, gradient in sorted(self._gradients.items())}
-        self._gradients = {}
+            collected, self._gradients = self._gradients, {}
+        gradients = {name: gradient / self._scale for name, gradient in sorted(collected.items())}
         return values.detach().float(), gradients
 
     def _hook(self, name: str, *, has_bias: bool) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
@@ -190,6 +197,7 @@ class PerSampleGradients:
         self._types.add(output.dtype)
         if not output.requires_grad:  # nothing before it does: the first layers, DeBERTa's positions
             output.requires_grad_(True)
+        self._held[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         rows, gradients = self._size, self._gradients
         if rows > 1 and (output.dim() < 2 or output.shape[0] != rows):
             self.batchless = self.batchless or name

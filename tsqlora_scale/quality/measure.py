@@ -26,7 +26,7 @@ log = logging.getLogger("tsqlora_scale")
 
 #: roundings of the forward's type that a loss reduction must exceed to be told from noise
 NOISE_ROUNDINGS = 16
-#: samples of the batch whose memory is measured for ``batch_size: auto``
+#: samples of the first batch, on which memory is measured and batching is checked
 PROBE = 4
 
 
@@ -203,6 +203,7 @@ class Measurer(Generic[Batch]):
         of_theta: dict[str, Tensor] = {}
         kept = bytes_kept(gradients.module, lambda: of_theta.update(gradients.per_sample(self.losses, probe)[1]))
         own = sum(g.numel() * g.element_size() for g in of_theta.values())
+        kept += gradients.held_bytes
         device = self.world.device
         # a sample's gradient is there twice, the second time on its way into the sketch
         fits = fitting_batch((kept + 2 * own) / probe.size, free_bytes(device, self.world.size_here), device)
@@ -211,7 +212,7 @@ class Measurer(Generic[Batch]):
     def _cannot_batch(self, gradients: PerSampleGradients, indices: np.ndarray, exact: bool) -> bool | None:
         """Whether samples must be scored one at a time; None if batches hold one sample anyway. Collective."""
         assert self.batch_size is not None
-        size = min(self.batch_size, len(indices))
+        size = min(self.batch_size, len(indices), PROBE)
         if size == 1:
             return None
         chunk = indices[np.linspace(0, len(indices) - 1, size).astype(int)]  # of all lengths

@@ -37,16 +37,27 @@ class DyadicClasses:
         self._cumulative = np.cumsum(totals) / totals.sum()
 
     def draw(self, generator: np.random.Generator, count: int) -> np.ndarray:
-        """Positions (count,) among the weights. Each draw uses the same number of random numbers."""
-        choose = generator.random(count)
-        propose, accept = generator.random((2, count, ATTEMPTS))
-        classes = np.minimum(np.searchsorted(self._cumulative, choose, side="right"), len(self._sizes) - 1)
-        sizes, starts = self._sizes[classes, None], self._starts[classes, None]
-        candidates = starts + np.minimum((propose * sizes).astype(np.int64), sizes - 1)
-        accepted = accept < self._accept[candidates]
-        first = accepted.argmax(1)  # none accepted: 2^-40, the first proposal stands
-        places: np.ndarray = self._members[candidates[np.arange(count), first]]
-        return places
+        """Positions (count,) among the weights.
+
+        Every attempt takes random numbers for all draws, accepted or not: no draw depends on how others went.
+        """
+        classes = np.searchsorted(self._cumulative, generator.random(count), side="right")
+        classes = np.minimum(classes, len(self._sizes) - 1)
+        sizes, starts = self._sizes[classes], self._starts[classes]
+        places = np.empty(count, dtype=np.int64)
+        waiting = np.arange(count)
+        for attempt in range(ATTEMPTS):
+            propose, accept = generator.random((2, count))[:, waiting]
+            candidates = starts[waiting] + np.minimum((propose * sizes[waiting]).astype(np.int64), sizes[waiting] - 1)
+            if attempt == 0:  # stands where no attempt is accepted, with a probability of 2^-40
+                places[:] = candidates
+            accepted = accept < self._accept[candidates]
+            places[waiting[accepted]] = candidates[accepted]
+            waiting = waiting[~accepted]
+            if len(waiting) == 0:
+                break
+        drawn: np.ndarray = self._members[places]
+        return drawn
 
 
 class BatchSampler:
@@ -64,6 +75,8 @@ class BatchSampler:
         replacement: with it every draw is independent. Without it the draws are slices of one order of S per epoch,
             each sample once per epoch; weighted, an epoch's order is one of successive weighted draws from what is
             left, so heavy samples tend to come early. A batch may straddle epochs.
+        start: the step from which on this sampler draws. Another sampler of the same seed that takes over later
+            uses other random numbers, and begins another epoch.
     """
 
     def __init__(
@@ -74,12 +87,14 @@ class BatchSampler:
         batch_size: int,
         seed: int,
         replacement: bool,
+        start: int = 0,
     ) -> None:
         self.indices = np.asarray(indices, dtype=np.int64)
         self.weights = None if probabilities is None else np.asarray(probabilities, dtype=np.float64)
         self.batch_size = batch_size
         self.seed = seed
         self.replacement = replacement
+        self.start = start
         assert self.indices.ndim == 1
         assert len(self.indices) > 0
         assert batch_size > 0
@@ -93,7 +108,8 @@ class BatchSampler:
             self._classes = DyadicClasses(self.weights)
 
     def draw(self, step: int) -> np.ndarray:
-        """Pool indices (batch_size,) of optimizer step ``step`` (from 0)."""
+        """Pool indices (batch_size,) of optimizer step ``step`` (from ``start``) of the run."""
+        assert step >= self.start, (step, self.start)
         if self.replacement:
             generator = philox(self.seed, "draw", step)
             if self._classes is None:
@@ -102,7 +118,7 @@ class BatchSampler:
             else:
                 places = self._classes.draw(generator, self.batch_size)
         else:
-            places = self._slice(step * self.batch_size, (step + 1) * self.batch_size)
+            places = self._slice((step - self.start) * self.batch_size, (step - self.start + 1) * self.batch_size)
         drawn: np.ndarray = self.indices[places]
         return drawn
 
@@ -113,6 +129,7 @@ class BatchSampler:
             "batch_size": self.batch_size,
             "seed": self.seed,
             "replacement": self.replacement,
+            "start": self.start,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -154,7 +171,7 @@ class BatchSampler:
         if epoch not in self._orders:
             if len(self._orders) >= 2:  # a cache, not a state
                 self._orders.clear()
-            keys = gumbel(philox(self.seed, "epoch", epoch), len(self.indices))
+            keys = gumbel(philox(self.seed, f"epoch from {self.start}", epoch), len(self.indices))
             if self.weights is not None:
                 with np.errstate(divide="ignore"):
                     keys = keys + np.log(self.weights)

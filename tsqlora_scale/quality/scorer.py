@@ -20,8 +20,9 @@ from tsqlora_scale.errors import UserError
 from tsqlora_scale.quality.gradients import Batch, LossFn
 from tsqlora_scale.quality.measure import NOISE_ROUNDINGS, Measurer
 from tsqlora_scale.quality.parts import Parts
+from tsqlora_scale.quality.redundancy import neighbours, similar_pairs
 from tsqlora_scale.quality.rng import philox, share_of
-from tsqlora_scale.quality.select import select_subset
+from tsqlora_scale.quality.select import renormalised, select_subset
 from tsqlora_scale.quality.sketch import cosines
 from tsqlora_scale.quality.standardise import Standardisation, log_probabilities, term_weights
 from tsqlora_scale.quality.table import NEVER, ScoreTable, pool_fingerprint
@@ -62,6 +63,7 @@ class QualityScorer(Generic[Batch]):
     Attributes:
         table: the last table; None before the first pass.
         report: what the last pass cost.
+        neighbours: samples that teach the same as each, (N,), from the first pass; None without ``redundancy``.
         parts: rank 0's raw numbers and sketches of the last pass, until :meth:`discard_parts`.
     """
 
@@ -84,6 +86,11 @@ class QualityScorer(Generic[Batch]):
         parts_folder: Path | None = None,
         refuses_parts: bool = False,
     ) -> None:
+        if sampling.redundancy and scoring.convergence == "loss_trend":
+            raise UserError(
+                "sampling.redundancy compares gradients, and scoring.convergence='loss_trend' keeps none; "
+                "set scoring.convergence=alignment or sampling.redundancy=0"
+            )
         if scoring.convergence == "target" and target_batches is None:
             raise UserError(
                 "scoring.convergence='target' needs a held-out set; "
@@ -102,6 +109,7 @@ class QualityScorer(Generic[Batch]):
         self.strata = strata
         self.table: ScoreTable | None = None
         self.report: PassReport | None = None
+        self.neighbours: np.ndarray | None = None
         self.passes = 0
         self.progress = progress
         self.refuses_parts = refuses_parts
@@ -152,6 +160,14 @@ class QualityScorer(Generic[Batch]):
         self.passes += 1
         return self.table
 
+    def draws(self) -> tuple[np.ndarray, np.ndarray]:
+        """Pool indices of S, and the probabilities (sum 1) by which minibatches are drawn from them."""
+        assert self.table is not None
+        chosen = np.flatnonzero(self.table.selected)
+        strata = None if self.strata is None else self.strata[chosen]
+        sizes = np.array([len(self.table)]) if self.strata is None else np.bincount(self.strata)
+        return chosen, renormalised(self.table.probability[chosen], strata, sizes)
+
     def discard_parts(self) -> None:
         """Forget the raw numbers and sketches of the last pass."""
         self.parts.discard()
@@ -164,6 +180,7 @@ class QualityScorer(Generic[Batch]):
             "measurer": self._measurer.state_dict(),
             "first_order": self._first_order,
             "standardisation": self._standardisation.state_dict(),
+            "neighbours": None if self.neighbours is None else torch.from_numpy(self.neighbours.copy()),
             "table": None if self.table is None else self.table.state_dict(),
         }
 
@@ -182,6 +199,7 @@ class QualityScorer(Generic[Batch]):
         self._measurer.load_state_dict(state["measurer"])
         self._first_order = state["first_order"]
         self._standardisation.load_state_dict(state["standardisation"])
+        self.neighbours = None if state["neighbours"] is None else state["neighbours"].numpy().copy()
         self.table = None if state["table"] is None else ScoreTable.from_state_dict(state["table"])
 
     def _subsample(self) -> np.ndarray:
@@ -329,6 +347,15 @@ class QualityScorer(Generic[Batch]):
                 first,
             )
 
+    def _count_neighbours(self) -> np.ndarray:
+        """How many samples of the pass teach the same as each of the pool, itself included, (N,). Collective."""
+        counts = np.ones(len(self.sample_ids), dtype=np.int64)
+        if self.world.is_main:
+            rows = np.concatenate([part.indices for part in self.parts])
+            sketches = np.concatenate([part.sketches for part in self.parts])
+            counts[rows] = neighbours(similar_pairs(sketches, self.sampling.similarity, seed=self.seed), len(rows))
+        return self.world.broadcast(counts)
+
     def _updated(self, indices: np.ndarray, loss: np.ndarray, terms: np.ndarray, finite: np.ndarray) -> ScoreTable:
         """The table after this pass; earlier tables stay as they are. Collective."""
         weights = term_weights(self.scoring)
@@ -349,8 +376,13 @@ class QualityScorer(Generic[Batch]):
             table.loss[rest] = loss[finite].mean()
             table.grad_norm[rest], table.delta_loss[rest], table.convergence[rest] = mean
             table.quality[rest] = (self._standardisation.z(mean[None]) @ weights)[0]
-        log_p = log_probabilities(table.quality, self.sampling.tau, self.world, self.strata)
+        if first and self.sampling.redundancy:
+            self.neighbours = self._count_neighbours()
+        worth = table.quality
+        if self.neighbours is not None:
+            worth = worth - self.sampling.tau * self.sampling.redundancy * np.log(self.neighbours)
+        log_p = log_probabilities(worth, self.sampling.tau, self.world, self.strata)
         table.probability = np.exp(log_p)
         if first:
-            table.selected = select_subset(len(table), log_p, self.sampling, seed=self.seed)
+            table.selected = select_subset(len(table), log_p, self.sampling, seed=self.seed, strata=self.strata)
         return table

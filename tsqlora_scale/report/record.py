@@ -75,7 +75,9 @@ class RunRecord:
                     for text, line in found
                     if line is not None and line["step"] <= step and not ("eval" in line and line["step"] == last_step)
                 ]
-                path.write_text("".join(f"{text}\n" for text in lines))
+                partial = path.with_name(f"{name}.partial")
+                partial.write_text("".join(f"{text}\n" for text in lines))
+                partial.replace(path)
 
     def wall_seconds(self) -> float:
         """Seconds since the record was made."""
