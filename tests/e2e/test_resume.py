@@ -14,6 +14,7 @@ from tests.runs import go, read_lines, result_of, run_tree
 from tsqlora_scale import train as loop
 from tsqlora_scale.config import Config, parse_config
 from tsqlora_scale.errors import UserError
+from tsqlora_scale.preflight import check_run_dir
 from tsqlora_scale.quality.parts import Parts, Rows
 from tsqlora_scale.run import Run, same_method
 
@@ -137,10 +138,48 @@ def test_an_older_checkpoint_can_be_named(tmp_path: Path, models_dir: Path, draw
     assert lines_of(run_dir / "metrics.jsonl") == before
 
 
+def test_a_checkpoint_continues_in_another_folder(tmp_path: Path, models_dir: Path) -> None:
+    tree = run_tree("bert", tmp_path, models_dir, "run", train={"checkpoint_every": 4, "checkpoint_keep": 9})
+    go(tree)
+    checkpoint = str(tmp_path / "runs" / "run" / "checkpoints" / "step-00000004")
+    tree["run"]["name"] = "other"
+    config = parse_config(tree)
+    check_run_dir(config, overwrite=False, resume=checkpoint)
+    go(tree, resume=checkpoint)
+    first, other = tmp_path / "runs" / "run", tmp_path / "runs" / "other"
+    lines = [line for line in lines_of(first / "metrics.jsonl") if line["step"] > 4]
+    assert lines_of(other / "metrics.jsonl") == lines
+    assert (other / "config.yaml").exists()
+    assert (other / result_of(other)["best"]["checkpoint"]).is_dir()
+    with pytest.raises(UserError, match="already holds a run"):
+        check_run_dir(config, overwrite=False, resume=checkpoint)
+    check_run_dir(config, overwrite=False, resume="auto")
+
+
+def test_a_run_that_went_back_is_not_resumed_from_the_future_it_left(
+    tmp_path: Path, models_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = run_tree("bert", tmp_path, models_dir, "run", train={"checkpoint_every": 2, "checkpoint_keep": 9})
+    go(tree)
+    checkpoints = tmp_path / "runs" / "run" / "checkpoints"
+    step = loop.train_step
+
+    def dies(run: Run) -> float:
+        if run.step == 7:
+            raise Killed
+        return step(run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", dies)
+        with pytest.raises(Killed):
+            go(tree, resume=str(checkpoints / "step-00000004"))
+    assert [folder.name[-2:] for folder in sorted(checkpoints.iterdir())] == ["02", "04", "06"]
+
+
 #: What may differ between a run and its continuation: places, and how the same batches are computed and kept.
 FREE = {
     "run.output_dir", "run.name", "train.micro_batch_size", "train.eval_batch_size", "train.checkpoint_every",
-    "train.checkpoint_keep", "train.eval_every",
+    "train.checkpoint_keep", "train.eval_every", "scoring.keep_sketches",
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
+from tests.runs import run_tree
 from tests.tiny import AUTO, tiny_model
-from tsqlora_scale.adapters import heads_of, initialise_new, resolve_targets, skeleton
+from tsqlora_scale import preflight
+from tsqlora_scale.adapters import _new_module, heads_of, initialise_new, load_base, resolve_targets, skeleton
+from tsqlora_scale.config import ModelConfig, parse_config
 from tsqlora_scale.errors import UserError
+from tsqlora_scale.run import build_run
 
 #: kind -> (adapted layers of its two blocks each, linear layers outside the blocks)
 EXPECTED = {
@@ -70,6 +76,50 @@ def test_alpha_pattern_gives_the_trained_scaling_back(r0: int, alpha: float, ran
     layer = get_peft_model(nn.Sequential(nn.Linear(2, 2)), config).base_model.model[0]  # type: ignore[arg-type]
     assert layer.r["default"] == rank
     assert layer.scaling["default"] == pytest.approx(scaling, rel=2**-52, abs=0)
+
+
+def test_a_missing_pooler_trains_and_missing_layers_are_an_error(models_dir: Path) -> None:
+    model = bare("bert", models_dir)
+    assert _new_module(model, "classifier.weight") == "classifier"
+    assert _new_module(model, "bert.pooler.dense.bias") == "bert.pooler"
+    for key in ("bert.encoder.layer.1.output.dense.weight", "bert.embeddings.word_embeddings.weight"):
+        with pytest.raises(UserError, match="not a new head"):
+            _new_module(model, key)
+
+
+def test_a_model_without_its_pooler(tmp_path: Path, models_dir: Path) -> None:
+    """As saved from a masked language model."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model("bert", models_dir), folder)
+    weights = load_file(folder / "model.safetensors")
+    save_file({n: w for n, w in weights.items() if "pooler" not in n}, folder / "model.safetensors", {"format": "pt"})
+    tree = run_tree("bert", tmp_path, models_dir, "run")
+    tree["model"]["name_or_path"] = str(folder)
+    run = build_run(preflight.check(parse_config(tree)))
+    trained = {
+        n.replace(".modules_to_save.default", "") for n, p in run.engine.module.named_parameters() if p.requires_grad
+    }
+    assert {"base_model.model.bert.pooler.dense.weight", "base_model.model.classifier.weight"} < trained
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+def test_a_4_bit_base_on_a_gpu_under_zero_3(models_dir: Path, monkeypatch: pytest.MonkeyPatch, sharded: bool) -> None:
+    """Transformers refuses a device_map there."""
+    seen: dict[str, object] = {}
+
+    class Loader:
+        @staticmethod
+        def from_pretrained(*_: object, **kwargs: object) -> None:
+            seen.update(kwargs)
+            raise OSError("enough")
+
+    monkeypatch.setattr("tsqlora_scale.adapters.shards_while_loading", lambda: sharded)
+    path = str(tiny_model("bert", models_dir))
+    with pytest.raises(UserError, match="enough"):
+        load_base(path, ModelConfig(name_or_path=path, quantization="nf4"), auto_class=Loader,
+                  model_config=AutoConfig.from_pretrained(path), unquantised=[], generator=torch.Generator(),
+                  device=torch.device("cuda", 0))  # fmt: skip
+    assert ("device_map" in seen) != sharded
 
 
 def test_new_parameters_follow_names_not_order() -> None:

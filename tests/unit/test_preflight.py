@@ -56,6 +56,42 @@ def test_epochs(
     assert (plan.subset_size, plan.total_steps) == (subset, steps)
 
 
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"scoring": {"convergence": "target"}}, r"scoring\.convergence='target' needs a held-out set"),
+        ({"train": {"eval_every": 4}}, r"train\.eval_every=4"),
+    ],
+)
+def test_what_needs_a_development_file(
+    tmp_path: Path, models_dir: Path, sections: dict[str, Any], message: str
+) -> None:
+    tree = run_tree("bert", tmp_path, models_dir, "run", **sections)
+    del tree["task"]["dataset"]["dev_file"]
+    with pytest.raises(UserError, match=message):
+        preflight.check(parse_config(tree))
+
+
+def test_a_scoring_length_that_leaves_no_prompt(tmp_path: Path, models_dir: Path) -> None:
+    tree = run_tree("llama", tmp_path, models_dir, "run", scoring={"max_length": 2})
+    tree["task"]["prefix"] = "summarize: "
+    with pytest.raises(UserError, match=r"scoring\.max_length=2: .*prompt"):
+        preflight.check(parse_config(tree))
+
+
+@pytest.mark.parametrize("world", [1, 5])
+def test_evaluation_asks_nothing_of_the_training_batch(
+    tmp_path: Path, models_dir: Path, monkeypatch: pytest.MonkeyPatch, world: int
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    config = config_of(tmp_path, models_dir)
+    preflight.check(config, trains=False)
+    if world == 5:
+        with pytest.raises(UserError, match=r"train\.batch_size"):
+            preflight.check(config)
+
+
 def test_evaluation_steps_need_a_development_file(tmp_path: Path, models_dir: Path) -> None:
     tree = run_tree("bert", tmp_path, models_dir, "run", train={"eval_every": 5})
     del tree["task"]["dataset"]["dev_file"]

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
-from tsqlora_scale.step import micro_batches, seed_dropout
+from tests.runs import go, run_tree
+from tsqlora_scale import preflight
+from tsqlora_scale.config import parse_config
+from tsqlora_scale.run import build_run
+from tsqlora_scale.step import micro_batches, optimizer_step, seed_dropout
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
@@ -31,3 +37,29 @@ def test_masks_are_a_function_of_seed_step_and_place() -> None:
     masks = [mask(*place) for place in places]
     assert len(set(masks)) == len(places)
     assert [mask(*place) for place in reversed(places)] == masks[::-1]
+
+
+def test_weights_of_the_losses_are_normalised_over_the_step(tmp_path: Path, models_dir: Path) -> None:
+    """Two micro-batches, weighted: the loss and the gradient are those of the weighted mean over the step."""
+    tree = run_tree("bert", tmp_path, models_dir, "run", train={"micro_batch_size": 6, "max_grad_norm": None})
+    run = build_run(preflight.check(parse_config(tree)))
+    indices, weights = np.arange(12), np.linspace(0.5, 3, 12)
+    module = run.engine.module.train()
+    sums, counts = run.task.losses(module(**(batch := run.task.batch("train", indices)).inputs), batch)
+    expected = (sums * torch.from_numpy(weights).float()).sum() / weights.sum()
+    wanted = torch.autograd.grad(expected, [p for _, p in sorted(module.named_parameters()) if p.requires_grad])
+    result = optimizer_step(
+        run.engine, run.task, None, indices, step=0, lr=0.0, micro_batch_size=6, seed=0, weights=weights * 7
+    )
+    assert result.loss == pytest.approx(expected.item(), rel=1e-5)
+    assert result.grad_norm == pytest.approx(torch.cat([g.flatten() for g in wanted]).norm().item(), rel=1e-4)
+    assert counts.sum() == 12
+
+
+def test_an_unbiased_run_weighs_by_its_own_scores(tmp_path: Path, models_dir: Path) -> None:
+    run = go(run_tree("bert", tmp_path, models_dir, "run", sampling={"unbiased": True, "max_weight": 1.5}))
+    assert run.scorer is not None
+    assert run.importance is not None
+    chosen, p = run.scorer.draws()
+    np.testing.assert_allclose(run.importance[chosen], np.minimum(1 / (len(chosen) * p), 1.5))
+    assert run.importance.max() == 1.5

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.runs import run_tree, write_config
 from tsqlora_scale import cli
@@ -91,12 +93,40 @@ def test_a_run_is_never_overwritten(config: Path, capsys: pytest.CaptureFixture[
     assert (run_dir / "config.yaml").read_text() == "mine"
 
 
-def test_only_rank_0_speaks(config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
+@pytest.mark.parametrize(("local_rank", "said"), [(1, ""), (0, "error on ")])
+def test_one_rank_of_a_machine_speaks(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, local_rank: int, said: str
+) -> None:
+    """A file may be missing on another machine than rank 0's."""
+    for name, value in {"RANK": 3, "WORLD_SIZE": 4, "LOCAL_RANK": local_rank}.items():
+        monkeypatch.setenv(name, str(value))
     assert cli.train(["--config", str(config), "train.lr=-1"]) == 2
-    assert capsys.readouterr().err == ""
+    message = capsys.readouterr().err
+    assert message.startswith(said)
+    assert message.count("\n") == (1 if said else 0)
+
+
+def test_values_may_stand_anywhere(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.train(["--config", str(config), "run.seed=7", "--dry-run", "train.lr=0.25"]) == 0
+    out = capsys.readouterr().out
+    assert "seed: 7" in out
+    assert "lr: 0.25" in out
+
+
+def test_a_folder_without_weights(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tmp_path / "hollow"
+    shutil.copytree(yaml.safe_load(config.read_text())["model"]["name_or_path"], model)
+    (model / "model.safetensors").unlink()
+    assert cli.train(["--config", str(config), f"model.name_or_path={model}"]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: model.name_or_path=")
+    assert "weights cannot be loaded" in message
+
+
+def test_a_training_that_diverges(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["train.lr=1e30", "train.max_grad_norm=null", "train.lr_schedule=constant"]
+    assert cli.train(["--config", str(config), *overrides]) == 2
+    assert "diverged" in capsys.readouterr().err
 
 
 def test_dry_run(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

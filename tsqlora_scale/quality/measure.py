@@ -26,7 +26,7 @@ log = logging.getLogger("tsqlora_scale")
 
 #: roundings of the forward's type that a loss reduction must exceed to be told from noise
 NOISE_ROUNDINGS = 16
-#: samples of the first batch, on which memory is measured and batching is checked
+#: samples on which memory is measured for ``batch_size: auto``
 PROBE = 4
 
 
@@ -212,10 +212,9 @@ class Measurer(Generic[Batch]):
     def _cannot_batch(self, gradients: PerSampleGradients, indices: np.ndarray, exact: bool) -> bool | None:
         """Whether samples must be scored one at a time; None if batches hold one sample anyway. Collective."""
         assert self.batch_size is not None
-        size = min(self.batch_size, len(indices), PROBE)
-        if size == 1:
+        if min(self.batch_size, len(indices)) == 1:
             return None
-        chunk = indices[np.linspace(0, len(indices) - 1, size).astype(int)]  # of all lengths
+        chunk = indices[[0, -1]]  # the shortest and the longest
         gradients.per_sample(self.losses, self.batch_of(chunk))
         batchless, gradients.batchless = gradients.batchless, None
         if self._on_any_rank(batchless is not None):
@@ -226,9 +225,8 @@ class Measurer(Generic[Batch]):
                     batchless,
                 )
             return True
-        ends = [0, size - 1]
-        together = self._chunk(gradients, chunk, exact)[0][ends]
-        alone = torch.cat([self._chunk(gradients, chunk[[i]], exact)[0] for i in ends])
+        together = self._chunk(gradients, chunk, exact)[0]
+        alone = torch.cat([self._chunk(gradients, chunk[[i]], exact)[0] for i in (0, 1)])
         if self._on_any_rank(not self._agree(together, alone, gradients.rounding)):
             self._warn("scores of samples in a batch differ from their scores alone")
             return True

@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from tsqlora_scale.engine import checkpoint
-from tsqlora_scale.engine.checkpoint import complete_checkpoints, prune, read_checkpoint, write_checkpoint
+from tsqlora_scale.engine.checkpoint import (
+    checkpoint_dir,
+    complete_checkpoints,
+    drop_after,
+    prune,
+    read_checkpoint,
+    write_checkpoint,
+)
 from tsqlora_scale.engine.state import ParamState, TrainState
 
 
@@ -94,6 +101,13 @@ def test_pruning_keeps_the_newest_and_the_protected(tmp_path: Path) -> None:
     assert [p.name for p in complete_checkpoints(tmp_path)] == ["step-00000005", "step-00000100", "step-00001000"]
     prune(tmp_path, keep=2, protect=set())
     assert [p.name for p in complete_checkpoints(tmp_path)] == ["step-00000100", "step-00001000"]
+
+
+def test_checkpoints_of_a_future_that_was_given_up_go(tmp_path: Path) -> None:
+    for step in (4, 8, 12):
+        write(checkpoint_dir(tmp_path, step))
+    drop_after(tmp_path, 8)
+    assert [folder.name for folder in complete_checkpoints(tmp_path)] == ["step-00000004", "step-00000008"]
 
 
 def test_a_half_written_checkpoint_is_not_counted(tmp_path: Path) -> None:

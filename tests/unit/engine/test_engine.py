@@ -167,3 +167,8 @@ def test_a_path_cannot_escape_a_checkpoint(tmp_path: Path) -> None:
     (folder / "manifest.json").write_text('{"../outside": "00"}')
     with pytest.raises(UserError, match="outside of it"):
         read_checkpoint(folder)
+
+
+def test_the_launchers_accumulation_does_not_win(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    assert start_accelerator(accumulation=3).gradient_accumulation_steps == 3

@@ -93,8 +93,23 @@ def test_state_is_checked_not_restored():
 
 def test_the_draws_of_this_version_do_not_change():
     """A run resumed with another version would otherwise train on other data without a word."""
-    assert make().draw(0).tolist() == [20, 11, 8, 3]
-    assert make(replacement=False).draw(1).tolist() == [3, 4, 11, 20]
+    assert make().draw(0).tolist() == [8, 11, 20, 3]
+    assert make(replacement=False).draw(1).tolist() == [10, 4, 11, 8]
+
+
+@pytest.mark.parametrize("replacement", [True, False])
+def test_a_sampler_that_takes_over_draws_anew(replacement):
+    """The same random numbers on nearly the same weights would be the same batches again."""
+    weights = np.random.default_rng(0).random(1000)
+    draws = []
+    for start in (5, 15):
+        sampler = BatchSampler(np.arange(1000), weights, batch_size=20, seed=0, replacement=replacement, start=start)
+        draws.append(np.stack([sampler.draw(step) for step in range(start, start + 10)]))
+    assert (draws[0] == draws[1]).mean() < 0.02
+    if not replacement:
+        assert len(np.unique(draws[1])) == 200, "an epoch begins with the sampler"
+    with pytest.raises(AssertionError):
+        sampler.draw(14)
 
 
 def test_rounding_of_the_weights_changes_no_draw() -> None:

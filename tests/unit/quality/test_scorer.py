@@ -372,7 +372,6 @@ def test_a_failed_allocation_halves_the_batch_and_goes_on(tiny_folder, caplog):
         return Pool.losses(pool, module, batch)
 
     made = scorer(pool, batch_size=8)
-    made._measurer.one_at_a_time = False  # the check of the first batch is not what is tested here
     made._measurer.losses = losses
     with caplog.at_level(logging.WARNING, "tsqlora_scale"):
         assert_same_tables(expected, made.score(model))
@@ -384,6 +383,35 @@ def test_a_failed_allocation_halves_the_batch_and_goes_on(tiny_folder, caplog):
     made._measurer.losses = lambda module, batch: (_ for _ in ()).throw(torch.OutOfMemoryError("all is full"))
     with pytest.raises(torch.OutOfMemoryError, match="all is full"):
         made.score(model)
+
+
+def test_redundant_samples_share_their_weight(tiny_folder):
+    model, pool = lora_model("bert", tiny_folder), Pool("bert", 12)
+    for copy_of in (3, 7, 9):  # four samples that are one
+        pool.tokens[copy_of], pool.labels[copy_of] = pool.tokens[1], pool.labels[1]
+    plain = scorer(pool).score(model)
+    made = scorer(pool, sampling={"redundancy": 1.0, "similarity": 0.999})
+    table = made.score(model)
+    group = [1, 3, 7, 9]
+    assert made.neighbours.tolist() == [4 if i in group else 1 for i in range(12)]
+    odds = table.probability / plain.probability
+    np.testing.assert_allclose(odds[group] * 4, odds[0])
+    again = scorer(pool, sampling={"redundancy": 1.0, "similarity": 0.999})
+    again.load_state_dict(made.state_dict())
+    assert_identical(made.score(model, refresh=True), again.score(model, refresh=True))
+    with pytest.raises(UserError, match=r"sampling\.redundancy"):
+        scorer(pool, sampling={"redundancy": 1.0}, convergence="loss_trend")
+
+
+def test_labels_keep_their_shares_of_the_draws(tiny_folder):
+    model, pool = lora_model("bert", tiny_folder), Pool("bert", 20)
+    pool.labels = np.array([0] * 14 + [1] * 6)
+    made = scorer(pool, sampling={"keep_fraction": 0.5, "tau": 0.1})
+    made.strata = pool.labels
+    made.score(model)
+    chosen, weights = made.draws()
+    assert np.bincount(pool.labels[chosen]).tolist() == [7, 3]
+    np.testing.assert_allclose(np.bincount(pool.labels[chosen], weights), [0.7, 0.3])
 
 
 def test_auto_batch_fits_the_memory_that_is_free(tiny_folder, monkeypatch):

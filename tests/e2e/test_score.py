@@ -1,0 +1,84 @@
+"""``launch/score.py``: a pool is scored alone, by a fresh warm-up or by a trained adapter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.runs import go, read_lines, run_tree, write_config
+from tsqlora_scale import cli
+from tsqlora_scale.quality import ScoreTable
+
+
+def copies(folder: Path) -> None:
+    """Make the pool's rows 5 and 9 copies of row 2."""
+    path = folder / "data-classification" / "train.jsonl"
+    rows = path.read_text().splitlines(keepends=True)
+    rows[5] = rows[9] = rows[2]
+    path.write_text("".join(rows))
+
+
+def test_scoring_a_pool(tmp_path: Path, models_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tree = run_tree("bert", tmp_path, models_dir, "pool", scoring={"shard_size": 20})
+    copies(tmp_path)
+    config = write_config(tmp_path / "config.yaml", tree)
+    assert cli.main(["score", "--config", str(config), "--top", "3", "--similarity", "0.99999"]) == 0
+    out = capsys.readouterr().out
+    folder = tmp_path / "runs" / "pool"
+    table, ids = ScoreTable.read(folder / "scores")
+    summary = json.loads((folder / "scores" / "summary.json").read_text())
+    assert (summary["scored"], summary["pool"], summary["warm-up steps"]) == (48, 48, 2)
+    assert [entry["sample_id"] for entry in summary["best"]] == [ids[i] for i in np.argsort(-table.quality)[:3]]
+    assert [entry["sample_id"] for entry in summary["worst"]] == [ids[i] for i in np.argsort(table.quality)[:3]]
+    assert summary["worst"][0]["answer"] in ("yes", "no")
+    assert summary["worst"][0]["text"] in (tmp_path / "data-classification" / "train.jsonl").read_text()
+    planted = next(group for group in summary["similar"] if group["first"][0]["sample_id"] == "2")
+    assert {entry["sample_id"] for entry in planted["first"]} >= {"2", "5", "9"}
+    for word in ("48 of 48 samples scored", "best", "worst", "similar samples", "scores: "):
+        assert word in out
+    assert len(read_lines(folder / "metrics.jsonl")) == 2, "the warm-up's steps and no others"
+    assert not (folder / "adapter").exists()
+
+    assert cli.main(["score", "--config", str(config)]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    parts = sorted((folder / "scores" / "parts" / "pass-000").iterdir())
+    assert len(parts) == 3
+    before = (folder / "scores" / "pass-000.parquet").read_bytes()
+    parts[-1].unlink()
+    assert cli.main(["score", "--config", str(config), "--resume"]) == 0
+    assert (folder / "scores" / "pass-000.parquet").read_bytes() == before
+
+
+def test_scoring_by_a_trained_adapter(tmp_path: Path, models_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tree = run_tree("deberta", tmp_path, models_dir, "trained", scoring={"refresh": "none"})
+    run = go(tree)
+    loss = run.evaluate()
+    assert loss
+    adapter = tmp_path / "runs" / "trained" / "adapter"
+    tree["run"]["name"] = "scored"
+    config = write_config(tmp_path / "config.yaml", tree)
+    assert cli.main(["score", "--config", str(config), "--adapter", str(adapter)]) == 0
+    table, _ = ScoreTable.read(tmp_path / "runs" / "scored" / "scores")
+    assert run.scorer is not None
+    expected = run.scorer.score(run.engine.module)
+    np.testing.assert_allclose(table.loss, expected.loss, atol=1e-6)
+    np.testing.assert_allclose(table.grad_norm, expected.grad_norm, rtol=1e-4)
+    tree["run"]["name"], tree["adapter"]["alpha"] = "other", 9
+    config = write_config(tmp_path / "config.yaml", tree)
+    assert cli.main(["score", "--config", str(config), "--adapter", str(adapter)]) == 2
+    assert "adapter.alpha" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [(["adapter.method=lora"], "nothing to score"), (["sampling.selector=full", "scoring.enabled=false"], "nothing")],
+)
+def test_nothing_to_score(
+    tmp_path: Path, models_dir: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], message: str
+) -> None:
+    config = write_config(tmp_path / "config.yaml", run_tree("bert", tmp_path, models_dir, "pool"))
+    assert cli.main(["score", "--config", str(config), *overrides]) == 2
+    assert message in capsys.readouterr().err

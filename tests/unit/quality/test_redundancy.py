@@ -1,0 +1,63 @@
+"""Samples that teach the same."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tsqlora_scale.quality import redundancy
+from tsqlora_scale.quality.redundancy import groups, neighbours, similar_pairs
+
+
+def slow_pairs(sketches: np.ndarray, threshold: float) -> list[list[int]]:
+    found = []
+    for i in range(len(sketches)):
+        for j in range(i + 1, len(sketches)):
+            lengths = np.linalg.norm(sketches[i]) * np.linalg.norm(sketches[j])
+            if np.isfinite(lengths) and lengths > 0 and sketches[i] @ sketches[j] / lengths >= threshold:
+                found.append([i, j])
+    return found
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 30), st.integers(0, 2**31 - 1), st.sampled_from([0.3, 0.5, 0.9]))
+def test_pairs_are_all_pairs(size, seed, threshold):
+    sketches = np.random.default_rng(seed).normal(size=(size, 4)).astype(np.float32)
+    sketches[: size // 6] = np.nan
+    sketches[size // 6 : size // 4] = 0
+    pairs = similar_pairs(sketches, threshold)
+    assert pairs.tolist() == slow_pairs(sketches, threshold)
+    counts = neighbours(pairs, size)
+    assert counts.sum() == size + 2 * len(pairs)
+
+
+@pytest.mark.parametrize("block", [1, 7, 10**6])
+def test_blocks_change_nothing(block, monkeypatch):
+    sketches = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
+    expected = similar_pairs(sketches, 0.6)
+    monkeypatch.setattr(redundancy, "BLOCK", block)
+    assert (similar_pairs(sketches, 0.6) == expected).all()
+
+
+def test_large_pools_find_nearly_all_by_hashing(monkeypatch):
+    generator = np.random.default_rng(0)
+    sketches = generator.normal(size=(600, 64)).astype(np.float32)
+    sketches[300:] = sketches[:300] + 0.15 * generator.normal(size=(300, 64))  # cosines of about 0.99
+    sketches[0] = sketches[300]
+    expected = similar_pairs(sketches, 0.95)
+    assert len(expected) == 300
+    monkeypatch.setattr(redundancy, "ALL_PAIRS", 60)
+    found = similar_pairs(sketches, 0.95)
+    assert {tuple(pair) for pair in found} <= {tuple(pair) for pair in expected}
+    assert len(found) >= 0.97 * len(expected)
+    assert [0, 300] in found.tolist(), "identical ones always share a bucket"
+    assert (similar_pairs(sketches, 0.95) == found).all()
+
+
+def test_a_chain_is_not_one_group():
+    pairs = np.array([[0, 1], [1, 2], [2, 3], [3, 4], [6, 7]])
+    found = [group.tolist() for group in groups(pairs)]
+    assert found == [[1, 0, 2], [3, 4], [6, 7]]
+    assert groups(np.empty((0, 2), np.int64)) == []
