@@ -8,56 +8,8 @@ from typing import Any
 import numpy as np
 
 from tsqlora_scale.errors import UserError
+from tsqlora_scale.quality.dyadic import DyadicClasses
 from tsqlora_scale.quality.rng import gumbel, philox
-
-#: Attempts of a draw within its class; each fails with probability at most 1/2.
-ATTEMPTS = 40
-
-
-class DyadicClasses:
-    """Weighted draws with replacement that hardly depend on the weights' last digits.
-
-    Samples are put into classes by the power of two of their weight; a draw chooses a class by its total and then,
-    within the class, proposes uniformly and accepts by the weight (at least half of the largest there). Exact, O(n)
-    to set up and O(1) a draw. Ranks and engines compute scores that differ by rounding; by inverse CDF every draw
-    would depend on the sum of all weights before it, and two equal runs soon drew different samples. Here a draw
-    changes only if rounding moves its own few comparisons.
-    """
-
-    def __init__(self, weights: np.ndarray) -> None:
-        scaled = weights / weights.max()
-        drawable = np.flatnonzero(scaled > 0)
-        _, exponents = np.frexp(scaled[drawable])  # w in [2^(e-1), 2^e)
-        order = np.argsort(-exponents, kind="stable")
-        self._members = drawable[order]
-        self._exponents, self._starts, self._sizes = np.unique(-exponents[order], return_index=True, return_counts=True)
-        # the weight relative to its class's upper end, in [1/2, 1)
-        self._accept = np.ldexp(scaled[self._members], -exponents[order])
-        totals = np.add.reduceat(scaled[self._members], self._starts)
-        self._cumulative = np.cumsum(totals) / totals.sum()
-
-    def draw(self, generator: np.random.Generator, count: int) -> np.ndarray:
-        """Positions (count,) among the weights.
-
-        Every attempt takes random numbers for all draws, accepted or not: no draw depends on how others went.
-        """
-        classes = np.searchsorted(self._cumulative, generator.random(count), side="right")
-        classes = np.minimum(classes, len(self._sizes) - 1)
-        sizes, starts = self._sizes[classes], self._starts[classes]
-        places = np.empty(count, dtype=np.int64)
-        waiting = np.arange(count)
-        for attempt in range(ATTEMPTS):
-            propose, accept = generator.random((2, count))[:, waiting]
-            candidates = starts[waiting] + np.minimum((propose * sizes[waiting]).astype(np.int64), sizes[waiting] - 1)
-            if attempt == 0:  # stands where no attempt is accepted, with a probability of 2^-40
-                places[:] = candidates
-            accepted = accept < self._accept[candidates]
-            places[waiting[accepted]] = candidates[accepted]
-            waiting = waiting[~accepted]
-            if len(waiting) == 0:
-                break
-        drawn: np.ndarray = self._members[places]
-        return drawn
 
 
 class BatchSampler:

@@ -10,7 +10,9 @@ from scipy.stats import chisquare
 
 from tests.reference.quality import inclusion_probabilities
 from tsqlora_scale.errors import UserError
-from tsqlora_scale.quality.sampler import BatchSampler, DyadicClasses
+from tsqlora_scale.quality import dyadic
+from tsqlora_scale.quality.dyadic import DyadicClasses
+from tsqlora_scale.quality.sampler import BatchSampler
 
 INDICES = np.array([3, 4, 8, 10, 11, 20])
 WEIGHTS = np.array([0.1, 0.0, 0.25, 0.05, 0.4, 0.2])
@@ -131,3 +133,35 @@ def test_dyadic_classes_follow_the_weights(weights: list[float]) -> None:
     found = np.bincount(drawn, minlength=len(weights)) / len(drawn)
     assert (found[expected == 0] == 0).all()
     assert np.abs(found - expected).max() <= 5 * np.sqrt(0.25 / len(drawn))
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+def test_classes_made_in_chunks_and_on_disk_are_the_same(chunk, monkeypatch, tmp_path) -> None:
+    weights = np.exp(3 * np.random.default_rng(0).standard_normal(500))
+    weights[::9] = 0
+    expected = DyadicClasses(weights).draw(np.random.default_rng(1), 2000)
+    monkeypatch.setattr(dyadic, "CHUNK", chunk)
+    np.save(tmp_path / "weights.npy", weights)
+    mapped = np.load(tmp_path / "weights.npy", mmap_mode="r")
+    for folder in (None, tmp_path / "classes"):
+        assert (DyadicClasses(mapped, folder=folder).draw(np.random.default_rng(1), 2000) == expected).all()
+    assert isinstance(DyadicClasses(mapped, folder=tmp_path / "classes")._members, np.memmap)
+
+
+def test_a_draw_is_the_same_alone_and_among_many() -> None:
+    """With the same random numbers: one draw's attempts never use another's."""
+
+    class Columns:
+        """Gives the first of every row of numbers, whatever count is asked for."""
+
+        def __init__(self, count: int) -> None:
+            self.count, self.generator = count, np.random.default_rng(3)
+
+        def random(self, shape):
+            whole = self.generator.random(50) if isinstance(shape, int) else self.generator.random((shape[0], 50))
+            return whole[..., : self.count]
+
+    classes = DyadicClasses(np.exp(np.random.default_rng(0).standard_normal(100)))
+    many = classes.draw(Columns(50), 50)
+    for count in (1, 2, 17):
+        assert (classes.draw(Columns(count), count) == many[:count]).all()
