@@ -164,6 +164,9 @@ class ScoringConfig(Section):
     #: The direction of ``alignment``: the mean of the samples' gradients, or of their gradients scaled to unit length,
     #: in which large ones have no larger say. ``auto`` is unit, but for ``preset: paper``, which is to the letter.
     mean_gradient: Literal["auto", "plain", "unit"] = "auto"
+    #: ``linear``: the more a sample's gradient agrees with the others, the better. ``gate``: samples that pull against
+    #: the others are worse, the others equal.
+    convergence_form: Literal["linear", "gate"] = "linear"
     sketch_dim: Annotated[int, Field(ge=16)] = 512
     #: Samples per rank and forward. ``auto`` measures what fits; after an allocation failure it goes on with half.
     batch_size: PositiveInt | Literal["auto"] = "auto"

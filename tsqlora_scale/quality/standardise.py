@@ -50,12 +50,16 @@ class Standardisation:
     A term without spread has z = 0. Its constants are taken from the first pass in which it spreads (``loss_trend``
     has none in the very first pass).
 
+    Args:
+        gate: the convergence term counts against samples that pull against the others (below 0), and for none.
+
     Attributes:
         mean: (3,) float64.
         std: (3,) float64, population standard deviation; 0 while a term has not shown any spread.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, gate: bool = False) -> None:
+        self.gate = gate
         self.mean = np.zeros(3)
         self.std = np.zeros(3)
 
@@ -70,6 +74,8 @@ class Standardisation:
         """Standardised and clipped ``terms`` (n, 3)."""
         known = self.std > 0
         scores = np.where(known, (terms - self.mean) / np.where(known, self.std, 1.0), 0.0)
+        if self.gate and known[2]:
+            scores[:, 2] = np.minimum(terms[:, 2], 0.0) / self.std[2]
         return np.clip(scores, -CLIP, CLIP)
 
     def state_dict(self) -> dict[str, Any]:

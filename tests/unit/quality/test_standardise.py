@@ -133,3 +133,14 @@ def test_presets_keep_all_three_terms_and_weights_override_them():
         assert term_weights(ScoringConfig(preset=name)).tolist() == list(preset)
     assert PRESETS["paper"] == (1 / 3, 1 / 3, 1 / 3)
     assert term_weights(ScoringConfig(preset="paper", weights=[1, -2, 0])).tolist() == [1, -2, 0]
+
+
+def test_the_gate_counts_only_against():
+    terms = np.array([[1.0, 2.0, 0.5], [2.0, 1.0, 0.1], [3.0, 0.0, -0.2], [4.0, 5.0, -0.4]])
+    gated, linear = Standardisation(gate=True), Standardisation()
+    for one in (gated, linear):
+        one.fit(terms)
+    found = gated.z(terms)
+    np.testing.assert_allclose(found[:, :2], linear.z(terms)[:, :2])
+    np.testing.assert_allclose(found[:, 2], np.array([0, 0, -0.2, -0.4]) / terms[:, 2].std())
+    assert (Standardisation(gate=True).z(terms) == 0).all(), "nothing is known before the first pass"
