@@ -32,7 +32,8 @@ class Finished(dict[str, dict[tuple[str, str], Path]]):
         runs: dict[tuple[str, str], Path] = {}
         for kind, base in [*CASES, BF16]:
             name = f"{kind}-{base}"
-            tree = run_tree(kind, folder, self._models, name)
+            # a budget that does not grow: where one layer grows another one shrinks
+            tree = run_tree(kind, folder, self._models, name, allocation={"phi_min": 0.9, "phi_max": 1.0})
             if base == "dropout":
                 tree["adapter"]["dropout"] = 0.2
             else:
