@@ -265,7 +265,8 @@ class TrainConfig(Section):
     #: Passes over the samples trained on (S, not the pool).
     epochs: PositiveFloat | None = None
     batch_size: PositiveInt = 32
-    #: Samples per rank and backward pass; none means batch_size / ranks (no accumulation).
+    #: At most so many samples per rank and backward pass; none, or more than a rank's share, means
+    #: batch_size / ranks (no accumulation).
     micro_batch_size: PositiveInt | None = None
     eval_batch_size: PositiveInt = 64
     lr: PositiveFloat = 5e-4

@@ -133,7 +133,8 @@ def plan_run(config: Config, pool_size: int, world_size: int) -> RunPlan:
     from tsqlora_scale.ranks.schedule import Schedule
 
     train = config.train
-    micro = train.micro_batch_size or train.batch_size // world_size
+    share = train.batch_size // world_size  # of a rank; more than that it never takes at once
+    micro = min(train.micro_batch_size or share, share)
     if micro == 0 or train.batch_size % (micro * world_size):
         raise UserError(
             f"train.batch_size={train.batch_size} must be a multiple of micro_batch_size x ranks = "
