@@ -68,7 +68,7 @@ def _parser(name: str, description: str) -> argparse.ArgumentParser:
 
 def _guard(command: Callable[[], None]) -> int:
     """Run a command; a :class:`UserError` becomes one line on rank 0 and exit code 2 on every rank."""
-    _quiet_environment()
+    _prepare_environment()
     try:
         command()
     except UserError as error:
@@ -82,12 +82,13 @@ def _guard(command: Callable[[], None]) -> int:
     return 0
 
 
-def _quiet_environment() -> None:
-    """Before the heavy libraries are imported: their start-up messages help nobody."""
+def _prepare_environment() -> None:
+    """Before the heavy libraries are imported: start-up messages that help nobody, sums that depend on threads."""
     import logging
     import warnings
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # the same products on any number of threads, at no cost
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)

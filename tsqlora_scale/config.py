@@ -54,6 +54,8 @@ class ModelConfig(Section):
     #: Storage type of packed 4-bit weights; a float type lets sharding engines treat them as ordinary tensors.
     quant_storage: Literal["uint8", "bf16", "fp32"] = "uint8"
     gradient_checkpointing: bool = False
+    #: One value for every dropout of the base; none leaves the model's own.
+    dropout: Below1 | None = None
     trust_remote_code: bool = False
 
 
@@ -343,6 +345,11 @@ class Config(Section):
         if self.sampling.stratify == "auto":
             return self.task.type == "classification" and self.scoring.preset != "paper"
         return self.sampling.stratify
+
+    @property
+    def refreshes_scores(self) -> bool:
+        """Whether scores are taken anew at schedule events."""
+        return self.scores_data and self.scoring.refresh != "none"
 
     @property
     def adapts_ranks(self) -> bool:

@@ -44,7 +44,7 @@ class RunPlan:
             lines.append(f"scoring: after step {self.scoring_step}, on uniform samples until then")
         if self.schedule is not None:
             events = self.schedule.events
-            lines.append(f"rank events: {len(events)}, after steps {', '.join(map(str, events))}")
+            lines.append(f"events of the schedule: {len(events)}, after steps {', '.join(map(str, events))}")
         return lines
 
 
@@ -155,7 +155,8 @@ def plan_run(config: Config, pool_size: int, world_size: int) -> RunPlan:
                 f"scoring.warmup_steps={config.scoring.warmup_steps} leaves no step to train on the scores "
                 f"(the run has {total}); lower it or set sampling.selector: full"
             )
-    schedule = Schedule.from_config(config.schedule, total) if config.adapts_ranks else None
+    moves = config.adapts_ranks or config.refreshes_scores
+    schedule = Schedule.from_config(config.schedule, total) if moves else None
     return RunPlan(
         pool_size=pool_size,
         subset_size=subset,
@@ -190,6 +191,8 @@ def load_descriptions(config: Config, path: str) -> tuple[Any, Any]:
     except Exception as error:  # hub, network, JSON and import errors of several libraries
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{key}: cannot be loaded ({reason}); give a folder with config.json or a hub name") from None
+    if config.model.dropout is not None:
+        set_dropout(model_config, config.model.dropout)
     if config.task.type == "regression":
         model_config.problem_type = "regression"
     elif config.task.type == "classification":
@@ -204,6 +207,26 @@ def load_descriptions(config: Config, path: str) -> tuple[Any, Any]:
     if model_config.get_text_config().pad_token_id is None:
         model_config.pad_token_id = tokenizer.pad_token_id
     return model_config, tokenizer
+
+
+def set_dropout(model_config: Any, probability: float) -> None:
+    """Give every dropout that a model's config knows the same probability (layer dropout is not one).
+
+    Raises:
+        UserError: when there is none to set.
+    """
+    found = False
+    for part in {id(c): c for c in (model_config, model_config.get_text_config())}.values():
+        for name, value in part.to_dict().items():
+            is_one = "dropout" in name or name.endswith("pdrop")
+            if is_one and (value is None or (isinstance(value, int | float) and not isinstance(value, bool))):
+                setattr(part, name, probability)
+                found = True
+    if not found and probability:
+        raise UserError(
+            f"model.dropout={probability}: a {model_config.model_type} model has no dropout; leave it out, "
+            "or set adapter.dropout"
+        )
 
 
 def check_architecture(config: Config, model_config: Any, tokenizer: Any) -> list[str]:

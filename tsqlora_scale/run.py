@@ -52,7 +52,7 @@ class Run:
     policy: TsqLoraPolicy | None
     #: Optimizer steps done.
     step: int = 0
-    #: Rank events done.
+    #: Events of the schedule done.
     events: int = 0
     sampler: BatchSampler = field(init=False)
     #: Weights of the samples' losses, (N,); none: all equal. A function of the scores in force.

@@ -31,7 +31,9 @@ def train(run: Run) -> dict[str, Any]:
                 score_pool(run)  # lines 2-4: Q, p and S
             loss = train_step(run)  # lines 5 and 9: a minibatch of S by p; the sensitivity listens
             if plan.schedule is not None and plan.schedule.due(run.step):
-                adapt_ranks(run)  # lines 7 and 8: S, then r
+                run.events += 1
+                if run.tracker is not None:
+                    adapt_ranks(run)  # lines 7 and 8: S, then r
                 refresh_scores(run)
             evaluates = due(config.train.eval_every, run.step) and run.step < plan.total_steps
             is_best = evaluates and run.note_best(run.evaluate())
@@ -108,7 +110,6 @@ def adapt_ranks(run: Run) -> None:
         )
         plan = agree(run.policy.plan(statistics), run.engine.world)
         errors = resize(run, plan) if plan.ranks != before else {}
-        run.events += 1
     run.record.event(
         step=run.step,
         phi=plan.phi,

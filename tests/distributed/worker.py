@@ -6,13 +6,13 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from tsqlora_scale import preflight
-from tsqlora_scale.cli import _quiet_environment
+from tsqlora_scale.cli import _prepare_environment
 from tsqlora_scale.config import load_config
 from tsqlora_scale.errors import UserError
 
 
 def main() -> int:
-    _quiet_environment()
+    _prepare_environment()
     configs = [load_config(path) for path in sys.argv[1:]]
     # every check before the first process group exists, as in a run of its own
     checked = [preflight.check(config) for config in configs]

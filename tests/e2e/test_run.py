@@ -137,6 +137,8 @@ def test_ablations(tmp_path: Path, models_dir: Path, sections: dict[str, Any]) -
     assert (run_dir / "ranks.jsonl").exists() == config.adapts_ranks
     if config.sampling.selector == "random":
         assert run.seen.sum() <= 24
+    if config.scores_data:  # the pool, and a refresh at each event, with or without ranks that change
+        assert len(list((run_dir / "scores").glob("*.parquet"))) == 3
 
 
 def test_run_folder(tmp_path: Path, models_dir: Path) -> None:

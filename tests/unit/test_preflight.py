@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -45,7 +46,7 @@ def test_a_step_is_the_global_batch_or_an_error(
         ({}, 1.5, 36, 5),
         ({"sampling": {"selector": "full"}, "scoring": {"enabled": False}}, 2, 48, 8),
         ({"adapter": {"method": "lora"}}, 2, 48, 8),
-        ({"sampling": {"keep_fraction": 0.01}}, 36, 1, 3),
+        ({"sampling": {"keep_fraction": 0.01}, "scoring": {"refresh": "none"}}, 36, 1, 3),
     ],
 )
 def test_epochs(
@@ -136,3 +137,20 @@ def test_a_run_folder_that_is_a_file(tmp_path: Path, models_dir: Path) -> None:
     config = config_of(tmp_path, models_dir, run={"output_dir": str(tmp_path / "taken")})
     with pytest.raises(UserError, match=r"run\.output_dir=.*cannot be written to"):
         preflight.check_run_dir(config, overwrite=False, resume=None)
+
+
+@pytest.mark.parametrize("family", ["bert", "deberta", "bart", "t5", "llama"])
+def test_one_dropout_for_the_whole_base(tmp_path: Path, models_dir: Path, family: str) -> None:
+    """Every dropout of the built model has it, modules and functional ones; layer dropout is left alone."""
+    from tsqlora_scale.adapters import skeleton
+    from tsqlora_scale.tasks import auto_class_of
+
+    config = parse_config(run_tree(family, tmp_path, models_dir, "run", model={"dropout": 0.25}))
+    described, _ = preflight.load_descriptions(config, str(config.model.name_or_path))
+    bare = skeleton(auto_class_of(config.task.type), described, trust_remote_code=False)
+    modules = [part.p for part in bare.modules() if isinstance(part, torch.nn.Dropout)]
+    functional = [value for part in bare.modules() for name, value in vars(part).items() if name.endswith("dropout")]
+    found = [value for value in [*modules, *functional] if isinstance(value, float)]
+    assert found
+    assert set(found) == {0.25}
+    assert getattr(described, "encoder_layerdrop", 0.0) == 0.0

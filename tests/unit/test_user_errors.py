@@ -133,7 +133,7 @@ def test_dry_run(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.train(["--config", str(config), "--dry-run", "train.lr=0.25"]) == 0
     out = capsys.readouterr().out
     assert "lr: 0.25" in out
-    assert "rank events: 2, after steps 4, 8" in out
+    assert "events of the schedule: 2, after steps 4, 8" in out
     assert "scoring: after step 2" in out
     assert not (config.parent / "runs").exists()
 
