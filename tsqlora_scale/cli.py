@@ -103,17 +103,23 @@ def _train(options: argparse.Namespace) -> None:
 
     if not options.dry_run:
         preflight.check_run_dir(config, overwrite=options.overwrite, resume=options.resume)
+        if config.scoring.proxy_model is not None:
+            preflight.check_run_dir(config.of_proxy(), overwrite=options.overwrite, resume=options.resume and "auto")
     checked = preflight.check(config)
     if options.dry_run:
         if launched_rank() == 0:
             print(config.to_yaml())
             print("\n".join(checked.plan.lines()))
         return
+    from tsqlora_scale.proxy import score_by_proxy
     from tsqlora_scale.report.result import print_result
     from tsqlora_scale.run import build_run
     from tsqlora_scale.train import train as train_run
 
+    scores = score_by_proxy(checked, resume=options.resume)
     run = build_run(checked, resume=options.resume)
+    if scores is not None:
+        run.take_scores(scores.table, scores.seconds)
     result = train_run(run)
     if run.is_main:
         print_result(result)
@@ -122,6 +128,11 @@ def _train(options: argparse.Namespace) -> None:
 
 def _score(options: argparse.Namespace) -> None:
     config = load_config(options.config, [*options.overrides, "scoring.keep_sketches=true"])
+    if config.scoring.proxy_model is not None:
+        raise UserError(
+            f"scoring.proxy_model={config.scoring.proxy_model!r} is for training; to score with it, set "
+            "model.name_or_path to it and scoring.proxy_model=null"
+        )
     if not config.scores_data:
         raise UserError(
             "there is nothing to score: adapter.method must be 'tsqlora', scoring.enabled true and "

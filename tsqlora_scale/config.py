@@ -179,12 +179,23 @@ class ScoringConfig(Section):
     #: Score a uniform subsample and give the rest the mean score.
     max_samples: PositiveInt | None = None
     max_length: PositiveInt | None = None
+    #: A smaller model that scores the pool in the place of the one that is trained: a hub name or folder, as
+    #: ``model.name_or_path``. It scores once, before training, and needs ``refresh: none``.
+    proxy_model: Annotated[str, Field(min_length=1)] | None = None
     #: When scores are taken anew: never, at every schedule event, or at every N-th.
     refresh: Literal["none", "every_event"] | PositiveInt = "every_event"
     #: Share of S that a refresh scores; the rest keep their last score.
     refresh_fraction: UnitInterval = 0.1
     #: Count the head's gradient among theta.
     include_head: bool = False
+
+    @model_validator(mode="after")
+    def _proxy_scores_once(self) -> ScoringConfig:
+        if self.proxy_model is not None and self.refresh != "none":
+            raise ValueError(
+                f"'proxy_model' scores once, before training, and 'refresh' is {self.refresh!r}; set 'refresh: none'"
+            )
+        return self
 
     @property
     def takes_unit_mean(self) -> bool:
@@ -333,6 +344,22 @@ class Config(Section):
     def run_dir(self) -> Path:
         """The run folder."""
         return Path(self.run.output_dir) / self.run.name
+
+    def of_proxy(self) -> Config:
+        """The scoring run of ``scoring.proxy_model``, in the run folder ``NAME-proxy``."""
+        name, model = f"{self.run.name}-proxy", self.scoring.proxy_model
+        return self.model_copy(
+            update={
+                "run": self.run.model_copy(update={"name": name}),
+                "model": self.model.model_copy(
+                    update={"name_or_path": model, "revision": None, "quantization": "none", "quant_storage": "uint8"}
+                ),
+                "adapter": self.adapter.model_copy(update={"target_modules": "auto"}),
+                "scoring": self.scoring.model_copy(update={"proxy_model": None}),
+                "sensitivity": self.sensitivity.model_copy(update={"enabled": False}),
+                "train": self.train.model_copy(update={"checkpoint_every": None, "eval_every": None}),
+            }
+        )
 
     @property
     def scores_data(self) -> bool:

@@ -41,7 +41,8 @@ class RunPlan:
             f"x {self.world_size} ranks",
         ]
         if self.scoring_step is not None:
-            lines.append(f"scoring: after step {self.scoring_step}, on uniform samples until then")
+            warm_up = f"after step {self.scoring_step}, on uniform samples until then"
+            lines.append(f"scoring: {warm_up if self.scoring_step else 'before the first step'}")
         if self.schedule is not None:
             events = self.schedule.events
             lines.append(f"events of the schedule: {len(events)}, after steps {', '.join(map(str, events))}")
@@ -61,6 +62,8 @@ class Preflight:
     tokenizer: Any
     #: Linear layers that a 4-bit base keeps in floating point.
     heads: list[str]
+    #: Of ``scoring.proxy_model``'s own run.
+    proxy: Preflight | None = None
 
 
 def check(config: Config, *, trains: bool = True) -> Preflight:
@@ -88,7 +91,20 @@ def check(config: Config, *, trains: bool = True) -> Preflight:
     task = build_task(config.task, data, tokenizer, model_config)
     if trains:
         check_scoring(config, task)
-    return Preflight(config, plan, data, task, path, model_config, tokenizer, heads)
+    proxy = check_proxy(config) if trains and config.scores_data and config.scoring.proxy_model else None
+    return Preflight(config, plan, data, task, path, model_config, tokenizer, heads, proxy)
+
+
+def check_proxy(config: Config) -> Preflight:
+    """The checks of the run in which ``scoring.proxy_model`` scores.
+
+    Raises:
+        UserError: what is wrong with it, and that it is the proxy's.
+    """
+    try:
+        return check(config.of_proxy())
+    except UserError as error:
+        raise UserError(f"scoring.proxy_model={config.scoring.proxy_model!r}: {error}") from None
 
 
 def check_scoring(config: Config, task: Task) -> None:
@@ -155,6 +171,8 @@ def plan_run(config: Config, pool_size: int, world_size: int) -> RunPlan:
                 f"scoring.warmup_steps={config.scoring.warmup_steps} leaves no step to train on the scores "
                 f"(the run has {total}); lower it or set sampling.selector: full"
             )
+        if config.scoring.proxy_model is not None:  # the warm-up is the proxy's
+            scoring_step = 0
     moves = config.adapts_ranks or config.refreshes_scores
     schedule = Schedule.from_config(config.schedule, total) if moves else None
     return RunPlan(

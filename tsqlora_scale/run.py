@@ -195,6 +195,17 @@ class Run:
                 table.write(self.record.folder / "scores", self.scorer.sample_ids)
         return table
 
+    def take_scores(self, table: ScoreTable, seconds: float) -> None:
+        """Draw by the scores of another model's pass, which took ``seconds``. A collective."""
+        assert self.scorer is not None
+        self.scorer.adopt(table)
+        self.first_quality = table.mean_quality()
+        self.record.seconds["scoring"] = self.record.seconds.get("scoring", 0.0) + seconds
+        self.draw_by_scores()
+        if self.is_main:
+            table.write(self.record.folder / "scores", self.scorer.sample_ids)
+        self.save_checkpoint()
+
     def model_key(self) -> str:
         """Says which weights the model has: the base by its name, what is trained by a digest. A collective."""
         digest = hashlib.sha256()

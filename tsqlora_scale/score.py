@@ -26,7 +26,17 @@ def score(run: Run, *, top: int, similarity: float, warm_up: bool) -> dict[str, 
     Returns:
         What ``scores/summary.json`` holds; empty on other ranks than 0.
     """
-    assert run.scorer is not None and run.plan.scoring_step is not None
+    warm_up_and_score(run, warm_up=warm_up)
+    if not run.is_main:
+        return {}
+    summary = summarise(run, top=top, similarity=similarity)
+    (run.record.folder / "scores" / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    return summary
+
+
+def warm_up_and_score(run: Run, *, warm_up: bool = True) -> None:
+    """Take the plan's steps on uniform samples, if asked to, and score the pool once."""
+    assert run.plan.scoring_step is not None
     steps = run.plan.scoring_step if warm_up else 0
     if run.first_quality is None:
         with run.progress("warm-up") as bar:
@@ -34,11 +44,6 @@ def score(run: Run, *, top: int, similarity: float, warm_up: bool) -> dict[str, 
                 loss = train_step(run)
                 bar(run.step, steps, f"loss {loss:.4f}")
         score_pool(run)
-    if not run.is_main:
-        return {}
-    summary = summarise(run, top=top, similarity=similarity)
-    (run.record.folder / "scores" / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    return summary
 
 
 def summarise(run: Run, *, top: int, similarity: float) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import pytest
 
 from tests.distributed.launch import ROOT, launch, run_launched
 from tests.runs import losses_of, ranks_of, result_of, run_tree, write_config
+from tests.tiny import tiny_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
@@ -44,3 +45,17 @@ def test_a_mistake_ends_every_rank(tmp_path: Path, models_dir: Path, override: s
     assert "tsqlora_scale/" not in done.stdout, "a traceback of ours"
     assert "exitcode  : 2" in done.stdout
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_proxy_on_every_engine(tmp_path: Path, models_dir: Path) -> None:
+    """Two models, one after the other, in the same processes."""
+    tree = run_tree("bert", tmp_path, models_dir, "run")
+    tree["scoring"] |= {"proxy_model": str(tiny_model("deberta", models_dir)), "refresh": "none"}
+    config = write_config(tmp_path / "config.yaml", tree)
+    runs = {}
+    for engine in ("plain", "ddp-2", "zero2-2", "zero3-2"):
+        launch(engine, TRAIN, ["--config", str(config), f"run.output_dir={tmp_path / engine}"], tmp_path)
+        runs[engine] = tmp_path / engine / "run"
+        assert result_of(runs[engine])["engine"] == engine.split("-")[0]
+        assert losses_of(runs[engine]) == pytest.approx(losses_of(runs["plain"]), abs=1e-5)
+        assert ranks_of(runs[engine]) == ranks_of(runs["plain"])

@@ -160,6 +160,12 @@ class QualityScorer(Generic[Batch]):
         self.passes += 1
         return self.table
 
+    def adopt(self, table: ScoreTable) -> None:
+        """Take the table of a pass over the same pool with another model; this model makes no refresh of it."""
+        assert len(table) == len(self.sample_ids)
+        self.table = table
+        self.passes = 1
+
     def draws(self) -> tuple[np.ndarray, np.ndarray]:
         """Pool indices of S, and the probabilities (sum 1) by which minibatches are drawn from them."""
         assert self.table is not None

@@ -1,0 +1,49 @@
+"""Scoring by a smaller model than the one trained (METHOD 1, cost control): ``scoring.proxy_model``.
+
+The proxy gets an adapter of its own and the config's warm-up, scores the pool once, and is given up before the model
+that is trained is loaded. Its pass is an ordinary scoring run in a run folder of its own, and resumes like one.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from tsqlora_scale.preflight import Preflight
+from tsqlora_scale.quality import ScoreTable
+from tsqlora_scale.run import build_run, find_checkpoint
+from tsqlora_scale.score import warm_up_and_score
+
+
+@dataclass(frozen=True)
+class ProxyScores:
+    """The table of a proxy's pass, and what it took to get there."""
+
+    table: ScoreTable
+    seconds: float
+
+
+def score_by_proxy(preflight: Preflight, *, resume: str | None) -> ProxyScores | None:
+    """Load the proxy, warm it up, score the pool, and free it. A collective; the same table on every rank.
+
+    Args:
+        preflight: of the run that trains.
+        resume: as for that run. A checkpoint of it holds the scores, and the proxy is not needed any more; a proxy
+            that was killed continues.
+
+    Returns:
+        None where there is no proxy, or no need of it.
+    """
+    if preflight.proxy is None or (resume is not None and find_checkpoint(preflight.config.run_dir, resume)):
+        return None
+    start = time.perf_counter()
+    run = build_run(preflight.proxy, resume="auto" if resume is not None else None)
+    warm_up_and_score(run)
+    assert run.scorer is not None and run.scorer.table is not None
+    table = run.scorer.table
+    run.engine.close()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return ProxyScores(table, time.perf_counter() - start)
