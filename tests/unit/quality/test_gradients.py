@@ -40,6 +40,15 @@ def test_batched_gradients_equal_autograd(kind, tiny_folder):
     assert_same_gradients(found, expected)
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "mpnet"])  # which has no checkpointing
+def test_gradient_checkpointing_changes_nothing(kind, tiny_folder):
+    model, pool = lora_model(kind, tiny_folder), Pool(kind, 5)
+    expected = reference(model, pool)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with PerSampleGradients(model) as gradients:
+        assert_same_gradients(gradients.per_sample(pool.losses, pool.batch(ALL))[1], expected)
+
+
 @pytest.mark.parametrize("kind", ["mpnet", "bert", "deberta"])
 def test_head_is_included_on_demand(kind, tiny_folder):
     model, pool = lora_model(kind, tiny_folder), Pool(kind, 5)
