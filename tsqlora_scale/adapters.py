@@ -234,6 +234,7 @@ def save_adapter(model: nn.Module, values: Mapping[str, torch.Tensor], folder: P
         config.rank_pattern = ranks
         config.alpha_pattern = {short_name(n): layer.scaling[ADAPTER] * layer.r[ADAPTER] for n, layer in layers.items()}
     config.base_model_name_or_path = base_name
+    config.target_modules = sorted(config.target_modules)  # PEFT keeps a set: another order in every process
     state = {name: value.contiguous() for name, value in values.items()}
     model.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
     empty = [n for n, v in state.items() if v.numel() == 0]

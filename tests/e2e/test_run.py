@@ -29,6 +29,7 @@ def test_adapter_is_plain_peft(tmp_path: Path, models_dir: Path, kind: str, quan
     run = go(tree)
     adapter = tmp_path / "runs" / "run" / "adapter"
     config = json.loads((adapter / "adapter_config.json").read_text())
+    assert config["target_modules"] == sorted(config["target_modules"])
     assert len(set(config["rank_pattern"].values())) > 1, "ranks that are all equal would test nothing"
     assert config["alpha_pattern"] == {name: 2.0 * rank for name, rank in config["rank_pattern"].items()}
 
