@@ -23,6 +23,7 @@ from transformers import AutoModelForSequenceClassification
 
 from tsqlora_scale.adapters import resolve_targets
 from tsqlora_scale.quality.gradients import PerSampleGradients, theta_modules
+from tsqlora_scale.quality.memory import reuse_freed_memory
 from tsqlora_scale.quality.sketch import Sketch
 
 ETA = 1e-3
@@ -137,7 +138,10 @@ def opacus_row(path: str, rank: int, batch: Batch, device: str, dtype: torch.dty
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in wanted)
     try:
-        wrapped = GradSampleModule(model)
+        for part in model.modules():
+            if isinstance(part, nn.Dropout):
+                part.p = 0.0
+        wrapped = GradSampleModule(model).train()  # in evaluation mode it takes no gradients
     except Exception as error:
         print(f"opacus: {' '.join(str(error).split())[:200]}")
         return None
@@ -175,6 +179,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        reuse_freed_memory()  # as a scoring pass does; the training step gets it, too
     dtype = getattr(torch, options.dtype)
     print(f"{device}, {torch.get_num_threads()} threads, {options.dtype}, batch {options.batch}, rank {options.rank}\n")
     print("| model | length | row | median ms | ratio | samples/s |")

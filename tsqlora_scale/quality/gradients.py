@@ -176,7 +176,9 @@ class PerSampleGradients:
         finally:
             self._mode = "idle"
             collected, self._gradients = self._gradients, {}
-        gradients = {name: gradient / self._scale for name, gradient in sorted(collected.items())}
+        gradients = dict(sorted(collected.items()))
+        if self._scale != 1:
+            gradients = {name: gradient / self._scale for name, gradient in gradients.items()}
         return values.detach().float(), gradients
 
     def _hook(self, name: str, *, has_bias: bool) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:

@@ -18,7 +18,7 @@ from tsqlora_scale.engine.collectives import World
 from tsqlora_scale.engine.sharded import has_shards
 from tsqlora_scale.errors import UserError
 from tsqlora_scale.quality.gradients import Batch, LossFn, PerSampleGradients
-from tsqlora_scale.quality.memory import bytes_kept, fitting_batch, free_bytes, is_out_of_memory
+from tsqlora_scale.quality.memory import bytes_kept, fitting_batch, free_bytes, is_out_of_memory, reuse_freed_memory
 from tsqlora_scale.quality.parts import Rows
 from tsqlora_scale.quality.sketch import Sketch
 
@@ -72,6 +72,8 @@ class Measurer(Generic[Batch]):
     @contextmanager
     def on(self, module: nn.Module) -> Iterator[None]:
         """Around the shards of a pass: ``module`` is in evaluation mode and no parameter requires grad."""
+        if self.world.device.type == "cpu":
+            reuse_freed_memory()
         with PerSampleGradients(module, include_head=self.scoring.include_head) as gradients:
             self._gradients = gradients
             try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +15,21 @@ SHARE_OF_FREE = 0.5
 #: Larger batches were no faster.
 LARGEST = {"cpu": 32}
 LARGEST_ON_ACCELERATOR = 128
+#: glibc's mallopt: parameter -> bytes
+MALLOPT = {-1: 2**31 - 1, -3: 2**30}  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+
+
+def reuse_freed_memory() -> None:
+    """Let this process keep up to 2 GB of memory that was freed, instead of giving it back and asking for it again.
+
+    A backward pass that makes no parameter gradients frees everything that it took. By default glibc then hands the
+    pages back, and the next batch faults every one of them in: 10 to 50 % of a pass on a CPU (MiniLM, 32 x 128). With
+    another C library it does nothing.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for parameter, value in MALLOPT.items():
+            mallopt(parameter, value)
 
 
 def bytes_kept(module: nn.Module, call: Callable[[], Any]) -> int:
