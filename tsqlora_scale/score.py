@@ -57,6 +57,7 @@ def summarise(run: Run, *, top: int, similarity: float) -> dict[str, Any]:
         "scored": len(scored),
         "warm-up steps": run.step,
         "effective samples": round(table.effective_sample_size(), 1),
+        "seconds": {name: round(value, 3) for name, value in sorted(run.record.seconds.items())},
         "quantiles": list(QUANTILES),
         "distribution": {term: np.nanquantile(getattr(table, term)[scored], QUANTILES).tolist() for term in TERMS},
         "best": [_entry(run, i) for i in by_quality[:top]],
