@@ -17,8 +17,8 @@ from tsqlora_scale.adapters import add_adapter, load_adapter, load_base, read_ad
 from tsqlora_scale.config import Config
 from tsqlora_scale.engine.checkpoint import (
     checkpoint_dir,
-    complete_checkpoints,
     drop_after,
+    newest_checkpoint,
     prune,
     read_checkpoint,
     write_checkpoint,
@@ -387,11 +387,10 @@ def find_checkpoint(run_dir: Path, resume: str) -> Path | None:
     """The checkpoint that ``--resume`` means; none when ``auto`` finds none.
 
     Raises:
-        UserError: when a folder was named and is none.
+        UserError: when a folder was named and is none, or ``auto`` finds damaged checkpoints only.
     """
     if resume == "auto":
-        found = complete_checkpoints(run_dir / "checkpoints")
-        return found[-1] if found else None
+        return newest_checkpoint(run_dir / "checkpoints")
     if not Path(resume).is_dir():
         raise UserError(f"--resume {resume!r} is no checkpoint folder; give 'auto' or a step-… folder")
     return Path(resume)

@@ -17,7 +17,7 @@ from tests.tiny import AUTO
 from tsqlora_scale import preflight
 from tsqlora_scale.config import parse_config
 from tsqlora_scale.errors import UserError
-from tsqlora_scale.run import build_run, evaluate_adapter
+from tsqlora_scale.run import build_run, evaluate_adapter, find_checkpoint
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,9 @@ def test_resume_without_a_checkpoint_starts_anew(tmp_path: Path, models_dir: Pat
     assert len(losses_of(tmp_path / "runs" / "run")) == 13
 
 
-def test_checkpoints_are_whole_small_and_safe(tmp_path: Path, models_dir: Path) -> None:
+def test_checkpoints_are_whole_small_and_safe(
+    tmp_path: Path, models_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     tree = run_tree("bert", tmp_path, models_dir, "run", train={"checkpoint_every": 4, "checkpoint_keep": 2})
     go(tree)
     run_dir = tmp_path / "runs" / "run"
@@ -113,10 +115,15 @@ def test_checkpoints_are_whole_small_and_safe(tmp_path: Path, models_dir: Path) 
     content[-1] ^= 1
     damaged.write_bytes(content)
     with pytest.raises(UserError, match=r"parameters\.safetensors"):
-        build_run(preflight.check(parse_config(tree)), resume="auto")
+        build_run(preflight.check(parse_config(tree)), resume=str(folders[-1]))
+    assert find_checkpoint(run_dir, "auto") == folders[0]
+    assert "parameters.safetensors' is missing or damaged; trying the one before it" in caplog.text
     tree["train"]["lr"] = 0.5
     with pytest.raises(UserError, match=r"train\.lr"):
         build_run(preflight.check(parse_config(tree)), resume=str(folders[0]))
+    (folders[0] / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match=r"no checkpoint in .* is undamaged"):
+        find_checkpoint(run_dir, "auto")
 
 
 @pytest.mark.parametrize(

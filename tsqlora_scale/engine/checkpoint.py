@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -14,6 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from tsqlora_scale.engine.state import ParamState, TrainState
 from tsqlora_scale.errors import UserError
+
+log = logging.getLogger("tsqlora_scale")
 
 MANIFEST = "manifest.json"
 #: Key of a reference to a tensor in ``state.safetensors``.
@@ -55,8 +58,8 @@ def write_checkpoint(folder: Path, state: TrainState, tree: dict[str, Any]) -> N
     _fsync(folder.parent)
 
 
-def read_checkpoint(folder: Path) -> tuple[TrainState, dict[str, Any]]:
-    """Read a checkpoint after checking every file against the manifest.
+def verify_checkpoint(folder: Path) -> None:
+    """Check every file of a checkpoint against its manifest.
 
     Raises:
         UserError: naming the file that is missing or damaged.
@@ -64,13 +67,44 @@ def read_checkpoint(folder: Path) -> tuple[TrainState, dict[str, Any]]:
     try:
         digests = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError):
-        raise UserError(f"checkpoint {str(folder)!r} has no readable {MANIFEST}; resume from another one") from None
+        raise UserError(
+            f"checkpoint {str(folder)!r} has no {MANIFEST} to read; resume from another checkpoint"
+        ) from None
     for name, digest in digests.items():
         path = folder / name
         if not path.resolve().is_relative_to(folder.resolve()):
             raise UserError(f"checkpoint {str(folder)!r}: {name!r} lies outside of it; resume from another one")
         if not path.is_file() or _sha256(path) != digest:
             raise UserError(f"checkpoint file {str(path)!r} is missing or damaged; resume from another checkpoint")
+
+
+def newest_checkpoint(root: Path) -> Path | None:
+    """The newest checkpoint that is undamaged; damaged ones that are newer are named in warnings. None without any.
+
+    Raises:
+        UserError: when there are checkpoints, and all of them are damaged.
+    """
+    problem: UserError | None = None
+    for folder in reversed(complete_checkpoints(root)):
+        try:
+            verify_checkpoint(folder)
+        except UserError as error:
+            log.warning("%s", str(error).replace("resume from another checkpoint", "trying the one before it"))
+            problem = error
+        else:
+            return folder
+    if problem is not None:
+        raise UserError(f"no checkpoint in {str(root)!r} is undamaged ({problem}); or start anew with --overwrite")
+    return None
+
+
+def read_checkpoint(folder: Path) -> tuple[TrainState, dict[str, Any]]:
+    """Read a checkpoint after checking every file against the manifest.
+
+    Raises:
+        UserError: naming the file that is missing or damaged.
+    """
+    verify_checkpoint(folder)
     tree = _with_tensors(json.loads((folder / "state.json").read_text()), load_file(folder / "state.safetensors"))
     tensors = load_file(folder / "parameters.safetensors")
     names = [key.removeprefix("value/") for key in tensors if key.startswith("value/")]
