@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from tsqlora_scale.config import Config, load_config
-from tsqlora_scale.errors import UserError
+from tsqlora_scale.errors import Stopped, UserError
 from tsqlora_scale.launcher import launched_rank, speaks_for_machine
 
 
@@ -79,6 +79,10 @@ def _guard(command: Callable[[], None]) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except Stopped as stopped:
+        if launched_rank() == 0:
+            print(stopped)
+        _leave()
     return 0
 
 
@@ -111,16 +115,18 @@ def _train(options: argparse.Namespace) -> None:
             print(config.to_yaml())
             print("\n".join(checked.plan.lines()))
         return
+    from tsqlora_scale.preemption import StopRequest
     from tsqlora_scale.proxy import score_by_proxy
     from tsqlora_scale.report.result import print_result
     from tsqlora_scale.run import build_run
     from tsqlora_scale.train import train as train_run
 
-    scores = score_by_proxy(checked, resume=options.resume)
-    run = build_run(checked, resume=options.resume)
-    if scores is not None:
-        run.take_scores(scores.table, scores.seconds)
-    result = train_run(run)
+    with StopRequest() as stop:
+        scores = score_by_proxy(checked, resume=options.resume, stop=stop)
+        run = build_run(checked, resume=options.resume, stop=stop)
+        if scores is not None:
+            run.take_scores(scores.table, scores.seconds)
+        result = train_run(run)
     if run.is_main:
         print_result(result)
     _leave()
@@ -144,12 +150,14 @@ def _score(options: argparse.Namespace) -> None:
 
     preflight.check_run_dir(config, overwrite=options.overwrite, resume="auto" if options.resume else None)
     checked = preflight.check(config)
+    from tsqlora_scale.preemption import StopRequest
     from tsqlora_scale.report.scores import print_scores
     from tsqlora_scale.run import build_run
     from tsqlora_scale.score import score as score_run
 
-    run = build_run(checked, resume="auto" if options.resume else None, adapter=options.adapter)
-    summary = score_run(run, top=options.top, similarity=options.similarity, warm_up=options.adapter is None)
+    with StopRequest() as stop:
+        run = build_run(checked, resume="auto" if options.resume else None, adapter=options.adapter, stop=stop)
+        summary = score_run(run, top=options.top, similarity=options.similarity, warm_up=options.adapter is None)
     if run.is_main:
         print_scores(summary, str(run.record.folder / "scores"))
     _leave()

@@ -1,4 +1,4 @@
-"""The one exception for mistakes that a user can mend."""
+"""How a run ends early: by a mistake that a user can mend, or because it was asked to."""
 
 
 class UserError(Exception):
@@ -7,3 +7,7 @@ class UserError(Exception):
     The message names the key or the file, the value, and the remedy. The command line prints it
     as one line and ends with exit code 2; it never ends in a traceback.
     """
+
+
+class Stopped(Exception):
+    """A run has ended because it was asked to, and its state is on disk. Not a failure: exit code 0."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from tsqlora_scale.preemption import StopRequest
 from tsqlora_scale.preflight import Preflight
 from tsqlora_scale.quality import ScoreTable
 from tsqlora_scale.run import build_run, find_checkpoint
@@ -25,13 +26,14 @@ class ProxyScores:
     seconds: float
 
 
-def score_by_proxy(preflight: Preflight, *, resume: str | None) -> ProxyScores | None:
+def score_by_proxy(preflight: Preflight, *, resume: str | None, stop: StopRequest) -> ProxyScores | None:
     """Load the proxy, warm it up, score the pool, and free it. A collective; the same table on every rank.
 
     Args:
         preflight: of the run that trains.
         resume: as for that run. A checkpoint of it holds the scores, and the proxy is not needed any more; a proxy
             that was killed continues.
+        stop: by which it is asked to stop.
 
     Returns:
         None where there is no proxy, or no need of it.
@@ -39,7 +41,7 @@ def score_by_proxy(preflight: Preflight, *, resume: str | None) -> ProxyScores |
     if preflight.proxy is None or (resume is not None and find_checkpoint(preflight.config.run_dir, resume)):
         return None
     start = time.perf_counter()
-    run = build_run(preflight.proxy, resume="auto" if resume is not None else None)
+    run = build_run(preflight.proxy, resume="auto" if resume is not None else None, stop=stop)
     warm_up_and_score(run)
     assert run.scorer is not None and run.scorer.table is not None
     table = run.scorer.table

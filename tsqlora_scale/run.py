@@ -30,6 +30,7 @@ from tsqlora_scale.engine.start import start_accelerator
 from tsqlora_scale.engine.state import TrainState
 from tsqlora_scale.errors import UserError
 from tsqlora_scale.evaluation import evaluate
+from tsqlora_scale.preemption import StopRequest
 from tsqlora_scale.preflight import Preflight, RunPlan, resumes_in
 from tsqlora_scale.quality import BatchSampler, QualityScorer, ScoreTable, importance_weights, select_subset
 from tsqlora_scale.ranks import SensitivityTracker, TsqLoraPolicy, current_ranks, set_ranks
@@ -50,6 +51,7 @@ class Run:
     tracker: SensitivityTracker | None
     scorer: QualityScorer | None
     policy: TsqLoraPolicy | None
+    stop: StopRequest
     #: Optimizer steps done.
     step: int = 0
     #: Events of the schedule done.
@@ -225,13 +227,17 @@ class Run:
             self.importance[chosen] = importance_weights(weights, self.config.sampling.max_weight)
 
 
-def build_run(preflight: Preflight, *, resume: str | None = None, adapter: str | None = None) -> Run:
+def build_run(
+    preflight: Preflight, *, resume: str | None = None, adapter: str | None = None, stop: StopRequest | None = None
+) -> Run:
     """Load the model, put the adapter on it, start the engine.
 
     Args:
         resume: ``auto`` (the newest complete checkpoint of the run folder, if any) or a checkpoint folder.
         adapter: a saved adapter's folder, to start from its ranks and values.
+        stop: by which the run is asked to stop; none: nothing asks.
     """
+    stop = stop or StopRequest()
     config, plan = preflight.config, preflight.plan
     accelerator = start_accelerator(
         accumulation=plan.accumulation, mixed_precision="fp16" if config.model.dtype == "fp16" else "no"
@@ -272,8 +278,9 @@ def build_run(preflight: Preflight, *, resume: str | None = None, adapter: str |
             task=task,
             record=record,
             tracker=tracker,
-            scorer=build_scorer(config, plan, engine, task) if config.scores_data else None,
+            scorer=build_scorer(config, plan, engine, task, stop) if config.scores_data else None,
             policy=TsqLoraPolicy(config.allocation) if tracker else None,
+            stop=stop,
         )
         if tree is None or not resumes_in(config, str(resume)):
             record.prepare(config.to_yaml())
@@ -316,7 +323,7 @@ def build_model(config: Config, preflight: Preflight, task: Task, *, device: tor
     )
 
 
-def build_scorer(config: Config, plan: RunPlan, engine: Engine, task: Task) -> QualityScorer:
+def build_scorer(config: Config, plan: RunPlan, engine: Engine, task: Task, stop: StopRequest) -> QualityScorer:
     """The scorer, given the task's batches and per-sample losses as callables."""
     device = engine.world.device
     limit = config.scoring.max_length
@@ -328,6 +335,12 @@ def build_scorer(config: Config, plan: RunPlan, engine: Engine, task: Task) -> Q
     def losses(module: torch.nn.Module, batch: Any) -> torch.Tensor:
         sums, counts = task.losses(module(**batch.inputs), batch)
         return sums / counts
+
+    bar = Progress("scoring", shows=engine.world.is_main)
+
+    def progress(done: int, total: int) -> None:
+        bar(done, total)
+        stop.during_scoring(engine.world, plan.scoring_step or 0)
 
     def target_batches() -> Iterable[Any]:
         assert task.dev is not None
@@ -347,7 +360,7 @@ def build_scorer(config: Config, plan: RunPlan, engine: Engine, task: Task) -> Q
         batch_of=batch_of,
         losses=losses,
         target_batches=target_batches if config.scoring.convergence == "target" else None,
-        progress=Progress("scoring", shows=engine.world.is_main),
+        progress=progress,
         length_of=lambda indices: lengths[indices],
         strata=task.strata("train") if config.stratifies else None,
         parts_folder=config.run_dir / "scores" / "parts",

@@ -9,7 +9,7 @@ import numpy as np
 
 from tsqlora_scale.quality.redundancy import groups, neighbours, similar_pairs
 from tsqlora_scale.run import Run
-from tsqlora_scale.train import score_pool, train_step
+from tsqlora_scale.train import score_pool, stop_if_asked, train_step
 
 TERMS = ("loss", "grad_norm", "delta_loss", "convergence", "quality")
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -43,6 +43,7 @@ def warm_up_and_score(run: Run, *, warm_up: bool = True) -> None:
             while run.step < steps:
                 loss = train_step(run)
                 bar(run.step, steps, f"loss {loss:.4f}")
+                stop_if_asked(run)
         score_pool(run)
 
 

@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did: mean loss over the global batch, gradient 2-norm before clipping."""
+    """What a step did: mean loss over the global batch, gradient 2-norm before clipping; whether to stop after it."""
 
     loss: float
     grad_norm: float
+    stop: bool
 
 
 def micro_batches(indices: np.ndarray, micro_batch_size: int, rank: int, world_size: int) -> list[np.ndarray]:
@@ -44,6 +45,7 @@ def optimizer_step(
     micro_batch_size: int,
     seed: int,
     weights: np.ndarray | None = None,
+    stop: bool = False,
 ) -> StepResult:
     """Forward and backward of every micro-batch, then one step. A collective.
 
@@ -53,6 +55,7 @@ def optimizer_step(
     Args:
         indices: pool rows of the global batch, (batch_size,).
         weights: of their losses, (batch_size,), up to a constant; none: all equal.
+        stop: whether this rank was asked to stop; the result says whether any was.
     """
     world = engine.world
     weights = np.ones(len(indices)) if weights is None else weights
@@ -81,7 +84,8 @@ def optimizer_step(
     if tracker is not None:
         tracker.end_step()
     assert grad_norm is not None, "the last micro-batch of a step must be an accumulation boundary"
-    return StepResult(loss=float(world.sum(loss_sum) / terms), grad_norm=grad_norm)
+    loss_sum, asked = world.sum(torch.stack([loss_sum, loss_sum.new_tensor(float(stop))]))
+    return StepResult(loss=float(loss_sum / terms), grad_norm=grad_norm, stop=bool(asked > 0))
 
 
 def seed_dropout(seed: int, step: int, micro_batch: int) -> None:

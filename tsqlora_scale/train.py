@@ -6,7 +6,7 @@ import math
 import time
 from typing import Any
 
-from tsqlora_scale.errors import UserError
+from tsqlora_scale.errors import Stopped, UserError
 from tsqlora_scale.lr_schedule import learning_rate
 from tsqlora_scale.ranks import Plan, Statistics, agree, current_ranks, layer_dims, resize_model
 from tsqlora_scale.report.result import build_result
@@ -40,6 +40,7 @@ def train(run: Run) -> dict[str, Any]:
             if due(config.train.checkpoint_every, run.step) or is_best:
                 run.save_checkpoint()
             bar(run.step, plan.total_steps, f"loss {loss:.4f}")
+            stop_if_asked(run)
     metrics = run.evaluate()
     run.note_best(metrics)
     run.save_checkpoint()
@@ -67,8 +68,10 @@ def train_step(run: Run) -> float:
             lr=lr,
             micro_batch_size=run.plan.micro_batch_size,
             seed=run.config.run.seed,
+            stop=run.stop.requested,
         )
     run.step += 1
+    run.stop.agreed = result.stop
     if not math.isfinite(result.loss):  # the same number on every rank
         raise UserError(
             f"the loss of step {run.step} is {result.loss}: the training has diverged; lower train.lr, "
@@ -89,7 +92,22 @@ def train_step(run: Run) -> float:
 def score_pool(run: Run) -> None:
     """Eq. 1 and 2: a quality for every sample, the subset S, and p for the draws from it."""
     run.save_checkpoint()  # a pass that is killed goes on with exactly these weights, on any number of ranks
+    run.stop.interrupts_scoring = True
     run.first_quality = run.score().mean_quality()
+    run.stop.interrupts_scoring = False
+
+
+def stop_if_asked(run: Run) -> None:
+    """Leave a checkpoint and end, if any rank was asked to stop before the last step. A collective.
+
+    Raises:
+        Stopped: on every rank.
+    """
+    if run.stop.agreed and run.step < run.plan.total_steps:
+        run.save_checkpoint()
+        raise Stopped(
+            f"requeue: stopped on request after step {run.step} of {run.plan.total_steps}; --resume auto continues"
+        )
 
 
 def adapt_ranks(run: Run) -> None:

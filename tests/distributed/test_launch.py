@@ -59,3 +59,35 @@ def test_a_proxy_on_every_engine(tmp_path: Path, models_dir: Path) -> None:
         assert result_of(runs[engine])["engine"] == engine.split("-")[0]
         assert losses_of(runs[engine]) == pytest.approx(losses_of(runs["plain"]), abs=1e-5)
         assert ranks_of(runs[engine]) == ranks_of(runs["plain"])
+
+
+SIGNALLED = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+from tsqlora_scale import cli, train as loop
+
+original = loop.train_step
+
+def train_step(run):
+    if run.step == 5 and run.engine.world.rank == 1:
+        os.kill(os.getpid(), signal.SIGUSR1)
+    return original(run)
+
+if "--resume" not in sys.argv:
+    loop.train_step = train_step
+sys.exit(cli.train())
+"""
+
+
+@pytest.mark.parametrize("engine", ["ddp-2", "zero3-2"])
+def test_a_signal_to_one_rank_stops_all(tmp_path: Path, models_dir: Path, engine: str) -> None:
+    config = write_config(tmp_path / "config.yaml", run_tree("bert", tmp_path, models_dir, "run"))
+    launch(engine, TRAIN, ["--config", str(config), f"run.output_dir={tmp_path / 'whole'}"], tmp_path)
+    script = tmp_path / "signalled.py"
+    script.write_text(SIGNALLED.format(root=str(ROOT)))
+    said = launch(engine, script, ["--config", str(config)], tmp_path)
+    assert said.count("requeue: stopped on request after step 6 of 13") == 1
+    run_dir = tmp_path / "runs" / "run"
+    assert (run_dir / "checkpoints" / "step-00000006").is_dir()
+    launch(engine, script, ["--config", str(config), "--resume", "auto"], tmp_path)
+    assert losses_of(run_dir) == losses_of(tmp_path / "whole" / "run")

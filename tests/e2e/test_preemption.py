@@ -1,0 +1,140 @@
+"""A run that is asked to stop leaves a checkpoint and exit code 0, and goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.runs import go, losses_of, ranks_of, run_tree, write_config
+from tsqlora_scale import (
+    cli,
+    preemption,
+    score,  # noqa: F401  takes train_step from the loop, and not while it is patched
+)
+from tsqlora_scale import train as loop
+from tsqlora_scale.quality import ScoreTable
+from tsqlora_scale.quality.measure import Measurer
+from tsqlora_scale.run import Run
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def signalled_in_step(step: int, number: int) -> Callable[[Run], float]:
+    """A ``train_step`` in which the process gets a signal."""
+    original = loop.train_step
+
+    def train_step(run: Run) -> float:
+        if run.step == step:
+            os.kill(os.getpid(), number)
+        return original(run)
+
+    return train_step
+
+
+@pytest.mark.parametrize("step", [0, 1, 3, 6, 11])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_ends_the_run_after_the_step(
+    tmp_path: Path,
+    models_dir: Path,
+    step: int,
+    number: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Step 4 and 8 are followed by rank events and refreshes; no checkpoint is due anywhere."""
+    go(run_tree("bert", tmp_path, models_dir, "whole"))
+    config = write_config(tmp_path / "config.yaml", run_tree("bert", tmp_path, models_dir, "run"))
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", signalled_in_step(step, number))
+        assert cli.main(["train", "--config", str(config)]) == 0
+    assert signal.getsignal(number) is before
+    run_dir = tmp_path / "runs" / "run"
+    assert (
+        f"requeue: stopped on request after step {step + 1} of 13; --resume auto continues" in capsys.readouterr().out
+    )
+    assert (run_dir / "checkpoints" / f"step-{step + 1:08d}").is_dir()
+    assert len(losses_of(run_dir)) == step + 1
+    assert not (run_dir / "result.json").exists()
+    assert cli.main(["train", "--config", str(config), "--resume", "auto"]) == 0
+    assert losses_of(run_dir) == losses_of(tmp_path / "runs" / "whole")
+    assert ranks_of(run_dir) == ranks_of(tmp_path / "runs" / "whole")
+
+
+@pytest.mark.parametrize("command", ["train", "score"])
+def test_a_signal_ends_the_first_pass_at_once(
+    tmp_path: Path,
+    models_dir: Path,
+    command: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tree = run_tree("bert", tmp_path, models_dir, "whole", scoring={"shard_size": 16, "refresh": "none"})
+    go(tree)
+    tree["run"]["name"] = "run"
+    config = write_config(tmp_path / "config.yaml", tree)
+    chunks = 0
+    original = Measurer._chunk
+
+    def chunk(self: Measurer[Any], *arguments: Any, **options: Any) -> Any:
+        nonlocal chunks
+        chunks += 1
+        if chunks == 6:  # in the second shard
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Measurer, "_chunk", chunk)
+        assert cli.main([command, "--config", str(config)]) == 0
+    assert "requeue: stopped on request while scoring after step 2" in capsys.readouterr().out
+    run_dir = tmp_path / "runs" / "run"
+    assert not list((run_dir / "scores").glob("pass-*.parquet"))
+    assert cli.main([command, "--config", str(config), "--resume", *(["auto"] if command == "train" else [])]) == 0
+    found, expected = (ScoreTable.read(tmp_path / "runs" / name / "scores")[0] for name in ("run", "whole"))
+    assert (found.quality == expected.quality).all()
+
+
+def test_a_refresh_is_finished_first(tmp_path: Path, models_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go(run_tree("bert", tmp_path, models_dir, "whole"))
+    config = write_config(tmp_path / "config.yaml", run_tree("bert", tmp_path, models_dir, "run"))
+    original = Run.score
+
+    def score_(run: Run, *, refresh: bool = False) -> ScoreTable:
+        if refresh and run.step == 4:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return original(run, refresh=refresh)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "score", score_)
+        assert cli.main(["train", "--config", str(config)]) == 0
+    run_dir = tmp_path / "runs" / "run"
+    assert (run_dir / "checkpoints" / "step-00000005").is_dir(), "one step after the signal"
+    assert cli.main(["train", "--config", str(config), "--resume", "auto"]) == 0
+    assert losses_of(run_dir) == losses_of(tmp_path / "runs" / "whole")
+
+
+def test_the_second_signal_stops_at_once() -> None:
+    program = """
+import os, signal, sys
+from tsqlora_scale.preemption import StopRequest
+with StopRequest() as stop:
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert stop.requested
+    print("first", flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("never", flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.stdout.split() == ["first"]
+    assert done.returncode == -signal.SIGTERM
+
+
+def test_what_asks() -> None:
+    assert set(preemption.SIGNALS) == {signal.SIGTERM, signal.SIGUSR1}
