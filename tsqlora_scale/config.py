@@ -167,8 +167,8 @@ class ScoringConfig(Section):
     #: in which large ones have no larger say. ``auto`` is unit, but for ``preset: paper``, which is to the letter.
     mean_gradient: Literal["auto", "plain", "unit"] = "auto"
     #: ``linear``: the more a sample's gradient agrees with the others, the better. ``gate``: samples that pull against
-    #: the others are worse, the others equal.
-    convergence_form: Literal["linear", "gate"] = "linear"
+    #: the others are worse, the others equal. ``auto`` is gate, but for ``preset: paper`` and for ``loss_trend``.
+    convergence_form: Literal["auto", "linear", "gate"] = "auto"
     sketch_dim: Annotated[int, Field(ge=16)] = 512
     #: Samples per rank and forward. ``auto`` measures what fits; after an allocation failure it goes on with half.
     batch_size: PositiveInt | Literal["auto"] = "auto"
@@ -196,6 +196,13 @@ class ScoringConfig(Section):
                 f"'proxy_model' scores once, before training, and 'refresh' is {self.refresh!r}; set 'refresh: none'"
             )
         return self
+
+    @property
+    def gates_convergence(self) -> bool:
+        """``convergence_form``, decided."""
+        if self.convergence_form == "auto":
+            return self.preset != "paper" and self.convergence != "loss_trend"
+        return self.convergence_form == "gate"
 
     @property
     def takes_unit_mean(self) -> bool:

@@ -83,13 +83,14 @@ def score_one_by_one(
     return Reference(np.array(losses), np.array(norms), np.array(deltas), np.stack(rows), shapes)
 
 
-def quality(terms: np.ndarray, weights: Sequence[float]) -> np.ndarray:
-    """Eq. 1, sample by sample: weighted z-scores clipped to +-3."""
+def quality(terms: np.ndarray, weights: Sequence[float], *, gate: bool = False) -> np.ndarray:
+    """Eq. 1, sample by sample: weighted z-scores clipped to +-3. ``gate``: of convergence only what is below zero."""
     out = np.zeros(len(terms))
     for column, weight in enumerate(weights):
         values = terms[:, column]
         for i, value in enumerate(values):
-            out[i] += weight * min(3.0, max(-3.0, (value - values.mean()) / values.std()))
+            z = min(value, 0.0) / values.std() if gate and column == 2 else (value - values.mean()) / values.std()
+            out[i] += weight * min(3.0, max(-3.0, z))
     return out
 
 

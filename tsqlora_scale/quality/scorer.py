@@ -116,7 +116,7 @@ class QualityScorer(Generic[Batch]):
         self._parts_folder = parts_folder
         self.parts = Parts(None)
         self._measurer = Measurer(scoring, seed=seed, eta=eta, world=world, batch_of=batch_of, losses=losses)
-        self._standardisation = Standardisation(gate=scoring.convergence_form == "gate")
+        self._standardisation = Standardisation(gate=scoring.gates_convergence)
         self._first_order = scoring.delta_loss == "first_order"
 
     def score(self, module: nn.Module, *, refresh: bool = False, model_key: str = "") -> ScoreTable:

@@ -58,6 +58,24 @@ def test_scores_equal_the_reference(kind, tiny_folder):
 
 
 @pytest.mark.parametrize(
+    ("options", "gate"),
+    [
+        ({}, True),
+        ({"preset": "paper"}, False),
+        ({"preset": "paper", "convergence_form": "gate"}, True),
+        ({"convergence_form": "linear"}, False),
+    ],
+)
+def test_form_of_the_convergence_term(options, gate, tiny_folder):
+    model, pool = lora_model("bert", tiny_folder), Pool("bert", 9)
+    table = scorer(pool, eta=ETA, **options).score(model)
+    terms = np.stack([table.grad_norm, table.delta_loss, table.convergence], 1)
+    assert (terms[:, 2] < 0).any()
+    weights = [1 / 3] * 3 if options.get("preset") == "paper" else [0.1, 0.1, 0.8]
+    np.testing.assert_allclose(table.quality, quality(terms, weights, gate=gate), atol=1e-6)
+
+
+@pytest.mark.parametrize(
     ("options", "unit"),
     [({}, True), ({"preset": "paper", "mean_gradient": "unit"}, True), ({"mean_gradient": "plain"}, False)],
 )
