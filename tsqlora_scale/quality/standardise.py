@@ -32,10 +32,10 @@ from tsqlora_scale.engine.collectives import World
 #: ones dominate the plain mean; in the mean of gradients of unit length they stay a minority.
 #:
 #: Little mass on wrong labels is not yet a better model. Preferring what agrees with the mean leaves fewer samples in
-#: effect (900 to 2,700 of 4,000) and takes hard ones out with the wrong ones, so by default the term is a gate: it counts
-#: against samples that pull against the mean, and is equal for all others (2,800 to 3,500 in effect). Accuracy on 1,000
-#: sentences, movie_snippets, 4,000 samples, 160 steps, ranks fixed, first-order scores refreshed six times, two seeds
-#: (``benchmarks/noise.py train``):
+#: effect (900 to 2,700 of 4,000) and takes hard ones out with the wrong ones. So by default the term is a gate: it
+#: counts against samples that pull against the mean, and is equal for all others (2,800 to 3,500 in effect). Accuracy
+#: on 1,000 sentences, movie_snippets, 4,000 samples, 160 steps, ranks fixed, first-order scores refreshed six times,
+#: two seeds (``benchmarks/noise.py train``):
 #:
 #: ============================  =====================  =====================
 #: draws                         clean labels           20 % flipped
