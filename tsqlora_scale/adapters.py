@@ -247,7 +247,7 @@ def load_adapter(base: nn.Module, folder: Path, *, dtype: str) -> PeftModel:
     Raises:
         UserError: when the folder holds no adapter, or one in an unsafe format.
     """
-    _require_adapter(folder)
+    require_adapter(folder)
     model = PeftModel.from_pretrained(base, str(folder))
     use_autocast(model, dtype)
     return model
@@ -259,7 +259,7 @@ def read_adapter(model: nn.Module, folder: Path) -> tuple[dict[str, int], dict[s
     Raises:
         UserError: when the folder holds no adapter, or one of other layers or another scaling.
     """
-    _require_adapter(folder)
+    require_adapter(folder)
     saved = load_file(folder / "adapter_model.safetensors")
     values = {}
     for name, param in model.named_parameters():
@@ -280,7 +280,10 @@ def read_adapter(model: nn.Module, folder: Path) -> tuple[dict[str, int], dict[s
     return ranks, values
 
 
-def _require_adapter(folder: Path) -> None:
+def require_adapter(folder: Path) -> None:
+    """Raises:
+    UserError: the folder holds no adapter, or one in an unsafe format.
+    """
     if not (folder / "adapter_config.json").is_file():
         raise UserError(f"adapter {str(folder)!r} holds no adapter_config.json; give the folder that a run wrote")
     if not (folder / "adapter_model.safetensors").is_file():

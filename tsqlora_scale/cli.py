@@ -43,10 +43,24 @@ def score(argv: Sequence[str] | None = None) -> int:
     return _guard(lambda: _score(options))
 
 
+def export(argv: Sequence[str] | None = None) -> int:
+    """``launch/export.py``: a saved adapter as PEFT, with one rank everywhere, or merged into its base."""
+    parser = argparse.ArgumentParser(prog="export", description="Write a trained adapter in another form.")
+    parser.add_argument("--adapter", required=True, metavar="DIR", help="the adapter folder that a run wrote")
+    parser.add_argument("--format", required=True, choices=["peft", "padded", "merged"], help="the form")
+    parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
+    parser.add_argument("--config", metavar="FILE", help="the run's config.yaml, to merge by")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that win over the file")
+    options = parser.parse_intermixed_args(argv)
+    return _guard(lambda: _export(options))
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "score": score,
     "evaluate": evaluate,
+    "export": export,
 }
 
 
@@ -175,6 +189,20 @@ def _evaluate(options: argparse.Namespace) -> None:
         for name, value in metrics.items():
             print(f"{name}: {value:.6f}")
     _leave()
+
+
+def _export(options: argparse.Namespace) -> None:
+    config = load_config(options.config, options.overrides) if options.config else None
+    from pathlib import Path
+
+    from tsqlora_scale.export import export as write
+    from tsqlora_scale.run import quiet_libraries
+
+    with quiet_libraries():
+        said = write(
+            Path(options.adapter), options.format, Path(options.out), config=config, overwrite=options.overwrite
+        )
+    print("\n".join([*said, f"written: {options.out}"]))
 
 
 def _leave() -> None:

@@ -1,0 +1,162 @@
+"""Exported adapters open without anything of ours and are the trained function."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+
+from tests.runs import go, run_tree, write_config
+from tsqlora_scale import cli
+from tsqlora_scale.run import Run
+
+AUTO: dict[str, Any] = {
+    "bart": AutoModelForSeq2SeqLM,
+    "t5": AutoModelForSeq2SeqLM,
+    "llama": AutoModelForCausalLM,
+}
+
+FRESH = """
+import json, sys
+sys.modules["tsqlora_scale"] = None  # as if it were not installed
+import torch
+from transformers import AutoModelForSequenceClassification
+model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1]).eval()
+if sys.argv[2:]:
+    from peft import PeftModel
+    model = PeftModel.from_pretrained(model, sys.argv[2]).eval()
+ids = torch.arange(5, 32).reshape(3, 9)
+print(json.dumps(model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.tolist()))
+"""
+
+
+def inputs_of(kind: str) -> dict[str, torch.Tensor]:
+    ids = torch.arange(5, 32).reshape(3, 9)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return inputs | ({"decoder_input_ids": ids[:, :4]} if kind in ("bart", "t5") else {})
+
+
+def logits(model: Any, kind: str) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model.eval()(**inputs_of(kind)).logits.float()
+    return found
+
+
+def trained(kind: str, tmp_path: Path, models_dir: Path, **model: Any) -> tuple[Run, Path, Path]:
+    """A run whose layers have different ranks, its config file and its adapter."""
+    tree = run_tree(kind, tmp_path, models_dir, "run", model=model)
+    run = go(tree)
+    adapter = tmp_path / "runs" / "run" / "adapter"
+    ranks = json.loads((adapter / "adapter_config.json").read_text())["rank_pattern"]
+    assert len(set(ranks.values())) > 1
+    return run, write_config(tmp_path / "config.yaml", tree), adapter
+
+
+def export(adapter: Path, form: str, *more: str) -> Path:
+    out = adapter.parent / form
+    assert cli.main(["export", "--adapter", str(adapter), "--format", form, "--out", str(out), *more]) == 0
+    return out
+
+
+def base(kind: str, run: Run) -> Any:
+    labels = {} if kind in AUTO else {"num_labels": 2}
+    auto = AUTO.get(kind, AutoModelForSequenceClassification)
+    return auto.from_pretrained(run.config.model.name_or_path, **labels)
+
+
+@pytest.mark.parametrize("kind", ["bert", "deberta", "bart", "t5", "llama"])
+def test_padded_and_merged_are_the_same_function(kind: str, tmp_path: Path, models_dir: Path) -> None:
+    run, config, adapter = trained(kind, tmp_path, models_dir)
+    expected = logits(run.engine.module, kind)
+    padded = export(adapter, "padded")
+    described = json.loads((padded / "adapter_config.json").read_text())
+    shapes = {len(value) for name, value in load_file(padded / "adapter_model.safetensors").items() if "lora_A" in name}
+    assert shapes == {described["r"]}
+    assert not described["rank_pattern"]
+    assert not described["alpha_pattern"]
+    for folder in (padded, export(adapter, "peft")):
+        found = logits(PeftModel.from_pretrained(base(kind, run), str(folder)), kind)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    merged = export(adapter, "merged", "--config", str(config))
+    auto = AUTO.get(kind, AutoModelForSequenceClassification)
+    torch.testing.assert_close(logits(auto.from_pretrained(merged), kind), expected, atol=1e-5, rtol=0)
+    assert (logits(base(kind, run), kind) - expected).abs().max() > 1e-3, "an adapter without effect tests nothing"
+
+
+def test_a_fresh_process_without_this_package(tmp_path: Path, models_dir: Path) -> None:
+    run, config, adapter = trained("bert", tmp_path, models_dir)
+    expected = logits(run.engine.module, "bert")
+    path = str(run.config.model.name_or_path)
+    merged = export(adapter, "merged", "--config", str(config))
+    for arguments in ([str(merged)], [path, str(export(adapter, "padded"))]):
+        done = subprocess.run([sys.executable, "-c", FRESH, *arguments], capture_output=True, text=True, check=True)
+        found = torch.tensor(json.loads(done.stdout.splitlines()[-1]))
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("model", "bound"), [({"quantization": "nf4"}, 1e-5), ({"dtype": "bf16"}, 0.05)], ids=["nf4", "bf16"]
+)
+def test_merging_into_other_bases(
+    model: dict[str, Any], bound: float, tmp_path: Path, models_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """nf4: into what its weights stand for. bf16: the sum of base and update is rounded to 8 bits, the bound is of
+    logits of about 1."""
+    run, config, adapter = trained("bert", tmp_path, models_dir, **model)
+    expected = logits(run.engine.module, "bert")
+    merged = export(adapter, "merged", "--config", str(config))
+    assert ("dequantised to fp32" in capsys.readouterr().out) == ("quantization" in model)
+    described = json.loads((merged / "config.json").read_text())
+    assert "quantization_config" not in described
+    opened = AutoModelForSequenceClassification.from_pretrained(merged)
+    assert opened.dtype == (torch.bfloat16 if "dtype" in model else torch.float32)
+    torch.testing.assert_close(logits(opened, "bert"), expected, atol=bound, rtol=0)
+
+
+def test_a_scaling_of_its_own_goes_into_b(tmp_path: Path, models_dir: Path) -> None:
+    run, _, adapter = trained("bert", tmp_path, models_dir)
+    described = json.loads((adapter / "adapter_config.json").read_text())
+    layer = next(iter(described["alpha_pattern"]))
+    described["alpha_pattern"][layer] *= 3
+    (adapter / "adapter_config.json").write_text(json.dumps(described))
+    expected = logits(PeftModel.from_pretrained(base("bert", run), str(adapter)), "bert")
+    found = logits(PeftModel.from_pretrained(base("bert", run), str(export(adapter, "padded"))), "bert")
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_mistakes(tmp_path: Path, models_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, config, adapter = trained("bert", tmp_path, models_dir)
+    out = tmp_path / "out"
+
+    def fails(*arguments: str) -> str:
+        assert cli.main(["export", *arguments]) == 2
+        captured = capsys.readouterr().err
+        assert "Traceback" not in captured
+        return captured
+
+    assert "holds no adapter_config.json" in fails("--adapter", str(tmp_path), "--format", "peft", "--out", str(out))
+    there = ["--adapter", str(adapter), "--format"]
+    assert "needs --config" in fails(*there, "merged", "--out", str(out))
+    assert "is the adapter itself" in fails(*there, "peft", "--out", str(adapter), "--overwrite")
+    assert not out.exists()
+    out.mkdir()
+    (out / "precious").write_text("")
+    assert "--overwrite" in fails(*there, "padded", "--out", str(out))
+    assert (out / "precious").exists()
+    other = run_tree("deberta", tmp_path, models_dir, "other")
+    assert "does not fit" in fails(
+        *there, "merged", "--out", str(tmp_path / "new"), "--config", str(write_config(tmp_path / "other.yaml", other))
+    )
+    assert not (tmp_path / "new").exists()
+    assert not list(tmp_path.glob(".*partial"))
+    assert cli.main(["export", *there, "padded", "--out", str(out), "--overwrite"]) == 0
+    assert not (out / "precious").exists()
+    assert config.exists()
