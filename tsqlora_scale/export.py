@@ -104,6 +104,8 @@ def _pad(adapter: Path, out: Path) -> list[str]:
 
 def _merge(adapter: Path, out: Path, config: Config) -> list[str]:
     """A plain Transformers model. A 4-bit base is dequantised first, to the values that the adapter was trained on."""
+    as_it_was = config.model.model_copy(update={"dropout": None, "gradient_checkpointing": False})
+    config = config.model_copy(update={"model": as_it_was})  # these are for training, and would get into the file
     path = resolve(config.model.name_or_path, key="model.name_or_path")
     model_config, tokenizer = load_descriptions(config, path)
     said = []

@@ -92,10 +92,11 @@ def test_padded_and_merged_are_the_same_function(kind: str, tmp_path: Path, mode
 
 
 def test_a_fresh_process_without_this_package(tmp_path: Path, models_dir: Path) -> None:
-    run, config, adapter = trained("bert", tmp_path, models_dir)
+    run, config, adapter = trained("bert", tmp_path, models_dir, dropout=0.5)
     expected = logits(run.engine.module, "bert")
     path = str(run.config.model.name_or_path)
     merged = export(adapter, "merged", "--config", str(config))
+    assert json.loads((merged / "config.json").read_text())["hidden_dropout_prob"] == 0, "the base's own"
     for arguments in ([str(merged)], [path, str(export(adapter, "padded"))]):
         done = subprocess.run([sys.executable, "-c", FRESH, *arguments], capture_output=True, text=True, check=True)
         found = torch.tensor(json.loads(done.stdout.splitlines()[-1]))
