@@ -40,7 +40,7 @@ def score(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--overwrite", action="store_true", help="start anew where another run has been")
     parser.add_argument("--resume", action="store_true", help="continue a pass that was killed")
     options = parser.parse_intermixed_args(argv)
-    return _guard(lambda: _score(options))
+    return _guard(lambda: _score(options), resume="--resume")
 
 
 def export(argv: Sequence[str] | None = None) -> int:
@@ -80,8 +80,12 @@ def _parser(name: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _guard(command: Callable[[], None]) -> int:
-    """Run a command; a :class:`UserError` becomes one line on rank 0 and exit code 2 on every rank."""
+def _guard(command: Callable[[], None], *, resume: str = "--resume auto") -> int:
+    """Run a command; a :class:`UserError` becomes one line on rank 0 and exit code 2 on every rank.
+
+    Args:
+        resume: the option by which the command continues after it was asked to stop.
+    """
     _prepare_environment()
     try:
         command()
@@ -95,7 +99,7 @@ def _guard(command: Callable[[], None]) -> int:
         return 130
     except Stopped as stopped:
         if launched_rank() == 0:
-            print(stopped)
+            print(f"requeue: {stopped}; the same command with {resume} continues")
         _leave()
     return 0
 
@@ -117,6 +121,8 @@ def _prepare_environment() -> None:
 
 def _train(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)
+    if options.resume == "":
+        raise UserError("--resume '' names nothing; give auto or a checkpoint folder, or leave it out")
     from tsqlora_scale import preflight
 
     if not options.dry_run:
@@ -140,6 +146,8 @@ def _train(options: argparse.Namespace) -> None:
         run = build_run(checked, resume=options.resume, stop=stop)
         if scores is not None:
             run.take_scores(scores.table, scores.seconds)
+            if run.is_main and not config.scoring.keep_sketches:
+                scores.discard_parts()
         result = train_run(run)
     if run.is_main:
         print_result(result)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from types import FrameType
 from typing import Any
 
@@ -12,10 +13,13 @@ from tsqlora_scale.engine.collectives import World
 from tsqlora_scale.errors import Stopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+#: Seconds in which further signals are the same request: a launcher and the system above it may both send one.
+SAME_REQUEST = 5.0
 
 
 class StopRequest:
-    """A context manager: inside it the first of :data:`SIGNALS` asks for a stop, and a second one stops at once.
+    """A context manager: inside it the first of :data:`SIGNALS` asks for a stop, and one that comes
+    more than :data:`SAME_REQUEST` seconds later stops at once.
 
     A signal may reach some ranks only, or all at different steps, so the ranks agree on the step with which they stop.
 
@@ -28,6 +32,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.requested = False
+        self._since = 0.0
         self.agreed = False
         self.interrupts_scoring = False
         self._before: dict[int, Any] = {}
@@ -42,12 +47,14 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _ask(self, number: int, _: FrameType | None) -> None:
-        if self.requested:
+        now = time.monotonic()
+        if not self.requested:
+            self.requested, self._since = True, now
+        elif now - self._since > SAME_REQUEST:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self.requested = True
 
-    def during_scoring(self, world: World, step: int) -> None:
+    def during_scoring(self, world: World) -> None:
         """Leave a pass that may be left if any rank was asked to. A collective.
 
         Raises:
@@ -56,4 +63,4 @@ class StopRequest:
         if not self.interrupts_scoring:
             return
         if int(world.max(torch.tensor([int(self.requested)])).item()):
-            raise Stopped(f"requeue: stopped on request while scoring after step {step}; --resume auto continues")
+            raise Stopped("stopped on request while scoring the pool")

@@ -11,9 +11,12 @@ from dataclasses import dataclass
 
 import torch
 
+from tsqlora_scale.errors import UserError
 from tsqlora_scale.preemption import StopRequest
 from tsqlora_scale.preflight import Preflight
 from tsqlora_scale.quality import ScoreTable
+from tsqlora_scale.quality.parts import Parts
+from tsqlora_scale.report.record import RunRecord
 from tsqlora_scale.run import build_run, find_checkpoint
 from tsqlora_scale.score import warm_up_and_score
 
@@ -24,6 +27,11 @@ class ProxyScores:
 
     table: ScoreTable
     seconds: float
+    parts: Parts
+
+    def discard_parts(self) -> None:
+        """Remove the raw numbers that the proxy's pass has left, once the scores are in a checkpoint. On rank 0."""
+        self.parts.discard()
 
 
 def score_by_proxy(preflight: Preflight, *, resume: str | None, stop: StopRequest) -> ProxyScores | None:
@@ -41,11 +49,16 @@ def score_by_proxy(preflight: Preflight, *, resume: str | None, stop: StopReques
     if preflight.proxy is None or (resume is not None and find_checkpoint(preflight.config.run_dir, resume)):
         return None
     start = time.perf_counter()
-    run = build_run(preflight.proxy, resume="auto" if resume is not None else None, stop=stop)
-    warm_up_and_score(run)
+    try:
+        run = build_run(preflight.proxy, resume="auto" if resume is not None else None, stop=stop)
+        # what an earlier run left in the folder of this one must not be resumed when the proxy is stopped
+        RunRecord(preflight.config.run_dir, writes=run.is_main).prepare(preflight.config.to_yaml())
+        warm_up_and_score(run)
+    except UserError as error:
+        raise UserError(f"scoring.proxy_model={preflight.config.scoring.proxy_model!r}: {error}") from None
     assert run.scorer is not None and run.scorer.table is not None
     table = run.scorer.table
     run.engine.close()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return ProxyScores(table, time.perf_counter() - start)
+    return ProxyScores(table, time.perf_counter() - start, run.scorer.parts)

@@ -340,7 +340,7 @@ def build_scorer(config: Config, plan: RunPlan, engine: Engine, task: Task, stop
 
     def progress(done: int, total: int) -> None:
         bar(done, total)
-        stop.during_scoring(engine.world, plan.scoring_step or 0)
+        stop.during_scoring(engine.world)
 
     def target_batches() -> Iterable[Any]:
         assert task.dev is not None

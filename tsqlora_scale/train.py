@@ -105,9 +105,7 @@ def stop_if_asked(run: Run) -> None:
     """
     if run.stop.agreed and run.step < run.plan.total_steps:
         run.save_checkpoint()
-        raise Stopped(
-            f"requeue: stopped on request after step {run.step} of {run.plan.total_steps}; --resume auto continues"
-        )
+        raise Stopped(f"stopped on request after step {run.step} of {run.plan.total_steps}")
 
 
 def adapt_ranks(run: Run) -> None:

@@ -35,7 +35,7 @@ def run_launched(
 ) -> subprocess.CompletedProcess[str]:
     """Run a script under an engine, output and errors together."""
     processes, stage, _ = ENGINES[engine]
-    port = str(_free_port())
+    port = str(free_port())
     if stage is not None:
         # threshold 0: even a tiny model's weights are really partitioned
         zero: dict[str, object] = {"stage": stage}
@@ -59,7 +59,8 @@ def run_launched(
     )  # fmt: skip
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.distributed.launch import ROOT, launch, run_launched
+from tests.distributed.launch import BIN, ROOT, free_port, launch, run_launched
 from tests.runs import losses_of, ranks_of, result_of, run_tree, write_config
 from tests.tiny import tiny_model
 
@@ -77,6 +80,27 @@ if "--resume" not in sys.argv:
     loop.train_step = train_step
 sys.exit(cli.train())
 """
+
+
+def test_a_signal_to_the_launcher(tmp_path: Path, models_dir: Path) -> None:
+    """It is passed on to every rank; the launcher's own exit code is its own affair."""
+    tree = run_tree("bert", tmp_path, models_dir, "run", train={"max_steps": 20_000})
+    config = write_config(tmp_path / "config.yaml", tree)
+    command = [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", str(free_port()), str(TRAIN)]
+    lines = tmp_path / "runs" / "run" / "metrics.jsonl"
+    with subprocess.Popen([*command, "--config", str(config)], stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        try:
+            deadline = time.monotonic() + 300
+            while time.monotonic() < deadline and not (lines.exists() and len(losses_of(lines.parent)) > 20):
+                time.sleep(0.2)
+            process.send_signal(signal.SIGTERM)
+            said, _ = process.communicate(timeout=120)
+        finally:
+            process.kill()
+    assert said.count("requeue: ") == 1
+    steps = len(losses_of(lines.parent))
+    assert 20 < steps < 20_000
+    assert (lines.parent / "checkpoints" / f"step-{steps:08d}").is_dir()
 
 
 @pytest.mark.parametrize("engine", ["ddp-2", "zero3-2"])

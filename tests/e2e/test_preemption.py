@@ -57,9 +57,8 @@ def test_a_signal_ends_the_run_after_the_step(
         assert cli.main(["train", "--config", str(config)]) == 0
     assert signal.getsignal(number) is before
     run_dir = tmp_path / "runs" / "run"
-    assert (
-        f"requeue: stopped on request after step {step + 1} of 13; --resume auto continues" in capsys.readouterr().out
-    )
+    said = capsys.readouterr().out
+    assert f"requeue: stopped on request after step {step + 1} of 13; the same command with --resume auto" in said
     assert (run_dir / "checkpoints" / f"step-{step + 1:08d}").is_dir()
     assert len(losses_of(run_dir)) == step + 1
     assert not (run_dir / "result.json").exists()
@@ -93,10 +92,11 @@ def test_a_signal_ends_the_first_pass_at_once(
     with monkeypatch.context() as patch:
         patch.setattr(Measurer, "_chunk", chunk)
         assert cli.main([command, "--config", str(config)]) == 0
-    assert "requeue: stopped on request while scoring after step 2" in capsys.readouterr().out
+    again = ["--resume", *(["auto"] if command == "train" else [])]
+    assert f"scoring the pool; the same command with {' '.join(again)} continues" in capsys.readouterr().out
     run_dir = tmp_path / "runs" / "run"
     assert not list((run_dir / "scores").glob("pass-*.parquet"))
-    assert cli.main([command, "--config", str(config), "--resume", *(["auto"] if command == "train" else [])]) == 0
+    assert cli.main([command, "--config", str(config), *again]) == 0
     found, expected = (ScoreTable.read(tmp_path / "runs" / name / "scores")[0] for name in ("run", "whole"))
     assert (found.quality == expected.quality).all()
 
@@ -120,14 +120,17 @@ def test_a_refresh_is_finished_first(tmp_path: Path, models_dir: Path, monkeypat
     assert losses_of(run_dir) == losses_of(tmp_path / "runs" / "whole")
 
 
-def test_the_second_signal_stops_at_once() -> None:
+def test_a_later_signal_stops_at_once() -> None:
+    """But not one that comes with the first, from a launcher and the system above it."""
     program = """
 import os, signal, sys
-from tsqlora_scale.preemption import StopRequest
-with StopRequest() as stop:
+from tsqlora_scale import preemption
+with preemption.StopRequest() as stop:
     os.kill(os.getpid(), signal.SIGUSR1)
+    os.kill(os.getpid(), signal.SIGTERM)
     assert stop.requested
     print("first", flush=True)
+    preemption.SAME_REQUEST = 0
     os.kill(os.getpid(), signal.SIGTERM)
     print("never", flush=True)
 """

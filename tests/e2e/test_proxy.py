@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from tests.runs import losses_of, ranks_of, result_of, run_tree, write_config
 from tests.tiny import tiny_model
 from tsqlora_scale import cli
 from tsqlora_scale.quality import ScoreTable
+from tsqlora_scale.run import Run
+from tsqlora_scale.train import train_step
 
 
 def tree_with_proxy(tmp_path: Path, models_dir: Path, **train: Any) -> dict[str, Any]:
@@ -34,6 +38,7 @@ def test_a_proxy_scores_the_pool(tmp_path: Path, models_dir: Path) -> None:
     assert len(ranks_of(run_dir)) == 2
     assert "warmup" not in result_of(run_dir)["seconds"], "the warm-up is the proxy's"
     assert len(losses_of(tmp_path / "runs" / "run-proxy")) == 2
+    assert not (tmp_path / "runs" / "run-proxy" / "scores" / "parts").exists()
 
     # the same as scoring with the proxy alone
     alone = run_tree("deberta", tmp_path, models_dir, "alone")
@@ -96,3 +101,24 @@ def test_scoring_alone_has_no_proxy(tmp_path: Path, models_dir: Path, capsys: py
     config = write_config(tmp_path / "config.yaml", tree_with_proxy(tmp_path, models_dir))
     assert cli.main(["score", "--config", str(config)]) == 2
     assert "set model.name_or_path to it" in capsys.readouterr().err
+
+
+def test_a_proxy_that_is_stopped(tmp_path: Path, models_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an earlier run has left is not resumed in its place."""
+    config = write_config(tmp_path / "config.yaml", tree_with_proxy(tmp_path, models_dir))
+    assert cli.main(["train", "--config", str(config)]) == 0
+    run_dir = tmp_path / "runs" / "run"
+    losses = losses_of(run_dir)
+    original = train_step
+
+    def signalled(run: Run) -> float:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tsqlora_scale.score.train_step", signalled)
+        assert cli.main(["train", "--config", str(config), "--overwrite"]) == 0
+    assert not (run_dir / "checkpoints").exists()
+    assert len(losses_of(tmp_path / "runs" / "run-proxy")) == 1
+    assert cli.main(["train", "--config", str(config), "--resume", "auto"]) == 0
+    assert losses_of(run_dir) == losses

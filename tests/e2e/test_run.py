@@ -121,9 +121,10 @@ def test_checkpoints_are_whole_small_and_safe(
     tree["train"]["lr"] = 0.5
     with pytest.raises(UserError, match=r"train\.lr"):
         build_run(preflight.check(parse_config(tree)), resume=str(folders[0]))
-    (folders[0] / "manifest.json").write_text("{")
-    with pytest.raises(UserError, match=r"no checkpoint in .* is undamaged"):
-        find_checkpoint(run_dir, "auto")
+    for manifest in ("{", "[]", "{}"):
+        (folders[0] / "manifest.json").write_text(manifest)
+        with pytest.raises(UserError, match=r"no checkpoint in .* is undamaged"):
+            find_checkpoint(run_dir, "auto")
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from tsqlora_scale.engine.state import ParamState, TrainState
 from tsqlora_scale.errors import UserError
+from tsqlora_scale.launcher import speaks_for_machine
 
 log = logging.getLogger("tsqlora_scale")
 
 MANIFEST = "manifest.json"
+FILES = {"parameters.safetensors", "state.safetensors", "state.json"}
 #: Key of a reference to a tensor in ``state.safetensors``.
 TENSOR = "tensor"
 
@@ -64,18 +66,23 @@ def verify_checkpoint(folder: Path) -> None:
     Raises:
         UserError: naming the file that is missing or damaged.
     """
+    otherwise = "resume from another checkpoint"
     try:
         digests = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError):
-        raise UserError(
-            f"checkpoint {str(folder)!r} has no {MANIFEST} to read; resume from another checkpoint"
-        ) from None
+        digests = None
+    if not isinstance(digests, dict) or not digests.keys() >= FILES:
+        raise UserError(f"checkpoint {str(folder)!r} has no {MANIFEST} that names its files; {otherwise}")
     for name, digest in digests.items():
         path = folder / name
         if not path.resolve().is_relative_to(folder.resolve()):
-            raise UserError(f"checkpoint {str(folder)!r}: {name!r} lies outside of it; resume from another one")
-        if not path.is_file() or _sha256(path) != digest:
-            raise UserError(f"checkpoint file {str(path)!r} is missing or damaged; resume from another checkpoint")
+            raise UserError(f"checkpoint {str(folder)!r}: {name!r} lies outside of it; {otherwise}")
+        try:
+            found = _sha256(path)
+        except OSError:
+            found = None
+        if found != digest:
+            raise UserError(f"checkpoint file {str(path)!r} is missing or damaged; {otherwise}")
 
 
 def newest_checkpoint(root: Path) -> Path | None:
@@ -89,7 +96,8 @@ def newest_checkpoint(root: Path) -> Path | None:
         try:
             verify_checkpoint(folder)
         except UserError as error:
-            log.warning("%s", str(error).replace("resume from another checkpoint", "trying the one before it"))
+            if speaks_for_machine():
+                log.warning("%s", str(error).replace("resume from another checkpoint", "trying the one before it"))
             problem = error
         else:
             return folder

@@ -27,7 +27,9 @@ def configure(accelerator: Any, *, micro_batch_size: int, max_grad_norm: float |
     """
     if accelerator.state.deepspeed_plugin.zero_stage == 3:
         _linear_as_elsewhere()
-    config = accelerator.state.deepspeed_plugin.deepspeed_config
+    plugin = accelerator.state.deepspeed_plugin
+    config = plugin.deepspeed_config
+    _auto_again(plugin)
     config["train_micro_batch_size_per_gpu"] = micro_batch_size
     config["gradient_accumulation_steps"] = accelerator.gradient_accumulation_steps
     config["train_batch_size"] = micro_batch_size * accelerator.gradient_accumulation_steps * accelerator.num_processes
@@ -36,6 +38,14 @@ def configure(accelerator: Any, *, micro_batch_size: int, max_grad_norm: float |
     for key in ("reduce_bucket_size", "allgather_bucket_size"):
         if zero.get(key, "auto") == "auto":  # twice the adapter leaves room for it to grow
             zero[key] = max(2 * trainable_numel, 1_000_000)
+
+
+def _auto_again(plugin: Any) -> None:
+    """Make ``auto`` again what was filled in for another model (a proxy) or for other ranks."""
+    zero = plugin.deepspeed_config["zero_optimization"]
+    if not hasattr(plugin, "tsqlora_auto"):
+        plugin.tsqlora_auto = [key for key, value in zero.items() if value == "auto"]
+    zero.update(dict.fromkeys(plugin.tsqlora_auto, "auto"))
 
 
 def _linear_as_elsewhere() -> None:

@@ -15,21 +15,22 @@ SHARE_OF_FREE = 0.5
 #: Larger batches were no faster.
 LARGEST = {"cpu": 32}
 LARGEST_ON_ACCELERATOR = 128
-#: glibc's mallopt: parameter -> bytes
-MALLOPT = {-1: 2**31 - 1, -3: 2**30}  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+#: parameters of glibc's mallopt
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
 def reuse_freed_memory() -> None:
-    """Let this process keep up to 2 GB of memory that was freed, instead of giving it back and asking for it again.
+    """Let this process keep memory that it freed, instead of giving it back and asking for it again.
 
     A backward pass that makes no parameter gradients frees everything that it took. By default glibc then hands the
-    pages back, and the next batch faults every one of them in: 10 to 50 % of a pass on a CPU (MiniLM, 32 x 128). With
-    another C library it does nothing.
+    pages back, and the next batch faults every one of them in: 10 to 50 % of a pass on a CPU (MiniLM, 32 x 128). The
+    process stays as large as its largest batch made it. With another C library it does nothing.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
-        for parameter, value in MALLOPT.items():
-            mallopt(parameter, value)
+        if not mallopt(M_MMAP_THRESHOLD, 2**30):  # older releases take no more than 32 MB
+            mallopt(M_MMAP_THRESHOLD, 2**25)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def bytes_kept(module: nn.Module, call: Callable[[], Any]) -> int:

@@ -381,7 +381,7 @@ class QualityScorer(Generic[Batch]):
             mean = terms[finite].mean(axis=0)
             table.loss[rest] = loss[finite].mean()
             table.grad_norm[rest], table.delta_loss[rest], table.convergence[rest] = mean
-            table.quality[rest] = (self._standardisation.z(mean[None]) @ weights)[0]
+            table.quality[rest] = quality[finite].mean()  # not that of the mean terms: a gate is not linear
         if first and self.sampling.redundancy:
             self.neighbours = self._count_neighbours()
         worth = table.quality
