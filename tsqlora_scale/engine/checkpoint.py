@@ -71,8 +71,9 @@ def verify_checkpoint(folder: Path) -> None:
         digests = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError):
         digests = None
-    if not isinstance(digests, dict) or not digests.keys() >= FILES:
-        raise UserError(f"checkpoint {str(folder)!r} has no {MANIFEST} that names its files; {otherwise}")
+    unnamed = f"checkpoint {str(folder)!r} has no {MANIFEST} that names its files; {otherwise}"
+    if not isinstance(digests, dict):
+        raise UserError(unnamed)
     for name, digest in digests.items():
         path = folder / name
         if not path.resolve().is_relative_to(folder.resolve()):
@@ -83,6 +84,8 @@ def verify_checkpoint(folder: Path) -> None:
             found = None
         if found != digest:
             raise UserError(f"checkpoint file {str(path)!r} is missing or damaged; {otherwise}")
+    if not digests.keys() >= FILES:
+        raise UserError(unnamed)
 
 
 def newest_checkpoint(root: Path) -> Path | None:
