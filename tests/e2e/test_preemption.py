@@ -15,7 +15,6 @@ import pytest
 from tests.runs import go, losses_of, ranks_of, run_tree, write_config
 from tsqlora_scale import (
     cli,
-    preemption,
     score,  # noqa: F401  takes train_step from the loop, and not while it is patched
 )
 from tsqlora_scale import train as loop
@@ -137,7 +136,3 @@ with preemption.StopRequest() as stop:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.stdout.split() == ["first"]
     assert done.returncode == -signal.SIGTERM
-
-
-def test_what_asks() -> None:
-    assert set(preemption.SIGNALS) == {signal.SIGTERM, signal.SIGUSR1}

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.runs import losses_of, run_tree, write_config
 from tsqlora_scale import cli
@@ -107,3 +108,34 @@ def test_the_script_ends_with_2_before_torch(config: Path) -> None:
     assert "train.lr=-1" in done.stderr
     assert done.stderr.count("\n") == 1
     assert done.stdout == ""
+
+
+PRODUCTS = """
+import hashlib
+from tsqlora_scale import cli
+cli._prepare_environment()
+import torch
+digest = hashlib.sha256()
+generator = torch.Generator().manual_seed(0)
+for m, k, n in [(592, 384, 11), (336, 384, 5), (5, 336, 384), (384, 336, 5)]:
+    a, b = torch.randn(m, k, generator=generator), torch.randn(k, n, generator=generator)
+    for product in (a @ b, b.t() @ a.t()):
+        digest.update(product.contiguous().numpy().tobytes())
+print(torch.get_num_threads(), digest.hexdigest())
+"""
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available() or os.cpu_count() == 1, reason="one thread, or no MKL")
+def test_products_do_not_depend_on_the_number_of_threads() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "MKL_CBWR"}
+
+    def digest(threads: str) -> list[str]:
+        done = subprocess.run(
+            [sys.executable, "-c", PRODUCTS],
+            capture_output=True, text=True, check=True, cwd=ROOT, env=environment | {"OMP_NUM_THREADS": threads},
+        )  # fmt: skip
+        return done.stdout.split()
+
+    (one, alone), (two, together) = digest("1"), digest("2")
+    assert (one, two) == ("1", "2")
+    assert alone == together

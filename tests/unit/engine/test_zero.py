@@ -1,0 +1,28 @@
+"""What the DeepSpeed config says of one model must not be kept for the next."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from tsqlora_scale.engine import zero
+
+
+def test_automatic_sizes_are_taken_anew_for_every_model() -> None:
+    sizes = {
+        "stage": 2,
+        "reduce_bucket_size": "auto",
+        "allgather_bucket_size": 7,
+        "stage3_prefetch_bucket_size": "auto",
+    }
+    plugin = SimpleNamespace(zero_stage=2, deepspeed_config={"zero_optimization": sizes})
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(deepspeed_plugin=plugin), gradient_accumulation_steps=2, num_processes=3
+    )
+    zero.configure(accelerator, micro_batch_size=4, max_grad_norm=None, trainable_numel=1_000_000)
+    assert sizes["reduce_bucket_size"] == 2_000_000
+    sizes["stage3_prefetch_bucket_size"] = 12  # as Accelerate fills it in, by the first model's width
+    zero.configure(accelerator, micro_batch_size=4, max_grad_norm=1.0, trainable_numel=5_000_000)
+    assert sizes["reduce_bucket_size"] == 10_000_000
+    assert sizes["allgather_bucket_size"] == 7, "what the user has set"
+    assert sizes["stage3_prefetch_bucket_size"] == "auto"
+    assert plugin.deepspeed_config["train_batch_size"] == 24
