@@ -281,8 +281,10 @@ def read_adapter(model: nn.Module, folder: Path) -> tuple[dict[str, int], dict[s
 
 
 def require_adapter(folder: Path) -> None:
-    """Raises:
-    UserError: the folder holds no adapter, or one in an unsafe format.
+    """Check that a folder holds a saved adapter.
+
+    Raises:
+        UserError: it holds none, or one in an unsafe format.
     """
     if not (folder / "adapter_config.json").is_file():
         raise UserError(f"adapter {str(folder)!r} holds no adapter_config.json; give the folder that a run wrote")

@@ -127,8 +127,6 @@ def _train(options: argparse.Namespace) -> None:
 
     if not options.dry_run:
         preflight.check_run_dir(config, overwrite=options.overwrite, resume=options.resume)
-        if config.scoring.proxy_model is not None:
-            preflight.check_run_dir(config.of_proxy(), overwrite=options.overwrite, resume=options.resume and "auto")
     checked = preflight.check(config)
     if options.dry_run:
         if launched_rank() == 0:

@@ -381,6 +381,11 @@ class Config(Section):
         return self.sampling.stratify
 
     @property
+    def scores_by_proxy(self) -> bool:
+        """Whether another model scores (``scoring.proxy_model``)."""
+        return self.scores_data and self.scoring.proxy_model is not None
+
+    @property
     def refreshes_scores(self) -> bool:
         """Whether scores are taken anew at schedule events."""
         return self.scores_data and self.scoring.refresh != "none"

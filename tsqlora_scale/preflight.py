@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -66,11 +68,12 @@ class Preflight:
     proxy: Preflight | None = None
 
 
-def check(config: Config, *, trains: bool = True) -> Preflight:
+def check(config: Config, *, trains: bool = True, data: Data | None = None) -> Preflight:
     """Run every check that needs no weights.
 
     Args:
         trains: whether the config's batches must divide among the processes that were started.
+        data: of ``config.task``, where it has been loaded already.
 
     Raises:
         UserError: naming the key, the value and the remedy.
@@ -78,7 +81,7 @@ def check(config: Config, *, trains: bool = True) -> Preflight:
     check_machine(config)
     from tsqlora_scale.tasks import build_task, load_data
 
-    data = load_data(config.task, seed=config.run.seed)
+    data = data or load_data(config.task, seed=config.run.seed)
     plan = plan_run(config, len(data.train), launched_size() if trains else 1)
     if data.dev is None and config.train.eval_every:
         raise UserError(
@@ -91,18 +94,18 @@ def check(config: Config, *, trains: bool = True) -> Preflight:
     task = build_task(config.task, data, tokenizer, model_config)
     if trains:
         check_scoring(config, task)
-    proxy = check_proxy(config) if trains and config.scores_data and config.scoring.proxy_model else None
+    proxy = None
+    if trains and config.scores_by_proxy:
+        with naming_the_proxy(config):
+            proxy = check(config.of_proxy(), data=data)
     return Preflight(config, plan, data, task, path, model_config, tokenizer, heads, proxy)
 
 
-def check_proxy(config: Config) -> Preflight:
-    """The checks of the run in which ``scoring.proxy_model`` scores.
-
-    Raises:
-        UserError: what is wrong with it, and that it is the proxy's.
-    """
+@contextmanager
+def naming_the_proxy(config: Config) -> Iterator[None]:
+    """Say of mistakes inside that they are those of ``scoring.proxy_model``."""
     try:
-        return check(config.of_proxy())
+        yield
     except UserError as error:
         raise UserError(f"scoring.proxy_model={config.scoring.proxy_model!r}: {error}") from None
 
@@ -277,7 +280,7 @@ def resumes_in(config: Config, resume: str) -> bool:
 
 
 def check_run_dir(config: Config, *, overwrite: bool, resume: str | None) -> None:
-    """Never write over a run unless asked to.
+    """Never write over a run unless asked to; nor over its proxy's.
 
     Args:
         resume: what ``--resume`` says. A checkpoint of another folder starts a new run in this one.
@@ -285,6 +288,8 @@ def check_run_dir(config: Config, *, overwrite: bool, resume: str | None) -> Non
     Raises:
         UserError: when the run folder holds a run.
     """
+    if config.scores_by_proxy:
+        check_run_dir(config.of_proxy(), overwrite=overwrite, resume=None if resume is None else "auto")
     folder = config.run_dir
     continues = resume is not None and resumes_in(config, resume)
     if not overwrite and not continues and (folder / "config.yaml").exists():

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from tsqlora_scale.errors import UserError
 from tsqlora_scale.preemption import StopRequest
-from tsqlora_scale.preflight import Preflight
+from tsqlora_scale.preflight import Preflight, naming_the_proxy
 from tsqlora_scale.quality import ScoreTable
 from tsqlora_scale.quality.parts import Parts
 from tsqlora_scale.report.record import RunRecord
@@ -49,13 +48,11 @@ def score_by_proxy(preflight: Preflight, *, resume: str | None, stop: StopReques
     if preflight.proxy is None or (resume is not None and find_checkpoint(preflight.config.run_dir, resume)):
         return None
     start = time.perf_counter()
-    try:
+    with naming_the_proxy(preflight.config):
         run = build_run(preflight.proxy, resume="auto" if resume is not None else None, stop=stop)
         # what an earlier run left in the folder of this one must not be resumed when the proxy is stopped
         RunRecord(preflight.config.run_dir, writes=run.is_main).prepare(preflight.config.to_yaml())
         warm_up_and_score(run)
-    except UserError as error:
-        raise UserError(f"scoring.proxy_model={preflight.config.scoring.proxy_model!r}: {error}") from None
     assert run.scorer is not None and run.scorer.table is not None
     table = run.scorer.table
     run.engine.close()

@@ -192,9 +192,7 @@ class Run:
         assert self.scorer is not None
         with self.record.phase("scoring"):
             table = self.scorer.score(self.engine.module, refresh=refresh, model_key=self.model_key())
-            self.draw_by_scores()
-            if self.is_main:
-                table.write(self.record.folder / "scores", self.scorer.sample_ids)
+            self._use_scores(table)
         return table
 
     def take_scores(self, table: ScoreTable, seconds: float) -> None:
@@ -203,10 +201,15 @@ class Run:
         self.scorer.adopt(table)
         self.first_quality = table.mean_quality()
         self.record.seconds["scoring"] = self.record.seconds.get("scoring", 0.0) + seconds
+        self._use_scores(table)
+        self.save_checkpoint()
+
+    def _use_scores(self, table: ScoreTable) -> None:
+        """Draw by the scorer's new table, and write it."""
+        assert self.scorer is not None
         self.draw_by_scores()
         if self.is_main:
             table.write(self.record.folder / "scores", self.scorer.sample_ids)
-        self.save_checkpoint()
 
     def model_key(self) -> str:
         """Says which weights the model has: the base by its name, what is trained by a digest. A collective."""
