@@ -47,7 +47,7 @@ TASKS = {"bert": "classification", "deberta": "classification", "bart": "seq2seq
 def run_tree(kind: str, folder: Path, models: Path, name: str, **sections: dict[str, Any]) -> dict[str, Any]:
     """A run of 13 steps with scoring after step 2 and rank events after steps 4 and 8, dropout 0."""
     tree: dict[str, Any] = {
-        "run": {"name": name, "output_dir": str(folder / "runs"), "seed": 1},
+        "run": {"name": name, "output_dir": str(folder / "runs"), "seed": 1, "timeout_minutes": 4},
         "model": {"name_or_path": str(tiny_model(kind, models))},
         "task": write_data(folder / f"data-{TASKS[kind]}", TASKS[kind]),
         "adapter": {"r": 4, "alpha": 8},

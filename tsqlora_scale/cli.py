@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 
 from tsqlora_scale.config import Config, load_config
 from tsqlora_scale.errors import Stopped, UserError
-from tsqlora_scale.launcher import launched_rank, speaks_for_machine
+from tsqlora_scale.failures import fail, leave_group, record_cause
+from tsqlora_scale.launcher import launched_rank, launched_size, speaks_for_machine
 
 
 def train(argv: Sequence[str] | None = None) -> int:
@@ -87,6 +88,7 @@ def _guard(command: Callable[[], None], *, resume: str = "--resume auto") -> int
         resume: the option by which the command continues after it was asked to stop.
     """
     _prepare_environment()
+    code = 0
     try:
         command()
     except UserError as error:
@@ -94,14 +96,19 @@ def _guard(command: Callable[[], None], *, resume: str = "--resume auto") -> int
             print(f"error: {error}", file=sys.stderr)
         elif speaks_for_machine():  # what is wrong here may be right where rank 0 is
             print(f"error on {platform.node()}: {error}", file=sys.stderr)
-        return 2
+        record_cause(f"error: {error}", f"error: {error}")
+        code = 2
     except KeyboardInterrupt:
-        return 130
+        code = 130
     except Stopped as stopped:
         if launched_rank() == 0:
             print(f"requeue: {stopped}; the same command with {resume} continues")
-        _leave()
-    return 0
+    except Exception as error:
+        if launched_size() == 1:
+            raise
+        fail(error)
+    leave_group(code)
+    return code
 
 
 def _prepare_environment() -> None:
@@ -149,7 +156,6 @@ def _train(options: argparse.Namespace) -> None:
         result = train_run(run)
     if run.is_main:
         print_result(result)
-    _leave()
 
 
 def _score(options: argparse.Namespace) -> None:
@@ -180,7 +186,6 @@ def _score(options: argparse.Namespace) -> None:
         summary = score_run(run, top=options.top, similarity=options.similarity, warm_up=options.adapter is None)
     if run.is_main:
         print_scores(summary, str(run.record.folder / "scores"))
-    _leave()
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -194,7 +199,6 @@ def _evaluate(options: argparse.Namespace) -> None:
     if is_main:
         for name, value in metrics.items():
             print(f"{name}: {value:.6f}")
-    _leave()
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -209,10 +213,3 @@ def _export(options: argparse.Namespace) -> None:
             Path(options.adapter), options.format, Path(options.out), config=config, overwrite=options.overwrite
         )
     print("\n".join([*said, f"written: {options.out}"]))
-
-
-def _leave() -> None:
-    import torch.distributed as dist
-
-    if dist.is_initialized():
-        dist.destroy_process_group()

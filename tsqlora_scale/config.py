@@ -40,6 +40,8 @@ class RunConfig(Section):
     name: Annotated[str, Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
     output_dir: str = "runs"
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    #: How long ranks wait for one another, before a run with a rank that hangs ends.
+    timeout_minutes: PositiveFloat = 10.0
 
 
 class ModelConfig(Section):

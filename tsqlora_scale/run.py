@@ -30,6 +30,7 @@ from tsqlora_scale.engine.start import start_accelerator
 from tsqlora_scale.engine.state import TrainState
 from tsqlora_scale.errors import UserError
 from tsqlora_scale.evaluation import evaluate
+from tsqlora_scale.failures import Watchdog
 from tsqlora_scale.preemption import StopRequest
 from tsqlora_scale.preflight import Preflight, RunPlan, resumes_in
 from tsqlora_scale.quality import BatchSampler, QualityScorer, ScoreTable, importance_weights, select_subset
@@ -52,6 +53,7 @@ class Run:
     scorer: QualityScorer | None
     policy: TsqLoraPolicy | None
     stop: StopRequest
+    watchdog: Watchdog
     #: Optimizer steps done.
     step: int = 0
     #: Events of the schedule done.
@@ -99,7 +101,7 @@ class Run:
 
     def progress(self, what: str) -> Progress:
         """Progress shown by rank 0."""
-        return Progress(what, shows=self.is_main)
+        return Progress(what, shows=self.is_main, beat=self.watchdog.beat)
 
     def evaluate(self) -> dict[str, float]:
         """Metrics on the development split; empty without one."""
@@ -243,8 +245,11 @@ def build_run(
     stop = stop or StopRequest()
     config, plan = preflight.config, preflight.plan
     accelerator = start_accelerator(
-        accumulation=plan.accumulation, mixed_precision="fp16" if config.model.dtype == "fp16" else "no"
+        accumulation=plan.accumulation,
+        mixed_precision="fp16" if config.model.dtype == "fp16" else "no",
+        timeout_minutes=config.run.timeout_minutes,
     )
+    watchdog = Watchdog(minutes=config.run.timeout_minutes, acts=accelerator.device.type == "cpu")
     record = RunRecord(config.run_dir, writes=accelerator.is_main_process)
     checkpoint = find_checkpoint(config.run_dir, resume) if resume else None
     with record.phase("load"), quiet_libraries():
@@ -281,9 +286,10 @@ def build_run(
             task=task,
             record=record,
             tracker=tracker,
-            scorer=build_scorer(config, plan, engine, task, stop) if config.scores_data else None,
+            scorer=build_scorer(config, plan, engine, task, stop, watchdog) if config.scores_data else None,
             policy=TsqLoraPolicy(config.allocation) if tracker else None,
             stop=stop,
+            watchdog=watchdog,
         )
         if tree is None or not resumes_in(config, str(resume)):
             record.prepare(config.to_yaml())
@@ -326,7 +332,9 @@ def build_model(config: Config, preflight: Preflight, task: Task, *, device: tor
     )
 
 
-def build_scorer(config: Config, plan: RunPlan, engine: Engine, task: Task, stop: StopRequest) -> QualityScorer:
+def build_scorer(
+    config: Config, plan: RunPlan, engine: Engine, task: Task, stop: StopRequest, watchdog: Watchdog
+) -> QualityScorer:
     """The scorer, given the task's batches and per-sample losses as callables."""
     device = engine.world.device
     limit = config.scoring.max_length
@@ -339,7 +347,7 @@ def build_scorer(config: Config, plan: RunPlan, engine: Engine, task: Task, stop
         sums, counts = task.losses(module(**batch.inputs), batch)
         return sums / counts
 
-    bar = Progress("scoring", shows=engine.world.is_main)
+    bar = Progress("scoring", shows=engine.world.is_main, beat=watchdog.beat)
 
     def progress(done: int, total: int) -> None:
         bar(done, total)
@@ -378,7 +386,7 @@ def evaluate_adapter(preflight: Preflight, adapter: str) -> tuple[dict[str, floa
         raise UserError(f"--adapter {adapter!r} is no folder; give the adapter folder that a run wrote")
     if preflight.data.dev is None:
         raise UserError("task.dataset.dev_file is not set, and evaluation needs it; name the file")
-    accelerator = start_accelerator(accumulation=1)
+    accelerator = start_accelerator(accumulation=1, timeout_minutes=config.run.timeout_minutes)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise UserError("evaluation of a saved adapter runs without DeepSpeed; launch it plainly or with DDP")
     world = World.current(accelerator.device)
@@ -433,8 +441,8 @@ def same_method(config: Config, saved: dict[str, Any], checkpoint: Path | None) 
         UserError: naming the first key that differs.
     """
     now = config.model_dump(mode="json")
-    free = {"run.output_dir", "run.name", "train.micro_batch_size", "train.eval_batch_size", "train.checkpoint_every"}
-    free |= {"train.checkpoint_keep", "train.eval_every", "scoring.keep_sketches"}
+    free = {"run.output_dir", "run.name", "run.timeout_minutes", "train.micro_batch_size", "train.eval_batch_size"}
+    free |= {"train.checkpoint_every", "train.checkpoint_keep", "train.eval_every", "scoring.keep_sketches"}
     for section, values in now.items():
         for key, value in values.items():
             old = saved.get(section, {}).get(key)

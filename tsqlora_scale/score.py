@@ -39,12 +39,12 @@ def warm_up_and_score(run: Run, *, warm_up: bool = True) -> None:
     assert run.plan.scoring_step is not None
     steps = run.plan.scoring_step if warm_up else 0
     if run.first_quality is None:
-        with run.progress("warm-up") as bar:
+        with run.watchdog, run.progress("warm-up") as bar:
             while run.step < steps:
                 loss = train_step(run)
                 bar(run.step, steps, f"loss {loss:.4f}")
                 stop_if_asked(run)
-        score_pool(run)
+            score_pool(run)
 
 
 def summarise(run: Run, *, top: int, similarity: float) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def train(run: Run) -> dict[str, Any]:
     config, plan = run.config, run.plan
     if run.step == 0 and not run.metrics_before:
         run.metrics_before = run.evaluate()
-    with run.progress("training") as bar:
+    with run.watchdog, run.progress("training") as bar:
         while run.step < plan.total_steps:
             if run.step == plan.scoring_step and run.first_quality is None:
                 score_pool(run)  # lines 2-4: Q, p and S

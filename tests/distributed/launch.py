@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -13,6 +15,8 @@ BIN = Path(sys.executable).parent
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("worker.py")
 
+#: Seconds after which a launch counts as hanging; less than a test may take.
+LONGEST = 500.0
 #: name -> (processes, ZeRO stage or None, what result.json must say the engine was)
 ENGINES = {
     "plain": (1, None, "NO"),
@@ -23,7 +27,7 @@ ENGINES = {
 }
 
 
-def launch(engine: str, script: Path, arguments: list[str], folder: Path, timeout: float = 1500) -> str:
+def launch(engine: str, script: Path, arguments: list[str], folder: Path, timeout: float = LONGEST) -> str:
     """Run a script under an engine; its output. Fails the test with that output if it exits with an error."""
     done = run_launched(engine, script, arguments, folder, timeout)
     assert done.returncode == 0, f"{engine} exited with {done.returncode}:\n{done.stdout[-6000:]}"
@@ -31,7 +35,7 @@ def launch(engine: str, script: Path, arguments: list[str], folder: Path, timeou
 
 
 def run_launched(
-    engine: str, script: Path, arguments: list[str], folder: Path, timeout: float = 1500
+    engine: str, script: Path, arguments: list[str], folder: Path, timeout: float = LONGEST
 ) -> subprocess.CompletedProcess[str]:
     """Run a script under an engine, output and errors together."""
     processes, stage, _ = ENGINES[engine]
@@ -52,11 +56,21 @@ def run_launched(
     else:
         command = [sys.executable]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
-    return subprocess.run(
+    with subprocess.Popen(
         [*command, str(script), *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout, cwd=ROOT, env=environment,
-        check=False,
-    )  # fmt: skip
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, start_new_session=True,
+        env=environment | {"PYTHONFAULTHANDLER": "1"},
+    ) as process:  # fmt: skip
+        try:
+            said, _ = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGABRT)  # every process says where it stands
+            said, _ = process.communicate(timeout=30)
+            raise AssertionError(f"{engine} hangs:\n{said[-12_000:]}") from None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    return subprocess.CompletedProcess(command, process.returncode, said)
 
 
 def free_port() -> int:

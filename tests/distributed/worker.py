@@ -9,6 +9,7 @@ from tsqlora_scale import preflight
 from tsqlora_scale.cli import _prepare_environment
 from tsqlora_scale.config import load_config
 from tsqlora_scale.errors import UserError
+from tsqlora_scale.failures import leave_group
 
 
 def main() -> int:
@@ -27,10 +28,7 @@ def main() -> int:
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-    import torch.distributed as dist
-
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave_group(0)
     return 0
 
 

@@ -19,7 +19,7 @@ from tsqlora_scale.launcher import launched, launched_size
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.DEEPSPEED)
 
 
-def start_accelerator(*, accumulation: int, mixed_precision: str = "no", timeout_minutes: float = 10) -> Accelerator:
+def start_accelerator(*, accumulation: int, mixed_precision: str = "no", timeout_minutes: float) -> Accelerator:
     """Build the Accelerator of this process.
 
     Args:

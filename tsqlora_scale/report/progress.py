@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -13,11 +14,18 @@ SECONDS_BETWEEN_LINES = 15.0
 
 
 class Progress:
-    """``with Progress("training", shows=True) as bar: bar(7, 100, "loss 0.3")``."""
+    """``with Progress("training", shows=True) as bar: bar(7, 100, "loss 0.3")``.
 
-    def __init__(self, what: str, *, shows: bool) -> None:
+    Args:
+        what: the work.
+        shows: whether this process shows it.
+        beat: called with every report, on processes that show nothing, too.
+    """
+
+    def __init__(self, what: str, *, shows: bool, beat: Callable[[], None] | None = None) -> None:
         self._what = what
         self._shows = shows
+        self._beat = beat
         self._bar: Any = None
         self._printed = time.monotonic()
 
@@ -31,6 +39,8 @@ class Progress:
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
         """Report that ``done`` of ``total`` units are finished."""
+        if self._beat is not None:
+            self._beat()
         if not self._shows:
             return
         if sys.stderr.isatty():

@@ -36,7 +36,7 @@ def make_engine(models: Path, **train: object) -> Engine:
         generator=generator_for(0, "adapter"),
     )  # fmt: skip
     settings = TrainConfig.model_validate({"max_steps": 9, "lr": 1e-2, **train})
-    return Engine(start_accelerator(accumulation=1), model, train=settings, micro_batch_size=4)
+    return Engine(start_accelerator(accumulation=1, timeout_minutes=10), model, train=settings, micro_batch_size=4)
 
 
 def step(engine: Engine, seed: int, lr: float = 1e-2) -> tuple[float, float]:
@@ -171,4 +171,4 @@ def test_a_path_cannot_escape_a_checkpoint(tmp_path: Path) -> None:
 
 def test_the_launchers_accumulation_does_not_win(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
-    assert start_accelerator(accumulation=3).gradient_accumulation_steps == 3
+    assert start_accelerator(accumulation=3, timeout_minutes=10).gradient_accumulation_steps == 3

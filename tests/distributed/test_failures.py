@@ -1,0 +1,80 @@
+"""One rank fails, the others do not wait for it, and what the user reads last is why."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.launch import ROOT, run_launched
+from tests.runs import run_tree, write_config
+
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+
+FAILING = """
+import os, signal, sys, time
+sys.path.insert(0, {root!r})
+from tsqlora_scale import cli, train as loop
+from tsqlora_scale.errors import UserError
+
+original = loop.train_step
+
+def a_slow_disk():
+    time.sleep(10_000)
+
+def train_step(run):
+    if run.step == 5:
+        open(os.environ["PIDS"] + str(run.engine.world.rank), "w").write(str(os.getpid()))
+        if run.engine.world.rank == 1:
+            {how}
+    return original(run)
+
+loop.train_step = train_step
+sys.exit(cli.train())
+"""
+
+#: how rank 1 ends -> what is read in the launcher's closing words
+CAUSES = {
+    "raise KeyError('no such shelf')": "KeyError: 'no such shelf'",
+    "raise UserError('shelf 3 is empty; fill it')": "error: shelf 3 is empty; fill it",
+    "os.kill(os.getpid(), signal.SIGKILL)": "Signal 9 (SIGKILL)",
+    "a_slow_disk()": "rank 1 has made no progress",
+}
+
+
+@pytest.mark.parametrize(
+    ("engine", "how"), [("ddp-2", how) for how in CAUSES] + [("zero3-2", how) for how in list(CAUSES)[::3]]
+)
+def test_the_first_cause_is_said_last(
+    tmp_path: Path, models_dir: Path, engine: str, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIDS", str(tmp_path / "pid-"))
+    # collectives give up after half a minute
+    config = write_config(
+        tmp_path / "config.yaml", run_tree("bert", tmp_path, models_dir, "run", run={"timeout_minutes": 0.5})
+    )
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING.format(root=str(ROOT), how=how))
+    done = run_launched(engine, script, ["--config", str(config)], tmp_path)
+    assert done.returncode not in (0, None)
+    closing = done.stdout[done.stdout.rindex("Root Cause") :]
+    assert CAUSES[how] in closing
+    assert "rank      : 1 " in closing
+    if how.startswith("a_slow"):
+        assert "time.sleep" in closing  # where it hangs
+    assert not (tmp_path / "runs" / "run" / "result.json").exists()
+    for rank in range(2):
+        assert is_gone(int((tmp_path / f"pid-{rank}").read_text()))
+
+
+def is_gone(pid: int) -> bool:
+    """Whether a process has ended, or does so within seconds."""
+    for _ in range(50):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False

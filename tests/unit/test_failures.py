@@ -1,0 +1,77 @@
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tsqlora_scale.failures import Watchdog, lost_another, record_cause, waits
+
+
+def test_what_counts_as_having_lost_another_rank() -> None:
+    gone = "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4711"
+    assert lost_another(RuntimeError(gone))
+    assert lost_another(torch.distributed.DistBackendError("NCCL error"))
+    assert not lost_another(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not lost_another(KeyError("Connection closed by peer"))
+
+
+def test_the_cause_is_written_in_the_launchers_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.distributed.elastic.multiprocessing.api import ProcessFailure
+
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    before = int(time.time())
+    record_cause("no shelf", "here it stands")
+    failure = ProcessFailure(local_rank=1, pid=4711, exitcode=1, error_file=str(file))
+    assert failure.message["message"] == "no shelf"
+    assert before <= failure.timestamp <= int(time.time())
+    assert json.loads(file.read_text())["message"]["extraInfo"]["py_callstack"] == "here it stands"
+
+
+def test_a_stack_in_a_collective_waits() -> None:
+    assert not waits(sys._getframe())
+    source = "def wait(report): report()\n"
+    namespace: dict = {}
+    exec(compile(source, str(Path("lib") / "torch" / "distributed" / "c10d.py"), "exec"), namespace)
+    seen = []
+    namespace["wait"](lambda: seen.append(waits(sys._getframe())))
+    assert seen == [True]
+
+
+HANGING = """
+import sys, time
+from tsqlora_scale.failures import Watchdog
+with Watchdog(minutes=0.02, acts=True) as dog:
+    for _ in range(30):
+        time.sleep(0.1)
+        dog.beat()
+    print("has worked", flush=True)
+    {end}
+print("the end")
+"""
+
+
+@pytest.mark.parametrize(("end", "code"), [("time.sleep(100)", 1), ("pass", 0)])
+def test_a_rank_that_hangs_ends_and_one_at_work_does_not(tmp_path: Path, end: str, code: int) -> None:
+    environment = os.environ | {"RANK": "1", "WORLD_SIZE": "2", "TORCHELASTIC_ERROR_FILE": str(tmp_path / "cause")}
+    done = subprocess.run(
+        [sys.executable, "-c", HANGING.format(end=end)], capture_output=True, text=True, env=environment, timeout=60,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    assert done.stdout.startswith("has worked")
+    if code:
+        assert "rank 1 has made no progress for 0.018 minutes; it is here:" in done.stderr
+        assert "made no progress" in (tmp_path / "cause").read_text()
+    else:
+        assert done.stdout.endswith("the end\n")
+
+
+def test_alone_nobody_watches() -> None:
+    with Watchdog(minutes=10, acts=True):
+        assert all(thread.name != "watchdog" for thread in threading.enumerate())
