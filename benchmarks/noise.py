@@ -109,7 +109,7 @@ def scores(options: argparse.Namespace) -> None:
             columns.setdefault("mass", []).append(table.probability[flipped].sum())
             columns.setdefault("share", []).append(flipped.mean())
         order = [*TERMS, "mass", "share", *(f"{term} ~ spread" for term in TERMS)]
-        print(f"| {warmup} | {' | '.join(_cell(columns.get(name, [])) for name in order)} |", flush=True)
+        print(f"| {warmup} | {' | '.join(cell(columns.get(name, [])) for name in order)} |", flush=True)
 
 
 def train(options: argparse.Namespace) -> None:
@@ -133,11 +133,12 @@ def train(options: argparse.Namespace) -> None:
                     (launch("train", options.config, overrides, options.out, place) / "result.json").read_text()
                 )
                 values.append(next(iter(result["metrics"].values())))
-            cells.append(_cell(values))
+            cells.append(cell(values))
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
-def _cell(values: list[float]) -> str:
+def cell(values: list[float]) -> str:
+    """Mean and standard deviation."""
     if not values:
         return "-"
     spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""

@@ -75,3 +75,17 @@ def test_a_rank_that_hangs_ends_and_one_at_work_does_not(tmp_path: Path, end: st
 def test_alone_nobody_watches() -> None:
     with Watchdog(minutes=10, acts=True):
         assert all(thread.name != "watchdog" for thread in threading.enumerate())
+
+
+def test_a_process_of_a_group_leaves_at_once() -> None:
+    source = """
+import threading, torch.distributed as dist
+from tsqlora_scale.failures import leave_group
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+threading.Thread(target=threading.Event().wait).start()  # an ordinary exit would wait for it for ever
+print("to be seen")
+leave_group(3)
+print("not to be seen")
+"""
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (3, "to be seen\n")
