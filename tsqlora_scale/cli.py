@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from tsqlora_scale.config import Config, load_config
 from tsqlora_scale.errors import Stopped, UserError
 from tsqlora_scale.launcher import launched_rank, speaks_for_machine
+from tsqlora_scale.printing import printable
 
 
 def train(argv: Sequence[str] | None = None) -> int:
@@ -99,7 +100,7 @@ def _guard(command: Callable[[], None], *, resume: str = "--resume auto") -> int
         return 130
     except Stopped as stopped:
         if launched_rank() == 0:
-            print(f"requeue: {stopped}; the same command with {resume} continues")
+            print(f"requeue: {printable(str(stopped))}; the same command with {resume} continues")
         _leave()
     return 0
 
@@ -208,7 +209,7 @@ def _export(options: argparse.Namespace) -> None:
         said = write(
             Path(options.adapter), options.format, Path(options.out), config=config, overwrite=options.overwrite
         )
-    print("\n".join([*said, f"written: {options.out}"]))
+    print("\n".join([*said, f"written: {printable(options.out)}"]))
 
 
 def _leave() -> None:

@@ -11,10 +11,11 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tsqlora_scale.config import Config, as_steps
+from tsqlora_scale.config import LARGEST, Config, as_steps
 from tsqlora_scale.errors import UserError
 from tsqlora_scale.launcher import launched_rank, launched_size
 from tsqlora_scale.locations import resolve
+from tsqlora_scale.printing import shown
 
 if TYPE_CHECKING:
     from tsqlora_scale.ranks.schedule import Schedule
@@ -165,7 +166,9 @@ def plan_run(config: Config, pool_size: int, world_size: int) -> RunPlan:
     subset = pool_size
     if config.adapter.method == "tsqlora" and config.sampling.selector != "full":
         subset = share_of(config.sampling.keep_fraction, pool_size)
-    total = train.max_steps or ceil((train.epochs or 0) * subset / train.batch_size)
+    total = train.max_steps or ceil(min((train.epochs or 0) * subset / train.batch_size, 10 * LARGEST))
+    if total > LARGEST:
+        raise UserError(f"train.epochs={train.epochs} is a run of {total:.3g} steps; lower it, or set train.max_steps")
     scoring_step = None
     if config.scores_data:
         scoring_step = as_steps(config.scoring.warmup_steps, total)
@@ -269,7 +272,13 @@ def check_architecture(config: Config, model_config: Any, tokenizer: Any) -> lis
             f"model.name_or_path={config.model.name_or_path!r} is a {model_config.model_type} model, which has no "
             f"{config.task.type} form; choose another model or task.type"
         ) from None
-    resolve_targets(bare, config.adapter.target_modules)
+    shapes = {name: module.weight.shape for name, module in bare.named_modules() if hasattr(module, "in_features")}
+    widest = max(min(shapes[name]) for name in resolve_targets(bare, config.adapter.target_modules))
+    if config.adapter.r > widest:
+        raise UserError(
+            f"adapter.r={config.adapter.r}: no layer that is adapted has a rank above {widest}; lower it, "
+            "or choose other adapter.target_modules"
+        )
     check_lengths(config.task, tokenizer, model_config)
     return heads_of(bare)
 
@@ -288,17 +297,22 @@ def check_run_dir(config: Config, *, overwrite: bool, resume: str | None) -> Non
     Raises:
         UserError: when the run folder holds a run.
     """
+    from tsqlora_scale.report.record import CONTENTS
+
     if config.scores_by_proxy:
         check_run_dir(config.of_proxy(), overwrite=overwrite, resume=None if resume is None else "auto")
     folder = config.run_dir
     continues = resume is not None and resumes_in(config, resume)
-    if not overwrite and not continues and (folder / "config.yaml").exists():
+    if not overwrite and not continues and any(os.path.lexists(folder / name) for name in CONTENTS):
         raise UserError(
             f"run folder {str(folder)!r} already holds a run; "
             "choose another run.name, or give --resume auto or --overwrite"
         )
     if launched_rank() != 0:  # rank 0 alone writes, and a folder need not be on every machine
         return
-    existing = folder if folder.exists() else next(p for p in folder.absolute().parents if p.exists())
+    try:
+        existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    except OSError as error:  # a name that is too long, a link that leads to itself
+        raise UserError(f"run.output_dir={shown(config.run.output_dir)}: {error.strerror}; choose another") from None
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(f"run.output_dir={config.run.output_dir!r} cannot be written to; choose another")

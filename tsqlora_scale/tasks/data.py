@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from tsqlora_scale.config import TaskConfig
 from tsqlora_scale.errors import UserError
+from tsqlora_scale.printing import printable
 from tsqlora_scale.tasks.columns import SAMPLE_ID, check_text, require_columns, sample_ids
 from tsqlora_scale.tasks.labels import class_ids, regression_targets
 from tsqlora_scale.tasks.metrics import check_metrics
@@ -83,7 +84,7 @@ def _load_split(cfg: TaskConfig, split: SplitName, seed: int) -> datasets.Datase
     kept = raw.remove_columns([name for name in ours if name in raw.column_names])
     dataset = datasets.concatenate_datasets([kept, datasets.Dataset(pa.table(ours))], axis=1)
     if not filled.all():
-        log.warning("%s: %d rows with an empty text are left out", where, int((~filled).sum()))
+        log.warning("%s: %d rows with an empty text are left out", printable(where), int((~filled).sum()))
         dataset = dataset.select(np.flatnonzero(filled))
         if not len(dataset):
             raise UserError(f"{where}: every row has an empty text; check task.text, task.source and task.target")
