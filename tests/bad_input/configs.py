@@ -40,7 +40,7 @@ FILES = [
     config_file("a picture", b"\x89PNG\r\n\x1a\n\x00\x00", "not UTF-8 text"),
     config_file("a Python object", "train: !!python/object/apply:os.getcwd []\n", "not valid YAML", "tag"),
     config_file("an unknown anchor", "train: *nowhere\n", "line 1", "*nowhere has no anchor"),
-    config_file("an anchor inside itself", "train: &t {again: *t}\n", "anchor"),
+    config_file("an anchor inside itself", "train: &t {again: *t}\n", "alias *t is inside itself"),
     config_file("a bomb of anchors", BOMB, "line", "anchors"),
     config_file("a bomb of merge keys", MERGES, "anchors"),
     config_file("deep nesting", "[" * NEST + "]" * NEST, "nested"),

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.bad_input import configs
+from tests.bad_input import configs, data
 from tests.bad_input.place import Case, Place, assert_refused, listing
 from tests.runs import go, run_tree
 from tsqlora_scale import cli
 
-CASES = [*configs.CASES]
+CASES = {
+    f"{module.__name__.rsplit('.', 1)[-1]}: {case.name}": case for module in (configs, data) for case in module.CASES
+}
 
 
 @pytest.fixture(scope="session")
@@ -29,11 +31,7 @@ def place(tmp_path: Path, models_dir: Path, trained: Path, monkeypatch: pytest.M
     return Place(tmp_path, models_dir, trained)
 
 
-def test_names_are_unique() -> None:
-    assert len({case.name for case in CASES}) == len(CASES) >= 80
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_bad_input(case: Case, place: Place, capfd: pytest.CaptureFixture[str]) -> None:
     case.make(place)
     arguments = place.command_line(case.command)

@@ -117,17 +117,17 @@ def test_files_of_many_chunks(write: Write, monkeypatch: pytest.MonkeyPatch) -> 
         ("x.jsonl", " \n", r"x.jsonl: the file is empty"),
         ("x.json", "[]", r"x.json: the file is empty"),
         ("x.tsv", "text\tlabel\n", r"x.tsv: the file holds no rows"),
-        ("x.tsv", "a\ta\n1\t2\n", r"x.tsv: the header names column 'a' twice"),
+        ("x.tsv", "a\ta\n1\t2\n", r"x.tsv: the column 'a' is there twice"),
         ("x.tsv", "a\tb\n1\t2\n3\n", r"x.tsv, row 2: 1 fields where the header has 2 \(a, b\); mend"),
         ("x.csv", "a,b\n1,2,3\n", r"x.csv, row 1: 3 fields where the header has 2"),
         ("x.tsv", b"a\tb\n1\t2\n3\tcaf\xe9\n", r"x.tsv, line 3: not UTF-8 text \(byte 0xe9\); save the file as UTF-8"),
         ("x.csv", "a,b\n1,2\n".encode("utf-16"), r"x.csv, line 1: not UTF-8 text"),
         ("x.jsonl", b'{"a": "\xff"}', r"x.jsonl, line 1: not UTF-8"),
         ("x.jsonl", '{"a": 1}\n\n{"a": 2', r"x.jsonl, row 2: not valid JSON"),
-        ("x.jsonl", '{"a": 1}\n[1]', r"x.jsonl, row 2: '\[1\]' is not an object of column names"),
-        ("x.json", '[{"a": 1}, 5]', r"x.json, row 2: '5' is not an object"),
+        ("x.jsonl", '{"a": 1}\n[1]', r"x.jsonl, row 2: \[1\] is not an object of column names"),
+        ("x.json", '[{"a": 1}, 5]', r"x.json, row 2: 5 is not an object"),
         ("x.json", '[{"a": 1},', r"x.json: not valid JSON"),
-        ("x.jsonl", '{"a": "\\ud800"}', r"x.jsonl, rows 1 to 1: not valid text"),
+        ("x.jsonl", '{"a": "\\ud800"}', r"x.jsonl, row 1: not valid text"),
         ("x.jsonl", '{"a": "x"}\n{"a": ["x"]}', r"x.jsonl, row 2: column 'a' holds a list; it must hold plain text"),
         ("x.parquet", "no parquet", r"x.parquet: cannot be read as parquet: "),
     ],
@@ -152,7 +152,7 @@ def test_a_truncated_gzip_file(tmp_path: Path) -> None:
         read(path)
 
 
-@given(st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\t\r\n")), min_size=1))
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\t\r\n\0")), min_size=1))
 def test_any_text_survives_a_tsv(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> None:
     path = tmp_path_factory.mktemp("tsv") / "x.tsv"
     path.write_bytes("\n".join(["text\tend", *(f"{t}\t." for t in texts)]).encode())
