@@ -171,6 +171,8 @@ def _score(options: argparse.Namespace) -> None:
 
     preflight.check_run_dir(config, overwrite=options.overwrite, resume="auto" if options.resume else None)
     checked = preflight.check(config)
+    if options.adapter is not None:
+        preflight.check_adapter_fits(config, checked.model_config, options.adapter)
     from tsqlora_scale.preemption import StopRequest
     from tsqlora_scale.report.scores import print_scores
     from tsqlora_scale.run import build_run
@@ -189,6 +191,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     from tsqlora_scale import preflight
 
     checked = preflight.check(config, trains=False)
+    preflight.check_adapter_fits(config, checked.model_config, options.adapter)
     from tsqlora_scale.run import evaluate_adapter
 
     metrics, is_main = evaluate_adapter(checked, options.adapter)

@@ -16,6 +16,7 @@ from tsqlora_scale.errors import UserError
 from tsqlora_scale.launcher import launched_rank, launched_size
 from tsqlora_scale.locations import resolve
 from tsqlora_scale.printing import shown
+from tsqlora_scale.saved import check_base_weights, check_fits
 
 if TYPE_CHECKING:
     from tsqlora_scale.ranks.schedule import Schedule
@@ -91,6 +92,7 @@ def check(config: Config, *, trains: bool = True, data: Data | None = None) -> P
         )
     path = resolve(config.model.name_or_path, key="model.name_or_path")
     model_config, tokenizer = load_descriptions(config, path)
+    check_weights(config, path)
     heads = check_architecture(config, model_config, tokenizer)
     task = build_task(config.task, data, tokenizer, model_config)
     if trains:
@@ -214,6 +216,10 @@ def load_descriptions(config: Config, path: str) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
     except Exception as error:  # hub, network, JSON and import errors of several libraries
         reason = " ".join(str(error).split())[:300]
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{key}: brings code of its own, which runs only with model.trust_remote_code=true; read it first"
+            ) from None
         raise UserError(f"{key}: cannot be loaded ({reason}); give a folder with config.json or a hub name") from None
     if config.model.dropout is not None:
         set_dropout(model_config, config.model.dropout)
@@ -224,13 +230,55 @@ def load_descriptions(config: Config, path: str) -> tuple[Any, Any]:
         if isinstance(config.task.labels, list):
             model_config.id2label = dict(enumerate(config.task.labels))
             model_config.label2id = {name: i for i, name in enumerate(config.task.labels)}
+    _check_tokenizer(tokenizer, model_config, key)
+    return model_config, tokenizer
+
+
+def _check_tokenizer(tokenizer: Any, model_config: Any, key: str) -> None:
+    """Give it a padding token, and see that it is one, and the model's.
+
+    Raises:
+        UserError: naming the model.
+    """
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):  # made of nothing, where files are missing
+        raise UserError(f"{key}: its tokenizer knows no words; the model needs the files of its tokenizer, too")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
         if tokenizer.pad_token is None:
             raise UserError(f"{key}: the tokenizer has neither a padding nor an end token")
     if model_config.get_text_config().pad_token_id is None:
         model_config.pad_token_id = tokenizer.pad_token_id
-    return model_config, tokenizer
+    size = getattr(model_config.get_text_config(), "vocab_size", None)
+    if size is not None and max(tokenizer.vocab_size - 1, tokenizer.pad_token_id) >= size:
+        raise UserError(
+            f"{key}: its tokenizer has {tokenizer.vocab_size} tokens and pads with number {tokenizer.pad_token_id}, "
+            f"the model knows {size}; give the model's own tokenizer"
+        )
+
+
+def check_weights(config: Config, path: str) -> None:
+    """The files of a model in a folder; those of a hub name are checked as they are loaded.
+
+    Raises:
+        UserError: see :func:`tsqlora_scale.saved.check_base_weights`.
+    """
+    if Path(path).is_dir():
+        check_base_weights(Path(path), key=f"model.name_or_path={config.model.name_or_path!r}")
+
+
+def check_adapter_fits(config: Config, model_config: Any, adapter: str | Path) -> None:
+    """A saved adapter against the config's model, on the meta device.
+
+    Raises:
+        UserError: naming the folder, the file or the tensor.
+    """
+    from tsqlora_scale.adapters import skeleton
+    from tsqlora_scale.tasks import auto_class_of
+
+    if not Path(adapter).is_dir():
+        raise UserError(f"--adapter {str(adapter)!r} is no folder; give the adapter folder that a run wrote")
+    auto_class = auto_class_of(config.task.type)
+    check_fits(Path(adapter), skeleton(auto_class, model_config, trust_remote_code=config.model.trust_remote_code))
 
 
 def set_dropout(model_config: Any, probability: float) -> None:
@@ -267,11 +315,15 @@ def check_architecture(config: Config, model_config: Any, tokenizer: Any) -> lis
     auto_class = auto_class_of(config.task.type)
     try:
         bare = skeleton(auto_class, model_config, trust_remote_code=config.model.trust_remote_code)
-    except ValueError:
-        raise UserError(
-            f"model.name_or_path={config.model.name_or_path!r} is a {model_config.model_type} model, which has no "
-            f"{config.task.type} form; choose another model or task.type"
-        ) from None
+    except Exception as error:  # whatever a wrong number in config.json leads to
+        key = f"model.name_or_path={config.model.name_or_path!r}"
+        if "Unrecognized configuration class" in str(error):
+            raise UserError(
+                f"{key} is a {model_config.model_type} model, which has no {config.task.type} form; "
+                "choose another model or task.type"
+            ) from None
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(f"{key}: its config.json describes no model that can be built ({reason}); mend it") from None
     shapes = {name: module.weight.shape for name, module in bare.named_modules() if hasattr(module, "in_features")}
     widest = max(min(shapes[name]) for name in resolve_targets(bare, config.adapter.target_modules))
     if config.adapter.r > widest:

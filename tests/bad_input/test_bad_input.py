@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.bad_input import configs, data
+from tests.bad_input import configs, data, models
 from tests.bad_input.place import Case, Place, assert_refused, listing
 from tests.runs import go, run_tree
 from tsqlora_scale import cli
 
 CASES = {
-    f"{module.__name__.rsplit('.', 1)[-1]}: {case.name}": case for module in (configs, data) for case in module.CASES
+    f"{module.__name__.rsplit('.', 1)[-1]}: {case.name}": case
+    for module in (configs, data, models)
+    for case in module.CASES
 }
 
 
