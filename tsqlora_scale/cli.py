@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from tsqlora_scale.config import Config, load_config
 from tsqlora_scale.errors import Stopped, UserError
@@ -46,7 +47,7 @@ def score(argv: Sequence[str] | None = None) -> int:
 
 def export(argv: Sequence[str] | None = None) -> int:
     """``launch/export.py``: a saved adapter as PEFT, with one rank everywhere, or merged into its base."""
-    parser = argparse.ArgumentParser(prog="export", description="Write a trained adapter in another form.")
+    parser = _Parser(prog="export", description="Write a trained adapter in another form.")
     parser.add_argument("--adapter", required=True, metavar="DIR", help="the adapter folder that a run wrote")
     parser.add_argument("--format", required=True, choices=["peft", "padded", "merged"], help="the form")
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
@@ -55,6 +56,15 @@ def export(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that win over the file")
     options = parser.parse_intermixed_args(argv)
     return _guard(lambda: _export(options))
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaints are one line, as all others are."""
+
+    def error(self, message: str) -> NoReturn:
+        if launched_rank() == 0:
+            print(f"error: {printable(message)}; {self.prog} --help says what there is", file=sys.stderr)
+        sys.exit(2)
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
@@ -75,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser(name: str, description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=name, description=description)
+    parser = _Parser(prog=name, description=description)
     parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file (configs/)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that win over the file")
     return parser
@@ -165,6 +175,8 @@ def _score(options: argparse.Namespace) -> None:
             "there is nothing to score: adapter.method must be 'tsqlora', scoring.enabled true and "
             "sampling.selector 'quality'"
         )
+    if options.top < 1:
+        raise UserError(f"--top {options.top} must be 1 or more")
     if not 0 < options.similarity <= 1:
         raise UserError(f"--similarity {options.similarity:g} must be above 0 and at most 1")
     from tsqlora_scale import preflight
@@ -190,8 +202,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     config: Config = load_config(options.config, options.overrides)
     from tsqlora_scale import preflight
 
-    checked = preflight.check(config, trains=False)
-    preflight.check_adapter_fits(config, checked.model_config, options.adapter)
+    checked = preflight.check_evaluation(config, options.adapter)
     from tsqlora_scale.run import evaluate_adapter
 
     metrics, is_main = evaluate_adapter(checked, options.adapter)

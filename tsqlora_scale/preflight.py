@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -53,12 +54,11 @@ class RunPlan:
         return lines
 
 
-@dataclass(frozen=True)
-class Preflight:
-    """What the checks found out, for whoever loads the model next."""
+@dataclass(frozen=True, kw_only=True)
+class Described:
+    """What the checks found out about data and model, for whoever loads the model next."""
 
     config: Config
-    plan: RunPlan
     data: Data
     task: Task
     model_path: str
@@ -66,42 +66,79 @@ class Preflight:
     tokenizer: Any
     #: Linear layers that a 4-bit base keeps in floating point.
     heads: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preflight(Described):
+    """The same of a run that trains or scores, with its plan."""
+
+    plan: RunPlan
     #: Of ``scoring.proxy_model``'s own run.
     proxy: Preflight | None = None
 
 
-def check(config: Config, *, trains: bool = True, data: Data | None = None) -> Preflight:
+def check(config: Config, *, data: Data | None = None) -> Preflight:
     """Run every check that needs no weights.
 
     Args:
-        trains: whether the config's batches must divide among the processes that were started.
         data: of ``config.task``, where it has been loaded already.
 
     Raises:
         UserError: naming the key, the value and the remedy.
     """
     check_machine(config)
-    from tsqlora_scale.tasks import build_task, load_data
+    from tsqlora_scale.tasks import load_data
 
     data = data or load_data(config.task, seed=config.run.seed)
-    plan = plan_run(config, len(data.train), launched_size() if trains else 1)
+    plan = plan_run(config, len(data.train), launched_size())
     if data.dev is None and config.train.eval_every:
         raise UserError(
             f"train.eval_every={config.train.eval_every} but there is nothing to evaluate on; "
             "set task.dataset.dev_file, or dev_split of a hub dataset"
         )
+    described = describe(config, data)
+    check_scoring(config, described.task)
+    proxy = None
+    if config.scores_by_proxy:
+        with naming_the_proxy(config):
+            proxy = check(config.of_proxy(), data=data)
+    return Preflight(**vars(described), plan=plan, proxy=proxy)
+
+
+def check_evaluation(config: Config, adapter: str | Path) -> Described:
+    """The checks before a saved adapter is evaluated. Of the data they need the held-out set alone.
+
+    Raises:
+        UserError: naming the key, the value and the remedy.
+    """
+    check_machine(config)
+    from tsqlora_scale.tasks import load_dev
+
+    described = describe(config, load_dev(config.task, seed=config.run.seed))
+    check_adapter_fits(config, described.model_config, adapter)
+    return described
+
+
+def describe(config: Config, data: Data) -> Described:
+    """The config's model against its files and the task's needs, and the task over ``data``.
+
+    Raises:
+        UserError: naming the key, the value and the remedy.
+    """
+    from tsqlora_scale.tasks import build_task
+
     path = resolve(config.model.name_or_path, key="model.name_or_path")
     model_config, tokenizer = load_descriptions(config, path)
     check_weights(config, path)
-    heads = check_architecture(config, model_config, tokenizer)
-    task = build_task(config.task, data, tokenizer, model_config)
-    if trains:
-        check_scoring(config, task)
-    proxy = None
-    if trains and config.scores_by_proxy:
-        with naming_the_proxy(config):
-            proxy = check(config.of_proxy(), data=data)
-    return Preflight(config, plan, data, task, path, model_config, tokenizer, heads, proxy)
+    return Described(
+        config=config,
+        data=data,
+        model_path=path,
+        model_config=model_config,
+        tokenizer=tokenizer,
+        heads=check_architecture(config, model_config, tokenizer),
+        task=build_task(config.task, data, tokenizer, model_config),
+    )
 
 
 @contextmanager
@@ -362,9 +399,10 @@ def check_run_dir(config: Config, *, overwrite: bool, resume: str | None) -> Non
         )
     if launched_rank() != 0:  # rank 0 alone writes, and a folder need not be on every machine
         return
+    key = f"run.output_dir={shown(config.run.output_dir)}"
     try:
         existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    except OSError as error:  # a name that is too long, a link that leads to itself
-        raise UserError(f"run.output_dir={shown(config.run.output_dir)}: {error.strerror}; choose another") from None
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UserError(f"run.output_dir={config.run.output_dir!r} cannot be written to; choose another")
+        with tempfile.TemporaryFile(dir=existing):  # permission bits do not say what a disk takes
+            pass
+    except OSError as error:
+        raise UserError(f"{key}: cannot be written to ({error.strerror}); choose another") from None

@@ -108,7 +108,7 @@ VALUES = [
     settings("a schedule that never fires", "schedule", "50", "60", schedule={"start": 50, "end": 60}),
     settings("a schedule that ends before it starts", "schedule", schedule={"start": 9, "end": 4}),
     settings("quality without scores", "scoring.enabled", "selector: full", scoring={"enabled": False}),
-    settings("bounds of ranks", "allocation.r_min", allocation={"r_min": 9}),
+    settings("bounds of ranks", "allocation.r_min", allocation={"r_min": 9}, sensitivity={"enabled": True}),
     settings("a micro batch that does not divide", "micro_batch_size", train={"micro_batch_size": 5}),
     settings(
         "both sources of data", "'path'", "'name'", task={"dataset": {"path": "x", "train_file": "y", "name": "z"}}

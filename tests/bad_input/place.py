@@ -13,6 +13,10 @@ from typing import Any
 
 from tests.runs import run_tree, write_config
 
+#: The data folder, as seen from a place's own; a finished run elsewhere has the same config.
+DATA = "data-classification"
+SHORT: dict[str, dict[str, Any]] = {"sensitivity": {"enabled": False}, "train": {"max_steps": 9}}
+
 
 @dataclass
 class Place:
@@ -21,17 +25,18 @@ class Place:
     Attributes:
         tree: the config; written when the case is made, unless the case has written the file itself.
         arguments: added to the command line.
-        adapter: of the config's model, trained; shared, to be copied before it is damaged.
+        finished: the run folder of the config's run, done, and of its adapter; shared, to be copied.
     """
 
     folder: Path
     models: Path
-    adapter: Path
+    finished: Path
     tree: dict[str, Any] = field(default_factory=dict)
     arguments: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.tree = run_tree("bert", self.folder, self.models, "run", **{})
+        self.tree = run_tree("bert", self.folder, self.models, "run", **SHORT)
+        self.tree["task"]["dataset"]["path"] = DATA
 
     @property
     def config(self) -> Path:
@@ -41,7 +46,7 @@ class Place:
     @property
     def data(self) -> Path:
         """The data folder."""
-        return Path(self.tree["task"]["dataset"]["path"])
+        return self.folder / DATA
 
     @property
     def run_dir(self) -> Path:
@@ -71,7 +76,7 @@ class Place:
     def own_adapter(self, option: str = "--adapter") -> Path:
         """A copy of the adapter that may be damaged, named on the command line."""
         folder = self.folder / "adapter"
-        shutil.copytree(self.adapter, folder)
+        shutil.copytree(self.finished / "adapter", folder)
         self.arguments += [option, str(folder)]
         return folder
 

@@ -33,6 +33,21 @@ class Data:
     dev: datasets.Dataset | None
 
 
+def load_dev(cfg: TaskConfig, *, seed: int) -> Data:
+    """The held-out set alone, opened and checked; the pool is left without rows, and its file need not be there.
+
+    Raises:
+        UserError: as :func:`load_data`, or there is no held-out set.
+    """
+    check_metrics(cfg.metrics, cfg.type)
+    _check_declared_labels(cfg)
+    dev = _load_split(cfg, "dev", seed)
+    if dev is None:
+        key = "dev_file" if cfg.dataset.name is None else "dev_split"
+        raise UserError(f"task.dataset.{key} is not set, and evaluation needs it; name the held-out set")
+    return Data(dev.select([]), dev)
+
+
 def load_data(cfg: TaskConfig, *, seed: int) -> Data:
     """Open and check both splits.
 
