@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -18,6 +19,7 @@ from tsqlora_scale.config import AdapterConfig, ModelConfig
 from tsqlora_scale.engine.sharded import read_parameter, write_parameter
 from tsqlora_scale.engine.zero import loading_as, shards_while_loading
 from tsqlora_scale.errors import UserError
+from tsqlora_scale.saved import check_adapter
 
 #: PEFT's name of the one adapter that a run trains.
 ADAPTER = "default"
@@ -114,11 +116,20 @@ def load_base(
     try:
         with loading_as(DTYPES[model.dtype]):
             loaded, info = auto_class.from_pretrained(
-                name_or_path, output_loading_info=True, trust_remote_code=model.trust_remote_code, **kwargs
+                name_or_path,
+                output_loading_info=True,
+                trust_remote_code=model.trust_remote_code,
+                use_safetensors=True,
+                **kwargs,
             )
-    except OSError as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and "mismatch" not in str(error):  # not the file's fault
+            raise
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"model.name_or_path={name_or_path!r}: its weights cannot be loaded ({reason})") from None
+        raise UserError(
+            f"model.name_or_path={name_or_path!r}: its weights cannot be loaded ({reason}); "
+            "give a complete model whose config.json and model.safetensors belong together"
+        ) from None
     for module in loaded.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # Left on, an evaluation forward repacks the 4-bit weight and the next training step fails.
@@ -247,7 +258,7 @@ def load_adapter(base: nn.Module, folder: Path, *, dtype: str) -> PeftModel:
     Raises:
         UserError: when the folder holds no adapter, or one in an unsafe format.
     """
-    require_adapter(folder)
+    check_adapter(folder)
     model = PeftModel.from_pretrained(base, str(folder))
     use_autocast(model, dtype)
     return model
@@ -259,7 +270,7 @@ def read_adapter(model: nn.Module, folder: Path) -> tuple[dict[str, int], dict[s
     Raises:
         UserError: when the folder holds no adapter, or one of other layers or another scaling.
     """
-    require_adapter(folder)
+    check_adapter(folder)
     saved = load_file(folder / "adapter_model.safetensors")
     values = {}
     for name, param in model.named_parameters():
@@ -278,18 +289,6 @@ def read_adapter(model: nn.Module, folder: Path) -> tuple[dict[str, int], dict[s
                 f"adapter.r of the config say {layer.scaling[ADAPTER]:g}; give the config that it was trained with"
             )
     return ranks, values
-
-
-def require_adapter(folder: Path) -> None:
-    """Check that a folder holds a saved adapter.
-
-    Raises:
-        UserError: it holds none, or one in an unsafe format.
-    """
-    if not (folder / "adapter_config.json").is_file():
-        raise UserError(f"adapter {str(folder)!r} holds no adapter_config.json; give the folder that a run wrote")
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise UserError(f"adapter {str(folder)!r} holds no adapter_model.safetensors; other formats are not read")
 
 
 def _nf4_config(model: ModelConfig, unquantised: list[str]) -> Any:

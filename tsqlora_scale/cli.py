@@ -7,11 +7,13 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from tsqlora_scale.config import Config, load_config
 from tsqlora_scale.errors import Stopped, UserError
 from tsqlora_scale.failures import fail, leave_group, record_cause
 from tsqlora_scale.launcher import launched_rank, launched_size, speaks_for_machine
+from tsqlora_scale.printing import printable
 
 
 def train(argv: Sequence[str] | None = None) -> int:
@@ -46,7 +48,7 @@ def score(argv: Sequence[str] | None = None) -> int:
 
 def export(argv: Sequence[str] | None = None) -> int:
     """``launch/export.py``: a saved adapter as PEFT, with one rank everywhere, or merged into its base."""
-    parser = argparse.ArgumentParser(prog="export", description="Write a trained adapter in another form.")
+    parser = _Parser(prog="export", description="Write a trained adapter in another form.")
     parser.add_argument("--adapter", required=True, metavar="DIR", help="the adapter folder that a run wrote")
     parser.add_argument("--format", required=True, choices=["peft", "padded", "merged"], help="the form")
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
@@ -55,6 +57,15 @@ def export(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that win over the file")
     options = parser.parse_intermixed_args(argv)
     return _guard(lambda: _export(options))
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaints are one line, as all others are."""
+
+    def error(self, message: str) -> NoReturn:
+        if launched_rank() == 0:
+            print(f"error: {printable(message)}; {self.prog} --help says what there is", file=sys.stderr)
+        sys.exit(2)
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
@@ -75,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser(name: str, description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=name, description=description)
+    parser = _Parser(prog=name, description=description)
     parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file (configs/)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that win over the file")
     return parser
@@ -102,7 +113,7 @@ def _guard(command: Callable[[], None], *, resume: str = "--resume auto") -> int
         code = 130
     except Stopped as stopped:
         if launched_rank() == 0:
-            print(f"requeue: {stopped}; the same command with {resume} continues")
+            print(f"requeue: {printable(str(stopped))}; the same command with {resume} continues")
     except Exception as error:
         if launched_size() == 1:
             raise
@@ -170,12 +181,16 @@ def _score(options: argparse.Namespace) -> None:
             "there is nothing to score: adapter.method must be 'tsqlora', scoring.enabled true and "
             "sampling.selector 'quality'"
         )
+    if options.top < 1:
+        raise UserError(f"--top {options.top} must be 1 or more")
     if not 0 < options.similarity <= 1:
         raise UserError(f"--similarity {options.similarity:g} must be above 0 and at most 1")
     from tsqlora_scale import preflight
 
     preflight.check_run_dir(config, overwrite=options.overwrite, resume="auto" if options.resume else None)
     checked = preflight.check(config)
+    if options.adapter is not None:
+        preflight.check_adapter_fits(config, checked.model_config, options.adapter)
     from tsqlora_scale.preemption import StopRequest
     from tsqlora_scale.report.scores import print_scores
     from tsqlora_scale.run import build_run
@@ -192,7 +207,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     config: Config = load_config(options.config, options.overrides)
     from tsqlora_scale import preflight
 
-    checked = preflight.check(config, trains=False)
+    checked = preflight.check_evaluation(config, options.adapter)
     from tsqlora_scale.run import evaluate_adapter
 
     metrics, is_main = evaluate_adapter(checked, options.adapter)
@@ -212,4 +227,4 @@ def _export(options: argparse.Namespace) -> None:
         said = write(
             Path(options.adapter), options.format, Path(options.out), config=config, overwrite=options.overwrite
         )
-    print("\n".join([*said, f"written: {options.out}"]))
+    print("\n".join([*said, f"written: {printable(options.out)}"]))

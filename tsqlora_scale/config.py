@@ -14,18 +14,21 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tsqlora_scale.errors import UserError
+from tsqlora_scale.printing import shown
+from tsqlora_scale.yaml_tree import check_strings, read_tree
 
-PositiveInt = Annotated[int, Field(ge=1)]
+#: No count of anything here needs more, and arrays of indices hold it.
+LARGEST = 2**31 - 1
+PositiveInt = Annotated[int, Field(ge=1, le=LARGEST)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 UnitInterval = Annotated[float, Field(gt=0, le=1)]
 Below1 = Annotated[float, Field(ge=0, lt=1)]
 #: Optimizer steps, or a fraction of the run when strictly between 0 and 1.
-StepsOrFraction = Annotated[int, Field(ge=0)] | Annotated[float, Field(gt=0, lt=1)]
+StepsOrFraction = Annotated[int, Field(ge=0, le=LARGEST)] | Annotated[float, Field(gt=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -37,9 +40,9 @@ class Section(BaseModel):
 class RunConfig(Section):
     """Where the run is written, and the seed that everything random derives from."""
 
-    name: Annotated[str, Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
+    name: Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
     output_dir: str = "runs"
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    seed: Annotated[int, Field(ge=0, le=LARGEST)] = 0
     #: How long ranks wait for one another, before a run with a rank that hangs ends.
     timeout_minutes: PositiveFloat = 10.0
 
@@ -171,7 +174,7 @@ class ScoringConfig(Section):
     #: ``linear``: the more a sample's gradient agrees with the others, the better. ``gate``: samples that pull against
     #: the others are worse, the others equal. ``auto`` is gate, but for ``preset: paper`` and for ``loss_trend``.
     convergence_form: Literal["auto", "linear", "gate"] = "auto"
-    sketch_dim: Annotated[int, Field(ge=16)] = 512
+    sketch_dim: Annotated[int, Field(ge=16, le=2**20)] = 512
     #: Samples per rank and forward. ``auto`` measures what fits; after an allocation failure it goes on with half.
     batch_size: PositiveInt | Literal["auto"] = "auto"
     #: Samples after which the numbers of a pass are written, so that a killed pass goes on from there.
@@ -251,7 +254,7 @@ class ScheduleConfig(Section):
 
     start: StepsOrFraction = 0.2
     end: StepsOrFraction = 0.8
-    every: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)] = 0.1
+    every: PositiveInt | Annotated[float, Field(gt=0, lt=1)] = 0.1
 
 
 class AllocationConfig(Section):
@@ -413,32 +416,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     Raises:
         UserError: naming the file or key, the value, and the remedy.
     """
-    path = Path(path)
-    try:
-        tree: Any = OmegaConf.load(path)
-    except FileNotFoundError:
-        raise UserError(f"config file {str(path)!r} does not exist") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
-    except (IsADirectoryError, PermissionError) as error:
-        raise UserError(f"config file {str(path)!r} cannot be read ({error.strerror}); give a YAML file") from None
-    except Exception as error:  # YAML errors come in several classes of two libraries
-        raise UserError(f"{path}: not valid YAML: {_one_line(error)}") from None
-    for override in overrides or []:
-        key, sign, _ = override.partition("=")
-        if not sign or not key.strip() or key.startswith("-"):
-            raise UserError(f"override {override!r} is not of the form section.key=value")
-        try:
-            tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([override]))
-        except Exception as error:
-            raise UserError(f"override {override!r}: {_one_line(error)}") from None
-    try:
-        plain = OmegaConf.to_container(tree, resolve=True)
-    except OmegaConfBaseException as error:
-        raise UserError(f"{path}: {_one_line(error)}") from None
-    if not isinstance(plain, dict):
-        raise UserError(f"{path}: must be a mapping of sections ({', '.join(Config.model_fields)})")
-    return parse_config({str(key): value for key, value in plain.items()}, where=str(path))
+    return parse_config(read_tree(Path(path), overrides or [], sections=list(Config.model_fields)), where=str(path))
 
 
 def parse_config(tree: dict[str, Any], where: str = "config") -> Config:
@@ -447,6 +425,7 @@ def parse_config(tree: dict[str, Any], where: str = "config") -> Config:
     Raises:
         UserError: all problems in one line, each with its dotted key.
     """
+    check_strings(tree)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -463,10 +442,6 @@ def _escaped(tree: Any) -> Any:
     if isinstance(tree, str):
         return re.sub(r"(\\*)\$\{", r"\1\1\\${", tree)
     return tree
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
@@ -492,16 +467,16 @@ def _describe(error: Any) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         return f"{key}: {message}" if key else message
-    return f"{key}={error['input']!r}: {message[0].lower()}{message[1:]}"
+    return f"{key}={shown(error['input'])}: {message[0].lower()}{message[1:]}"
 
 
 def _unknown(loc: list[str], known: list[str]) -> str:
     """The nearest known key: a slip of the pen in this section, then the same name in another, then anything near."""
-    key, name, parent = ".".join(loc), loc[-1], loc[:-1]
+    key, name, parent = shown(".".join(loc)), loc[-1][:100], loc[:-1]
     siblings = {k.split(".")[-1]: k for k in known if k.split(".")[:-1] == parent}
     elsewhere = {k.split(".")[-1]: k for k in reversed(known)}
     for names, cutoff in ((siblings, 0.75), (elsewhere, 1.0), (siblings, 0.6), (elsewhere, 0.75)):
         near = difflib.get_close_matches(name, names, 1, cutoff)
         if near:
-            return f"unknown key {key!r}; did you mean {names[near[0]]!r}?"
-    return f"unknown key {key!r}; known here: {', '.join(siblings)}"
+            return f"unknown key {key}; did you mean {names[near[0]]!r}?"
+    return f"unknown key {key}; known here: {', '.join(siblings)}"

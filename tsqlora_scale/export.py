@@ -13,16 +13,16 @@ from peft import PeftConfig, PeftModel
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 
-from tsqlora_scale.adapters import load_base, require_adapter
+from tsqlora_scale.adapters import load_base
 from tsqlora_scale.config import Config
 from tsqlora_scale.engine.engine import generator_for
 from tsqlora_scale.errors import UserError
 from tsqlora_scale.locations import resolve
-from tsqlora_scale.preflight import check_architecture, load_descriptions
+from tsqlora_scale.preflight import check_adapter_fits, check_architecture, check_weights, load_descriptions
+from tsqlora_scale.saved import DESCRIPTION, WEIGHTS, check_adapter
 from tsqlora_scale.tasks import auto_class_of
 
 FORMATS = ("peft", "padded", "merged")
-WEIGHTS, DESCRIPTION = "adapter_model.safetensors", "adapter_config.json"
 
 
 def export(adapter: Path, form: str, out: Path, *, config: Config | None, overwrite: bool = False) -> list[str]:
@@ -39,7 +39,7 @@ def export(adapter: Path, form: str, out: Path, *, config: Config | None, overwr
     Raises:
         UserError: no adapter there, no config to merge by, or something at ``out`` already.
     """
-    require_adapter(adapter)
+    check_adapter(adapter)
     if out.resolve() == adapter.resolve():
         raise UserError(f"--out {str(out)!r} is the adapter itself; choose another folder")
     if out.exists() and not overwrite:
@@ -107,7 +107,10 @@ def _merge(adapter: Path, out: Path, config: Config) -> list[str]:
     as_it_was = config.model.model_copy(update={"dropout": None, "gradient_checkpointing": False})
     config = config.model_copy(update={"model": as_it_was})  # these are for training, and would get into the file
     path = resolve(config.model.name_or_path, key="model.name_or_path")
+    check_weights(config, path)
     model_config, tokenizer = load_descriptions(config, path)
+    unquantised = check_architecture(config, model_config, tokenizer)
+    check_adapter_fits(config, model_config, adapter)
     said = []
     base: Any
     base, _ = load_base(
@@ -115,7 +118,7 @@ def _merge(adapter: Path, out: Path, config: Config) -> list[str]:
         config.model,
         auto_class=auto_class_of(config.task.type),
         model_config=model_config,
-        unquantised=check_architecture(config, model_config, tokenizer),
+        unquantised=unquantised,
         generator=generator_for(config.run.seed, "head"),
     )
     if config.model.quantization != "none":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,10 +12,12 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tsqlora_scale.config import Config, as_steps
+from tsqlora_scale.config import LARGEST, Config, as_steps
 from tsqlora_scale.errors import UserError
 from tsqlora_scale.launcher import launched_rank, launched_size
 from tsqlora_scale.locations import resolve
+from tsqlora_scale.printing import shown
+from tsqlora_scale.saved import check_base_weights, check_fits
 
 if TYPE_CHECKING:
     from tsqlora_scale.ranks.schedule import Schedule
@@ -51,12 +54,11 @@ class RunPlan:
         return lines
 
 
-@dataclass(frozen=True)
-class Preflight:
-    """What the checks found out, for whoever loads the model next."""
+@dataclass(frozen=True, kw_only=True)
+class Described:
+    """What the checks found out about data and model, for whoever loads the model next."""
 
     config: Config
-    plan: RunPlan
     data: Data
     task: Task
     model_path: str
@@ -64,41 +66,79 @@ class Preflight:
     tokenizer: Any
     #: Linear layers that a 4-bit base keeps in floating point.
     heads: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preflight(Described):
+    """The same of a run that trains or scores, with its plan."""
+
+    plan: RunPlan
     #: Of ``scoring.proxy_model``'s own run.
     proxy: Preflight | None = None
 
 
-def check(config: Config, *, trains: bool = True, data: Data | None = None) -> Preflight:
+def check(config: Config, *, data: Data | None = None) -> Preflight:
     """Run every check that needs no weights.
 
     Args:
-        trains: whether the config's batches must divide among the processes that were started.
         data: of ``config.task``, where it has been loaded already.
 
     Raises:
         UserError: naming the key, the value and the remedy.
     """
     check_machine(config)
-    from tsqlora_scale.tasks import build_task, load_data
+    from tsqlora_scale.tasks import load_data
 
     data = data or load_data(config.task, seed=config.run.seed)
-    plan = plan_run(config, len(data.train), launched_size() if trains else 1)
+    plan = plan_run(config, len(data.train), launched_size())
     if data.dev is None and config.train.eval_every:
         raise UserError(
             f"train.eval_every={config.train.eval_every} but there is nothing to evaluate on; "
             "set task.dataset.dev_file, or dev_split of a hub dataset"
         )
-    path = resolve(config.model.name_or_path, key="model.name_or_path")
-    model_config, tokenizer = load_descriptions(config, path)
-    heads = check_architecture(config, model_config, tokenizer)
-    task = build_task(config.task, data, tokenizer, model_config)
-    if trains:
-        check_scoring(config, task)
+    described = describe(config, data)
+    check_scoring(config, described.task)
     proxy = None
-    if trains and config.scores_by_proxy:
+    if config.scores_by_proxy:
         with naming_the_proxy(config):
             proxy = check(config.of_proxy(), data=data)
-    return Preflight(config, plan, data, task, path, model_config, tokenizer, heads, proxy)
+    return Preflight(**vars(described), plan=plan, proxy=proxy)
+
+
+def check_evaluation(config: Config, adapter: str | Path) -> Described:
+    """The checks before a saved adapter is evaluated. Of the data they need the held-out set alone.
+
+    Raises:
+        UserError: naming the key, the value and the remedy.
+    """
+    check_machine(config)
+    from tsqlora_scale.tasks import load_dev
+
+    described = describe(config, load_dev(config.task, seed=config.run.seed))
+    check_adapter_fits(config, described.model_config, adapter)
+    return described
+
+
+def describe(config: Config, data: Data) -> Described:
+    """The config's model against its files and the task's needs, and the task over ``data``.
+
+    Raises:
+        UserError: naming the key, the value and the remedy.
+    """
+    from tsqlora_scale.tasks import build_task
+
+    path = resolve(config.model.name_or_path, key="model.name_or_path")
+    model_config, tokenizer = load_descriptions(config, path)
+    check_weights(config, path)
+    return Described(
+        config=config,
+        data=data,
+        model_path=path,
+        model_config=model_config,
+        tokenizer=tokenizer,
+        heads=check_architecture(config, model_config, tokenizer),
+        task=build_task(config.task, data, tokenizer, model_config),
+    )
 
 
 @contextmanager
@@ -165,7 +205,9 @@ def plan_run(config: Config, pool_size: int, world_size: int) -> RunPlan:
     subset = pool_size
     if config.adapter.method == "tsqlora" and config.sampling.selector != "full":
         subset = share_of(config.sampling.keep_fraction, pool_size)
-    total = train.max_steps or ceil((train.epochs or 0) * subset / train.batch_size)
+    total = train.max_steps or ceil(min((train.epochs or 0) * subset / train.batch_size, 10 * LARGEST))
+    if total > LARGEST:
+        raise UserError(f"train.epochs={train.epochs} is a run of {total:.3g} steps; lower it, or set train.max_steps")
     scoring_step = None
     if config.scores_data:
         scoring_step = as_steps(config.scoring.warmup_steps, total)
@@ -211,6 +253,10 @@ def load_descriptions(config: Config, path: str) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
     except Exception as error:  # hub, network, JSON and import errors of several libraries
         reason = " ".join(str(error).split())[:300]
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{key}: brings code of its own, which runs only with model.trust_remote_code=true; read it first"
+            ) from None
         raise UserError(f"{key}: cannot be loaded ({reason}); give a folder with config.json or a hub name") from None
     if config.model.dropout is not None:
         set_dropout(model_config, config.model.dropout)
@@ -221,13 +267,55 @@ def load_descriptions(config: Config, path: str) -> tuple[Any, Any]:
         if isinstance(config.task.labels, list):
             model_config.id2label = dict(enumerate(config.task.labels))
             model_config.label2id = {name: i for i, name in enumerate(config.task.labels)}
+    _check_tokenizer(tokenizer, model_config, key)
+    return model_config, tokenizer
+
+
+def _check_tokenizer(tokenizer: Any, model_config: Any, key: str) -> None:
+    """Give it a padding token, and see that it is one, and the model's.
+
+    Raises:
+        UserError: naming the model.
+    """
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):  # made of nothing, where files are missing
+        raise UserError(f"{key}: its tokenizer knows no words; the model needs the files of its tokenizer, too")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
         if tokenizer.pad_token is None:
             raise UserError(f"{key}: the tokenizer has neither a padding nor an end token")
     if model_config.get_text_config().pad_token_id is None:
         model_config.pad_token_id = tokenizer.pad_token_id
-    return model_config, tokenizer
+    size = getattr(model_config.get_text_config(), "vocab_size", None)
+    if size is not None and max(tokenizer.vocab_size - 1, tokenizer.pad_token_id) >= size:
+        raise UserError(
+            f"{key}: its tokenizer has {tokenizer.vocab_size} tokens and pads with number {tokenizer.pad_token_id}, "
+            f"the model knows {size}; give the model's own tokenizer"
+        )
+
+
+def check_weights(config: Config, path: str) -> None:
+    """The files of a model in a folder; those of a hub name are checked as they are loaded.
+
+    Raises:
+        UserError: see :func:`tsqlora_scale.saved.check_base_weights`.
+    """
+    if Path(path).is_dir():
+        check_base_weights(Path(path), key=f"model.name_or_path={config.model.name_or_path!r}")
+
+
+def check_adapter_fits(config: Config, model_config: Any, adapter: str | Path) -> None:
+    """A saved adapter against the config's model, on the meta device.
+
+    Raises:
+        UserError: naming the folder, the file or the tensor.
+    """
+    from tsqlora_scale.adapters import skeleton
+    from tsqlora_scale.tasks import auto_class_of
+
+    if not Path(adapter).is_dir():
+        raise UserError(f"--adapter {str(adapter)!r} is no folder; give the adapter folder that a run wrote")
+    auto_class = auto_class_of(config.task.type)
+    check_fits(Path(adapter), skeleton(auto_class, model_config, trust_remote_code=config.model.trust_remote_code))
 
 
 def set_dropout(model_config: Any, probability: float) -> None:
@@ -264,12 +352,22 @@ def check_architecture(config: Config, model_config: Any, tokenizer: Any) -> lis
     auto_class = auto_class_of(config.task.type)
     try:
         bare = skeleton(auto_class, model_config, trust_remote_code=config.model.trust_remote_code)
-    except ValueError:
+    except Exception as error:  # whatever a wrong number in config.json leads to
+        key = f"model.name_or_path={config.model.name_or_path!r}"
+        if "Unrecognized configuration class" in str(error):
+            raise UserError(
+                f"{key} is a {model_config.model_type} model, which has no {config.task.type} form; "
+                "choose another model or task.type"
+            ) from None
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(f"{key}: its config.json describes no model that can be built ({reason}); mend it") from None
+    shapes = {name: module.weight.shape for name, module in bare.named_modules() if hasattr(module, "in_features")}
+    widest = max(min(shapes[name]) for name in resolve_targets(bare, config.adapter.target_modules))
+    if config.adapter.r > widest:
         raise UserError(
-            f"model.name_or_path={config.model.name_or_path!r} is a {model_config.model_type} model, which has no "
-            f"{config.task.type} form; choose another model or task.type"
-        ) from None
-    resolve_targets(bare, config.adapter.target_modules)
+            f"adapter.r={config.adapter.r}: no layer that is adapted has a rank above {widest}; lower it, "
+            "or choose other adapter.target_modules"
+        )
     check_lengths(config.task, tokenizer, model_config)
     return heads_of(bare)
 
@@ -288,17 +386,23 @@ def check_run_dir(config: Config, *, overwrite: bool, resume: str | None) -> Non
     Raises:
         UserError: when the run folder holds a run.
     """
+    from tsqlora_scale.report.record import CONTENTS
+
     if config.scores_by_proxy:
         check_run_dir(config.of_proxy(), overwrite=overwrite, resume=None if resume is None else "auto")
     folder = config.run_dir
     continues = resume is not None and resumes_in(config, resume)
-    if not overwrite and not continues and (folder / "config.yaml").exists():
+    if not overwrite and not continues and any(os.path.lexists(folder / name) for name in CONTENTS):
         raise UserError(
             f"run folder {str(folder)!r} already holds a run; "
             "choose another run.name, or give --resume auto or --overwrite"
         )
     if launched_rank() != 0:  # rank 0 alone writes, and a folder need not be on every machine
         return
-    existing = folder if folder.exists() else next(p for p in folder.absolute().parents if p.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UserError(f"run.output_dir={config.run.output_dir!r} cannot be written to; choose another")
+    key = f"run.output_dir={shown(config.run.output_dir)}"
+    try:
+        existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+        with tempfile.TemporaryFile(dir=existing):  # permission bits do not say what a disk takes
+            pass
+    except OSError as error:
+        raise UserError(f"{key}: cannot be written to ({error.strerror}); choose another") from None

@@ -32,7 +32,7 @@ from tsqlora_scale.errors import UserError
 from tsqlora_scale.evaluation import evaluate
 from tsqlora_scale.failures import Watchdog
 from tsqlora_scale.preemption import StopRequest
-from tsqlora_scale.preflight import Preflight, RunPlan, resumes_in
+from tsqlora_scale.preflight import Described, Preflight, RunPlan, resumes_in
 from tsqlora_scale.quality import BatchSampler, QualityScorer, ScoreTable, importance_weights, select_subset
 from tsqlora_scale.ranks import SensitivityTracker, TsqLoraPolicy, current_ranks, set_ranks
 from tsqlora_scale.report.progress import Progress
@@ -378,14 +378,10 @@ def build_scorer(
     )
 
 
-def evaluate_adapter(preflight: Preflight, adapter: str) -> tuple[dict[str, float], bool]:
+def evaluate_adapter(preflight: Described, adapter: str) -> tuple[dict[str, float], bool]:
     """Metrics of a saved adapter on a fresh base, and whether this process should print them. A collective."""
     config = preflight.config
     folder = Path(adapter)
-    if not folder.is_dir():
-        raise UserError(f"--adapter {adapter!r} is no folder; give the adapter folder that a run wrote")
-    if preflight.data.dev is None:
-        raise UserError("task.dataset.dev_file is not set, and evaluation needs it; name the file")
     accelerator = start_accelerator(accumulation=1, timeout_minutes=config.run.timeout_minutes)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise UserError("evaluation of a saved adapter runs without DeepSpeed; launch it plainly or with DDP")

@@ -153,7 +153,7 @@ def test_mistakes(tmp_path: Path, models_dir: Path, capsys: pytest.CaptureFixtur
     assert "--overwrite" in fails(*there, "padded", "--out", str(out))
     assert (out / "precious").exists()
     other = run_tree("deberta", tmp_path, models_dir, "other")
-    assert "does not fit" in fails(
+    assert "the model has no layer" in fails(
         *there, "merged", "--out", str(tmp_path / "new"), "--config", str(write_config(tmp_path / "other.yaml", other))
     )
     assert not (tmp_path / "new").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -81,23 +82,52 @@ def test_a_scoring_length_that_leaves_no_prompt(tmp_path: Path, models_dir: Path
 
 
 @pytest.mark.parametrize("world", [1, 5])
-def test_evaluation_asks_nothing_of_the_training_batch(
+def test_evaluation_asks_nothing_of_the_training_batch_and_data(
     tmp_path: Path, models_dir: Path, monkeypatch: pytest.MonkeyPatch, world: int
 ) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", str(world))
+    monkeypatch.setattr(preflight, "check_adapter_fits", lambda *_: None)
     config = config_of(tmp_path, models_dir)
-    preflight.check(config, trains=False)
     if world == 5:
         with pytest.raises(UserError, match=r"train\.batch_size"):
             preflight.check(config)
+    (tmp_path / "data-classification" / "train.jsonl").unlink()
+    described = preflight.check_evaluation(config, "adapter")
+    assert len(described.task.train) == 0
+    assert len(described.task.batch("dev", [0, 1]).targets) == 2
 
 
-def test_evaluation_steps_need_a_development_file(tmp_path: Path, models_dir: Path) -> None:
+@pytest.mark.parametrize(("source", "key"), [("file", "dev_file"), ("hub", "dev_split")])
+def test_evaluation_needs_a_held_out_set(tmp_path: Path, models_dir: Path, source: str, key: str) -> None:
+    tree = run_tree("bert", tmp_path, models_dir, "run")
+    tree["task"]["dataset"] = dataset_without_dev(tmp_path, tree, source)
+    with pytest.raises(UserError, match=rf"task\.dataset\.{key} is not set, and evaluation needs it"):
+        preflight.check_evaluation(parse_config(tree), "adapter")
+
+
+def dataset_without_dev(folder: Path, tree: dict[str, Any], source: str) -> dict[str, Any]:
+    """The pool alone, as a file or as a dataset in the hub's layout."""
+    if source == "file":
+        return {"path": tree["task"]["dataset"]["path"], "train_file": "train.jsonl"}
+    hub = folder / "hub"
+    hub.mkdir()
+    shutil.copy(folder / "data-classification" / "train.jsonl", hub / "train.jsonl")
+    return {"name": str(hub), "dev_split": None}
+
+
+@pytest.mark.parametrize("source", ["file", "hub"])
+def test_evaluation_steps_need_a_held_out_set(tmp_path: Path, models_dir: Path, source: str) -> None:
     tree = run_tree("bert", tmp_path, models_dir, "run", train={"eval_every": 5})
-    del tree["task"]["dataset"]["dev_file"]
-    with pytest.raises(UserError, match=r"train\.eval_every.*task\.dataset\.dev_file"):
+    tree["task"]["dataset"] = dataset_without_dev(tmp_path, tree, source)
+    with pytest.raises(UserError, match=r"train\.eval_every=5.*task\.dataset\.dev_file, or dev_split"):
         preflight.check(parse_config(tree))
+    tree["train"]["eval_every"] = None
+    assert preflight.check(parse_config(tree)).task.dev is None
+    if source == "hub":
+        tree["task"]["dataset"]["dev_split"] = "validation"
+        with pytest.raises(UserError, match=r"split 'validation'.*dev_split"):
+            preflight.check(parse_config(tree))
 
 
 def test_a_model_without_the_tasks_form(tmp_path: Path, models_dir: Path) -> None:

@@ -27,7 +27,7 @@ class Schedule:
         """
         start, end = as_steps(cfg.start, total_steps), as_steps(cfg.end, total_steps)
         every = as_steps(cfg.every, total_steps)
-        events = tuple(step for step in range(start, end + 1, every) if 1 <= step < total_steps)
+        events = tuple(step for step in range(start, min(end, total_steps - 1) + 1, every) if step >= 1)
         if not events:
             raise UserError(
                 f"schedule.start={cfg.start}, schedule.end={cfg.end}, schedule.every={cfg.every} (steps {start} to "

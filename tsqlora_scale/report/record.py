@@ -39,7 +39,7 @@ class RunRecord:
             self.folder.mkdir(parents=True, exist_ok=True)
             for name in CONTENTS:
                 path = self.folder / name
-                if path.is_dir():
+                if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path)
                 else:
                     path.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tsqlora_scale.report.record import peak_memory_bytes
+from tsqlora_scale.report.scores import plain
 
 if TYPE_CHECKING:
     from tsqlora_scale.run import Run
@@ -89,10 +90,10 @@ def print_result(result: dict[str, Any]) -> None:
         table.add_row(f"{name} cost", f"{100 * share:.1f} % of the run's {result['wall_seconds']:.0f} s")
     if result["samples_per_second"]:
         table.add_row("training speed", f"{result['samples_per_second']:.1f} samples/s")
-    table.add_row("adapter", result["adapter"])
+    table.add_row("adapter", plain(result["adapter"]))
     console.print(table)
     if result["ranks_start"] != result["ranks_end"]:
         ranks = Table("layer", "rank at start", "rank at end", title="ranks")
         for name, start in result["ranks_start"].items():
-            ranks.add_row(name, str(start), str(result["ranks_end"][name]))
+            ranks.add_row(plain(name), str(start), str(result["ranks_end"][name]))
         console.print(ranks)

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tsqlora_scale.errors import UserError
+from tsqlora_scale.printing import shown
 
 #: The column that every split has, whatever its file calls its ids.
 SAMPLE_ID = "sample_id"
@@ -53,7 +54,10 @@ def check_text(dataset: datasets.Dataset, name: str, *, where: str, may_be_empty
     found = [np.zeros(0, dtype=bool)]
     row = 0
     for chunk in column.chunks:  # chunk by chunk: the column may be larger than memory
-        filled = pc.fill_null(pc.greater(pc.utf8_length(pc.utf8_trim_whitespace(chunk)), 0), False)
+        try:
+            filled = pc.fill_null(pc.greater(pc.utf8_length(pc.utf8_trim_whitespace(chunk)), 0), False)
+        except pa.ArrowInvalid:
+            raise UserError(f"{where}: column {name!r} holds bytes that are no UTF-8; write the data anew") from None
         first = pc.index(filled, False).as_py()
         if first >= 0 and not may_be_empty:
             raise UserError(
@@ -81,7 +85,13 @@ def sample_ids(dataset: datasets.Dataset, id_column: str | None, *, where: str) 
     column = dataset.data.column(id_column)
     if pa.types.is_nested(column.type):
         raise UserError(f"task.dataset.id_column={id_column!r}: {where} holds {column.type} values; ids must be plain")
-    ids = pc.cast(column, pa.string()).combine_chunks()
+    try:
+        ids = pc.cast(column, pa.string()).combine_chunks()
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        raise UserError(
+            f"task.dataset.id_column={id_column!r}: {where} holds {column.type} values that cannot be written as text; "
+            "choose another column, or leave it unset to use row numbers"
+        ) from None
     empty = pc.index(pc.fill_null(pc.equal(ids, ""), True), True).as_py()
     if empty >= 0:
         raise UserError(f"{where}, row {empty + 1}: id column {id_column!r} is empty; give every row an id")
@@ -90,7 +100,7 @@ def sample_ids(dataset: datasets.Dataset, id_column: str | None, *, where: str) 
         twice = counts.filter(pc.greater(counts.field("counts"), 1))[0]["values"].as_py()
         first, second = np.flatnonzero(pc.equal(ids, twice).to_numpy(zero_copy_only=False))[:2]
         raise UserError(
-            f"{where}, rows {first + 1} and {second + 1}: the same id {twice!r} in id column {id_column!r}; "
+            f"{where}, rows {first + 1} and {second + 1}: the same id {shown(twice)} in id column {id_column!r}; "
             "make ids unique, or leave task.dataset.id_column unset to use row numbers"
         )
     return ids

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from tsqlora_scale.config import TaskConfig
 from tsqlora_scale.errors import UserError
+from tsqlora_scale.printing import printable
 from tsqlora_scale.tasks.columns import SAMPLE_ID, check_text, require_columns, sample_ids
 from tsqlora_scale.tasks.labels import class_ids, regression_targets
 from tsqlora_scale.tasks.metrics import check_metrics
@@ -30,6 +31,21 @@ class Data:
 
     train: datasets.Dataset
     dev: datasets.Dataset | None
+
+
+def load_dev(cfg: TaskConfig, *, seed: int) -> Data:
+    """The held-out set alone, opened and checked; the pool is left without rows, and its file need not be there.
+
+    Raises:
+        UserError: as :func:`load_data`, or there is no held-out set.
+    """
+    check_metrics(cfg.metrics, cfg.type)
+    _check_declared_labels(cfg)
+    dev = _load_split(cfg, "dev", seed)
+    if dev is None:
+        key = "dev_file" if cfg.dataset.name is None else "dev_split"
+        raise UserError(f"task.dataset.{key} is not set, and evaluation needs it; name the held-out set")
+    return Data(dev.select([]), dev)
 
 
 def load_data(cfg: TaskConfig, *, seed: int) -> Data:
@@ -83,7 +99,7 @@ def _load_split(cfg: TaskConfig, split: SplitName, seed: int) -> datasets.Datase
     kept = raw.remove_columns([name for name in ours if name in raw.column_names])
     dataset = datasets.concatenate_datasets([kept, datasets.Dataset(pa.table(ours))], axis=1)
     if not filled.all():
-        log.warning("%s: %d rows with an empty text are left out", where, int((~filled).sum()))
+        log.warning("%s: %d rows with an empty text are left out", printable(where), int((~filled).sum()))
         dataset = dataset.select(np.flatnonzero(filled))
         if not len(dataset):
             raise UserError(f"{where}: every row has an empty text; check task.text, task.source and task.target")

@@ -11,12 +11,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tsqlora_scale.errors import UserError
+from tsqlora_scale.printing import shown
 
 #: A label cell as files and hub datasets give it.
 Cell = str | int | float | bool | None
 Labels = Sequence[str] | int
 N = TypeVar("N", int, float)
 
+#: What a column of labels or targets may be.
+_KINDS = (
+    *(pa.types.is_string, pa.types.is_large_string, pa.types.is_null, pa.types.is_boolean),
+    *(pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal),
+)
 _WHOLE = re.compile(r"[+-]?[0-9]{1,18}(\.0*)?")
 
 
@@ -91,9 +97,11 @@ def class_ids(
         held = f"the column holds {len(distinct)} distinct: {_few(distinct)}"
         if isinstance(labels, int):
             wanted = f"is not a whole number from 0 to {labels - 1}, as task.labels={labels} means"
-            return f"label {cell!r} in column {name!r} {wanted}; {held}; mend the row, or set or list task.labels"
+            return f"label {shown(cell)} in column {name!r} {wanted}; {held}; mend the row, or set or list task.labels"
         wanted = f"not among the {len(labels)} of task.labels ({_few(list(labels))})"
-        return f"label {cell!r} in column {name!r} is {wanted}; {held}; mend the row or add the label to task.labels"
+        return (
+            f"label {shown(cell)} in column {name!r} is {wanted}; {held}; mend the row or add the label to task.labels"
+        )
 
     return _parsed(column, parse, problem, where=where, name=name).astype(np.int64)
 
@@ -106,9 +114,8 @@ def regression_targets(column: pa.ChunkedArray, *, where: str, name: str) -> np.
     """
 
     def problem(cell: Cell, _: list[Cell]) -> str:
-        return (
-            f"{cell!r} in column {name!r} is not a finite number, as a regression target must be; mend or drop the row"
-        )
+        wanted = "is not a finite number, as a regression target must be"
+        return f"{shown(cell)} in column {name!r} {wanted}; mend or drop the row"
 
     return _parsed(column, target_value, problem, where=where, name=name).astype(np.float32)
 
@@ -122,7 +129,7 @@ def _parsed(
     name: str,
 ) -> np.ndarray:
     """``parse`` of every cell, called once per distinct cell."""
-    if pa.types.is_nested(column.type):
+    if not any(is_kind(column.type) for is_kind in _KINDS):
         raise UserError(f"{where}: column {name!r} holds {column.type} values; a label must be text or a number")
     distinct = pc.unique(column)
     cells = distinct.to_pylist()
@@ -140,5 +147,5 @@ def _parsed(
 
 
 def _few(values: Sequence[object]) -> str:
-    shown = ", ".join(repr(v) for v in values[:6])
-    return shown + (", ..." if len(values) > 6 else "")
+    few = ", ".join(shown(v, 40) for v in values[:6])
+    return few + (", ..." if len(values) > 6 else "")

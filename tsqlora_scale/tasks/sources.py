@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -25,7 +26,7 @@ SplitName = Literal["train", "dev"]
 E = TypeVar("E", bound=BaseException)
 
 #: Part of every cache key; raise it when :mod:`tsqlora_scale.tasks.readers` reads a file differently.
-_READERS_VERSION = "1"
+_READERS_VERSION = "2"
 
 
 def open_split(
@@ -76,6 +77,9 @@ def _find(cfg: DatasetConfig, file: str, split: SplitName) -> Path:
         return path
     if not folder.is_dir():
         raise UserError(f"task.dataset.path={cfg.path!r}: no such folder; give the folder that holds the data files")
+    if os.path.lexists(path):
+        what = "a folder" if path.is_dir() else "no regular file"
+        raise UserError(f"task.dataset.{split}_file={file!r}: is {what} in {folder}; give a file of that folder")
     near = difflib.get_close_matches(file, [p.name for p in folder.iterdir()], 1, 0.5)
     hint = f"did you mean {near[0]!r}?" if near else "give a file of that folder"
     raise UserError(f"task.dataset.{split}_file={file!r}: no such file in {folder}; {hint}")

@@ -117,17 +117,17 @@ def test_files_of_many_chunks(write: Write, monkeypatch: pytest.MonkeyPatch) -> 
         ("x.jsonl", " \n", r"x.jsonl: the file is empty"),
         ("x.json", "[]", r"x.json: the file is empty"),
         ("x.tsv", "text\tlabel\n", r"x.tsv: the file holds no rows"),
-        ("x.tsv", "a\ta\n1\t2\n", r"x.tsv: the header names column 'a' twice"),
+        ("x.tsv", "a\ta\n1\t2\n", r"x.tsv: the column 'a' is there twice"),
         ("x.tsv", "a\tb\n1\t2\n3\n", r"x.tsv, row 2: 1 fields where the header has 2 \(a, b\); mend"),
         ("x.csv", "a,b\n1,2,3\n", r"x.csv, row 1: 3 fields where the header has 2"),
         ("x.tsv", b"a\tb\n1\t2\n3\tcaf\xe9\n", r"x.tsv, line 3: not UTF-8 text \(byte 0xe9\); save the file as UTF-8"),
         ("x.csv", "a,b\n1,2\n".encode("utf-16"), r"x.csv, line 1: not UTF-8 text"),
         ("x.jsonl", b'{"a": "\xff"}', r"x.jsonl, line 1: not UTF-8"),
         ("x.jsonl", '{"a": 1}\n\n{"a": 2', r"x.jsonl, row 2: not valid JSON"),
-        ("x.jsonl", '{"a": 1}\n[1]', r"x.jsonl, row 2: '\[1\]' is not an object of column names"),
-        ("x.json", '[{"a": 1}, 5]', r"x.json, row 2: '5' is not an object"),
+        ("x.jsonl", '{"a": 1}\n[1]', r"x.jsonl, row 2: \[1\] is not an object of column names"),
+        ("x.json", '[{"a": 1}, 5]', r"x.json, row 2: 5 is not an object"),
         ("x.json", '[{"a": 1},', r"x.json: not valid JSON"),
-        ("x.jsonl", '{"a": "\\ud800"}', r"x.jsonl, rows 1 to 1: not valid text"),
+        ("x.jsonl", '{"a": "\\ud800"}', r"x.jsonl, row 1: not valid text"),
         ("x.jsonl", '{"a": "x"}\n{"a": ["x"]}', r"x.jsonl, row 2: column 'a' holds a list; it must hold plain text"),
         ("x.parquet", "no parquet", r"x.parquet: cannot be read as parquet: "),
     ],
@@ -152,8 +152,53 @@ def test_a_truncated_gzip_file(tmp_path: Path) -> None:
         read(path)
 
 
-@given(st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\t\r\n")), min_size=1))
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\t\r\n\0")), min_size=1))
 def test_any_text_survives_a_tsv(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> None:
     path = tmp_path_factory.mktemp("tsv") / "x.tsv"
     path.write_bytes("\n".join(["text\tend", *(f"{t}\t." for t in texts)]).encode())
     assert [r["text"] for r in read(path)] == texts
+
+
+@pytest.mark.parametrize("name", ["x.tsv", "x.csv", "x.jsonl", "x.jsonl.gz"])
+def test_long_lines_are_read_in_bounded_tables(write: Write, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table ends after so many characters, however few rows they are."""
+    texts = [letter * 10**6 for letter in "abcdefg"]
+    lines = [json.dumps({"text": text}) if "json" in name else text for text in texts]
+    path = write(name, "\n".join(lines if "json" in name else ["text", *lines]))
+    monkeypatch.setattr(readers, "CHUNK_CHARACTERS", 2 * 10**6)
+    tables = list(read_tables(path, column_names=None, text_columns=["text"]))
+    assert [len(table) for table in tables] == [2, 2, 2, 1]
+    assert [row["text"] for table in tables for row in table.to_pylist()] == texts
+
+
+def test_a_line_of_10_megabytes(write: Write) -> None:
+    text = "word " * 2 * 10**6
+    assert read(write("x.tsv", f"text\tlabel\n{text}\t1\n")) == [{"text": text, "label": "1"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "limit"), [("x.tsv", "MOST_IN_A_LINE"), ("x.csv", "MOST_IN_A_LINE"), ("x.jsonl", "MOST_IN_JSON")]
+)
+def test_a_line_without_an_end(write: Write, name: str, limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a compressed file may hold: it is not read to its end."""
+    monkeypatch.setattr(readers, limit, 2**20)
+    with pytest.raises(UserError, match=rf"{name}.gz, line 1: longer than 1 MiB"):
+        read(write(f"{name}.gz", b"x" * (2**20 + 1)))
+    if name == "x.csv":
+        with pytest.raises(UserError, match=r"line \d+: field larger"):
+            read(write(name, '"' + ("x" * 999 + "\n") * 1100))
+
+
+def test_missing_values_of_other_writers(write: Write) -> None:
+    """NaN, as Python's writers spell a missing value in JSON; numbers that are none stay what they are."""
+    rows = read(write("x.jsonl", '{"a": NaN, "b": [NaN]}\n{"a": 1, "b": -Infinity}\n'))
+    assert rows == [{"a": None, "b": "[null]"}, {"a": "1", "b": "-Infinity"}]
+
+
+def test_texts_by_number(tmp_path: Path) -> None:
+    """As pandas writes categories."""
+    column = pa.array(["a", "b", "a"]).dictionary_encode()
+    pq.write_table(pa.table({"text": column}), tmp_path / "x.parquet")
+    (table,) = read_tables(tmp_path / "x.parquet", column_names=None, text_columns=["text"])
+    assert table.schema.field("text").type == pa.string()
+    assert table["text"].to_pylist() == ["a", "b", "a"]
