@@ -30,6 +30,7 @@ from tsqlora_scale.engine.start import start_accelerator
 from tsqlora_scale.engine.state import TrainState
 from tsqlora_scale.errors import UserError
 from tsqlora_scale.evaluation import evaluate
+from tsqlora_scale.nonfinite import NonFiniteSteps
 from tsqlora_scale.preemption import StopRequest
 from tsqlora_scale.preflight import Preflight, RunPlan, resumes_in
 from tsqlora_scale.quality import BatchSampler, QualityScorer, ScoreTable, importance_weights, select_subset
@@ -63,10 +64,12 @@ class Run:
     #: Which pool rows have been trained on, (N,) bool.
     seen: np.ndarray = field(init=False)
     best: dict[str, Any] | None = None
+    nonfinite: NonFiniteSteps = field(init=False)
     initial_ranks: dict[str, int] = field(default_factory=dict)
     metrics_before: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.nonfinite = NonFiniteSteps(self.config.train.max_nonfinite)
         self.seen = np.zeros(self.plan.pool_size, dtype=bool)
         self.initial_ranks = current_ranks(self.engine.module)
         pool = np.arange(self.plan.pool_size)
@@ -163,6 +166,8 @@ class Run:
             "initial_ranks": self.initial_ranks,
             "first_quality": self.first_quality,
             "best": self.best,
+            "nonfinite": self.nonfinite.count,
+            "loss_scaler": self.engine.scaler_state(),
             "metrics_before": self.metrics_before,
             "seen": torch.from_numpy(self.seen.astype(np.uint8)),
             "tracker": self.tracker.state_dict() if self.tracker else None,
@@ -181,6 +186,8 @@ class Run:
         self.sampler.load_state_dict(tree["sampler"])
         self.step, self.events = tree["step"], tree["events"]
         self.first_quality, self.best = tree["first_quality"], tree["best"]
+        self.nonfinite.count = tree["nonfinite"]
+        self.engine.load_scaler_state(tree["loss_scaler"])
         self.metrics_before, self.initial_ranks = tree["metrics_before"], tree["initial_ranks"]
         if self.tracker is not None:
             self.tracker.load_state_dict(tree["tracker"])
@@ -434,7 +441,7 @@ def same_method(config: Config, saved: dict[str, Any], checkpoint: Path | None) 
     """
     now = config.model_dump(mode="json")
     free = {"run.output_dir", "run.name", "train.micro_batch_size", "train.eval_batch_size", "train.checkpoint_every"}
-    free |= {"train.checkpoint_keep", "train.eval_every", "scoring.keep_sketches"}
+    free |= {"train.checkpoint_keep", "train.eval_every", "train.max_nonfinite", "scoring.keep_sketches"}
     for section, values in now.items():
         for key, value in values.items():
             old = saved.get(section, {}).get(key)
