@@ -47,7 +47,7 @@ def train(run: Run) -> dict[str, Any]:
     if run.scorer is not None and run.is_main and not run.config.scoring.keep_sketches:
         run.scorer.discard_parts()
     result = build_result(run, metrics, adapter)
-    run.record.result(result)
+    run.write_on_main("result.json", lambda: run.record.result(result))
     return result
 
 
