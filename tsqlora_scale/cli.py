@@ -152,7 +152,7 @@ def _train(options: argparse.Namespace) -> None:
             print("\n".join(checked.plan.lines()))
         return
     from tsqlora_scale.preemption import StopRequest
-    from tsqlora_scale.proxy import score_by_proxy
+    from tsqlora_scale.proxy import discard_parts, score_by_proxy
     from tsqlora_scale.report.result import print_result
     from tsqlora_scale.run import build_run
     from tsqlora_scale.train import train as train_run
@@ -162,8 +162,8 @@ def _train(options: argparse.Namespace) -> None:
         run = build_run(checked, resume=options.resume, stop=stop)
         if scores is not None:
             run.take_scores(scores.table, scores.seconds)
-            if run.is_main and not config.scoring.keep_sketches:
-                scores.discard_parts()
+        if run.is_main:
+            discard_parts(config)
         result = train_run(run)
     if run.is_main:
         print_result(result)

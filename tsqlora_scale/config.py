@@ -302,6 +302,9 @@ class TrainConfig(Section):
     eps: PositiveFloat = 1e-8
     #: None disables clipping.
     max_grad_norm: PositiveFloat | None = 1.0
+    #: A step whose loss or gradient is not finite is left out, and its samples are logged; more of them than this end
+    #: the run. Steps that fp16's loss scaler leaves out while it looks for its scale do not count.
+    max_nonfinite: Annotated[int, Field(ge=0)] = 10
     checkpoint_every: PositiveInt | None = None
     checkpoint_keep: PositiveInt = 2
     #: Optimizer steps between evaluations; none evaluates before and after training only.

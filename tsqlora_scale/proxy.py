@@ -6,17 +6,18 @@ that is trained is loaded. Its pass is an ordinary scoring run in a run folder o
 
 from __future__ import annotations
 
+import shutil
 import time
 from dataclasses import dataclass
 
 import torch
 
+from tsqlora_scale.config import Config
 from tsqlora_scale.preemption import StopRequest
 from tsqlora_scale.preflight import Preflight, naming_the_proxy
 from tsqlora_scale.quality import ScoreTable
-from tsqlora_scale.quality.parts import Parts
 from tsqlora_scale.report.record import RunRecord
-from tsqlora_scale.run import build_run, find_checkpoint
+from tsqlora_scale.run import build_run, has_checkpoint
 from tsqlora_scale.score import warm_up_and_score
 
 
@@ -26,11 +27,12 @@ class ProxyScores:
 
     table: ScoreTable
     seconds: float
-    parts: Parts
 
-    def discard_parts(self) -> None:
-        """Remove the raw numbers that the proxy's pass has left, once the scores are in a checkpoint. On rank 0."""
-        self.parts.discard()
+
+def discard_parts(config: Config) -> None:
+    """Remove the raw numbers that a proxy's pass has left, once its scores are in a checkpoint. On rank 0."""
+    if config.scores_by_proxy and not config.scoring.keep_sketches:
+        shutil.rmtree(config.of_proxy().run_dir / "scores" / "parts", ignore_errors=True)
 
 
 def score_by_proxy(preflight: Preflight, *, resume: str | None, stop: StopRequest) -> ProxyScores | None:
@@ -45,7 +47,7 @@ def score_by_proxy(preflight: Preflight, *, resume: str | None, stop: StopReques
     Returns:
         None where there is no proxy, or no need of it.
     """
-    if preflight.proxy is None or (resume is not None and find_checkpoint(preflight.config.run_dir, resume)):
+    if preflight.proxy is None or (resume is not None and has_checkpoint(preflight.config.run_dir, resume)):
         return None
     start = time.perf_counter()
     with naming_the_proxy(preflight.config):
@@ -58,4 +60,4 @@ def score_by_proxy(preflight: Preflight, *, resume: str | None, stop: StopReques
     run.engine.close()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return ProxyScores(table, time.perf_counter() - start, run.scorer.parts)
+    return ProxyScores(table, time.perf_counter() - start)

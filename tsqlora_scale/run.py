@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterable
+import logging
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from accelerate.utils import DistributedType
 from tsqlora_scale.adapters import add_adapter, load_adapter, load_base, read_adapter, save_adapter
 from tsqlora_scale.config import Config
 from tsqlora_scale.engine.checkpoint import (
+    WRITE_ERRORS,
     checkpoint_dir,
+    complete_checkpoints,
     drop_after,
     newest_checkpoint,
     prune,
@@ -31,6 +34,7 @@ from tsqlora_scale.engine.state import TrainState
 from tsqlora_scale.errors import UserError
 from tsqlora_scale.evaluation import evaluate
 from tsqlora_scale.failures import Watchdog
+from tsqlora_scale.nonfinite import NonFiniteSteps
 from tsqlora_scale.preemption import StopRequest
 from tsqlora_scale.preflight import Described, Preflight, RunPlan, resumes_in
 from tsqlora_scale.quality import BatchSampler, QualityScorer, ScoreTable, importance_weights, select_subset
@@ -38,6 +42,8 @@ from tsqlora_scale.ranks import SensitivityTracker, TsqLoraPolicy, current_ranks
 from tsqlora_scale.report.progress import Progress
 from tsqlora_scale.report.record import RunRecord
 from tsqlora_scale.tasks import Task
+
+log = logging.getLogger("tsqlora_scale")
 
 
 @dataclass
@@ -65,10 +71,14 @@ class Run:
     #: Which pool rows have been trained on, (N,) bool.
     seen: np.ndarray = field(init=False)
     best: dict[str, Any] | None = None
+    #: Name of the best step's checkpoint, or of the best before it if that could not be written. Known on rank 0.
+    best_kept: str | None = None
+    nonfinite: NonFiniteSteps = field(init=False)
     initial_ranks: dict[str, int] = field(default_factory=dict)
     metrics_before: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.nonfinite = NonFiniteSteps(self.config.train.max_nonfinite)
         self.seen = np.zeros(self.plan.pool_size, dtype=bool)
         self.initial_ranks = current_ranks(self.engine.module)
         pool = np.arange(self.plan.pool_size)
@@ -137,22 +147,59 @@ class Run:
             state = self.engine.gather()
             if self.tracker is not None:
                 self.tracker.synchronize(self.engine.world)
-            root = self.record.folder / "checkpoints"
             if self.is_main:
-                write_checkpoint(checkpoint_dir(root, self.step), state, self.state_dict())
-                protect = {Path(self.best["checkpoint"]).name} if self.best else set()
-                prune(root, keep=self.config.train.checkpoint_keep, protect=protect)
+                self._write_checkpoint(state)
             self.engine.world.barrier()
+
+    def _write_checkpoint(self, state: TrainState) -> None:
+        """Write a checkpoint and prune the others; on rank 0. Where it cannot be written, the run goes on without."""
+        root = self.record.folder / "checkpoints"
+        best_kept = self.best_kept
+        if self.best is not None and self.best["step"] == self.step:
+            self.best_kept = Path(self.best["checkpoint"]).name
+        try:
+            write_checkpoint(checkpoint_dir(root, self.step), state, self.state_dict())
+        except WRITE_ERRORS as error:
+            self.best_kept = best_kept
+            newest = complete_checkpoints(root)
+            log.warning(
+                "the checkpoint of step %d cannot be written (%s); the run goes on, its newest checkpoint is %s",
+                self.step,
+                error,
+                newest[-1].name if newest else "none",
+            )
+            return
+        try:
+            prune(root, keep=self.config.train.checkpoint_keep, protect={self.best_kept} if self.best_kept else set())
+        except OSError as error:
+            log.warning("older checkpoints cannot be removed (%s)", error)
+
+    def write_on_main(self, what: str, write: Callable[[], object]) -> None:
+        """Let rank 0 write. A collective.
+
+        Raises:
+            UserError: on every rank, when it cannot.
+        """
+        problem: str | None = None
+        if self.is_main:
+            try:
+                write()
+            except WRITE_ERRORS as error:
+                problem = str(error)
+        problem = self.engine.world.broadcast(problem)
+        if problem is not None:
+            raise UserError(f"{what} cannot be written ({problem}); make room there, then --resume auto goes on")
 
     def save_adapter(self) -> Path:
         """Write ``adapter/``, plain PEFT. A collective; rank 0 writes."""
         folder = self.record.folder / "adapter"
-        state = self.engine.gather()
-        if self.is_main:
-            values = {name: entry.value for name, entry in state.params.items()}
+        values = {name: entry.value for name, entry in self.engine.gather().params.items()}
+
+        def write() -> None:
             save_adapter(self.engine.module, values, folder, base_name=self.config.model.name_or_path)
             self.task.tokenizer.save_pretrained(str(folder))
-        self.engine.world.barrier()
+
+        self.write_on_main(f"the adapter, {str(folder)!r},", write)
         return folder
 
     def state_dict(self) -> dict[str, Any]:
@@ -165,6 +212,9 @@ class Run:
             "initial_ranks": self.initial_ranks,
             "first_quality": self.first_quality,
             "best": self.best,
+            "best_kept": self.best_kept,
+            "nonfinite": self.nonfinite.count,
+            "loss_scaler": self.engine.scaler_state(),
             "metrics_before": self.metrics_before,
             "seen": torch.from_numpy(self.seen.astype(np.uint8)),
             "tracker": self.tracker.state_dict() if self.tracker else None,
@@ -182,12 +232,16 @@ class Run:
             self.draw_by_scores()
         self.sampler.load_state_dict(tree["sampler"])
         self.step, self.events = tree["step"], tree["events"]
-        self.first_quality, self.best = tree["first_quality"], tree["best"]
+        self.first_quality, self.best, self.best_kept = tree["first_quality"], tree["best"], tree["best_kept"]
+        self.nonfinite.count = tree["nonfinite"]
+        self.engine.load_scaler_state(tree["loss_scaler"])
         self.metrics_before, self.initial_ranks = tree["metrics_before"], tree["initial_ranks"]
         if self.tracker is not None:
             self.tracker.load_state_dict(tree["tracker"])
         self.record.seconds.update(tree["seconds"])
-        self.record.rewind(self.step, last_step=self.plan.total_steps)
+        self.write_on_main(
+            f"{str(self.record.folder)!r}", lambda: self.record.rewind(self.step, last_step=self.plan.total_steps)
+        )
 
     def score(self, *, refresh: bool = False) -> ScoreTable:
         """Score the pool, or a share of S, and draw by the new scores from the next step on. A collective."""
@@ -204,6 +258,8 @@ class Run:
         self.first_quality = table.mean_quality()
         self.record.seconds["scoring"] = self.record.seconds.get("scoring", 0.0) + seconds
         self._use_scores(table)
+        if not self.metrics_before:  # here, or a run killed between this checkpoint and the next would do it again
+            self.metrics_before = self.evaluate()
         self.save_checkpoint()
 
     def _use_scores(self, table: ScoreTable) -> None:
@@ -211,7 +267,10 @@ class Run:
         assert self.scorer is not None
         self.draw_by_scores()
         if self.is_main:
-            table.write(self.record.folder / "scores", self.scorer.sample_ids)
+            try:
+                table.write(self.record.folder / "scores", self.scorer.sample_ids)
+            except WRITE_ERRORS as error:  # for people; the run has it in its checkpoints
+                log.warning("the scores cannot be written (%s); the run goes on", error)
 
     def model_key(self) -> str:
         """Says which weights the model has: the base by its name, what is trained by a digest. A collective."""
@@ -255,7 +314,7 @@ def build_run(
     with record.phase("load"), quiet_libraries():
         task = preflight.task
         same_checkpoint(checkpoint, World.current(accelerator.device))
-        state, tree = read_checkpoint(checkpoint) if checkpoint else (TrainState(), None)
+        state, tree = read_checkpoint(checkpoint, verified=resume == "auto") if checkpoint else (TrainState(), None)
         if tree is not None:
             same_method(config, tree["config"], checkpoint)
         model = build_model(config, preflight, task, device=accelerator.device)
@@ -298,7 +357,7 @@ def build_run(
             if run.is_main:
                 drop_after(config.run_dir / "checkpoints", run.step)
             if not resumes_in(config, str(resume)):
-                run.best = None  # its checkpoint lies in the other folder
+                run.best = run.best_kept = None  # their checkpoints lie in the other folder
     return run
 
 
@@ -403,8 +462,19 @@ def evaluate_adapter(preflight: Described, adapter: str) -> tuple[dict[str, floa
     return metrics, world.is_main
 
 
+def has_checkpoint(run_dir: Path, resume: str) -> bool:
+    """Whether ``--resume`` means a checkpoint, damaged or not.
+
+    Raises:
+        UserError: when a folder was named and is none.
+    """
+    if resume == "auto":
+        return bool(complete_checkpoints(run_dir / "checkpoints"))
+    return find_checkpoint(run_dir, resume) is not None
+
+
 def find_checkpoint(run_dir: Path, resume: str) -> Path | None:
-    """The checkpoint that ``--resume`` means; none when ``auto`` finds none.
+    """The checkpoint that ``--resume`` means, verified if by ``auto``; none when that finds none.
 
     Raises:
         UserError: when a folder was named and is none, or ``auto`` finds damaged checkpoints only.
@@ -438,7 +508,8 @@ def same_method(config: Config, saved: dict[str, Any], checkpoint: Path | None) 
     """
     now = config.model_dump(mode="json")
     free = {"run.output_dir", "run.name", "run.timeout_minutes", "train.micro_batch_size", "train.eval_batch_size"}
-    free |= {"train.checkpoint_every", "train.checkpoint_keep", "train.eval_every", "scoring.keep_sketches"}
+    free |= {"train.checkpoint_every", "train.checkpoint_keep", "train.eval_every", "train.max_nonfinite"}
+    free |= {"scoring.keep_sketches"}
     for section, values in now.items():
         for key, value in values.items():
             old = saved.get(section, {}).get(key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
+    from tsqlora_scale.engine.collectives import World
     from tsqlora_scale.engine.engine import Engine
     from tsqlora_scale.ranks.sensitivity import SensitivityTracker
     from tsqlora_scale.tasks import Task
@@ -17,11 +19,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did: mean loss over the global batch, gradient 2-norm before clipping; whether to stop after it."""
+    """What a step did, the same on every rank.
+
+    Attributes:
+        loss: mean over the global batch.
+        grad_norm: 2-norm of the gradient before clipping.
+        stop: whether any rank was asked to stop.
+        taken: whether the optimizer has stepped; it has not where the loss or the gradient is not finite.
+        failed: whether that was no loss scaler's doing.
+        culprits: pool rows of the samples whose own loss is not finite, sorted; empty for a step that was taken.
+    """
 
     loss: float
     grad_norm: float
     stop: bool
+    taken: bool = True
+    failed: bool = False
+    culprits: tuple[int, ...] = ()
 
 
 def micro_batches(indices: np.ndarray, micro_batch_size: int, rank: int, world_size: int) -> list[np.ndarray]:
@@ -52,6 +66,9 @@ def optimizer_step(
     The loss is normalised by the number of loss terms (samples, or target tokens) of the whole step, so that
     padding, accumulation and the number of ranks do not change the gradient.
 
+    A loss that is not finite makes the rank's gradient not finite, if it is not so anyway. The exchange carries that
+    to all ranks, and all leave the step out: parameters, moments and sensitivity stay as they are.
+
     Args:
         indices: pool rows of the global batch, (batch_size,).
         weights: of their losses, (batch_size,), up to a constant; none: all equal.
@@ -70,6 +87,7 @@ def optimizer_step(
     terms = world.sum(torch.stack(counts).sum())
     loss_sum = torch.zeros((), dtype=torch.float64)
     grad_norm = None
+    losses: list[torch.Tensor] = []
     if tracker is not None:
         tracker.start_step(step, loss_scale=engine.gradient_scale)
     for number, (batch, share) in enumerate(zip(batches, shares, strict=True)):
@@ -79,13 +97,35 @@ def optimizer_step(
         with engine.micro_batch():
             sums, _ = task.losses(engine.forward(**batch.inputs), batch)
             sums = sums * share.to(sums)
+            losses.append(sums.detach())
             loss_sum += sums.detach().double().sum().cpu()
-            grad_norm = engine.backward(sums.sum() / terms.to(sums), lr)
-    if tracker is not None:
-        tracker.end_step()
+            finite = 1.0 if loss_sum.isfinite() else math.nan
+            grad_norm = engine.backward(sums.sum() / terms.to(sums) * finite, lr)
     assert grad_norm is not None, "the last micro-batch of a step must be an accumulation boundary"
+    taken = math.isfinite(grad_norm)
+    if tracker is not None:
+        tracker.end_step(taken=taken)
     loss_sum, asked = world.sum(torch.stack([loss_sum, loss_sum.new_tensor(float(stop))]))
-    return StepResult(loss=float(loss_sum / terms), grad_norm=grad_norm, stop=bool(asked > 0))
+    loss = float(loss_sum / terms)
+    return StepResult(
+        loss=loss,
+        grad_norm=grad_norm,
+        stop=bool(asked > 0),
+        taken=taken,
+        failed=not taken and not (math.isfinite(loss) and engine.overflow_is_normal),
+        culprits=() if taken else not_finite(world, parts, losses),
+    )
+
+
+def not_finite(world: World, parts: list[np.ndarray], losses: list[torch.Tensor]) -> tuple[int, ...]:
+    """Pool rows of the samples whose loss is not finite, of all ranks. A collective.
+
+    Args:
+        parts: this rank's micro-batches, pool rows, (micro_batch_size,) each.
+        losses: of their samples, (micro_batch_size,) each.
+    """
+    mine = [part[~loss.isfinite().cpu().numpy()] for part, loss in zip(parts, losses, strict=True)]
+    return tuple(sorted({int(row) for row in np.concatenate(world.gather_objects(np.concatenate(mine)))}))
 
 
 def seed_dropout(seed: int, step: int, micro_batch: int) -> None:

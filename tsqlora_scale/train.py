@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import time
 from typing import Any
 
-from tsqlora_scale.errors import Stopped, UserError
+from tsqlora_scale.errors import Stopped
 from tsqlora_scale.lr_schedule import learning_rate
 from tsqlora_scale.ranks import Plan, Statistics, agree, current_ranks, layer_dims, resize_model
 from tsqlora_scale.report.result import build_result
@@ -48,7 +47,7 @@ def train(run: Run) -> dict[str, Any]:
     if run.scorer is not None and run.is_main and not run.config.scoring.keep_sketches:
         run.scorer.discard_parts()
     result = build_result(run, metrics, adapter)
-    run.record.result(result)
+    run.write_on_main("result.json", lambda: run.record.result(result))
     return result
 
 
@@ -72,20 +71,21 @@ def train_step(run: Run) -> float:
         )
     run.step += 1
     run.stop.agreed = result.stop
-    if not math.isfinite(result.loss):  # the same number on every rank
-        raise UserError(
-            f"the loss of step {run.step} is {result.loss}: the training has diverged; lower train.lr, "
-            "or continue from an earlier checkpoint"
-        )
+    outcome: dict[str, Any] = {"loss": result.loss}
+    if result.failed:
+        ids = run.task.train["sample_id"]
+        outcome = run.nonfinite.add(result, [ids[i] for i in drawn.tolist()], [ids[i] for i in result.culprits])
     run.record.metrics(
         step=run.step,
-        loss=result.loss,
+        **outcome,
         lr=lr,
-        grad_norm=result.grad_norm,
+        grad_norm=result.grad_norm if result.taken else None,
         samples_seen=run.step * run.config.train.batch_size,
         total_rank=sum(current_ranks(run.engine.module).values()),
         seconds=round(time.perf_counter() - start, 6),
     )
+    if result.failed:
+        run.nonfinite.report(run.step, outcome, warns=run.is_main)
     return result.loss
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tsqlora_scale.engine.state import ParamState, TrainState
@@ -21,6 +22,8 @@ log = logging.getLogger("tsqlora_scale")
 
 MANIFEST = "manifest.json"
 FILES = {"parameters.safetensors", "state.safetensors", "state.json"}
+#: What a full disk, a limit or a lost mount raises in what writes here.
+WRITE_ERRORS = (OSError, SafetensorError)
 #: Key of a reference to a tensor in ``state.safetensors``.
 TENSOR = "tensor"
 
@@ -37,9 +40,22 @@ def write_checkpoint(folder: Path, state: TrainState, tree: dict[str, Any]) -> N
 
     Args:
         tree: nested dictionaries of JSON values and tensors.
+
+    Raises:
+        OSError, SafetensorError: as :data:`WRITE_ERRORS`; nothing half written is left.
     """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
+    try:
+        _write(partial, state, tree)
+        _replace(folder, partial)
+    except WRITE_ERRORS:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    _fsync(folder.parent)
+
+
+def _write(partial: Path, state: TrainState, tree: dict[str, Any]) -> None:
     partial.mkdir(parents=True)
     tensors: dict[str, torch.Tensor] = {}
     for name, entry in state.params.items():
@@ -54,17 +70,13 @@ def write_checkpoint(folder: Path, state: TrainState, tree: dict[str, Any]) -> N
     (partial / MANIFEST).write_text(json.dumps(digests, indent=1))
     for path in [*partial.rglob("*"), partial]:
         _fsync(path)
-    if folder.exists():
-        _remove(folder)
-    partial.rename(folder)
-    _fsync(folder.parent)
 
 
 def verify_checkpoint(folder: Path) -> None:
     """Check every file of a checkpoint against its manifest.
 
     Raises:
-        UserError: naming the file that is missing or damaged.
+        UserError: naming the file that is missing, damaged, or not of the checkpoint.
     """
     otherwise = "resume from another checkpoint"
     try:
@@ -86,6 +98,9 @@ def verify_checkpoint(folder: Path) -> None:
             raise UserError(f"checkpoint file {str(path)!r} is missing or damaged; {otherwise}")
     if not digests.keys() >= FILES:
         raise UserError(unnamed)
+    for path in sorted(folder.rglob("[!.]*")):  # file systems have hidden files of their own
+        if path.is_file() and path.relative_to(folder).as_posix() not in {*digests, MANIFEST}:
+            raise UserError(f"checkpoint file {str(path)!r} is not of that checkpoint; {otherwise}")
 
 
 def newest_checkpoint(root: Path) -> Path | None:
@@ -109,13 +124,14 @@ def newest_checkpoint(root: Path) -> Path | None:
     return None
 
 
-def read_checkpoint(folder: Path) -> tuple[TrainState, dict[str, Any]]:
-    """Read a checkpoint after checking every file against the manifest.
+def read_checkpoint(folder: Path, *, verified: bool = False) -> tuple[TrainState, dict[str, Any]]:
+    """Read a checkpoint after checking every file against the manifest, which :func:`newest_checkpoint` has done.
 
     Raises:
         UserError: naming the file that is missing or damaged.
     """
-    verify_checkpoint(folder)
+    if not verified:
+        verify_checkpoint(folder)
     tree = _with_tensors(json.loads((folder / "state.json").read_text()), load_file(folder / "state.safetensors"))
     tensors = load_file(folder / "parameters.safetensors")
     names = [key.removeprefix("value/") for key in tensors if key.startswith("value/")]
@@ -147,10 +163,26 @@ def prune(root: Path, *, keep: int, protect: set[str]) -> None:
 
 def _remove(folder: Path) -> None:
     """Delete a checkpoint; renamed first, so that a deletion cut short leaves nothing that looks complete."""
+    shutil.rmtree(_doomed(folder))
+
+
+def _replace(folder: Path, partial: Path) -> None:
+    """Let ``partial`` be the checkpoint, in the place of one of that name that may be there."""
+    old = _doomed(folder) if folder.exists() else None
+    try:
+        partial.rename(folder)
+    except OSError:
+        if old is not None:
+            old.rename(folder)
+        raise
+    if old is not None:
+        shutil.rmtree(old)
+
+
+def _doomed(folder: Path) -> Path:
     doomed = folder.with_name(folder.name + ".deleted.partial")
     shutil.rmtree(doomed, ignore_errors=True)
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
+    return folder.rename(doomed)
 
 
 def _without_tensors(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:

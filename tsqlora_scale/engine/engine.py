@@ -86,6 +86,27 @@ class Engine:
         return float(self.world.size) * (scaler.get_scale() if scaler is not None else 1.0)
 
     @property
+    def overflow_is_normal(self) -> bool:
+        """Whether a gradient that is not finite may be the work of a loss scaler still looking for its scale (fp16)."""
+        if self.is_deepspeed:
+            return float(self._wrapped.optimizer.loss_scale) > 1
+        scaler = self.accelerator.scaler
+        return scaler is not None and scaler.get_scale() > 1
+
+    def scaler_state(self) -> dict[str, Any] | None:
+        """State of fp16's loss scaler: its scale and what moves it. None without one.
+
+        DeepSpeed's own scaler starts anew after every rebuild and resume.
+        """
+        scaler = self.accelerator.scaler
+        return None if scaler is None else scaler.state_dict()
+
+    def load_scaler_state(self, state: dict[str, Any] | None) -> None:
+        """Continue from a :meth:`scaler_state`, also where there was or is no scaler."""
+        if self.accelerator.scaler is not None and state:
+            self.accelerator.scaler.load_state_dict(state)
+
+    @property
     def module(self) -> nn.Module:
         """The unwrapped model. Score and evaluate through it, never through the engine's wrapper: under ZeRO-3 a
         foreign backward through the wrapper changes the next step without a word."""
@@ -105,6 +126,9 @@ class Engine:
     def backward(self, loss: torch.Tensor, lr: float) -> float | None:
         """Backward of one micro-batch's share of the step's loss; on the last one, the optimizer step.
 
+        The optimizer does not step, and nothing it keeps changes, where the norm is not finite: it is that of the
+        exchanged gradient, so all ranks decide alike.
+
         Args:
             loss: this micro-batch's part of the globally normalised loss (not yet scaled).
             lr: learning rate of the step.
@@ -122,9 +146,12 @@ class Engine:
         self.accelerator.unscale_gradients(self._optimizer)
         params = self._trainable()
         norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
-        if self._train.max_grad_norm is not None:
-            clip_gradients(params, norm, self._train.max_grad_norm)
-        self._optimizer.step()
+        if norm.isfinite():
+            if self._train.max_grad_norm is not None:
+                clip_gradients(params, norm, self._train.max_grad_norm)
+            self._optimizer.step()
+        elif self.accelerator.scaler is not None:
+            self.accelerator.scaler.update()  # which step() would do
         self._optimizer.zero_grad()
         return float(norm)
 

@@ -35,6 +35,7 @@ def configure(accelerator: Any, *, micro_batch_size: int, max_grad_norm: float |
     config["train_batch_size"] = micro_batch_size * accelerator.gradient_accumulation_steps * accelerator.num_processes
     config["gradient_clipping"] = max_grad_norm or 0.0
     zero = config["zero_optimization"]
+    zero.pop("compute_grad_norm", None)  # without the norm, a step on a gradient that is not finite would be taken
     for key in ("reduce_bucket_size", "allgather_bucket_size"):
         if zero.get(key, "auto") == "auto":  # twice the adapter leaves room for it to grow
             zero[key] = max(2 * trainable_numel, 1_000_000)
@@ -60,10 +61,14 @@ def _linear_as_elsewhere() -> None:
 
 
 def clip_by_rounded_norm(engine: Any) -> None:
-    """See :func:`tsqlora_scale.engine.numerics.rounded_norm`; the norm that is reported keeps its digits."""
+    """See :func:`tsqlora_scale.engine.numerics.rounded_norm`; the norm that is reported keeps its digits.
+
+    DeepSpeed leaves a step out where the norm is not finite, under all types since 0.19.
+    """
     clip = engine.optimizer.unscale_and_clip_grads
 
     def rounded(gradients: Any, norm: torch.Tensor) -> None:
+        assert norm.isfinite() and norm >= 0, "DeepSpeed steps on a gradient that is not finite; use a newer one"
         clip(gradients, rounded_norm(norm))
 
     engine.optimizer.unscale_and_clip_grads = rounded

@@ -6,7 +6,9 @@ number of ranks.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -17,6 +19,8 @@ from typing import Any
 import numpy as np
 
 from tsqlora_scale.errors import UserError
+
+log = logging.getLogger(__name__)
 
 _METADATA = b"tsqlora_scale"
 
@@ -87,12 +91,19 @@ class Parts:
         return self._count
 
     def append(self, rows: Rows) -> None:
-        """Keep the next part, whole or not at all."""
-        if self.folder is None:
+        """Keep the next part, whole or not at all; in memory from the first on that cannot be written."""
+        if self.folder is None or self._memory or not self._written(rows):
             self._memory.append(rows)
-        else:
-            _write(self._path(self._count), rows, self._fingerprint)
         self._count += 1
+
+    def _written(self, rows: Rows) -> bool:
+        path = self._path(self._count)
+        try:
+            _write(path, rows, self._fingerprint)
+        except OSError as error:
+            log.warning("%s cannot be written (%s); the scoring pass goes on in memory from there", path, error)
+            return False
+        return True
 
     def __len__(self) -> int:
         return self._count
@@ -100,7 +111,8 @@ class Parts:
     def __getitem__(self, number: int) -> Rows:
         if not 0 <= number < self._count:
             raise IndexError(number)
-        return self._memory[number] if self.folder is None else _read(self._path(number))
+        on_disk = self._count - len(self._memory)
+        return _read(self._path(number)) if number < on_disk else self._memory[number - on_disk]
 
     def __iter__(self) -> Iterator[Rows]:
         return (self[number] for number in range(self._count))
@@ -144,12 +156,17 @@ def _write(path: Path, rows: Rows, fingerprint: dict[str, Any]) -> None:
         columns["sketch"] = pa.FixedSizeListArray.from_arrays(flat, width)
     note = json.dumps({"fingerprint": fingerprint, "rounding": rows.rounding, "batch_size": rows.batch_size})
     table = pa.table(columns).replace_schema_metadata({_METADATA: note})
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        pq.write_table(table, file, compression="none")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        with temporary.open("wb") as file:
+            pq.write_table(table, file, compression="none")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def _read(path: Path) -> Rows:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -175,8 +176,10 @@ class QualityScorer(Generic[Batch]):
         return chosen, renormalised(self.table.probability[chosen], strata, sizes)
 
     def discard_parts(self) -> None:
-        """Forget the raw numbers and sketches of the last pass."""
+        """Forget the raw numbers and sketches of the last pass, also of one that was made before a resume."""
         self.parts.discard()
+        if self._parts_folder is not None:
+            shutil.rmtree(self._parts_folder, ignore_errors=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Table, constants and decisions; without the sketches."""

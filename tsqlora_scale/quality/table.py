@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -84,9 +84,14 @@ class ScoreTable:
         path = folder / f"pass-{max(self.scoring_pass.max(initial=NEVER), 0):03d}.parquet"
         columns = {"sample_id": pa.array([str(i) for i in sample_ids], pa.string())}
         columns |= {f.name: pa.array(getattr(self, f.name)) for f in fields(self)}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        pq.write_table(pa.table(columns), temporary)
-        temporary.replace(path)
+        temporary = path.with_name(f".{path.name}.partial")
+        try:
+            pq.write_table(pa.table(columns), temporary)
+            temporary.replace(path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
         return path
 
     @classmethod

@@ -110,12 +110,18 @@ class SensitivityTracker:
             self._samples += size
             self._listener.start_micro_batch(size)
 
-    def end_step(self) -> None:
-        """The step's last backward pass is over. The one point where the host waits for the device."""
+    def end_step(self, *, taken: bool = True) -> None:
+        """The step's last backward pass is over. The one point where the host waits for the device.
+
+        Args:
+            taken: whether the optimizer has stepped; what was heard in a step that it left out does not count.
+        """
         if not self._listening:
             return
         self._listening = False
         sites = self._listener.stop()
+        if not taken:
+            return
         assert self._samples > 0, "a listened step had no micro-batch"
         zero = torch.zeros((), dtype=torch.float64)
         device = next((site.total.device for site in sites if site.total is not None), zero.device)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
+import os
 import resource
 import shutil
 import sys
@@ -14,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+log = logging.getLogger("tsqlora_scale")
 
 #: All that a run writes.
 CONTENTS = ("config.yaml", "metrics.jsonl", "ranks.jsonl", "scores", "checkpoints", "adapter", "result.json")
@@ -31,6 +36,7 @@ class RunRecord:
         self.folder = folder
         self._writes = writes
         self.seconds: dict[str, float] = defaultdict(float)
+        self._waiting: dict[str, list[str]] = defaultdict(list)
         self._started = time.perf_counter()
 
     def prepare(self, config_yaml: str) -> None:
@@ -86,14 +92,33 @@ class RunRecord:
     def result(self, result: dict[str, Any]) -> None:
         """Write ``result.json``, whole or not at all."""
         if self._writes:
+            for name, waiting in self._waiting.items():
+                self._write_waiting(name)
+                if waiting:
+                    log.warning("%d lines of %s are lost", len(waiting), self.folder / name)
             partial = self.folder / "result.json.partial"
             partial.write_text(json.dumps(result, indent=1) + "\n")
             partial.rename(self.folder / "result.json")
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
+        """Write a line; one that cannot be written waits for the next. The file never ends in half a line."""
         if self._writes:
-            with (self.folder / name).open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            self._waiting[name].append(json.dumps(line) + "\n")
+            self._write_waiting(name)
+
+    def _write_waiting(self, name: str) -> None:
+        path, waiting = self.folder / name, self._waiting[name]
+        size = path.stat().st_size if path.exists() else 0
+        try:
+            with path.open("a") as file:
+                file.write("".join(waiting))
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.truncate(path, size)
+            if len(waiting) == 1:
+                log.warning("%s cannot be written (%s); its lines wait until it can be", path, error)
+        else:
+            waiting.clear()
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -47,7 +47,7 @@ def build_result(run: Run, metrics: dict[str, float], adapter: Path) -> dict[str
         "steps": run.step,
         "metrics_before": run.metrics_before,
         "metrics": metrics,
-        "best": run.best,
+        "best": _best(run),
         "pool_size": run.plan.pool_size,
         "subset_size": run.plan.subset_size,
         "distinct_samples_seen": int(run.seen.sum()),
@@ -65,6 +65,13 @@ def build_result(run: Run, metrics: dict[str, float], adapter: Path) -> dict[str
     }
 
 
+def _best(run: Run) -> dict[str, Any] | None:
+    """The best evaluation; its checkpoint is none where that could not be written."""
+    if run.best is None or Path(run.best["checkpoint"]).name == run.best_kept:
+        return run.best
+    return {**run.best, "checkpoint": None}
+
+
 def print_result(result: dict[str, Any]) -> None:
     """The closing table: what changed, what was used, what it cost, where it is."""
     from rich.console import Console
@@ -79,7 +86,9 @@ def print_result(result: dict[str, Any]) -> None:
         )
     if result["best"]:
         best = result["best"]
-        table.add_row(f"best {best['metric']}", f"{best['value']:.4f} at step {best['step']} ({best['checkpoint']})")
+        table.add_row(
+            f"best {best['metric']}", f"{best['value']:.4f} at step {best['step']} ({best['checkpoint'] or 'not kept'})"
+        )
     table.add_row(
         "samples",
         f"{result['distinct_samples_seen']} of the pool's {result['pool_size']} seen, "

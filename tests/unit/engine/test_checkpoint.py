@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,11 +17,13 @@ from tsqlora_scale.engine.checkpoint import (
     checkpoint_dir,
     complete_checkpoints,
     drop_after,
+    newest_checkpoint,
     prune,
     read_checkpoint,
     write_checkpoint,
 )
 from tsqlora_scale.engine.state import ParamState, TrainState
+from tsqlora_scale.errors import UserError
 
 
 class Killed(BaseException):
@@ -127,3 +133,91 @@ def test_tensors_of_any_type_and_shape_come_back(tmp_path: Path, dtype: torch.dt
         found = tree["deep"]["deeper"][name]
         assert found.dtype == dtype
         assert torch.equal(found, tensor)
+
+
+def flip(path: Path, place: float) -> None:
+    content = bytearray(path.read_bytes())
+    content[min(int(place * len(content)), len(content) - 1)] ^= 1
+    path.write_bytes(content)
+
+
+NAMES = sorted(checkpoint.FILES)
+OLDEST = "step-00000001"
+DAMAGE: dict[str, tuple[str, Callable[[Path], object]]] = {
+    **{f"{n}, flipped at {at}": (n, lambda f, n=n, at=at: flip(f / n, at)) for n in NAMES for at in (0, 0.5, 1)},
+    **{f"{name}, missing": (name, lambda f, n=name: (f / n).unlink()) for name in NAMES},
+    **{f"{name}, cut": (name, lambda f, n=name: os.truncate(f / n, (f / n).stat().st_size - 1)) for name in NAMES},
+    **{f"{name}, longer": (name, lambda f, n=name: (f / n).open("a").write(" ")) for name in NAMES},
+    **{f"{name}, empty": (name, lambda f, n=name: os.truncate(f / n, 0)) for name in NAMES},
+    "no manifest": ("manifest.json", lambda f: (f / "manifest.json").unlink()),
+    "half a manifest": ("manifest.json", lambda f: os.truncate(f / "manifest.json", 20)),
+    "no names": ("manifest.json", lambda f: (f / "manifest.json").write_text("{}")),
+    "no dictionary": ("manifest.json", lambda f: (f / "manifest.json").write_text("[1]")),
+    "another's manifest": ("parameters.safetensors", lambda f: shutil.copy(f.parent / OLDEST / "manifest.json", f)),
+    "flipped manifest": ("parameters.safetensors", lambda f: flip(f / "manifest.json", 0.2)),
+    "a file more": ("notes.txt", lambda f: (f / "notes.txt").write_text("")),
+    "a file more in a folder": ("deep/notes.txt", lambda f: ((f / "deep").mkdir(), (f / "deep" / "notes.txt").touch())),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_is_named_and_the_one_before_is_taken(
+    tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (1, 2, 3):
+        write(checkpoint_dir(tmp_path, step), float(step))
+    named, damage = DAMAGE[kind]
+    newest = checkpoint_dir(tmp_path, 3)
+    damage(newest)
+    with pytest.raises(
+        UserError, match=re.escape(named) if named == "manifest.json" else re.escape(str(newest / named))
+    ):
+        read_checkpoint(newest)
+    assert newest_checkpoint(tmp_path) == checkpoint_dir(tmp_path, 2)
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert named in warning and str(newest) in warning
+    assert warning.endswith("trying the one before it")
+    for step in (1, 2):
+        (checkpoint_dir(tmp_path, step) / "state.json").unlink()
+    with pytest.raises(UserError, match=r"no checkpoint in .* is undamaged .*--overwrite"):
+        newest_checkpoint(tmp_path)
+
+
+def test_hidden_files_of_a_file_system_do_not_matter(tmp_path: Path) -> None:
+    write(tmp_path / "step-00000001")
+    (tmp_path / "step-00000001" / ".nfs0001").touch()
+    assert newest_checkpoint(tmp_path) == tmp_path / "step-00000001"
+
+
+@pytest.mark.parametrize("where", ["save_file", "_sha256", "_fsync", "_replace"])
+def test_what_cannot_be_written_leaves_what_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """Of another step, and of the same step."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write(tmp_path / "step-00000001", 1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, where, full)
+        for step in (1, 2):
+            with pytest.raises(OSError, match="No space left"):
+                write(checkpoint_dir(tmp_path, step), 2.0)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    assert read_checkpoint(tmp_path / "step-00000001")[1]["value"] == 1.0
+
+
+def test_a_rename_that_fails_puts_the_old_one_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "step-00000001", 1.0)
+    rename = Path.rename
+
+    def full(path: Path, target: Path) -> Path:
+        if path.name == "step-00000001.partial":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", full)
+        with pytest.raises(OSError, match="No space left"):
+            write(tmp_path / "step-00000001", 2.0)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    assert read_checkpoint(tmp_path / "step-00000001")[1]["value"] == 1.0

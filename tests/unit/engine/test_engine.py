@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -39,14 +40,14 @@ def make_engine(models: Path, **train: object) -> Engine:
     return Engine(start_accelerator(accumulation=1, timeout_minutes=10), model, train=settings, micro_batch_size=4)
 
 
-def step(engine: Engine, seed: int, lr: float = 1e-2) -> tuple[float, float]:
+def step(engine: Engine, seed: int, lr: float = 1e-2, times: float = 1.0) -> tuple[float, float]:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(5, 30, (4, 8), generator=generator)
     labels = torch.randint(0, 2, (4,), generator=generator)
     with engine.micro_batch():
         logits = engine.forward(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
         loss = torch.nn.functional.cross_entropy(logits, labels)
-        norm = engine.backward(loss, lr)
+        norm = engine.backward(times * loss, lr)
     assert norm is not None
     return loss.item(), norm
 
@@ -172,3 +173,51 @@ def test_a_path_cannot_escape_a_checkpoint(tmp_path: Path) -> None:
 def test_the_launchers_accumulation_does_not_win(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     assert start_accelerator(accumulation=3, timeout_minutes=10).gradient_accumulation_steps == 3
+
+
+def with_scaler(engine: Engine, patch: pytest.MonkeyPatch, scale: float, growth: int) -> torch.amp.GradScaler:
+    """Give the engine the loss scaler that Accelerate would make for fp16 on a GPU."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=growth)
+    patch.setattr(engine.accelerator, "scaler", scaler)
+    patch.setattr(engine.accelerator, "native_amp", True)
+    patch.setattr(engine.accelerator.state, "_mixed_precision", "fp16")
+    engine.rebuild(lambda _, state: state)
+    return scaler
+
+
+def test_a_loss_scaler_finds_its_scale_while_nothing_changes(models_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = make_engine(models_dir)
+    expected = [step(plain, seed, times=1e4) for seed in range(4)]
+    engine = make_engine(models_dir)
+    scaler = with_scaler(engine, monkeypatch, 2.0**127, growth=100)
+    before, overflows = engine.gather(), 0
+    while scaler.get_scale() > 2.0**60:
+        _, norm = step(engine, 0, times=1e4)
+        if norm < float("inf"):
+            break
+        assert engine.overflow_is_normal
+        overflows += 1
+        for name, entry in engine.gather().params.items():
+            assert torch.equal(entry.value, before.params[name].value)
+            assert torch.equal(entry.exp_avg, before.params[name].exp_avg)
+    assert overflows >= 1
+    assert scaler.get_scale() == 2.0 ** (127 - overflows)
+    got = [step(engine, seed, times=1e4) for seed in range(1, 4)]
+    torch.testing.assert_close(torch.tensor(got), torch.tensor(expected[1:]), rtol=1e-5, atol=0)
+    assert not plain.overflow_is_normal
+
+
+def test_the_loss_scaler_is_in_the_state(models_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, other = make_engine(models_dir), make_engine(models_dir)
+    assert engine.scaler_state() is None
+    scaler = with_scaler(engine, monkeypatch, 8.0, growth=3)
+    for seed in range(4):
+        step(engine, seed)
+    state = json.loads(json.dumps(engine.scaler_state()))
+    assert state["scale"] == 16.0
+    assert state["_growth_tracker"] == 1
+    fresh = with_scaler(other, monkeypatch, 2.0**16, growth=3)
+    other.load_scaler_state(None)
+    assert fresh.get_scale() == 2.0**16
+    other.load_scaler_state(state)
+    assert fresh.state_dict() == scaler.state_dict()

@@ -1,0 +1,149 @@
+"""Killed at any point, a run resumes from its last complete checkpoint as if nothing had happened, to the bit."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.runs import read_lines, run_tree, write_config
+from tests.tiny import tiny_model
+
+ROOT = Path(__file__).resolve().parents[2]
+LIVES = Path(__file__).with_name("lives.py")
+
+#: Points that the first life of this run crosses: warm-up, first pass of four shards, two events with refreshes,
+#: evaluations, checkpoints, and the end. The first and the last crossing of each is one to die in.
+POINTS = """
+RunRecord.prepare: after; Run.evaluate: before; Run.evaluate: after; Run.draw: after; Engine.backward: before;
+Engine.backward: after; train.optimizer_step: after; RunRecord._append: before; RunRecord._append: within;
+RunRecord._append: after; Run.score: before; Run.score: after; Measurer._chunk: after; Parts.append: after;
+parquet.write_table: within; ScoreTable.write: before; Run._use_scores: after; Engine.close: before;
+Engine.close: after; train.resize_model: after; Engine._prepare: before; Engine._prepare: after; Engine.gather: after;
+Run.save_checkpoint: before; Run.save_checkpoint: after; checkpoint.save_file: before; checkpoint.save_file: within;
+checkpoint._sha256: after; checkpoint._fsync: before; Path.write_text: within; Path.rename: before; Path.rename: after;
+Path.replace: before; Path.replace: after; shutil.rmtree: within; run.prune: before; Run.save_adapter: before;
+PeftModel.save_pretrained: within; PreTrainedTokenizerBase.save_pretrained: before; Run.save_adapter: after;
+Parts.discard: before; RunRecord.result: before; RunRecord.result: after
+"""
+#: Points of the second life, which resumes from step 6 after a death in step 8.
+AGAIN = """
+run.read_checkpoint: after; Run.load_state_dict: before; RunRecord.rewind: before; Path.write_text: within;
+Path.replace: before; Path.replace: after; RunRecord.rewind: after; run.drop_after: before; run.drop_after: after;
+Run.load_state_dict: after; train.optimizer_step: after; Run.score: after
+"""
+FIRST_DEATH = ("train.optimizer_step: before", 8)
+
+
+def chosen(crossings: dict[str, int], points: str) -> list[tuple[str, int]]:
+    """The first and the last crossing of each point."""
+    names = [" ".join(name.split()) for name in points.split(";")]
+    missing = [point for point in names if not crossings.get(point)]
+    assert not missing, f"never crossed: {missing}, but {sorted(crossings)}"
+    return sorted({(point, n) for point in names for n in (1, crossings[point])})
+
+
+def live(config: Path, out: Path, cases: dict[str, list[tuple[str, int]]]) -> None:
+    """Run the cases of a plan."""
+    plan = out.with_suffix(".json")
+    plan.write_text(json.dumps({"config": str(config), "out": str(out), "cases": cases}))
+    done = subprocess.run(
+        [sys.executable, str(LIVES), str(plan)], capture_output=True, text=True, cwd=ROOT, timeout=1500, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+
+
+def timeless(value: Any) -> Any:
+    """Without what a clock or this process says."""
+    if isinstance(value, dict):
+        return {key: timeless(item) for key, item in value.items() if key not in TIMES}
+    return value
+
+
+#: They hold places, or digests of files with times.
+NOT_COMPARED = {"manifest.json", "config.yaml"}
+TIMES = {
+    "seconds", "wall_seconds", "samples_per_second", "share_of_run", "peak_memory_bytes", "adapter", "output_dir",
+}  # fmt: skip
+
+
+def left_behind(folder: Path) -> dict[str, Any]:
+    """All that a run leaves: every file, those with times without them."""
+    found: dict[str, Any] = {}
+    for path in sorted(p for p in folder.rglob("*/*") if p.is_file()):  # not what lies beside the run folders
+        name = path.relative_to(folder).as_posix()
+        if path.suffix == ".jsonl":
+            found[name] = [timeless(line) for line in read_lines(path)]
+        elif path.name in ("result.json", "state.json"):
+            found[name] = timeless(json.loads(path.read_text()))
+        else:
+            found[name] = None if path.name in NOT_COMPARED else path.read_bytes()
+    return found
+
+
+def draws(folder: Path) -> dict[tuple[str, int], list[int]]:
+    """The samples of every run's every step, asserting that every life drew the same."""
+    found: dict[tuple[str, int], list[int]] = {}
+    for line in read_lines(folder / "draws.jsonl"):
+        assert found.setdefault((line["run"], line["step"]), line["indices"]) == line["indices"], line
+    return found
+
+
+def as_if_nothing_had_happened(out: Path, names: list[str], steps: int) -> None:
+    """The runs of all names have left the same as the run ``whole``."""
+    expected, expected_draws = left_behind(out / "whole"), draws(out / "whole")
+    assert [step for run, step in sorted(expected_draws) if run == "run"] == list(range(steps))
+    wrong: dict[str, list[str]] = {}
+    for name in names:
+        found = left_behind(out / name)
+        differs = sorted(file for file in {*expected, *found} if found.get(file, "-") != expected.get(file, "-"))
+        if draws(out / name) != expected_draws:
+            differs.append("draws")
+        if differs:
+            wrong[name] = differs
+    assert not wrong
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_killed_at_any_point(tmp_path: Path, models_dir: Path) -> None:
+    tree = run_tree(
+        "bert", tmp_path, models_dir, "run",
+        scoring={"shard_size": 12},
+        train={"checkpoint_every": 3, "checkpoint_keep": 2, "eval_every": 4, "micro_batch_size": 6},
+    )  # fmt: skip
+    config, out = write_config(tmp_path / "config.yaml", tree), tmp_path / "lives"
+    live(config, out, {"whole": [], "once": [FIRST_DEATH]})
+    first, second = (
+        json.loads((out / name).read_text()) for name in ("whole/crossings-0.json", "once/crossings-1.json")
+    )
+    cases = {f"{point} {n}": [(point, n)] for point, n in chosen(first, POINTS)}
+    cases |= {f"again {point} {n}": [FIRST_DEATH, (point, n)] for point, n in chosen(second, AGAIN)}
+    assert len(cases) >= 60
+    cases = {name.replace(": ", "-").replace(" ", "-"): kills for name, kills in cases.items()}
+    live(config, out, cases)
+    as_if_nothing_had_happened(out, ["once", *cases], 13)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_killed_with_a_proxy(tmp_path: Path, models_dir: Path) -> None:
+    """In the proxy's warm-up, in its pass, between the two models, and before the first step of the second."""
+    tree = run_tree(
+        "bert", tmp_path, models_dir, "run",
+        scoring={"shard_size": 12, "proxy_model": str(tiny_model("deberta", models_dir)), "refresh": "none"},
+        train={"max_steps": 9, "checkpoint_every": 4, "eval_every": 3, "micro_batch_size": 6},
+    )  # fmt: skip
+    config, out = write_config(tmp_path / "config.yaml", tree), tmp_path / "lives"
+    points = [
+        ("train.optimizer_step: after", 1), ("Parts.append: after", 2), ("Engine._prepare: before", 2),
+        ("RunRecord.prepare: after", 2), ("RunRecord.prepare: after", 3), ("Run.evaluate: after", 1),
+        ("Run.evaluate: after", 2), ("Run.draw: after", 3), ("Run.save_checkpoint: after", 2),
+    ]  # fmt: skip
+    cases = {f"{point} {n}".replace(": ", "-").replace(" ", "-"): [(point, n)] for point, n in points}
+    live(config, out, {"whole": [], **cases})
+    as_if_nothing_had_happened(out, list(cases), 9)
