@@ -255,7 +255,8 @@ class ScheduleConfig(Section):
 class AllocationConfig(Section):
     """How a rank budget is divided among layers (paper 2.3, Eq. 6)."""
 
-    r_min: PositiveInt = 1
+    #: 0 lets a layer lose its adapter altogether; it gets one again when its sensitivity earns it a rank.
+    r_min: Annotated[int, Field(ge=0)] = 1
     #: None means 4 r.
     r_max: PositiveInt | None = None
     phi_min: PositiveFloat = 0.5

@@ -33,7 +33,7 @@ from tsqlora_scale.evaluation import evaluate
 from tsqlora_scale.preemption import StopRequest
 from tsqlora_scale.preflight import Preflight, RunPlan, resumes_in
 from tsqlora_scale.quality import BatchSampler, QualityScorer, ScoreTable, importance_weights, select_subset
-from tsqlora_scale.ranks import SensitivityTracker, TsqLoraPolicy, current_ranks, set_ranks
+from tsqlora_scale.ranks import Policy, SensitivityTracker, TsqLoraPolicy, current_ranks, set_ranks
 from tsqlora_scale.report.progress import Progress
 from tsqlora_scale.report.record import RunRecord
 from tsqlora_scale.tasks import Task
@@ -50,7 +50,7 @@ class Run:
     record: RunRecord
     tracker: SensitivityTracker | None
     scorer: QualityScorer | None
-    policy: TsqLoraPolicy | None
+    policy: Policy | None
     stop: StopRequest
     #: Optimizer steps done.
     step: int = 0

@@ -28,6 +28,8 @@ def sensitivity(model: nn.Module, groups: Sequence[Callable[[nn.Module], Tensor]
             if estimator == "fisher":
                 value = base.grad.double().square().sum()
             elif estimator == "adapter":
+                if ADAPTER not in layer.lora_A:
+                    continue
                 pair = (layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight)
                 value = sum((p.detach() * p.grad).double().abs().mean() for p in pair)
             else:

@@ -68,7 +68,8 @@ class TsqLoraPolicy:
     """Eq. 6: r_l = S_l / sum(S) * phi * R_0, with R_0 = r_0 L and phi = clip(Q / Q_first, phi_min, phi_max).
 
     Under ``budget_unit: params`` ranks stay proportional to S_l, and the budget phi * r_0 * sum(d_in + d_out)
-    limits parameters. No layer gets more than min(d_in, d_out) ranks, whatever ``r_max`` says.
+    limits parameters; it is never less than one rank. No layer gets more than min(d_in, d_out) ranks, whatever
+    ``r_max`` says.
     """
 
     config: AllocationConfig
@@ -79,7 +80,8 @@ class TsqLoraPolicy:
         ceiling = 4 * stats.initial_rank if cfg.r_max is None else cfg.r_max
         costs = stats.costs if cfg.budget_unit == "params" else dict.fromkeys(stats.dims, 1)
         phi = quality_factor(stats.quality, stats.first_quality, cfg.phi_min, cfg.phi_max)
-        budget = round(phi * stats.initial_rank * sum(costs.values()))
+        # with r_min: 0 a small phi must not remove every layer: without any there is nothing to train or to score
+        budget = max(round(phi * stats.initial_rank * sum(costs.values())), min(costs.values()))
         allocation = allocate(
             stats.sensitivity,
             budget=budget,

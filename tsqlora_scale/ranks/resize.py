@@ -19,7 +19,8 @@ New components have no first moment. Their second moment is the mean over existi
 coordinate: a zero would be wrong, because Adam's step count goes on, its bias correction with it, and the first
 update would be (1 - b1)|g| / sqrt((1 - b2) g^2) = 3.2 learning rates. With v0 it is at most one learning rate as soon
 as b2 v0 + (1 - b2) g^2 >= (1 - b1)^2 g^2, that is v0 >= 0.009 g^2 for Adam's usual betas: the new gradient may be ten
-times the typical one.
+times the typical one. A layer that comes back from rank 0 has no components to ask: the caller gives the size of
+its second moments, by what other layers have. Of these only B's matters at first, as A's gradient is zero while B is.
 """
 
 from __future__ import annotations
@@ -83,33 +84,44 @@ def resize_layer(
     grow_init: GrowInit,
     generator: torch.Generator,
     importance: Tensor | None = None,
+    usual_sq: tuple[float, float] = (0.0, 0.0),
 ) -> Resized:
-    """A layer of ``rank`` components from one of r.
+    """A layer of ``rank`` components from one of r; either may be 0.
 
     Args:
         a: factor A, (r, d_in), float32 on the CPU.
         b: factor B, (d_out, r).
-        rank: the new rank, at least 1.
+        rank: the new rank.
         shrink: how to drop components.
         grow_init: where new rows of A point: ``orthogonal`` to the present ones, as long as there is room, or
-            ``gaussian``. Their norm is the mean norm of the present rows.
+            ``gaussian``. Their norm is the mean norm of the present rows; without any, of rows of a fresh layer.
         generator: the only source of randomness.
         importance: (r,), what ``shrink="importance"`` ranks components by. Without it, the mean over elements of
             |A_k * dA_k| plus that of |B_k * dB_k|, with Adam's first moments as the gradients.
+        usual_sq: second moments of A and of B for the new components of a layer of r = 0.
     """
-    assert rank >= 1, rank
+    assert rank >= 0, rank
     assert a.value.shape[0] == b.value.shape[1], (a.value.shape, b.value.shape)
     old = _Factors(*(t.double() for t in (a.value, a.exp_avg, a.exp_avg_sq)),
                    *(t.double().T for t in (b.value, b.exp_avg, b.exp_avg_sq)))  # fmt: skip
     if rank == len(old):
         return Resized(a, b, 0.0)
     kept, error = old, 0.0
-    if rank < len(old):
+    if rank == 0:
+        kept, error = _Factors(*(t[:0] for t in old.tensors)), float(bool(_product_norm(old.a, old.b) > 0))
+    elif rank < len(old):
         kept, error = _shrink_svd(old, rank) if shrink == "svd" else _shrink_importance(old, rank, importance)
-    new = _grow(kept, rank - len(kept), grow_init, generator, template=kept if len(kept) else old)
+    template = kept if len(kept) else old if len(old) else _one_component(old, usual_sq)
+    new = _grow(kept, rank - len(kept), grow_init, generator, template=template)
     values = [t.float().contiguous() for t in new.tensors[:3]] + [t.T.float().contiguous() for t in new.tensors[3:]]
     assert all(bool(t.isfinite().all()) for t in values)
     return Resized(ParamState(*values[:3]), ParamState(*values[3:]), error)
+
+
+def _one_component(like: _Factors, usual_sq: tuple[float, float]) -> _Factors:
+    """A component of zeros with the given second moments."""
+    a, b = like.a.new_zeros(1, like.a.shape[1]), like.b.new_zeros(1, like.b.shape[1])
+    return _Factors(a, a, a + usual_sq[0], b, b, b + usual_sq[1])
 
 
 def layer_generator(seed: int, step: int, layer: str) -> torch.Generator:

@@ -9,7 +9,8 @@ groups of the global batch:
 ``weight_per_sample``  the same with n = 1: Eq. 3 to the letter. The mean of absolute values is not the absolute value
                        of the mean: the smaller the groups, the more of the gradient's noise is counted
 ``fisher``             ||g||_F^2 with n = 1, the trace of Eq. 4 (a sample's loss is its share of L, times N)
-``adapter``            mean |A * dA| + mean |B * dB|, in groups as for ``weight``
+``adapter``            mean |A * dA| + mean |B * dB|, in groups as for ``weight``; 0 while a layer has rank 0, which
+                       therefore does not come back by its own S
 =====================  =======================================================================================
 
 None of these depends on the number of processes or on accumulation, as long as ``group_size`` stays the same. One
@@ -27,7 +28,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tsqlora_scale.adapters import ADAPTER, lora_layers
+from tsqlora_scale.adapters import ADAPTER, has_factors, lora_layers
 from tsqlora_scale.config import SensitivityConfig
 from tsqlora_scale.engine.collectives import World
 from tsqlora_scale.errors import UserError
@@ -66,13 +67,17 @@ class SensitivityTracker:
         self._weight: dict[str, float] = {}
         self._heard: dict[str, float] = {}
         self._silent: tuple[str, ...] = ()
+        self._removed: frozenset[str] = frozenset()
 
     def attach(self, model: nn.Module) -> None:
         """Hook the adapted layers of ``model``; may be called again, after a resize for instance."""
         layers = lora_layers(model)
-        sites = []
+        sites, removed = [], []
         for name, layer in layers.items():
             if self._cfg.estimator == "adapter":
+                if not has_factors(layer):
+                    removed.append(name)
+                    continue
                 # tiny linear layers like any other, so that no engine's way with gradients matters
                 linears = (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER])
                 sites += [Site(name, linear, partial(full_weight, linear)) for linear in linears]
@@ -84,6 +89,9 @@ class SensitivityTracker:
         for table in (self._ema, self._weight, self._heard):
             for name in layers:
                 table.setdefault(name, 0.0)
+        for name in removed:  # what it was is past, and nothing is there to be heard
+            self._ema[name] = self._weight[name] = 0.0
+        self._removed = frozenset(removed)
 
     def detach(self) -> None:
         """Remove all hooks."""
@@ -150,7 +158,7 @@ class SensitivityTracker:
         A collective.
         """
         self.synchronize(world)
-        silent = tuple(name for name in sorted(self._ema) if self._heard[name] == 0)
+        silent = tuple(name for name in sorted(self._ema) if self._heard[name] == 0 and name not in self._removed)
         if silent and silent != self._silent and world.is_main:
             log.warning(
                 "no gradient has reached %d of %d adapted layers, their sensitivity counts as 0: %s",

@@ -66,8 +66,8 @@ def test_bounds_win_over_an_impossible_budget(budget: int, expected: list[int]) 
 @settings(max_examples=150)
 @given(st.lists(POSITIVE, min_size=1, max_size=4), st.data())
 def test_equals_brute_force(values: list[float], data: st.DataObject) -> None:
-    r_min = data.draw(st.integers(1, 2))
-    high = data.draw(st.lists(st.integers(r_min, 6), min_size=len(values), max_size=len(values)))
+    r_min = data.draw(st.integers(0, 2))
+    high = data.draw(st.lists(st.integers(max(r_min, 1), 6), min_size=len(values), max_size=len(values)))
     budget = data.draw(st.integers(r_min * len(values), sum(high)))
     result = run(values, budget, r_min, high)
     shares = reference.water_level(values, [1] * len(values), r_min, high, budget)
@@ -80,7 +80,7 @@ def test_equals_brute_force(values: list[float], data: st.DataObject) -> None:
 
 @given(st.lists(ANY_S, min_size=1, max_size=40), st.data())
 def test_total_is_exact_within_bounds_and_deterministic(values: list[float], data: st.DataObject) -> None:
-    r_min, r_max = data.draw(st.tuples(st.integers(1, 3), st.integers(3, 12)))
+    r_min, r_max = data.draw(st.tuples(st.integers(0, 3), st.integers(3, 12)))
     budget = data.draw(st.integers(0, 14 * len(values)))
     result = run(values, budget, r_min, r_max)
     assert sum(result.ranks.values()) == result.spent

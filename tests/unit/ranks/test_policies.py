@@ -55,6 +55,17 @@ def test_r_max_is_four_times_the_initial_rank_unless_set() -> None:
     assert TsqLoraPolicy(AllocationConfig()).plan(stats).ranks["b"] == 12
 
 
+@pytest.mark.parametrize("unit", ["rank", "params"])
+def test_with_r_min_0_the_last_adapter_stays(unit: str) -> None:
+    config = AllocationConfig(r_min=0, phi_min=1e-3, budget_unit=unit)
+    plan = TsqLoraPolicy(config).plan(statistics(initial_rank=1, quality=1e-6))
+    assert sum(plan.ranks.values()) == 1
+    stats = statistics(sensitivity={"a": 0.0, "b": 5.0, "c": 1.0})
+    plan = TsqLoraPolicy(AllocationConfig(r_min=0)).plan(stats)
+    assert plan.ranks == {"a": 0, "b": 16, "c": 8}
+    assert "held at r_min, rank 8 -> 0" in plan.reasons["a"]
+
+
 def test_a_budget_in_parameters_is_kept_in_parameters() -> None:
     plan = TsqLoraPolicy(AllocationConfig(budget_unit="params")).plan(statistics())
     costs = {"a": 32, "b": 80, "c": 80}

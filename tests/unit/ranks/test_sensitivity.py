@@ -14,7 +14,7 @@ from tsqlora_scale.config import ResizeConfig, SensitivityConfig
 from tsqlora_scale.engine.collectives import World
 from tsqlora_scale.engine.state import ParamState, TrainState
 from tsqlora_scale.errors import UserError
-from tsqlora_scale.ranks.install import current_ranks, resize_model
+from tsqlora_scale.ranks.install import current_ranks, resize_model, set_ranks
 from tsqlora_scale.ranks.policies import Plan
 from tsqlora_scale.ranks.sensitivity import SensitivityTracker
 
@@ -291,6 +291,45 @@ def test_adapter_estimator_follows_a_resize(folder: Path) -> None:
     tracker.attach(model)
     train_step(tracker, model, [batch], step=1)
     assert_close(tracker.reduce(World()), expected(model, batch, "adapter", 4), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "group"), [("weight", 4), ("weight_per_sample", 1), ("fisher", 1), ("adapter", 4)]
+)
+def test_a_layer_of_rank_0_is_heard_by_its_weight_alone(
+    estimator: str, group: int, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, batch = adapted("bert", folder), padded_batch("bert")
+    tracker = make_tracker(estimator, beta=0.5)
+    tracker.attach(model)
+    train_step(tracker, model, [batch])
+    before = tracker.reduce(World())
+    removed = sorted(before)[::3]
+    set_ranks(model, {name: 0 if name in removed else 3 for name in before})
+    for layer in lora_layers(model).values():
+        if layer.r["default"]:
+            nn.init.normal_(layer.lora_B["default"].weight, std=0.1)
+    tracker.attach(model)
+    for step in range(1, 30):  # until the former value is forgotten
+        train_step(tracker, model, [batch], step=step)
+    with caplog.at_level(logging.WARNING):
+        got = tracker.reduce(World())
+    assert own_messages(caplog) == []
+    want = expected(model, batch, estimator, group)
+    if estimator == "adapter":
+        assert [got.pop(name) for name in removed] == [0.0] * len(removed)
+        want = {name: value for name, value in want.items() if name not in removed}
+    assert_close(got, want, rel=1e-4)
+    set_ranks(model, dict.fromkeys(before, 2))
+    for layer in lora_layers(model).values():
+        nn.init.normal_(layer.lora_A["default"].weight, std=0.1)
+        nn.init.normal_(layer.lora_B["default"].weight, std=0.1)
+    tracker.attach(model)
+    train_step(tracker, model, [batch], step=30)
+    after, now = tracker.reduce(World()), expected(model, batch, estimator, group)
+    if estimator == "adapter":  # a new average, without a memory of the time before
+        assert [after[name] for name in removed] == pytest.approx([now[name] for name in removed], rel=1e-4)
+    assert all(value > 0 for value in after.values())
 
 
 def test_group_size_must_divide_the_micro_batch() -> None:
