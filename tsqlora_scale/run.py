@@ -257,7 +257,10 @@ def build_run(
         tracker = None
         if config.adapts_ranks:
             tracker = SensitivityTracker(
-                config.sensitivity, batch_size=config.train.batch_size, micro_batch_size=plan.micro_batch_size
+                config.sensitivity,
+                batch_size=config.train.batch_size,
+                micro_batch_size=plan.micro_batch_size,
+                sketch_seed=config.run.seed if config.resize.grow_init == "gradient" else None,
             )
         if tree is not None:
             set_ranks(model, tree["ranks"])

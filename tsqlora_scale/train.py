@@ -141,11 +141,13 @@ def adapt_ranks(run: Run) -> None:
 
 def resize(run: Run, plan: Plan) -> dict[str, float]:
     """Install a plan: gather, pure algebra, rebuild. Returns the relative error of each layer that shrank."""
+    assert run.tracker is not None
     errors: dict[str, float] = {}
+    sketches = run.tracker.sketches()
 
     def change(module: Any, state: Any) -> Any:
         new_state, shrink_errors = resize_model(
-            module, state, plan, cfg=run.config.resize, seed=run.config.run.seed, step=run.step
+            module, state, plan, cfg=run.config.resize, seed=run.config.run.seed, step=run.step, sketches=sketches
         )
         errors.update(shrink_errors)
         return new_state

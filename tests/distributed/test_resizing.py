@@ -1,4 +1,5 @@
-"""Rank events that the method's own policy seldom makes, under every engine: layers removed and brought back."""
+"""Rank events that the method's own policy seldom makes, under every engine: layers removed and brought back,
+grown where their gradients point."""
 
 from __future__ import annotations
 
@@ -32,7 +33,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory, models_dir: Path) -> dict[str
     script.write_text(SCRIPTED.format(root=str(ROOT)))
     found = {}
     for engine in ("plain", "ddp-2", "zero2-2", "zero3-2"):
-        tree = run_tree("deberta", folder / engine, models_dir, "run", schedule={"start": 4, "end": 12, "every": 4})
+        tree = run_tree(
+            "deberta", folder / engine, models_dir, "run", schedule={"start": 4, "end": 12, "every": 4},
+            resize={"grow_init": "gradient"}, sensitivity={"uncertainty": 0.85},
+        )  # fmt: skip
         launch(engine, script, [str(write_config(folder / f"{engine}.yaml", tree))], folder)
         found[engine] = folder / engine / "runs" / "run"
     return found

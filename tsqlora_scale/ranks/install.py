@@ -32,7 +32,14 @@ def layer_dims(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def resize_model(
-    model: nn.Module, state: TrainState, plan: Plan, *, cfg: ResizeConfig, seed: int, step: int
+    model: nn.Module,
+    state: TrainState,
+    plan: Plan,
+    *,
+    cfg: ResizeConfig,
+    seed: int,
+    step: int,
+    sketches: Mapping[str, Tensor] | None = None,
 ) -> tuple[TrainState, dict[str, float]]:
     """Carry ``plan`` out, between two engines: new factors in the layers whose rank changes.
 
@@ -47,6 +54,7 @@ def resize_model(
         cfg: how to grow and shrink.
         seed: of the run.
         step: optimizer steps finished; with the seed and the layer's name it fixes all randomness.
+        sketches: of the weights' gradients by layer, (k, d_in), for ``grow_init: gradient``.
 
     Returns:
         The new state, and the shrink error of every layer whose rank fell.
@@ -68,6 +76,7 @@ def resize_model(
             shrink=cfg.shrink,
             grow_init=cfg.grow_init,
             generator=layer_generator(seed, step, name),
+            sketch=(sketches or {}).get(name),
             usual_sq=(0.0, 0.0) if before else usual_second_moments(state, layers, name),
         )
         if rank:

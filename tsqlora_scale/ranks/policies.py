@@ -88,6 +88,8 @@ class TsqLoraPolicy:
             costs=costs,
             r_min=cfg.r_min,
             r_max={name: min(ceiling, *dims) for name, dims in stats.dims.items()},
+            before=stats.ranks,
+            max_change=cfg.max_change,
         )
         return Plan(
             ranks=allocation.ranks,

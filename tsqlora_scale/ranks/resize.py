@@ -37,12 +37,14 @@ from torch.linalg import matrix_norm, qr, svd, vector_norm
 from tsqlora_scale.engine.state import ParamState
 
 Shrink = Literal["svd", "importance"]
-GrowInit = Literal["orthogonal", "gaussian"]
+GrowInit = Literal["orthogonal", "gaussian", "gradient"]
 
 #: Singular values of dW below this share of the largest one are noise of float32 factors.
 RELATIVE_CUTOFF = 1e-6
 #: … and below this, dW is zero for all purposes, and its directions mean nothing.
 ABSOLUTE_CUTOFF = 1e-12
+#: Directions of a sketch of singular values below this share of its norm are noise of sums in float32.
+WANTED_CUTOFF = 1e-4
 #: Typical norm of a row of A as PEFT initialises it: d_in uniform numbers of variance 1 / (3 d_in).
 INITIAL_ROW_NORM = 3**-0.5
 
@@ -85,6 +87,7 @@ def resize_layer(
     generator: torch.Generator,
     importance: Tensor | None = None,
     usual_sq: tuple[float, float] = (0.0, 0.0),
+    sketch: Tensor | None = None,
 ) -> Resized:
     """A layer of ``rank`` components from one of r; either may be 0.
 
@@ -93,12 +96,15 @@ def resize_layer(
         b: factor B, (d_out, r).
         rank: the new rank.
         shrink: how to drop components.
-        grow_init: where new rows of A point: ``orthogonal`` to the present ones, as long as there is room, or
-            ``gaussian``. Their norm is the mean norm of the present rows; without any, of rows of a fresh layer.
+        grow_init: where new rows of A point: ``orthogonal`` to the present ones, as long as there is room;
+            ``gaussian``; or ``gradient``: orthogonal, too, and first the leading right-singular directions of what the
+            present rows leave of ``sketch``. Their norm is the mean norm of the present rows; without any, of rows of
+            a fresh layer.
         generator: the only source of randomness.
         importance: (r,), what ``shrink="importance"`` ranks components by. Without it, the mean over elements of
             |A_k * dA_k| plus that of |B_k * dB_k|, with Adam's first moments as the gradients.
         usual_sq: second moments of A and of B for the new components of a layer of r = 0.
+        sketch: (k, d_in), rows of about the row space of the weight's gradient; none is as good as zeros.
     """
     assert rank >= 0, rank
     assert a.value.shape[0] == b.value.shape[1], (a.value.shape, b.value.shape)
@@ -112,7 +118,8 @@ def resize_layer(
     elif rank < len(old):
         kept, error = _shrink_svd(old, rank) if shrink == "svd" else _shrink_importance(old, rank, importance)
     template = kept if len(kept) else old if len(old) else _one_component(old, usual_sq)
-    new = _grow(kept, rank - len(kept), grow_init, generator, template=template)
+    wanted = sketch.double() if grow_init == "gradient" and sketch is not None else old.a[:0]
+    new = _grow(kept, rank - len(kept), grow_init, generator, template=template, wanted=wanted)
     values = [t.float().contiguous() for t in new.tensors[:3]] + [t.T.float().contiguous() for t in new.tensors[3:]]
     assert all(bool(t.isfinite().all()) for t in values)
     return Resized(ParamState(*values[:3]), ParamState(*values[3:]), error)
@@ -183,12 +190,14 @@ def _ratio(part: float, whole: float) -> float:
     return part / whole if whole > 0 else 0.0
 
 
-def _grow(kept: _Factors, count: int, init: GrowInit, generator: torch.Generator, *, template: _Factors) -> _Factors:
+def _grow(
+    kept: _Factors, count: int, init: GrowInit, generator: torch.Generator, *, template: _Factors, wanted: Tensor
+) -> _Factors:
     """``count`` new components after those kept; ``template`` gives their scale and second moments."""
     if count == 0:
         return kept
     norm = float(vector_norm(template.a, dim=1).mean()) or INITIAL_ROW_NORM
-    rows = norm * _directions(kept.a, count, init, generator)
+    rows = norm * _directions(kept.a, count, init, generator, wanted)
 
     def extend(tensor: Tensor, new: Tensor) -> Tensor:
         return torch.cat([tensor, new.expand(count, -1)])
@@ -200,15 +209,37 @@ def _grow(kept: _Factors, count: int, init: GrowInit, generator: torch.Generator
     )  # fmt: skip
 
 
-def _directions(existing: Tensor, count: int, init: GrowInit, generator: torch.Generator) -> Tensor:
-    """(count, d_in) rows of norm about 1; orthonormal, and orthogonal to ``existing``, as far as there is room."""
+def _directions(existing: Tensor, count: int, init: GrowInit, generator: torch.Generator, wanted: Tensor) -> Tensor:
+    """(count, d_in) rows of norm about 1; orthonormal, and orthogonal to ``existing``, as far as there is room.
+
+    First the leading right-singular directions of what ``existing`` leaves of ``wanted`` (any number, d_in).
+    """
     d_in = existing.shape[1]
     drawn = torch.randn(count, d_in, dtype=torch.float64, generator=generator) / math.sqrt(d_in)
     room = min(count, max(d_in - existing.shape[0], 0))
     if init == "gaussian" or room == 0:
         return drawn
     basis = qr(existing.T).Q  # (d_in, r)
-    free = drawn[:room]
+    leading = _leading(_without(wanted, basis), room, floor=WANTED_CUTOFF * float(matrix_norm(wanted)))
+    basis = torch.cat([basis, leading.T], 1)
+    free = _without(drawn[: room - len(leading)], basis)
+    return torch.cat([leading, qr(free.T).Q.T, drawn[room:]])
+
+
+def _without(rows: Tensor, basis: Tensor) -> Tensor:
+    """``rows`` less their parts in the span of the orthonormal columns of ``basis``."""
     for _ in range(2):  # a second pass removes what rounding left of the first
-        free = free - (free @ basis) @ basis.T
-    return torch.cat([qr(free.T).Q.T, drawn[room:]])
+        rows = rows - (rows @ basis) @ basis.T
+    return rows
+
+
+def _leading(rows: Tensor, most: int, *, floor: float) -> Tensor:
+    """At most ``most`` right-singular directions of ``rows``, those of singular values above ``floor``.
+
+    Their largest element is positive: a sign that does not depend on rounding.
+    """
+    _, s, vh = svd(rows, full_matrices=False)
+    chosen: Tensor = vh[: min(most, int((s > floor).sum()))]
+    if len(chosen):
+        chosen = chosen * chosen.gather(1, chosen.abs().argmax(1, keepdim=True)).sign()
+    return chosen

@@ -39,6 +39,14 @@ def test_budget_follows_quality_within_its_bounds(quality: float, phi: float, bu
     assert plan.budget == budget == sum(plan.ranks.values())
 
 
+def test_max_change_is_named_where_it_binds() -> None:
+    stats = statistics(sensitivity={"a": 1.0, "b": 50.0, "c": 1.0}, ranks={"a": 8, "b": 7, "c": 10})
+    plan = TsqLoraPolicy(AllocationConfig(max_change=2)).plan(stats)
+    assert plan.ranks == {"a": 7, "b": 9, "c": 8}
+    assert "held at max_change, rank 7 -> 9" in plan.reasons["b"]
+    assert "held at max_change, rank 10 -> 8" in plan.reasons["c"]
+
+
 def test_no_layer_exceeds_its_smaller_dimension() -> None:
     stats = statistics(sensitivity={"a": 1000.0, "b": 1.0, "c": 1.0})
     plan = TsqLoraPolicy(AllocationConfig(r_max=32, phi_max=1.5)).plan(stats)

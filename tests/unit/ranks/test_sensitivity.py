@@ -1,3 +1,4 @@
+import copy
 import json
 import logging
 import math
@@ -28,11 +29,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_tracker(estimator: str = "weight", *, micro: int = SIZE, every: int = 1, beta: float = 0.0,
-                 group: int | str | None = None) -> SensitivityTracker:  # fmt: skip
+                 group: int | str | None = None, uncertainty: float | None = None,
+                 sketch_seed: int | None = None) -> SensitivityTracker:  # fmt: skip
     """Groups of four samples, or fewer where the micro-batch is smaller."""
     size = math.gcd(micro, 4) if group is None else group
-    cfg = SensitivityConfig(estimator=estimator, every=every, beta=beta, group_size=size)
-    return SensitivityTracker(cfg, batch_size=SIZE, micro_batch_size=micro)
+    cfg = SensitivityConfig(estimator=estimator, every=every, beta=beta, group_size=size, uncertainty=uncertainty)
+    return SensitivityTracker(cfg, batch_size=SIZE, micro_batch_size=micro, sketch_seed=sketch_seed)
 
 
 def train_step(tracker: SensitivityTracker, model: nn.Module, batches: list[Batch], step: int = 0, scale: float = 1.0):
@@ -111,7 +113,8 @@ def test_accumulation_and_ranks_change_nothing(estimator: str, folder: Path) -> 
     whole = measure(model, [batch], estimator, group=2)
     for parts in (2, 4):
         assert_close(measure(model, split(batch, parts), estimator, group=2), whole, rel=1e-5)
-    assert_close(on_two_ranks(model, batch, estimator), whole, rel=1e-5)
+    for tracker in on_two_ranks(model, [batch], estimator):
+        assert_close(tracker.reduce(World()), whole, rel=1e-5)
 
 
 class Recorder(World):
@@ -127,22 +130,23 @@ class Recorder(World):
         return tensor if self._answer is None else self._answer
 
 
-def on_two_ranks(model: nn.Module, batch: Batch, estimator: str) -> dict[str, float]:
+def on_two_ranks(model: nn.Module, batches: list[Batch], estimator: str, **kwargs) -> list[SensitivityTracker]:
     """Two ranks of two micro-batches each; the loss is scaled by ranks x accumulation, as engines do."""
-    parts, sent, trackers = split(batch, 4), [], []
+    sent, trackers = [], []
     for rank in range(2):
-        tracker = make_tracker(estimator, micro=2, group=2)
+        tracker = make_tracker(estimator, micro=2, group=2, **kwargs)
         tracker.attach(model)
-        train_step(tracker, model, parts[rank::2], scale=4.0)
+        for step, batch in enumerate(batches):
+            train_step(tracker, model, split(batch, 4)[rank::2], step=step, scale=4.0)
         tracker.detach()
         world = Recorder()
-        tracker.synchronize(world)
+        copy.deepcopy(tracker).synchronize(world)
         assert len(world.sent) == 1, "one all-reduce for all layers"
         sent.append(world.sent[0])
         trackers.append(tracker)
     results = [tracker.reduce(Recorder((sent[0] + sent[1]) / 2)) for tracker in trackers]
     assert results[0] == results[1]
-    return results[0]
+    return trackers
 
 
 def test_bf16_is_within_two_percent(folder: Path) -> None:
@@ -179,6 +183,35 @@ def test_moving_average_is_bias_corrected_over_listened_steps(folder: Path) -> N
     weights = [0.85**2, 0.85, 1.0]
     want = {n: sum(w * s[n] for w, s in zip(weights, single, strict=True)) / sum(weights) for n in single[0]}
     assert_close(tracker.reduce(World()), want, rel=1e-4)
+
+
+def test_uncertainty_is_adaloras_and_that_of_all_ranks_together(folder: Path) -> None:
+    """2303.10512, Eq. 9 to 11, with bias corrections; |I - mean I| is not linear, so ranks must not average it."""
+    model, batches = adapted("bert", folder), [padded_batch("bert", seed=seed) for seed in range(4)]
+    tracker = make_tracker(beta=0.85, uncertainty=0.7, group=2)
+    tracker.attach(model)
+    values = []
+    for step, batch in enumerate(batches):
+        train_step(tracker, model, [batch], step=step)
+        values.append(expected(model, batch, "weight", 2))
+        if step == 0:
+            assert set(copy.deepcopy(tracker).reduce(World()).values()) == {0.0}
+    tracker.detach()
+    want = {}
+    for name in values[0]:
+        mean = weight = deviation = deviation_weight = 0.0
+        for value in values:
+            mean, weight = 0.85 * mean + 0.15 * value[name], 0.85 * weight + 0.15
+            deviation = 0.7 * deviation + 0.3 * abs(value[name] - mean / weight)
+            deviation_weight = 0.7 * deviation_weight + 0.3
+        want[name] = mean / weight * deviation / deviation_weight
+    assert_close(tracker.reduce(World()), want, rel=1e-3)
+    for other in on_two_ranks(model, batches, "weight", beta=0.85, uncertainty=0.7):
+        assert_close(other.reduce(World()), want, rel=1e-3)
+    tracker.synchronize(World())
+    again = make_tracker(beta=0.85, uncertainty=0.7, group=2)
+    again.load_state_dict(json.loads(json.dumps(tracker.state_dict())))
+    assert again.reduce(World()) == tracker.reduce(World())
 
 
 def test_first_step_is_listened_to_whatever_its_number(folder: Path) -> None:
@@ -271,9 +304,9 @@ def test_hooks_are_idle_between_listened_steps_and_gone_after_detach(folder: Pat
     tracker.attach(model)
     assert hooks() == attached == without + len(lora_layers(model))
     train_step(tracker, model, [batch], step=0)
-    state = tracker.state_dict()
+    before = tracker.reduce(World())
     train_step(tracker, model, [batch], step=1)
-    assert tracker.state_dict() == state
+    assert tracker.reduce(World()) == before
     tracker.detach()
     assert hooks() == without
 
