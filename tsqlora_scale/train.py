@@ -8,7 +8,7 @@ from typing import Any
 
 from tsqlora_scale.errors import Stopped, UserError
 from tsqlora_scale.lr_schedule import learning_rate
-from tsqlora_scale.ranks import Plan, Statistics, agree, current_ranks, layer_dims, resize_model
+from tsqlora_scale.ranks import Plan, Statistics, agree, components, current_ranks, layer_dims, resize_model
 from tsqlora_scale.report.result import build_result
 from tsqlora_scale.run import Run
 from tsqlora_scale.step import optimizer_step
@@ -123,6 +123,8 @@ def adapt_ranks(run: Run) -> None:
             initial_rank=run.config.adapter.r,
             quality=quality or 1.0,
             first_quality=run.first_quality or quality or 1.0,
+            progress=run.plan.schedule.progress(run.step) if run.plan.schedule else 1.0,
+            components=components(run.engine.gather(), before) if run.policy.needs_components else {},
         )
         plan = agree(run.policy.plan(statistics), run.engine.world)
         errors = resize(run, plan) if plan.ranks != before else {}

@@ -13,7 +13,7 @@ from tsqlora_scale.config import ResizeConfig
 from tsqlora_scale.engine.state import ParamState, TrainState
 from tsqlora_scale.errors import UserError
 from tsqlora_scale.ranks.policies import Plan
-from tsqlora_scale.ranks.resize import layer_generator, resize_layer
+from tsqlora_scale.ranks.resize import component_importance, layer_generator, resize_layer
 
 
 def factor_names(layer: str) -> tuple[str, str]:
@@ -101,6 +101,18 @@ def usual_second_moments(state: TrainState, layers: Iterable[str], name: str) ->
         for side in (0, 1)
     ]
     return float(means[0].mean()), float(means[1].mean())
+
+
+def components(state: TrainState, layers: Iterable[str]) -> dict[str, tuple[float, ...]]:
+    """The importance of every component of ``layers``, r numbers each; see :func:`~.resize.component_importance`."""
+    found = {}
+    for name in layers:
+        name_a, name_b = factor_names(name)
+        present = name_a in state.params
+        found[name] = (
+            tuple(component_importance(state.params[name_a], state.params[name_b]).tolist()) if present else ()
+        )
+    return found
 
 
 def set_ranks(model: nn.Module, ranks: Mapping[str, int]) -> None:

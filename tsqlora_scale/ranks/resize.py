@@ -101,15 +101,13 @@ def resize_layer(
             present rows leave of ``sketch``. Their norm is the mean norm of the present rows; without any, of rows of
             a fresh layer.
         generator: the only source of randomness.
-        importance: (r,), what ``shrink="importance"`` ranks components by. Without it, the mean over elements of
-            |A_k * dA_k| plus that of |B_k * dB_k|, with Adam's first moments as the gradients.
+        importance: (r,), what ``shrink="importance"`` ranks components by; none: :func:`component_importance`.
         usual_sq: second moments of A and of B for the new components of a layer of r = 0.
         sketch: (k, d_in), rows of about the row space of the weight's gradient; none is as good as zeros.
     """
     assert rank >= 0, rank
     assert a.value.shape[0] == b.value.shape[1], (a.value.shape, b.value.shape)
-    old = _Factors(*(t.double() for t in (a.value, a.exp_avg, a.exp_avg_sq)),
-                   *(t.double().T for t in (b.value, b.exp_avg, b.exp_avg_sq)))  # fmt: skip
+    old = _rows_of(a, b)
     if rank == len(old):
         return Resized(a, b, 0.0)
     kept, error = old, 0.0
@@ -123,6 +121,11 @@ def resize_layer(
     values = [t.float().contiguous() for t in new.tensors[:3]] + [t.T.float().contiguous() for t in new.tensors[3:]]
     assert all(bool(t.isfinite().all()) for t in values)
     return Resized(ParamState(*values[:3]), ParamState(*values[3:]), error)
+
+
+def _rows_of(a: ParamState, b: ParamState) -> _Factors:
+    return _Factors(*(t.double() for t in (a.value, a.exp_avg, a.exp_avg_sq)),
+                    *(t.double().T for t in (b.value, b.exp_avg, b.exp_avg_sq)))  # fmt: skip
 
 
 def _one_component(like: _Factors, usual_sq: tuple[float, float]) -> _Factors:
@@ -174,11 +177,22 @@ def _towards_selection(maps: Tensor) -> Tensor:
 def _shrink_importance(old: _Factors, rank: int, importance: Tensor | None) -> tuple[_Factors, float]:
     """The ``rank`` most important components, in their old order; ties go to the earlier one."""
     if importance is None:
-        importance = (old.a * old.a_avg).abs().mean(1) + (old.b * old.b_avg).abs().mean(1)
+        importance = _importance(old)
     order = torch.argsort(importance, descending=True, stable=True)
     keep, drop = order[:rank].sort().values, order[rank:]
     error = _ratio(_product_norm(old.a[drop], old.b[drop]), _product_norm(old.a, old.b))
     return _Factors(*(t[keep] for t in old.tensors)), error
+
+
+def component_importance(a: ParamState, b: ParamState) -> Tensor:
+    """(r,) float64: mean over elements of |A_k * dA_k| plus that of |B_k * dB_k|, with Adam's first moments (averages
+    over about 1 / (1 - beta_1) steps) as the gradients.
+    """
+    return _importance(_rows_of(a, b))
+
+
+def _importance(of: _Factors) -> Tensor:
+    return (of.a * of.a_avg).abs().mean(1) + (of.b * of.b_avg).abs().mean(1)
 
 
 def _product_norm(a: Tensor, b: Tensor) -> float:
