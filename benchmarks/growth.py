@@ -91,6 +91,7 @@ def losses_after(options: argparse.Namespace, seed: int) -> dict[str, list[float
         adapt_ranks(run)
         found[name] = [train_step(run) for _ in range(options.steps)]
         run.engine.close()
+        print(f"seed {seed}, {name}: {statistics.mean(found[name]):.4f}", file=sys.stderr, flush=True)
     return found
 
 

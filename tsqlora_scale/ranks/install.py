@@ -105,13 +105,10 @@ def usual_second_moments(state: TrainState, layers: Iterable[str], name: str) ->
 
 def components(state: TrainState, layers: Iterable[str]) -> dict[str, tuple[float, ...]]:
     """The importance of every component of ``layers``, r numbers each; see :func:`~.resize.component_importance`."""
-    found = {}
+    found: dict[str, tuple[float, ...]] = {}
     for name in layers:
-        name_a, name_b = factor_names(name)
-        present = name_a in state.params
-        found[name] = (
-            tuple(component_importance(state.params[name_a], state.params[name_b]).tolist()) if present else ()
-        )
+        factors = [state.params[n] for n in factor_names(name) if n in state.params]
+        found[name] = tuple(component_importance(*factors).tolist()) if factors else ()
     return found
 
 

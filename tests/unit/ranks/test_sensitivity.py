@@ -97,14 +97,15 @@ def test_calls_without_a_batch_dimension_make_the_micro_batch_one_group(
     assert "called without a batch dimension" in message
 
 
+@pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("kind", ["bert", "deberta", "llama"])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_changes_nothing(kind: str, reentrant: bool, folder: Path) -> None:
+def test_gradient_checkpointing_changes_nothing(kind: str, reentrant: bool, estimator: str, folder: Path) -> None:
     model, batch = adapted(kind, folder), padded_batch(kind)
-    plain = measure(model, split(batch, 2))
+    plain = measure(model, split(batch, 2), estimator)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
-    assert_close(measure(model, split(batch, 2)), plain, rel=1e-5)
+    assert_close(measure(model, split(batch, 2), estimator), plain, rel=1e-5)
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -149,10 +150,17 @@ def on_two_ranks(model: nn.Module, batches: list[Batch], estimator: str, **kwarg
     return trackers
 
 
-def test_bf16_is_within_two_percent(folder: Path) -> None:
-    batch = padded_batch("bert")
-    got = measure(adapted("bert", folder, dtype=torch.bfloat16), [batch])
-    assert_close(got, expected(adapted("bert", folder), batch, "weight", 4), rel=0.02)
+@pytest.mark.parametrize(
+    ("estimator", "group", "bound"),
+    [("weight", 4, 0.02), ("weight_per_sample", 1, 0.02), ("fisher", 1, 0.04), ("adapter", 4, 0.02)],
+)
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_bf16_is_within_two_percent_and_squares_within_four(
+    kind: str, estimator: str, group: int, bound: float, folder: Path
+) -> None:
+    batch = padded_batch(kind)
+    got = measure(adapted(kind, folder, dtype=torch.bfloat16), [batch], estimator)
+    assert_close(got, expected(adapted(kind, folder), batch, estimator, group), rel=bound)
 
 
 def test_listening_does_not_change_training(folder: Path) -> None:
@@ -373,22 +381,30 @@ def test_group_size_must_divide_the_micro_batch() -> None:
     assert make_tracker("fisher", group=4).group_size == 1
 
 
-def test_nf4_weights_are_dequantised(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("estimator", "group"), [("weight", 4), ("weight_per_sample", 1), ("fisher", 1), ("adapter", 4)]
+)
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_nf4_weights_are_dequantised(kind: str, estimator: str, group: int, folder: Path) -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes")
-    model, batch = adapted("bert", folder), padded_batch("bert")
-    quantised = adapted("bert", folder)
+    model, batch = adapted(kind, folder), padded_batch(kind)
+    quantised = adapted(kind, folder)
     for layer in lora_layers(quantised).values():
         layer.base_layer = quantise(layer.get_base_layer(), bitsandbytes)
     weights = {n: dequantised(layer, bitsandbytes) for n, layer in lora_layers(quantised).items()}
-    got = measure(quantised, [batch])
+    got = measure(quantised, [batch], estimator)
     for name, layer in lora_layers(model).items():
         layer.get_base_layer().weight.data = weights[name]
-    assert_close(got, expected(model, batch, "weight", 4), rel=1e-4)
+    assert_close(got, expected(model, batch, estimator, group), rel=1e-4)
 
 
 def quantise(linear: nn.Linear, bitsandbytes) -> nn.Module:
     new = bitsandbytes.nn.Linear4bit(
-        linear.in_features, linear.out_features, compute_dtype=torch.float32, quant_type="nf4"
+        linear.in_features,
+        linear.out_features,
+        bias=linear.bias is not None,
+        compute_dtype=torch.float32,
+        quant_type="nf4",
     )
     new.support_avx512bf16_for_cpu = False
     new.load_state_dict(linear.state_dict())
