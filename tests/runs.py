@@ -12,6 +12,7 @@ import yaml
 from tests.tiny import WORDS, tiny_model
 from tsqlora_scale import preflight
 from tsqlora_scale.config import parse_config
+from tsqlora_scale.ranks import Policy
 from tsqlora_scale.run import Run, build_run
 from tsqlora_scale.train import train
 
@@ -97,8 +98,9 @@ def result_of(run_dir: Path) -> dict[str, Any]:
     return result
 
 
-def go(tree: dict[str, Any], resume: str | None = None) -> Run:
-    """A whole run in this process."""
+def go(tree: dict[str, Any], resume: str | None = None, policy: Policy | None = None) -> Run:
+    """A whole run in this process; ``policy`` in place of the run's own."""
     run = build_run(preflight.check(parse_config(tree)), resume=resume)
+    run.policy = policy or run.policy
     train(run)
     return run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import re
 from collections.abc import Iterable, Mapping
@@ -29,11 +30,17 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     """The adapted layers of ``model`` by module name, sorted: the order of every collective and every plan.
 
-    A layer of rank r has ``lora_A[ADAPTER].weight`` of shape (r, d_in), ``lora_B[ADAPTER].weight`` of shape
-    (d_out, r), ``scaling[ADAPTER]`` and ``get_base_layer()``.
+    A layer of rank ``r[ADAPTER]`` has ``lora_A[ADAPTER].weight`` of shape (r, d_in), ``lora_B[ADAPTER].weight`` of
+    shape (d_out, r), ``scaling[ADAPTER]`` and ``get_base_layer()``. One of rank 0 has neither factor, because ZeRO-1
+    and 2 fail on parameters without elements; PEFT's forward passes over what is not in ``lora_A``.
     """
-    found = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer) and ADAPTER in m.lora_A}
+    found = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer) and ADAPTER in m.r}
     return dict(sorted(found.items()))
+
+
+def has_factors(layer: LoraLayer) -> bool:
+    """Whether the layer's rank is not 0."""
+    return ADAPTER in layer.lora_A
 
 
 def short_name(layer: str) -> str:
@@ -235,21 +242,29 @@ def save_adapter(model: nn.Module, values: Mapping[str, torch.Tensor], folder: P
         folder: written by the caller's process alone.
         base_name: what ``adapter_config.json`` names as the base.
 
-    ``rank_pattern`` and ``alpha_pattern`` give every layer its rank and keep its scaling s = alpha / r exactly.
+    ``rank_pattern`` and ``alpha_pattern`` give every layer its rank and keep its scaling s = alpha / r exactly; layers
+    of rank 0 are named in ``exclude_modules``.
     """
     assert isinstance(model, PeftModel)
-    config: Any = model.peft_config[ADAPTER]
+    of_the_run: Any = model.peft_config[ADAPTER]
+    config = copy.copy(of_the_run)
     layers = lora_layers(model)
     ranks = {short_name(n): layer.r[ADAPTER] for n, layer in layers.items()}
     if any(rank != config.r for rank in ranks.values()):
-        config.rank_pattern = ranks
-        config.alpha_pattern = {short_name(n): layer.scaling[ADAPTER] * layer.r[ADAPTER] for n, layer in layers.items()}
+        config.rank_pattern = {name: rank for name, rank in ranks.items() if rank}
+        scalings = {short_name(n): layer.scaling[ADAPTER] for n, layer in layers.items()}
+        config.alpha_pattern = {name: scalings[name] * rank for name, rank in config.rank_pattern.items()}
+        config.exclude_modules = [name for name, rank in ranks.items() if not rank] or None
     config.base_model_name_or_path = base_name
     config.target_modules = sorted(config.target_modules)  # PEFT keeps a set: another order in every process
     state = {name: value.contiguous() for name, value in values.items()}
-    model.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
     empty = [n for n, v in state.items() if v.numel() == 0]
     assert not empty, f"sharded parameters reached the adapter file: {empty}"
+    model.peft_config[ADAPTER] = config
+    try:
+        model.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
+    finally:
+        model.peft_config[ADAPTER] = of_the_run
 
 
 def load_adapter(base: nn.Module, folder: Path, *, dtype: str) -> PeftModel:
@@ -272,16 +287,21 @@ def read_adapter(model: nn.Module, folder: Path) -> tuple[dict[str, int], dict[s
     """
     check_adapter(folder)
     saved = load_file(folder / "adapter_model.safetensors")
+    config: Any = PeftConfig.from_pretrained(str(folder))
+    removed = set(config.exclude_modules or [])
+    absent = {f"{name}.lora_{side}.{ADAPTER}.weight" for name in lora_layers(model) for side in "AB"
+              if short_name(name) in removed}  # fmt: skip
     values = {}
     for name, param in model.named_parameters():
-        if param.requires_grad:
+        if param.requires_grad and name not in absent:
             key = name.replace(f".modules_to_save.{ADAPTER}.", ".").replace(f".{ADAPTER}.", ".")
             if key not in saved:
                 raise UserError(f"adapter {str(folder)!r} has no {key}; give the config that it was trained with")
             values[name] = saved[key].float()
-    ranks = {name: len(values[f"{name}.lora_A.{ADAPTER}.weight"]) for name in lora_layers(model)}
-    config: Any = PeftConfig.from_pretrained(str(folder))
+    ranks = {name: len(values.get(f"{name}.lora_A.{ADAPTER}.weight", ())) for name in lora_layers(model)}
     for name, layer in lora_layers(model).items():
+        if not ranks[name]:
+            continue
         alpha = config.alpha_pattern.get(short_name(name), config.lora_alpha)
         if abs(alpha / ranks[name] - layer.scaling[ADAPTER]) > 1e-6 * layer.scaling[ADAPTER]:
             raise UserError(

@@ -244,6 +244,8 @@ class SensitivityConfig(Section):
     #: Every how many optimizer steps one takes part in the statistic.
     every: PositiveInt = 10
     beta: Below1 = 0.85
+    #: AdaLoRA's smoothing: S times the average of its own fluctuation, whose beta this is (AdaLoRA: 0.85). None: S.
+    uncertainty: Below1 | None = None
     #: Samples whose gradients are summed before the absolute value. ``auto`` is 1, Eq. 3 to the letter: the one size
     #: that every micro batch is a multiple of, so that accumulation never changes the ranks (and costs no more).
     group_size: PositiveInt | Literal["auto"] = "auto"
@@ -260,9 +262,13 @@ class ScheduleConfig(Section):
 class AllocationConfig(Section):
     """How a rank budget is divided among layers (paper 2.3, Eq. 6)."""
 
-    r_min: PositiveInt = 1
+    #: 0 lets a layer lose its adapter altogether; it gets one again when its sensitivity earns it a rank (with
+    #: ``sensitivity.estimator: adapter``, which then hears nothing of it, only when all others are full).
+    r_min: Annotated[int, Field(ge=0)] = 1
     #: None means 4 r.
     r_max: PositiveInt | None = None
+    #: Most ranks that a layer may gain or lose at an event; none: any number.
+    max_change: PositiveInt | None = None
     phi_min: PositiveFloat = 0.5
     phi_max: PositiveFloat = 1.5
     budget_unit: Literal["rank", "params"] = "rank"
@@ -279,7 +285,9 @@ class AllocationConfig(Section):
 class ResizeConfig(Section):
     """How factors grow and shrink."""
 
-    grow_init: Literal["orthogonal", "gaussian"] = "orthogonal"
+    #: New rows of A: orthogonal to the present ones; any; or, orthogonal to them too, the directions in which the
+    #: weight's gradient is largest.
+    grow_init: Literal["orthogonal", "gaussian", "gradient"] = "orthogonal"
     shrink: Literal["svd", "importance"] = "svd"
 
 
@@ -343,6 +351,11 @@ class Config(Section):
             raise ValueError(
                 f"'adapter.r' ({self.adapter.r}) must lie between 'allocation.r_min' ({self.allocation.r_min}) "
                 f"and 'allocation.r_max' ({r_max})"
+            )
+        if self.adapts_ranks and self.resize.grow_init == "gradient" and self.sensitivity.estimator == "adapter":
+            raise ValueError(
+                "'resize.grow_init: gradient' needs the gradients of the base's weights, which "
+                "'sensitivity.estimator: adapter' does not see; choose another of either"
             )
         if self.adapter.method == "tsqlora" and self.sampling.selector == "quality" and not self.scoring.enabled:
             raise ValueError(

@@ -99,7 +99,7 @@ def _pad(adapter: Path, out: Path) -> list[str]:
     described |= {"r": rank, "rank_pattern": {}, "alpha_pattern": {}}
     described["lora_alpha"] = common * (math.sqrt(rank) if config.use_rslora else rank)
     (out / DESCRIPTION).write_text(json.dumps(described, indent=2, sort_keys=True))
-    return [f"every layer has rank {rank} now, filled up with zeros"]
+    return [f"every adapted layer has rank {rank} now, filled up with zeros"]
 
 
 def _merge(adapter: Path, out: Path, config: Config) -> list[str]:

@@ -38,7 +38,7 @@ from tsqlora_scale.nonfinite import NonFiniteSteps
 from tsqlora_scale.preemption import StopRequest
 from tsqlora_scale.preflight import Described, Preflight, RunPlan, resumes_in
 from tsqlora_scale.quality import BatchSampler, QualityScorer, ScoreTable, importance_weights, select_subset
-from tsqlora_scale.ranks import SensitivityTracker, TsqLoraPolicy, current_ranks, set_ranks
+from tsqlora_scale.ranks import Policy, SensitivityTracker, TsqLoraPolicy, current_ranks, set_ranks
 from tsqlora_scale.report.progress import Progress
 from tsqlora_scale.report.record import RunRecord
 from tsqlora_scale.tasks import Task
@@ -57,7 +57,7 @@ class Run:
     record: RunRecord
     tracker: SensitivityTracker | None
     scorer: QualityScorer | None
-    policy: TsqLoraPolicy | None
+    policy: Policy | None
     stop: StopRequest
     watchdog: Watchdog
     #: Optimizer steps done.
@@ -321,7 +321,10 @@ def build_run(
         tracker = None
         if config.adapts_ranks:
             tracker = SensitivityTracker(
-                config.sensitivity, batch_size=config.train.batch_size, micro_batch_size=plan.micro_batch_size
+                config.sensitivity,
+                batch_size=config.train.batch_size,
+                micro_batch_size=plan.micro_batch_size,
+                sketch_seed=config.run.seed if config.resize.grow_init == "gradient" else None,
             )
         if tree is not None:
             set_ranks(model, tree["ranks"])

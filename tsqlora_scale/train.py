@@ -7,7 +7,7 @@ from typing import Any
 
 from tsqlora_scale.errors import Stopped
 from tsqlora_scale.lr_schedule import learning_rate
-from tsqlora_scale.ranks import Plan, Statistics, agree, current_ranks, layer_dims, resize_model
+from tsqlora_scale.ranks import Plan, Statistics, agree, components, current_ranks, layer_dims, resize_model
 from tsqlora_scale.report.result import build_result
 from tsqlora_scale.run import Run
 from tsqlora_scale.step import optimizer_step
@@ -123,6 +123,8 @@ def adapt_ranks(run: Run) -> None:
             initial_rank=run.config.adapter.r,
             quality=quality or 1.0,
             first_quality=run.first_quality or quality or 1.0,
+            progress=run.plan.schedule.progress(run.step) if run.plan.schedule else 1.0,
+            components=components(run.engine.gather(), before) if run.policy.needs_components else {},
         )
         plan = agree(run.policy.plan(statistics), run.engine.world)
         errors = resize(run, plan) if plan.ranks != before else {}
@@ -141,11 +143,13 @@ def adapt_ranks(run: Run) -> None:
 
 def resize(run: Run, plan: Plan) -> dict[str, float]:
     """Install a plan: gather, pure algebra, rebuild. Returns the relative error of each layer that shrank."""
+    assert run.tracker is not None
     errors: dict[str, float] = {}
+    sketches = run.tracker.sketches()
 
     def change(module: Any, state: Any) -> Any:
         new_state, shrink_errors = resize_model(
-            module, state, plan, cfg=run.config.resize, seed=run.config.run.seed, step=run.step
+            module, state, plan, cfg=run.config.resize, seed=run.config.run.seed, step=run.step, sketches=sketches
         )
         errors.update(shrink_errors)
         return new_state

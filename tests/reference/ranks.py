@@ -28,6 +28,8 @@ def sensitivity(model: nn.Module, groups: Sequence[Callable[[nn.Module], Tensor]
             if estimator == "fisher":
                 value = base.grad.double().square().sum()
             elif estimator == "adapter":
+                if ADAPTER not in layer.lora_A:
+                    continue
                 pair = (layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight)
                 value = sum((p.detach() * p.grad).double().abs().mean() for p in pair)
             else:
@@ -65,3 +67,16 @@ def best_approximation(product: Tensor, rank: int) -> Tensor:
     """Eckart-Young from a full SVD of the full matrix."""
     u, s, vh = torch.linalg.svd(product.double(), full_matrices=False)
     return (u[:, :rank] * s[:rank]) @ vh[:rank]
+
+
+def weight_gradients(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> dict[str, Tensor]:
+    """dL/dW (d_out, d_in) of every adapted layer, by unfreezing everything."""
+    model = copy.deepcopy(model).requires_grad_(True)
+    loss(model).backward()
+    return {name: layer.get_base_layer().weight.grad for name, layer in lora_layers(model).items()}
+
+
+def outside(rows: Tensor, of: Tensor) -> Tensor:
+    """The parts of ``rows`` (n, d) that no combination of the rows of ``of`` (m, d) gives."""
+    rows, of = rows.double(), of.double()
+    return rows - rows @ torch.linalg.pinv(of) @ of

@@ -16,7 +16,7 @@ import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from tsqlora_scale.adapters import ADAPTER, lora_layers
+from tsqlora_scale.adapters import ADAPTER, has_factors, lora_layers
 from tsqlora_scale.quality.batchless import NoSecondBatch, give_batch, same_mark
 
 
@@ -45,8 +45,9 @@ def theta_modules(module: nn.Module, *, include_head: bool = False) -> dict[str,
     """
     found: dict[str, nn.Module] = {}
     for name, layer in lora_layers(module).items():
-        found[f"{name}.lora_A.{ADAPTER}"] = layer.lora_A[ADAPTER]
-        found[f"{name}.lora_B.{ADAPTER}"] = layer.lora_B[ADAPTER]
+        if has_factors(layer):
+            found[f"{name}.lora_A.{ADAPTER}"] = layer.lora_A[ADAPTER]
+            found[f"{name}.lora_B.{ADAPTER}"] = layer.lora_B[ADAPTER]
     if include_head:
         for name, wrapper in module.named_modules():
             if isinstance(wrapper, ModulesToSaveWrapper) and ADAPTER in wrapper.modules_to_save:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
-Limit = Literal["", "r_min", "r_max"]
+Limit = Literal["", "r_min", "r_max", "max_change"]
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,13 @@ def allocate(
     costs: Mapping[str, int],
     r_min: int,
     r_max: Mapping[str, int],
+    before: Mapping[str, int] | None = None,
+    max_change: int | None = None,
 ) -> Allocation:
     """Ranks r_l proportional to S_l within [r_min, r_max[l]], of total cost ``budget``.
+
+    With ``max_change``, within [before - max_change, before + max_change] as well; a layer from which r_min or r_max is
+    further away than that goes there all the same.
 
     Bounds come first, by water-filling: what a clipped layer cannot take goes to the others in proportion.
     Then whole ranks, by largest remainder; ties go to the earlier layer. A layer of S = 0 gets ``r_min``, and
@@ -59,11 +64,19 @@ def allocate(
         costs: what one rank of a layer costs, in the unit of ``budget``; positive.
         r_min: fewest ranks of a layer; a layer whose ``r_max`` is smaller gets that instead.
         r_max: most ranks, by layer.
+        before: ranks now; needed with ``max_change``.
+        max_change: most ranks that a layer gains or loses; none: any number.
     """
     names = list(sensitivity)
     cost = [costs[n] for n in names]
-    high = [r_max[n] for n in names]
-    low = [min(r_min, h) for h in high]
+    widest = [r_max[n] for n in names]
+    lowest = [min(r_min, h) for h in widest]
+    low, high = lowest, widest
+    if max_change is not None:
+        assert before is not None
+        bounds = list(zip(names, lowest, widest, strict=True))
+        low = [min(max(before[n] - max_change, lo), hi) for n, lo, hi in bounds]
+        high = [min(max(before[n] + max_change, lo), hi) for n, lo, hi in bounds]
     weight = [Fraction(s) if math.isfinite(s) and s > 0 else Fraction(0) for s in sensitivity.values()]
     if not any(weight):
         weight = [Fraction(1)] * len(names)
@@ -75,13 +88,21 @@ def allocate(
         asked={n: float(level * w) for n, w in zip(names, weight, strict=True)},
         share={n: float(x) for n, x in zip(names, share, strict=True)},
         ranks=dict(zip(names, ranks, strict=True)),
-        limits={n: _limit(x, lo, hi) for n, x, lo, hi in zip(names, share, low, high, strict=True)},
+        limits={
+            n: _limit(x, lo, hi, bounds)
+            for n, x, lo, hi, bounds in zip(names, share, low, high, zip(lowest, widest, strict=True), strict=True)
+        },
         spent=sum(c * r for c, r in zip(cost, ranks, strict=True)),
     )
 
 
-def _limit(share: Fraction, low: int, high: int) -> Limit:
-    return "r_max" if share == high else "r_min" if share == low else ""
+def _limit(share: Fraction, low: int, high: int, bounds: tuple[int, int]) -> Limit:
+    """The bound of [low, high] that the share sits on; one that is not of ``bounds`` is ``max_change``'s."""
+    if share == high:
+        return "r_max" if high == bounds[1] else "max_change"
+    if share == low:
+        return "r_min" if low == bounds[0] else "max_change"
+    return ""
 
 
 def _water_fill(

@@ -42,6 +42,11 @@ def ghost_squared_norm(x: Tensor, delta: Tensor) -> Tensor:
     return torch.sum((x @ x.T).mul_(delta @ delta.T), dtype=torch.float64).clamp_(min=0)
 
 
+def gradient_sketch(x: Tensor, delta: Tensor, projection: Tensor) -> Tensor:
+    """Omega G, (k, d_in) float32, without forming G: (Omega delta^T) x, of k N (d_in + d_out) multiplications."""
+    return (projection @ rows(delta).float().T) @ rows(x).float()
+
+
 def ghost_is_cheaper(x: Tensor, delta: Tensor) -> bool:
     """N^2 (d_in + d_out) multiplications against N d_in d_out."""
     count, d_in, d_out = rows(x).shape[0], x.shape[-1], delta.shape[-1]

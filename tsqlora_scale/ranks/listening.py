@@ -28,6 +28,7 @@ from torch.autograd.function import once_differentiable
 from tsqlora_scale.ranks.estimators import (
     ghost_is_cheaper,
     ghost_squared_norm,
+    gradient_sketch,
     mean_abs_product,
     squared_norm,
     weight_gradient,
@@ -63,6 +64,10 @@ class Site:
     linear: nn.Module
     #: The weight, (d_out, d_in); only callable in the layer's own backward pass.
     weight: Callable[[], Tensor]
+    #: Omega, (k, d_out), where a sketch of the gradient is wanted.
+    projection: Tensor | None = None
+    #: Omega G summed since :meth:`Listener.start`, (k, d_in) float32 on the layer's device.
+    sketch: Tensor | None = None
     calls: int = 0
     arrived: int = 0
     #: (groups, d_out, d_in), float32; only while a layer with several calls waits for the rest of them.
@@ -116,7 +121,7 @@ class Listener:
         self._scale, self._listening, self._micro_batch = scale, True, 0
         for site in self._sites:
             site.calls = site.arrived = site.heard = 0
-            site.gradients = site.held_weight = site.total = None
+            site.gradients = site.held_weight = site.total = site.sketch = None
 
     def start_micro_batch(self, size: int) -> None:
         """The next forward and backward pass is over ``size`` samples."""
@@ -162,6 +167,10 @@ class Listener:
     def _on_gradient(self, site: Site, x: Tensor, delta: Tensor) -> None:
         site.arrived += 1
         site.heard += 1
+        if site.projection is not None:  # linear in the gradient: calls and groups need not be told apart
+            site.projection = site.projection.to(delta.device)
+            sketch = gradient_sketch(x, delta, site.projection)
+            site.sketch = sketch if site.sketch is None else site.sketch + sketch
         groups = self._groups()
         # samples that need not be told apart may come in any leading shape
         pairs = [(x, delta)] if len(groups) == 1 else [(x[group], delta[group]) for group in groups]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
 
 from tsqlora_scale.config import AllocationConfig
 from tsqlora_scale.engine.collectives import World
@@ -28,6 +28,11 @@ class Statistics:
     #: Mean quality of the selected samples, now and at the first scoring pass; in (0, 1).
     quality: float
     first_quality: float
+    #: Events done, of those before the last of the schedule: 0 at the first, 1 at the last.
+    progress: float = 1.0
+    #: By layer, the importance of each of its components (see :func:`~.resize.component_importance`), which is what
+    #: ``resize.shrink: importance`` keeps them by. Empty unless the policy asks.
+    components: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
     @property
     def costs(self) -> dict[str, int]:
@@ -56,7 +61,13 @@ class Plan:
 
 
 class Policy(Protocol):
-    """A rule that turns statistics into a plan: pure, so that every process computes the same one."""
+    """A rule that turns statistics into a plan: pure, so that every process computes the same one.
+
+    How the plan is carried out is no policy's affair: moments, engines, checkpoints and files follow the ranks.
+    """
+
+    #: Whether it looks at :attr:`Statistics.components`. They cost gathering the factors' moments once more.
+    needs_components: ClassVar[bool]
 
     def plan(self, stats: Statistics) -> Plan:
         """Ranks for every layer of ``stats``."""
@@ -68,8 +79,11 @@ class TsqLoraPolicy:
     """Eq. 6: r_l = S_l / sum(S) * phi * R_0, with R_0 = r_0 L and phi = clip(Q / Q_first, phi_min, phi_max).
 
     Under ``budget_unit: params`` ranks stay proportional to S_l, and the budget phi * r_0 * sum(d_in + d_out)
-    limits parameters. No layer gets more than min(d_in, d_out) ranks, whatever ``r_max`` says.
+    limits parameters; it is never less than one rank. No layer gets more than min(d_in, d_out) ranks, whatever
+    ``r_max`` says.
     """
+
+    needs_components: ClassVar[bool] = False
 
     config: AllocationConfig
 
@@ -79,13 +93,16 @@ class TsqLoraPolicy:
         ceiling = 4 * stats.initial_rank if cfg.r_max is None else cfg.r_max
         costs = stats.costs if cfg.budget_unit == "params" else dict.fromkeys(stats.dims, 1)
         phi = quality_factor(stats.quality, stats.first_quality, cfg.phi_min, cfg.phi_max)
-        budget = round(phi * stats.initial_rank * sum(costs.values()))
+        # with r_min: 0 a small phi must not remove every layer: without any there is nothing to train or to score
+        budget = max(round(phi * stats.initial_rank * sum(costs.values())), min(costs.values()))
         allocation = allocate(
             stats.sensitivity,
             budget=budget,
             costs=costs,
             r_min=cfg.r_min,
             r_max={name: min(ceiling, *dims) for name, dims in stats.dims.items()},
+            before=stats.ranks,
+            max_change=cfg.max_change,
         )
         return Plan(
             ranks=allocation.ranks,

@@ -19,7 +19,8 @@ New components have no first moment. Their second moment is the mean over existi
 coordinate: a zero would be wrong, because Adam's step count goes on, its bias correction with it, and the first
 update would be (1 - b1)|g| / sqrt((1 - b2) g^2) = 3.2 learning rates. With v0 it is at most one learning rate as soon
 as b2 v0 + (1 - b2) g^2 >= (1 - b1)^2 g^2, that is v0 >= 0.009 g^2 for Adam's usual betas: the new gradient may be ten
-times the typical one.
+times the typical one. A layer that comes back from rank 0 has no components to ask: the caller gives the size of
+its second moments, by what other layers have. Of these only B's matters at first, as A's gradient is zero while B is.
 """
 
 from __future__ import annotations
@@ -36,12 +37,14 @@ from torch.linalg import matrix_norm, qr, svd, vector_norm
 from tsqlora_scale.engine.state import ParamState
 
 Shrink = Literal["svd", "importance"]
-GrowInit = Literal["orthogonal", "gaussian"]
+GrowInit = Literal["orthogonal", "gaussian", "gradient"]
 
 #: Singular values of dW below this share of the largest one are noise of float32 factors.
 RELATIVE_CUTOFF = 1e-6
 #: … and below this, dW is zero for all purposes, and its directions mean nothing.
 ABSOLUTE_CUTOFF = 1e-12
+#: Directions of a sketch of singular values below this share of its norm are noise of sums in float32.
+WANTED_CUTOFF = 1e-4
 #: Typical norm of a row of A as PEFT initialises it: d_in uniform numbers of variance 1 / (3 d_in).
 INITIAL_ROW_NORM = 3**-0.5
 
@@ -83,33 +86,52 @@ def resize_layer(
     grow_init: GrowInit,
     generator: torch.Generator,
     importance: Tensor | None = None,
+    usual_sq: tuple[float, float] = (0.0, 0.0),
+    sketch: Tensor | None = None,
 ) -> Resized:
-    """A layer of ``rank`` components from one of r.
+    """A layer of ``rank`` components from one of r; either may be 0.
 
     Args:
         a: factor A, (r, d_in), float32 on the CPU.
         b: factor B, (d_out, r).
-        rank: the new rank, at least 1.
+        rank: the new rank.
         shrink: how to drop components.
-        grow_init: where new rows of A point: ``orthogonal`` to the present ones, as long as there is room, or
-            ``gaussian``. Their norm is the mean norm of the present rows.
+        grow_init: where new rows of A point: ``orthogonal`` to the present ones, as long as there is room;
+            ``gaussian``; or ``gradient``: orthogonal, too, and first the leading right-singular directions of what the
+            present rows leave of ``sketch``. Their norm is the mean norm of the present rows; without any, of rows of
+            a fresh layer.
         generator: the only source of randomness.
-        importance: (r,), what ``shrink="importance"`` ranks components by. Without it, the mean over elements of
-            |A_k * dA_k| plus that of |B_k * dB_k|, with Adam's first moments as the gradients.
+        importance: (r,), what ``shrink="importance"`` ranks components by; none: :func:`component_importance`.
+        usual_sq: second moments of A and of B for the new components of a layer of r = 0.
+        sketch: (k, d_in), rows of about the row space of the weight's gradient; none is as good as zeros.
     """
-    assert rank >= 1, rank
+    assert rank >= 0, rank
     assert a.value.shape[0] == b.value.shape[1], (a.value.shape, b.value.shape)
-    old = _Factors(*(t.double() for t in (a.value, a.exp_avg, a.exp_avg_sq)),
-                   *(t.double().T for t in (b.value, b.exp_avg, b.exp_avg_sq)))  # fmt: skip
+    old = _rows_of(a, b)
     if rank == len(old):
         return Resized(a, b, 0.0)
     kept, error = old, 0.0
-    if rank < len(old):
+    if rank == 0:
+        kept, error = _Factors(*(t[:0] for t in old.tensors)), float(bool(_product_norm(old.a, old.b) > 0))
+    elif rank < len(old):
         kept, error = _shrink_svd(old, rank) if shrink == "svd" else _shrink_importance(old, rank, importance)
-    new = _grow(kept, rank - len(kept), grow_init, generator, template=kept if len(kept) else old)
+    template = kept if len(kept) else old if len(old) else _one_component(old, usual_sq)
+    wanted = sketch.double() if grow_init == "gradient" and sketch is not None else old.a[:0]
+    new = _grow(kept, rank - len(kept), grow_init, generator, template=template, wanted=wanted)
     values = [t.float().contiguous() for t in new.tensors[:3]] + [t.T.float().contiguous() for t in new.tensors[3:]]
     assert all(bool(t.isfinite().all()) for t in values)
     return Resized(ParamState(*values[:3]), ParamState(*values[3:]), error)
+
+
+def _rows_of(a: ParamState, b: ParamState) -> _Factors:
+    return _Factors(*(t.double() for t in (a.value, a.exp_avg, a.exp_avg_sq)),
+                    *(t.double().T for t in (b.value, b.exp_avg, b.exp_avg_sq)))  # fmt: skip
+
+
+def _one_component(like: _Factors, usual_sq: tuple[float, float]) -> _Factors:
+    """A component of zeros with the given second moments."""
+    a, b = like.a.new_zeros(1, like.a.shape[1]), like.b.new_zeros(1, like.b.shape[1])
+    return _Factors(a, a, a + usual_sq[0], b, b, b + usual_sq[1])
 
 
 def layer_generator(seed: int, step: int, layer: str) -> torch.Generator:
@@ -155,11 +177,22 @@ def _towards_selection(maps: Tensor) -> Tensor:
 def _shrink_importance(old: _Factors, rank: int, importance: Tensor | None) -> tuple[_Factors, float]:
     """The ``rank`` most important components, in their old order; ties go to the earlier one."""
     if importance is None:
-        importance = (old.a * old.a_avg).abs().mean(1) + (old.b * old.b_avg).abs().mean(1)
+        importance = _importance(old)
     order = torch.argsort(importance, descending=True, stable=True)
     keep, drop = order[:rank].sort().values, order[rank:]
     error = _ratio(_product_norm(old.a[drop], old.b[drop]), _product_norm(old.a, old.b))
     return _Factors(*(t[keep] for t in old.tensors)), error
+
+
+def component_importance(a: ParamState, b: ParamState) -> Tensor:
+    """(r,) float64: mean over elements of |A_k * dA_k| plus that of |B_k * dB_k|, with Adam's first moments (averages
+    over about 1 / (1 - beta_1) steps) as the gradients.
+    """
+    return _importance(_rows_of(a, b))
+
+
+def _importance(of: _Factors) -> Tensor:
+    return (of.a * of.a_avg).abs().mean(1) + (of.b * of.b_avg).abs().mean(1)
 
 
 def _product_norm(a: Tensor, b: Tensor) -> float:
@@ -171,12 +204,14 @@ def _ratio(part: float, whole: float) -> float:
     return part / whole if whole > 0 else 0.0
 
 
-def _grow(kept: _Factors, count: int, init: GrowInit, generator: torch.Generator, *, template: _Factors) -> _Factors:
+def _grow(
+    kept: _Factors, count: int, init: GrowInit, generator: torch.Generator, *, template: _Factors, wanted: Tensor
+) -> _Factors:
     """``count`` new components after those kept; ``template`` gives their scale and second moments."""
     if count == 0:
         return kept
     norm = float(vector_norm(template.a, dim=1).mean()) or INITIAL_ROW_NORM
-    rows = norm * _directions(kept.a, count, init, generator)
+    rows = norm * _directions(kept.a, count, init, generator, wanted)
 
     def extend(tensor: Tensor, new: Tensor) -> Tensor:
         return torch.cat([tensor, new.expand(count, -1)])
@@ -188,15 +223,37 @@ def _grow(kept: _Factors, count: int, init: GrowInit, generator: torch.Generator
     )  # fmt: skip
 
 
-def _directions(existing: Tensor, count: int, init: GrowInit, generator: torch.Generator) -> Tensor:
-    """(count, d_in) rows of norm about 1; orthonormal, and orthogonal to ``existing``, as far as there is room."""
+def _directions(existing: Tensor, count: int, init: GrowInit, generator: torch.Generator, wanted: Tensor) -> Tensor:
+    """(count, d_in) rows of norm about 1; orthonormal, and orthogonal to ``existing``, as far as there is room.
+
+    First the leading right-singular directions of what ``existing`` leaves of ``wanted`` (any number, d_in).
+    """
     d_in = existing.shape[1]
     drawn = torch.randn(count, d_in, dtype=torch.float64, generator=generator) / math.sqrt(d_in)
     room = min(count, max(d_in - existing.shape[0], 0))
     if init == "gaussian" or room == 0:
         return drawn
     basis = qr(existing.T).Q  # (d_in, r)
-    free = drawn[:room]
+    leading = _leading(_without(wanted, basis), room, floor=WANTED_CUTOFF * float(matrix_norm(wanted)))
+    basis = torch.cat([basis, leading.T], 1)
+    free = _without(drawn[: room - len(leading)], basis)
+    return torch.cat([leading, qr(free.T).Q.T, drawn[room:]])
+
+
+def _without(rows: Tensor, basis: Tensor) -> Tensor:
+    """``rows`` less their parts in the span of the orthonormal columns of ``basis``."""
     for _ in range(2):  # a second pass removes what rounding left of the first
-        free = free - (free @ basis) @ basis.T
-    return torch.cat([qr(free.T).Q.T, drawn[room:]])
+        rows = rows - (rows @ basis) @ basis.T
+    return rows
+
+
+def _leading(rows: Tensor, most: int, *, floor: float) -> Tensor:
+    """At most ``most`` right-singular directions of ``rows``, those of singular values above ``floor``.
+
+    Their largest element is positive: a sign that does not depend on rounding.
+    """
+    _, s, vh = svd(rows, full_matrices=False)
+    chosen: Tensor = vh[: min(most, int((s > floor).sum()))]
+    if len(chosen):
+        chosen = chosen * chosen.gather(1, chosen.abs().argmax(1, keepdim=True)).sign()
+    return chosen

@@ -37,6 +37,11 @@ class Schedule:
             )
         return cls(events)
 
+    def progress(self, step: int) -> float:
+        """How far between the first event (0) and the last (1) the run is after ``step`` steps; 1 if there is one."""
+        first, last = self.events[0], self.events[-1]
+        return (step - first) / (last - first) if last > first else 1.0
+
     def due(self, step: int) -> bool:
         """Whether ranks change once ``step`` optimizer steps are finished."""
         return step in self.events

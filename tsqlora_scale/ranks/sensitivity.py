@@ -9,12 +9,17 @@ groups of the global batch:
 ``weight_per_sample``  the same with n = 1: Eq. 3 to the letter. The mean of absolute values is not the absolute value
                        of the mean: the smaller the groups, the more of the gradient's noise is counted
 ``fisher``             ||g||_F^2 with n = 1, the trace of Eq. 4 (a sample's loss is its share of L, times N)
-``adapter``            mean |A * dA| + mean |B * dB|, in groups as for ``weight``
+``adapter``            mean |A * dA| + mean |B * dB|, in groups as for ``weight``; 0 while a layer has rank 0, which
+                       therefore does not come back by its own S
 =====================  =======================================================================================
 
 None of these depends on the number of processes or on accumulation, as long as ``group_size`` stays the same. One
 exception is a model that calls an adapted layer without a batch dimension (DeBERTa's relative positions): its groups
 are whole micro-batches.
+
+S_l is the bias-corrected moving average (beta = ``sensitivity.beta``) of these numbers over the listened steps; with
+``sensitivity.uncertainty`` (beta_2), times the moving average of their distance from it, as AdaLoRA has it (2303.10512,
+Eq. 9 to 11). With one listened step that distance is 0 for all layers, which makes ranks uniform.
 """
 
 from __future__ import annotations
@@ -25,20 +30,21 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from tsqlora_scale.adapters import ADAPTER, lora_layers
+from tsqlora_scale.adapters import ADAPTER, has_factors, lora_layers
 from tsqlora_scale.config import SensitivityConfig
 from tsqlora_scale.engine.collectives import World
 from tsqlora_scale.errors import UserError
 from tsqlora_scale.ranks.estimators import full_weight
 from tsqlora_scale.ranks.listening import Listener, Site
+from tsqlora_scale.ranks.sketches import GradientSketches
 
 log = logging.getLogger(__name__)
 
 
 class SensitivityTracker:
-    """Listens to every ``sensitivity.every``-th optimizer step and keeps S_l as a bias-corrected EMA.
+    """Listens to every ``sensitivity.every``-th optimizer step and keeps S_l, and sketches of gradients if wanted.
 
     Calls, in order: :meth:`attach` before the engine is prepared, and again after every resize; then in every
     optimizer step :meth:`start_step`, :meth:`start_micro_batch` before each forward pass, :meth:`end_step`; and
@@ -47,8 +53,13 @@ class SensitivityTracker:
     All processes train on equally many samples of a step.
     """
 
-    def __init__(self, cfg: SensitivityConfig, *, batch_size: int, micro_batch_size: int) -> None:
+    def __init__(
+        self, cfg: SensitivityConfig, *, batch_size: int, micro_batch_size: int, sketch_seed: int | None = None
+    ) -> None:
         """Of a run of ``batch_size`` samples an optimizer step, over all processes.
+
+        Args:
+            sketch_seed: of the random projections of :meth:`sketches`; none: no sketches are taken.
 
         Raises:
             UserError: when ``sensitivity.group_size`` does not divide the micro-batch.
@@ -60,30 +71,58 @@ class SensitivityTracker:
             group_size=self.group_size, squared=cfg.estimator == "fisher", on_shared_call=self._shared_call
         )
         self._samples = 0
+        self._scale = 1.0
         self._listening = False
-        # Per layer: the EMA from zero, its bias-correcting weight, and how many gradients were ever heard.
+        assert sketch_seed is None or cfg.estimator != "adapter", "the adapter's gradients have no rows of the weight's"
+        self._sketches = None if sketch_seed is None else GradientSketches(sketch_seed, cfg.beta)
+        # Per layer: the EMA from zero and its bias-correcting weight, the same for its uncertainty, and how many
+        # gradients were ever heard.
         self._ema: dict[str, float] = {}
         self._weight: dict[str, float] = {}
+        self._deviation: dict[str, float] = {}
+        self._deviation_weight: dict[str, float] = {}
         self._heard: dict[str, float] = {}
+        # Steps of this process alone, not in the averages yet: value or 0, and whether there is one, (2, layers).
+        self._pending: list[Tensor] = []
         self._silent: tuple[str, ...] = ()
+        self._removed: frozenset[str] = frozenset()
 
     def attach(self, model: nn.Module) -> None:
         """Hook the adapted layers of ``model``; may be called again, after a resize for instance."""
         layers = lora_layers(model)
-        sites = []
+        sites, removed = [], []
         for name, layer in layers.items():
             if self._cfg.estimator == "adapter":
+                if not has_factors(layer):
+                    removed.append(name)
+                    continue
                 # tiny linear layers like any other, so that no engine's way with gradients matters
                 linears = (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER])
                 sites += [Site(name, linear, partial(full_weight, linear)) for linear in linears]
             else:
                 base = layer.get_base_layer()
                 transposed = bool(getattr(layer, "fan_in_fan_out", False))
-                sites.append(Site(name, base, partial(full_weight, base, transposed=transposed)))
+                site = Site(name, base, partial(full_weight, base, transposed=transposed))
+                if self._sketches is not None:
+                    site.projection = self._sketches.projection(name, int(layer.out_features))  # type: ignore[arg-type]
+                    self._sketches.add_layer(name, int(layer.in_features))  # type: ignore[arg-type]
+                sites.append(site)
         self._listener.attach(sites)
-        for table in (self._ema, self._weight, self._heard):
+        for table in self._tables:
             for name in layers:
                 table.setdefault(name, 0.0)
+        for name in removed:  # what it was is past, and nothing is there to be heard
+            for table in self._averages:
+                table[name] = 0.0
+        self._removed = frozenset(removed)
+
+    @property
+    def _averages(self) -> tuple[dict[str, float], ...]:
+        return self._ema, self._weight, self._deviation, self._deviation_weight
+
+    @property
+    def _tables(self) -> tuple[dict[str, float], ...]:
+        return *self._averages, self._heard
 
     def detach(self) -> None:
         """Remove all hooks."""
@@ -99,10 +138,11 @@ class SensitivityTracker:
                 and of a mixed-precision loss scale. Factors that the engine divides by before the backward pass
                 (accumulation) do not count.
         """
-        self._listening = step % self._cfg.every == 0 or not any(self._weight.values())
+        self._listening = step % self._cfg.every == 0 or not (any(self._weight.values()) or self._pending)
         self._samples = 0
         if self._listening:
-            self._listener.start(self._batch_size / loss_scale)
+            self._scale = self._batch_size / loss_scale
+            self._listener.start(self._scale)
 
     def start_micro_batch(self, size: int) -> None:
         """A forward and backward pass over ``size`` samples of this process begins."""
@@ -130,25 +170,58 @@ class SensitivityTracker:
         for site, total in zip(sites, totals, strict=True):
             step[site.layer] = step.get(site.layer, 0.0) + total / self._samples
             self._heard[site.layer] += site.heard
-        beta = self._cfg.beta
-        for name, value in step.items():
-            if math.isfinite(value):  # an overflowing half-precision step says nothing
-                self._ema[name] = beta * self._ema[name] + (1 - beta) * value
-                self._weight[name] = beta * self._weight[name] + (1 - beta)
+        # an overflowing half-precision step says nothing
+        said = {name: value for name, value in step.items() if math.isfinite(value)}
+        names = sorted(self._ema)
+        values, counts = [said.get(name, 0.0) for name in names], [float(name in said) for name in names]
+        self._pending.append(torch.tensor([values, counts], dtype=torch.float64))
+        if self._sketches is not None:
+            share = self._scale / self._samples
+            for site in sites:
+                if site.sketch is not None and site.layer in said:
+                    self._sketches.update(site.layer, share * site.sketch)
 
     def synchronize(self, world: World) -> None:
-        """Give every process the mean of all: one all-reduce of one flat vector. A collective.
+        """Take the mean over processes of all steps since the last time into the averages. A collective.
 
-        S is a ratio of sums over processes, and the EMA is linear: neither its value now nor its future changes.
-        Called by :meth:`reduce`, and before :meth:`state_dict`.
+        One all-reduce of one flat vector: layers x (1 + 2 steps) numbers, and the sketches. Uncertainty is not linear
+        in the steps' values, so that these must be those of all processes first. Sketches are linear, and their
+        average goes on from the mean. Called by :meth:`reduce`, and before :meth:`state_dict`.
         """
         names = sorted(self._ema)
-        tables = (self._ema, self._weight, self._heard)
-        flat = torch.tensor([table[name] for table in tables for name in names], dtype=torch.float64)
-        mean = iter(world.mean(flat).tolist())
-        for table in tables:
-            for name in names:
-                table[name] = next(mean)
+        parts = [torch.tensor([self._heard[name] for name in names], dtype=torch.float64)]
+        parts += [step.flatten() for step in self._pending]
+        if self._sketches is not None:
+            parts.append(self._sketches.flat())
+        mean = world.mean(torch.cat(parts)).split([len(part) for part in parts])
+        self._heard = dict(zip(names, mean[0].tolist(), strict=True))
+        for step in mean[1 : 1 + len(self._pending)]:
+            for name, value, count in zip(names, *step.view(2, -1).tolist(), strict=True):
+                if count:
+                    self._take(name, value / count)
+        self._pending = []
+        if self._sketches is not None:
+            self._sketches.take(mean[-1])
+
+    def _take(self, name: str, value: float) -> None:
+        """A step's value of a layer, over all processes, into the layer's averages."""
+        beta, beta_2 = self._cfg.beta, self._cfg.uncertainty
+        first = not self._weight[name]
+        self._ema[name] = beta * self._ema[name] + (1 - beta) * value
+        self._weight[name] = beta * self._weight[name] + (1 - beta)
+        if beta_2 is not None:
+            # of the first step from itself: not what rounding makes of it
+            distance = 0.0 if first else abs(value - self._ema[name] / self._weight[name])
+            self._deviation[name] = beta_2 * self._deviation[name] + (1 - beta_2) * distance
+            self._deviation_weight[name] = beta_2 * self._deviation_weight[name] + (1 - beta_2)
+
+    def _smoothed(self, name: str) -> float:
+        if not self._weight[name]:
+            return 0.0
+        mean = self._ema[name] / self._weight[name]
+        if self._cfg.uncertainty is None:
+            return mean
+        return mean * self._deviation[name] / self._deviation_weight[name]
 
     def reduce(self, world: World) -> dict[str, float]:
         """S_l of every layer, sorted by name, the same on all processes; 0 where no gradient was ever heard.
@@ -156,7 +229,7 @@ class SensitivityTracker:
         A collective.
         """
         self.synchronize(world)
-        silent = tuple(name for name in sorted(self._ema) if self._heard[name] == 0)
+        silent = tuple(name for name in sorted(self._ema) if self._heard[name] == 0 and name not in self._removed)
         if silent and silent != self._silent and world.is_main:
             log.warning(
                 "no gradient has reached %d of %d adapted layers, their sensitivity counts as 0: %s",
@@ -165,21 +238,32 @@ class SensitivityTracker:
                 ", ".join(silent),
             )
         self._silent = silent
-        weights = self._weight
-        return {name: self._ema[name] / weights[name] if weights[name] > 0 else 0.0 for name in sorted(self._ema)}
+        return {name: self._smoothed(name) for name in sorted(self._ema)}
+
+    def sketches(self) -> dict[str, Tensor]:
+        """Omega G of every layer, (k, d_in), as of the last :meth:`reduce`; empty where none are taken."""
+        return {} if self._sketches is None else dict(self._sketches.values)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain floats; after :meth:`synchronize` the same on all processes, and right for any number of them."""
+        """Floats, and the sketches; after :meth:`synchronize` the same on all processes, and right for any number."""
+        assert not self._pending, "synchronize() comes before state_dict()"
         return {
             "ema": dict(self._ema),
             "weight": dict(self._weight),
+            "deviation": dict(self._deviation),
+            "deviation_weight": dict(self._deviation_weight),
             "heard": dict(self._heard),
             "whole_micro_batch": self._listener.whole_micro_batch,
+            "sketches": self.sketches(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a :meth:`state_dict` that was taken after :meth:`synchronize`, on every process."""
         self._ema, self._weight, self._heard = (dict(state[key]) for key in ("ema", "weight", "heard"))
+        self._deviation, self._deviation_weight = dict(state["deviation"]), dict(state["deviation_weight"])
+        if self._sketches is not None:
+            self._sketches.values = dict(state["sketches"])
+        self._pending = []
         self._listener.whole_micro_batch = state["whole_micro_batch"]
 
     def _shared_call(self, layer: str) -> None:

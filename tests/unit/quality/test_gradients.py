@@ -11,7 +11,9 @@ from torch import nn
 
 from tests.reference.quality import score_one_by_one
 from tests.unit.quality.toys import KINDS, Batch, Pool, lora_model
+from tsqlora_scale.adapters import lora_layers
 from tsqlora_scale.quality.gradients import PerSampleGradients, theta_modules
+from tsqlora_scale.ranks import current_ranks, set_ranks
 
 ALL = np.arange(5)
 
@@ -38,6 +40,27 @@ def test_batched_gradients_equal_autograd(kind, tiny_folder):
     assert gradients.batchless is None
     np.testing.assert_allclose(losses, expected.loss, rtol=1e-5)
     assert_same_gradients(found, expected)
+
+
+@pytest.mark.parametrize("removed", [0, 1, 2])
+@pytest.mark.parametrize("kind", ["bert", "deberta", "bart"])
+def test_layers_of_rank_0_have_no_gradient_and_change_no_other(kind, removed, tiny_folder):
+    """The first layers among them, and one or the other of DeBERTa's query and key, which see the positions."""
+    model, pool = lora_model(kind, tiny_folder), Pool(kind, 5)
+    set_ranks(model, {name: 3 * (i % 3 != removed) for i, name in enumerate(current_ranks(model))})
+    torch.manual_seed(0)
+    for layer in lora_layers(model).values():
+        for factors in (layer.lora_A, layer.lora_B):
+            for linear in factors.values():
+                nn.init.normal_(linear.weight, std=0.1)
+    expected = reference(model, pool)
+    with PerSampleGradients(model) as gradients:
+        losses, found = gradients.per_sample(pool.losses, pool.batch(ALL))
+        assert gradients.batchless is None
+        with gradients.stepped(found, 0.1):
+            after = pool.losses(model, pool.batch(ALL))
+    assert_same_gradients(found, expected)
+    np.testing.assert_allclose(losses - after, expected.delta_loss, rtol=1e-4, atol=2e-6 * expected.loss.max())
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "mpnet"])  # which has no checkpointing

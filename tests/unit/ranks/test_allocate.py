@@ -13,7 +13,8 @@ ANY_S = st.one_of(POSITIVE, st.just(0.0), st.floats(1e-300, 1e300))
 
 
 def run(values: list[float], budget: int, r_min: int = 1, r_max: int | list[int] = 64,
-        costs: list[int] | None = None) -> Allocation:  # fmt: skip
+        costs: list[int] | None = None, before: list[int] | None = None,
+        max_change: int | None = None) -> Allocation:  # fmt: skip
     names = [f"layer{i}" for i in range(len(values))]
     high = r_max if isinstance(r_max, list) else [r_max] * len(values)
     return allocate(
@@ -22,6 +23,8 @@ def run(values: list[float], budget: int, r_min: int = 1, r_max: int | list[int]
         costs=dict(zip(names, costs or [1] * len(values), strict=True)),
         r_min=r_min,
         r_max=dict(zip(names, high, strict=True)),
+        before=None if before is None else dict(zip(names, before, strict=True)),
+        max_change=max_change,
     )
 
 
@@ -66,8 +69,8 @@ def test_bounds_win_over_an_impossible_budget(budget: int, expected: list[int]) 
 @settings(max_examples=150)
 @given(st.lists(POSITIVE, min_size=1, max_size=4), st.data())
 def test_equals_brute_force(values: list[float], data: st.DataObject) -> None:
-    r_min = data.draw(st.integers(1, 2))
-    high = data.draw(st.lists(st.integers(r_min, 6), min_size=len(values), max_size=len(values)))
+    r_min = data.draw(st.integers(0, 2))
+    high = data.draw(st.lists(st.integers(max(r_min, 1), 6), min_size=len(values), max_size=len(values)))
     budget = data.draw(st.integers(r_min * len(values), sum(high)))
     result = run(values, budget, r_min, high)
     shares = reference.water_level(values, [1] * len(values), r_min, high, budget)
@@ -80,7 +83,7 @@ def test_equals_brute_force(values: list[float], data: st.DataObject) -> None:
 
 @given(st.lists(ANY_S, min_size=1, max_size=40), st.data())
 def test_total_is_exact_within_bounds_and_deterministic(values: list[float], data: st.DataObject) -> None:
-    r_min, r_max = data.draw(st.tuples(st.integers(1, 3), st.integers(3, 12)))
+    r_min, r_max = data.draw(st.tuples(st.integers(0, 3), st.integers(3, 12)))
     budget = data.draw(st.integers(0, 14 * len(values)))
     result = run(values, budget, r_min, r_max)
     assert sum(result.ranks.values()) == result.spent
@@ -112,6 +115,29 @@ def test_in_parameters_nothing_more_would_fit(layers: list[tuple[float, int]], b
         assert result.spent <= budget
     assert all(result.spent + c > budget for c, r in zip(costs, got, strict=True) if r < 16)
     assert all(r >= math.floor(x + 1e-9) for r, x in zip(got, result.share.values(), strict=True))
+
+
+def test_max_change_bounds_gains_and_losses_and_the_others_take_the_rest() -> None:
+    result = run([100.0, 10.0, 0.1, 8.0], budget=32, r_max=20, before=[8, 8, 8, 8], max_change=3)
+    assert list(result.ranks.values()) == [11, 9, 5, 7]
+    assert result.limits == {"layer0": "max_change", "layer1": "", "layer2": "max_change", "layer3": ""}
+    held = run([100.0, 1.0, 1.0], budget=12, r_max=6, before=[4, 4, 4], max_change=3)
+    assert (held.ranks["layer0"], held.limits["layer0"]) == (6, "r_max"), "the nearer bound is named"
+    assert ranks([1.0, 1.0], budget=8, r_max=4, before=[9, 0], max_change=2) == [4, 2], "r_max wins, from outside too"
+
+
+@given(st.lists(st.tuples(ANY_S, st.integers(0, 12)), min_size=1, max_size=20), st.integers(0, 200), st.integers(1, 12))
+def test_with_max_change_the_budget_is_met_whenever_bounds_allow(
+    layers: list[tuple[float, int]], budget: int, change: int
+) -> None:
+    before = [r for _, r in layers]
+    result = run([s for s, _ in layers], budget, 0, 12, before=before, max_change=change)
+    low, high = [max(r - change, 0) for r in before], [min(r + change, 12) for r in before]
+    got = list(result.ranks.values())
+    assert all(lo <= r <= hi for lo, r, hi in zip(low, got, high, strict=True))
+    assert sum(got) == result.spent == min(max(budget, sum(low)), sum(high))
+    if change == 12:
+        assert got == ranks([s for s, _ in layers], budget, 0, 12)
 
 
 def test_in_parameters_equal_sensitivity_means_equal_rank() -> None:

@@ -2,13 +2,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from tests.unit.ranks.models import adapted, padded_batch
 from tsqlora_scale.adapters import lora_layers
 from tsqlora_scale.config import ResizeConfig
 from tsqlora_scale.engine.state import ParamState, TrainState
 from tsqlora_scale.errors import UserError
-from tsqlora_scale.ranks.install import current_ranks, layer_dims, resize_model, set_ranks
+from tsqlora_scale.ranks.install import current_ranks, layer_dims, resize_model, set_ranks, usual_second_moments
 from tsqlora_scale.ranks.policies import Plan
 
 
@@ -132,3 +133,83 @@ def test_dimensions_are_those_of_the_base_layers(folder: Path) -> None:
     assert list(dims) == list(current_ranks(model))
     for name, layer in lora_layers(model).items():
         assert dims[name] == tuple(reversed(layer.get_base_layer().weight.shape))
+
+
+def without_every_third(model) -> dict[str, int]:
+    return {name: (0, 3, 4)[i % 3] for i, name in enumerate(current_ranks(model))}
+
+
+def test_a_layer_of_rank_0_is_the_base_layer_and_leaves_no_parameter(folder: Path) -> None:
+    model, reference = adapted("bert", folder), adapted("bert", folder)
+    before, dims = train_state(model), layer_dims(model)
+    ranks = without_every_third(model)
+    removed = [name for name, rank in ranks.items() if not rank]
+    state, errors = resize_model(model, before, plan_of(ranks), cfg=ResizeConfig(), seed=0, step=5)
+    assert [errors[name] for name in removed] == [1.0] * len(removed)
+    assert current_ranks(model) == ranks
+    assert layer_dims(model) == dims
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert trained.keys() == state.params.keys()
+    assert len(trained) == len(before.params) - 2 * len(removed)
+    assert all(p.numel() for p in model.parameters())
+    for name in removed:  # B = 0 is what a removed adapter does
+        nn.init.zeros_(lora_layers(reference)[name].lora_B["default"].weight)
+    assert torch.allclose(logits(model, "bert"), logits(reference, "bert"), atol=1e-6, rtol=0)
+    padded_batch("bert").loss(model.train()).backward()
+    assert all(p.grad is not None for p in trained.values())
+
+
+@pytest.mark.parametrize("init", ["orthogonal", "gaussian"])
+def test_a_layer_comes_back_from_nothing(init: str, folder: Path) -> None:
+    model = adapted("bert", folder)
+    original, scaling = current_ranks(model), {n: m.scaling["default"] for n, m in lora_layers(model).items()}
+    ranks = {name: 0 if i % 3 == 0 else 3 for i, name in enumerate(original)}
+    state, _ = resize_model(model, train_state(model), plan_of(ranks), cfg=ResizeConfig(), seed=0, step=5)
+    generator = torch.Generator().manual_seed(0)
+    for entry in state.params.values():
+        entry.exp_avg_sq = torch.rand(entry.value.shape, generator=generator)
+    without = logits(model, "bert")
+    state, errors = resize_model(model, state, plan_of(original), cfg=ResizeConfig(grow_init=init), seed=0, step=9)
+    assert errors == {}
+    assert torch.allclose(logits(model, "bert"), without, atol=1e-6, rtol=0)
+    assert current_ranks(model) == original
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert trained.keys() == state.params.keys()
+    for name, layer in lora_layers(model).items():
+        assert layer.scaling["default"] == scaling[name]
+        if not ranks[name]:
+            a, b = layer.lora_A["default"], layer.lora_B["default"]
+            assert (a.weight.dtype, b.weight.dtype) == (torch.float32, torch.float32)
+            assert a.weight.requires_grad and b.weight.requires_grad
+            assert not b.weight.any()
+    padded_batch("bert").loss(model.train()).backward()
+    assert all(p.grad is not None for p in trained.values())
+
+
+def test_second_moments_of_a_layer_that_comes_back_are_those_of_its_kind() -> None:
+    def entry(value: float, *shape: int) -> ParamState:
+        return ParamState(torch.zeros(shape), torch.zeros(shape), torch.full(shape, value))
+
+    layers = ["0.query", "0.value", "1.query", "1.value", "2.query", "2.only"]
+    params = {}
+    for layer, size in (("0.query", 1.0), ("1.query", 4.0), ("0.value", 100.0)):
+        params[f"{layer}.lora_A.default.weight"] = entry(size, 2, 6)
+        params[f"{layer}.lora_B.default.weight"] = entry(10 * size, 5, 2)
+    state = TrainState(params, optimizer_steps=3)
+    assert usual_second_moments(state, layers, "2.query") == (2.5, 25.0)
+    assert usual_second_moments(state, layers, "1.value") == (100.0, 1000.0)
+    assert usual_second_moments(state, layers, "2.only") == (35.0, 350.0)
+
+
+def test_set_ranks_removes_and_brings_back(folder: Path) -> None:
+    source, target = adapted("bert", folder), adapted("bert", folder)
+    ranks = without_every_third(source)
+    resize_model(source, train_state(source), plan_of(ranks), cfg=ResizeConfig(), seed=0, step=1)
+    set_ranks(target, ranks)
+    target.load_state_dict(source.state_dict())
+    assert torch.equal(logits(target, "bert"), logits(source, "bert"))
+    set_ranks(target, dict.fromkeys(ranks, 3))
+    assert set(current_ranks(target).values()) == {3}
+    assert {n for n, p in target.named_parameters() if p.requires_grad} == {
+        n for n, p in adapted("bert", folder).named_parameters() if p.requires_grad
+    }

@@ -39,6 +39,14 @@ def test_budget_follows_quality_within_its_bounds(quality: float, phi: float, bu
     assert plan.budget == budget == sum(plan.ranks.values())
 
 
+def test_max_change_is_named_where_it_binds() -> None:
+    stats = statistics(sensitivity={"a": 1.0, "b": 50.0, "c": 1.0}, ranks={"a": 8, "b": 7, "c": 10})
+    plan = TsqLoraPolicy(AllocationConfig(max_change=2)).plan(stats)
+    assert plan.ranks == {"a": 7, "b": 9, "c": 8}
+    assert "held at max_change, rank 7 -> 9" in plan.reasons["b"]
+    assert "held at max_change, rank 10 -> 8" in plan.reasons["c"]
+
+
 def test_no_layer_exceeds_its_smaller_dimension() -> None:
     stats = statistics(sensitivity={"a": 1000.0, "b": 1.0, "c": 1.0})
     plan = TsqLoraPolicy(AllocationConfig(r_max=32, phi_max=1.5)).plan(stats)
@@ -53,6 +61,17 @@ def test_r_max_is_four_times_the_initial_rank_unless_set() -> None:
                                 sensitivity={**stats.sensitivity, "d": 1.0, "e": 1.0, "f": 1.0},
                                 ranks=dict.fromkeys("abcdef", 3))  # fmt: skip
     assert TsqLoraPolicy(AllocationConfig()).plan(stats).ranks["b"] == 12
+
+
+@pytest.mark.parametrize("unit", ["rank", "params"])
+def test_with_r_min_0_the_last_adapter_stays(unit: str) -> None:
+    config = AllocationConfig(r_min=0, phi_min=1e-3, budget_unit=unit)
+    plan = TsqLoraPolicy(config).plan(statistics(initial_rank=1, quality=1e-6))
+    assert sum(plan.ranks.values()) == 1
+    stats = statistics(sensitivity={"a": 0.0, "b": 5.0, "c": 1.0})
+    plan = TsqLoraPolicy(AllocationConfig(r_min=0)).plan(stats)
+    assert plan.ranks == {"a": 0, "b": 16, "c": 8}
+    assert "held at r_min, rank 8 -> 0" in plan.reasons["a"]
 
 
 def test_a_budget_in_parameters_is_kept_in_parameters() -> None:

@@ -222,3 +222,20 @@ def test_draws_depend_on_seed_step_and_layer_alone() -> None:
     state = torch.get_rng_state()
     resize(*factors(4, 8, 8), 6)
     assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("shrink", ["svd", "importance"])
+def test_a_layer_of_rank_0_has_nothing_and_comes_back_as_a_fresh_one(shrink: str) -> None:
+    a, b = factors(4, 8, 12)
+    gone = resize(a, b, 0, shrink=shrink)
+    assert gone.a.value.shape == gone.a.exp_avg_sq.shape == (0, 8)
+    assert gone.b.value.shape == gone.b.exp_avg.shape == (12, 0)
+    assert gone.shrink_error == 1.0
+    assert resize(a, ParamState.fresh(torch.zeros(12, 4)), 0, shrink=shrink).shrink_error == 0.0
+    back = resize(gone.a, gone.b, 3, shrink=shrink, usual_sq=(1e-6, 4e-6))
+    assert torch.allclose(back.a.value @ back.a.value.T, INITIAL_ROW_NORM**2 * torch.eye(3), atol=1e-6)
+    assert not back.b.value.any()
+    assert not back.a.exp_avg.any()
+    assert not back.b.exp_avg.any()
+    assert torch.equal(back.a.exp_avg_sq, torch.full((3, 8), 1e-6))
+    assert torch.equal(back.b.exp_avg_sq, torch.full((12, 3), 4e-6))

@@ -13,6 +13,12 @@ def test_events_run_from_start_to_end_inclusive() -> None:
     assert [step for step in range(101) if schedule.due(step)] == [10, 25, 40]
 
 
+def test_progress_runs_from_the_first_event_to_the_last() -> None:
+    schedule = Schedule.from_config(ScheduleConfig(start=10, end=40, every=15), total_steps=100)
+    assert [schedule.progress(step) for step in schedule.events] == [0.0, 0.5, 1.0]
+    assert Schedule.from_config(ScheduleConfig(start=10, end=20, every=15), total_steps=100).progress(10) == 1.0
+
+
 def test_fractions_are_of_the_run() -> None:
     schedule = Schedule.from_config(ScheduleConfig(start=0.25, end=0.75, every=0.25), total_steps=80)
     assert schedule.events == (20, 40, 60)

@@ -1,0 +1,55 @@
+"""Where a layer asks for capacity: a small random sketch of its weight gradient (METHOD section 4, ``gradient``).
+
+With G (d_out, d_in) the gradient of an optimizer step's loss and Omega (k, d_out) a fixed random matrix, Omega G
+(k, d_in) is linear in G: over tokens, micro-batches, processes and steps it adds up without G ever being formed, and
+its leading right-singular vectors are near those of G (the range finder of Halko, Martinsson and Tropp, 2011).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tsqlora_scale.engine.engine import generator_for
+
+#: Rows k of a sketch: the most directions that an event can take from it, less some for accuracy.
+SKETCH_ROWS = 16
+
+
+class GradientSketches:
+    """Omega G of every layer, as a moving average over the listened steps.
+
+    The same average as that of S, so that the directions come from the steps that the rank was given for. It is not
+    emptied at an event: what has been learnt since fades, and an event soon after another still has a direction.
+    """
+
+    def __init__(self, seed: int, beta: float) -> None:
+        """Of a run of this seed; ``beta`` as for S."""
+        self._seed = seed
+        self._beta = beta
+        #: (k, d_in) float32 by layer, on the CPU; zeros as long as nothing was heard.
+        self.values: dict[str, Tensor] = {}
+
+    def projection(self, layer: str, d_out: int) -> Tensor:
+        """Omega, (k, d_out), on the CPU: the same on every process, at every time."""
+        return torch.randn(SKETCH_ROWS, d_out, generator=generator_for(self._seed, "gradient sketch", layer))
+
+    def add_layer(self, layer: str, d_in: int) -> None:
+        """Start with a sketch of zeros, unless there is one."""
+        self.values.setdefault(layer, torch.zeros(SKETCH_ROWS, d_in))
+
+    def update(self, layer: str, step: Tensor) -> None:
+        """Take in the sketch of a step's gradient. Its length does not matter: no bias correction."""
+        self.values[layer] = self._beta * self.values[layer] + (1 - self._beta) * step.cpu()
+
+    def flat(self) -> Tensor:
+        """All of them in the order of names, float64."""
+        parts = [self.values[name].double().flatten() for name in sorted(self.values)]
+        return torch.cat([torch.zeros(0, dtype=torch.float64), *parts])
+
+    def take(self, flat: Tensor) -> None:
+        """The reverse of :meth:`flat`."""
+        names = sorted(self.values)
+        parts = flat.float().split([self.values[name].numel() for name in names])
+        for name, part in zip(names, parts, strict=True):
+            self.values[name] = part.view_as(self.values[name]).clone()
