@@ -236,8 +236,12 @@ class SensitivityConfig(Section):
 
     enabled: bool = True
     estimator: Literal["weight", "weight_per_sample", "fisher", "adapter"] = "weight"
-    #: Every how many optimizer steps one takes part in the statistic.
-    every: PositiveInt = 10
+    #: Every how many optimizer steps one takes part in the statistic, counted back from an event …
+    every: PositiveInt = 1
+    #: … and how many steps before it at most; none: all of them.
+    window: PositiveInt | None = 10
+    #: Samples of such a step that enter the statistic at most, spaced evenly over the global batch; none: all.
+    max_samples: PositiveInt | None = 8
     beta: Below1 = 0.85
     #: Samples whose gradients are summed before the absolute value. ``auto`` is 1, Eq. 3 to the letter: the one size
     #: that every micro batch is a multiple of, so that accumulation never changes the ranks (and costs no more).

@@ -257,7 +257,10 @@ def build_run(
         tracker = None
         if config.adapts_ranks:
             tracker = SensitivityTracker(
-                config.sensitivity, batch_size=config.train.batch_size, micro_batch_size=plan.micro_batch_size
+                config.sensitivity,
+                batch_size=config.train.batch_size,
+                micro_batch_size=plan.micro_batch_size,
+                events=plan.schedule.events if plan.schedule else (),
             )
         if tree is not None:
             set_ranks(model, tree["ranks"])
