@@ -241,8 +241,12 @@ class SensitivityConfig(Section):
 
     enabled: bool = True
     estimator: Literal["weight", "weight_per_sample", "fisher", "adapter"] = "weight"
-    #: Every how many optimizer steps one takes part in the statistic.
-    every: PositiveInt = 10
+    #: Every how many optimizer steps one takes part in the statistic, counted back from an event …
+    every: PositiveInt = 1
+    #: … and how many steps before it at most; none: all of them.
+    window: PositiveInt | None = 10
+    #: Samples of such a step that enter the statistic at most, spaced evenly over the global batch; none: all.
+    max_samples: PositiveInt | None = 8
     beta: Below1 = 0.85
     #: AdaLoRA's smoothing: S times the average of its own fluctuation, whose beta this is (AdaLoRA: 0.85). None: S.
     uncertainty: Below1 | None = None

@@ -325,6 +325,7 @@ def build_run(
                 batch_size=config.train.batch_size,
                 micro_batch_size=plan.micro_batch_size,
                 sketch_seed=config.run.seed if config.resize.grow_init == "gradient" else None,
+                events=plan.schedule.events if plan.schedule else (),
             )
         if tree is not None:
             set_ranks(model, tree["ranks"])

@@ -91,9 +91,10 @@ def optimizer_step(
     if tracker is not None:
         tracker.start_step(step, loss_scale=engine.gradient_scale)
     for number, (batch, share) in enumerate(zip(batches, shares, strict=True)):
-        seed_dropout(seed, step, number * world.size + world.rank)
+        place = number * world.size + world.rank
+        seed_dropout(seed, step, place)
         if tracker is not None:
-            tracker.start_micro_batch(batch.size)
+            tracker.start_micro_batch(batch.size, place * micro_batch_size)
         with engine.micro_batch():
             sums, _ = task.losses(engine.forward(**batch.inputs), batch)
             sums = sums * share.to(sums)

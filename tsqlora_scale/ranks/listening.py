@@ -85,10 +85,23 @@ class Listener:
 
     The statistic of a group of n samples is weighted by n; ``scale`` turns a gradient of the group's share of the
     loss into that of a mean over the group when divided by n (see :class:`~.sensitivity.SensitivityTracker`).
+
+    Of the ``batch_size`` samples of a global batch at most ``max_samples`` take part, but one group at least: every
+    k-th group. A group's number in the global batch decides, so the choice does not depend on who trains on it.
     """
 
-    def __init__(self, *, group_size: int, squared: bool, on_shared_call: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        *,
+        group_size: int,
+        batch_size: int,
+        max_samples: int | None,
+        squared: bool,
+        on_shared_call: Callable[[str], None],
+    ) -> None:
         self.group_size = group_size
+        self.batch_size = batch_size
+        self.max_samples = max_samples or batch_size
         self.squared = squared
         self.whole_micro_batch = False
         self._on_shared_call = on_shared_call
@@ -97,6 +110,9 @@ class Listener:
         self._listening = False
         self._scale = 1.0
         self._micro_batch = 0
+        self._position = 0
+        #: Samples of the groups that took part since :meth:`start`.
+        self.samples = 0
 
     def attach(self, sites: list[Site]) -> None:
         """Hook ``sites`` and forget the former ones.
@@ -118,24 +134,26 @@ class Listener:
 
     def start(self, scale: float) -> None:
         """Listen to the micro-batches that follow."""
-        self._scale, self._listening, self._micro_batch = scale, True, 0
+        self._scale, self._listening = scale, True
+        self._micro_batch = self._position = self.samples = 0
         for site in self._sites:
             site.calls = site.arrived = site.heard = 0
             site.gradients = site.held_weight = site.total = site.sketch = None
 
-    def start_micro_batch(self, size: int) -> None:
-        """The next forward and backward pass is over ``size`` samples."""
-        self._finish_stragglers()
-        self._micro_batch = size
+    def start_micro_batch(self, size: int, position: int) -> None:
+        """The next forward and backward pass is over ``size`` samples, of the global batch from ``position`` on."""
+        self._finish_micro_batch()
+        self._micro_batch, self._position = size, position
 
     def stop(self) -> list[Site]:
         """Stop listening; the sites with their totals."""
-        self._finish_stragglers()
+        self._finish_micro_batch()
         self._listening = False
         return self._sites
 
-    def _finish_stragglers(self) -> None:
-        """Calls whose output never reached the loss bring no gradient: what has arrived is all there is."""
+    def _finish_micro_batch(self) -> None:
+        """Count its samples. Calls whose output never reached the loss bring no gradient: what has arrived is all."""
+        self.samples += sum(group.stop - group.start for group in self._groups())
         for site in self._sites:
             if site.gradients is not None:
                 self._finish(site)
@@ -160,8 +178,13 @@ class Listener:
         return tapped
 
     def _groups(self) -> list[slice]:
+        """The groups of the current micro-batch that take part."""
+        if self._micro_batch == 0:
+            return []
         size = self._micro_batch if self.whole_micro_batch else self.group_size
-        return [slice(i, min(i + size, self._micro_batch)) for i in range(0, self._micro_batch, size)]
+        step = -(-self.batch_size // max(self.max_samples // size * size, size))
+        starts = range(0, self._micro_batch, size)
+        return [slice(i, min(i + size, self._micro_batch)) for i in starts if (self._position + i) // size % step == 0]
 
     @torch.no_grad()
     def _on_gradient(self, site: Site, x: Tensor, delta: Tensor) -> None:
@@ -172,8 +195,11 @@ class Listener:
             sketch = gradient_sketch(x, delta, site.projection)
             site.sketch = sketch if site.sketch is None else site.sketch + sketch
         groups = self._groups()
+        if not groups:
+            return
         # samples that need not be told apart may come in any leading shape
-        pairs = [(x, delta)] if len(groups) == 1 else [(x[group], delta[group]) for group in groups]
+        whole = groups[0] == slice(0, self._micro_batch)
+        pairs = [(x, delta)] if whole else [(x[group], delta[group]) for group in groups]
         if site.calls == 1:
             weight = None if self.squared else site.weight()
             for group, pair in zip(groups, pairs, strict=True):

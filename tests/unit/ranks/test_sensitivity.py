@@ -29,11 +29,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_tracker(estimator: str = "weight", *, micro: int = SIZE, every: int = 1, beta: float = 0.0,
-                 group: int | str | None = None, uncertainty: float | None = None,
+                 group: int | str | None = None, samples: int | None = None, uncertainty: float | None = None,
                  sketch_seed: int | None = None) -> SensitivityTracker:  # fmt: skip
     """Groups of four samples, or fewer where the micro-batch is smaller."""
     size = math.gcd(micro, 4) if group is None else group
-    cfg = SensitivityConfig(estimator=estimator, every=every, beta=beta, group_size=size, uncertainty=uncertainty)
+    cfg = SensitivityConfig(
+        estimator=estimator, every=every, beta=beta, group_size=size, max_samples=samples, uncertainty=uncertainty
+    )
     return SensitivityTracker(cfg, batch_size=SIZE, micro_batch_size=micro, sketch_seed=sketch_seed)
 
 
@@ -118,6 +120,37 @@ def test_accumulation_and_ranks_change_nothing(estimator: str, folder: Path) -> 
         assert_close(tracker.reduce(World()), whole, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("estimator", "group", "samples", "step"),
+    [("weight", 1, 2, 4), ("weight", 1, 3, 3), ("weight", 2, 4, 2), ("weight", 2, 1, 4), ("adapter", 2, 4, 2),
+     ("weight_per_sample", 1, 4, 2), ("fisher", 1, 4, 2), ("fisher", 1, 1, 8)],
+)  # fmt: skip
+def test_every_so_many_groups_of_the_global_batch_take_part(
+    estimator: str, group: int, samples: int, step: int, folder: Path
+) -> None:
+    """So many that they stay within ``max_samples``, one at least; whoever trains on them."""
+    model, batch = adapted("bert", folder), padded_batch("bert")
+    count = SIZE // group
+    chosen = [lambda m, part=part: count * part.loss(m) for part in split(batch, count)[::step]]
+    want = reference.sensitivity(model, chosen, estimator)
+    for parts in (1, 2, 4):
+        got = measure(model, split(batch, parts), estimator, group=group, samples=samples)
+        assert_close(got, want, rel=1e-4)
+    for tracker in on_two_ranks(model, [batch], estimator, group=group, samples=samples):
+        assert_close(tracker.reduce(World()), want, rel=1e-4)
+
+
+def test_of_whole_micro_batches_some_take_part(folder: Path) -> None:
+    model, batch = adapted("deberta", folder), padded_batch("deberta")
+    parts = split(batch, 4)
+    want = reference.sensitivity(model, [lambda m, part=part: 4 * part.loss(m) for part in parts[::2]], "weight")
+    assert_close(measure(model, parts, group=1, samples=4), want, rel=1e-4)
+    one_rank = reference.sensitivity(model, [lambda m: 4 * parts[0].loss(m)], "weight")
+    # one rank hears nothing
+    for tracker in on_two_ranks(model, [batch], "weight", group=1, samples=2):
+        assert_close(tracker.reduce(World()), one_rank, rel=1e-4)
+
+
 class Recorder(World):
     """A rank that shows what it would send, and receives the mean that it is told."""
 
@@ -131,14 +164,20 @@ class Recorder(World):
         return tensor if self._answer is None else self._answer
 
 
-def on_two_ranks(model: nn.Module, batches: list[Batch], estimator: str, **kwargs) -> list[SensitivityTracker]:
+def on_two_ranks(
+    model: nn.Module, batches: list[Batch], estimator: str, *, group: int = 2, **kwargs
+) -> list[SensitivityTracker]:
     """Two ranks of two micro-batches each; the loss is scaled by ranks x accumulation, as engines do."""
     sent, trackers = [], []
     for rank in range(2):
-        tracker = make_tracker(estimator, micro=2, group=2, **kwargs)
+        tracker = make_tracker(estimator, micro=2, group=group, **kwargs)
         tracker.attach(model)
         for step, batch in enumerate(batches):
-            train_step(tracker, model, split(batch, 4)[rank::2], step=step, scale=4.0)
+            tracker.start_step(step, loss_scale=4.0)
+            for number, part in enumerate(split(batch, 4)[rank::2]):
+                tracker.start_micro_batch(2, 2 * (2 * number + rank))
+                (4.0 * part.loss(model)).backward()
+            tracker.end_step()
         tracker.detach()
         world = Recorder()
         copy.deepcopy(tracker).synchronize(world)
@@ -231,6 +270,19 @@ def test_first_step_is_listened_to_whatever_its_number(folder: Path) -> None:
     assert all(value > 0 for value in first.values())
     train_step(tracker, model, [padded_batch("bert", seed=1)], step=8)
     assert tracker.reduce(World()) == first
+
+
+def test_with_events_the_last_steps_before_each_are_listened_to() -> None:
+    def heard(**sampled) -> list[int]:
+        cfg = SensitivityConfig(**sampled)
+        tracker = SensitivityTracker(cfg, batch_size=SIZE, micro_batch_size=SIZE, events=(3, 10, 20))
+        return [step for step in range(25) if tracker.listens(step)]
+
+    # an event after n finished steps follows step number n - 1
+    assert heard(every=1, window=2) == [1, 2, 8, 9, 18, 19]
+    assert heard(every=3, window=None) == [2, 3, 6, 9, 10, 13, 16, 19]
+    assert heard(every=3, window=4) == [2, 6, 9, 16, 19]
+    assert heard(every=1, window=None) == list(range(20))
 
 
 def test_state_round_trips_through_json_and_continues(folder: Path) -> None:
