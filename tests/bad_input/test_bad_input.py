@@ -61,6 +61,22 @@ def test_what_is_damaged_is_right_otherwise(place: Place, capfd: pytest.CaptureF
     assert "accuracy: " in capfd.readouterr().out
 
 
+MIXED = '{"text": 5, "label": 1}\r\n{"text": true, "label": "no"}\r\n{"text": "a", "label": 0.0}'
+SMALL_OR_ODD = {
+    "one sample": '{"text": "a film", "label": "yes"}',
+    "fewer samples than a batch": '{"text": "a film", "label": "yes"}\n{"text": "no film", "label": "no"}\n' * 2,
+    "cells of several types": MIXED,
+    "a line of 10 MB": '\ufeff{"text": "a film", "label": "yes", "notes": "' + "film " * 2 * 10**6 + '"}',
+}
+
+
+@pytest.mark.parametrize("content", SMALL_OR_ODD.values(), ids=SMALL_OR_ODD)
+def test_what_looks_wrong_and_is_not(content: str, place: Place, capfd: pytest.CaptureFixture[str]) -> None:
+    place.train_file("x.jsonl", content)
+    assert cli.main([*place.command_line("train"), "train.max_steps=5"]) == 0, capfd.readouterr().err
+    assert (place.run_dir / "adapter").is_dir()
+
+
 #: As a user starts them: a process of its own, whose libraries have not been imported before.
 IN_A_PROCESS = [
     "configs: a bomb of anchors",

@@ -80,6 +80,20 @@ def test_overwrite_starts_from_nothing(config: Path, capsys: pytest.CaptureFixtu
     assert len(losses_of(run_dir)) == 2
 
 
+def test_overwrite_leaves_what_a_link_points_to(config: Path, tmp_path: Path) -> None:
+    """Checkpoints are often on another disk."""
+    run_dir = config.parent / "runs" / "run"
+    run_dir.mkdir(parents=True)
+    elsewhere = tmp_path / "scratch"
+    elsewhere.mkdir()
+    (elsewhere / "step-00000099").write_text("of another run")
+    (run_dir / "checkpoints").symlink_to(elsewhere)
+    overrides = ["adapter.method=lora", "train.max_steps=1"]
+    assert cli.train(["--config", str(config), "--overwrite", *overrides]) == 0
+    assert (elsewhere / "step-00000099").exists()
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-00000001"]
+
+
 def test_a_checkpoint_that_is_none(
     config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -184,3 +184,22 @@ def test_one_dropout_for_the_whole_base(tmp_path: Path, models_dir: Path, family
     assert found
     assert set(found) == {0.25}
     assert getattr(described, "encoder_layerdrop", 0.0) == 0.0
+
+
+def test_a_models_own_code_runs_only_when_asked_for(
+    tmp_path: Path, models_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model("bert", models_dir), folder)
+    described = json.loads((folder / "config.json").read_text())
+    own = {"model_type": "of_its_own", "auto_map": {"AutoConfig": "code_of_its_own.Config"}}
+    (folder / "config.json").write_text(json.dumps(described | own))
+    (folder / "code_of_its_own.py").write_text("raise RuntimeError('its code was run')")
+    tree = run_tree("bert", tmp_path, models_dir, "run", model={"name_or_path": str(folder)})
+    with pytest.raises(UserError, match=r"code of its own, which runs only with model\.trust_remote_code=true"):
+        preflight.check(parse_config(tree))
+    assert not (tmp_path / "modules").exists()
+    tree["model"]["trust_remote_code"] = True
+    with pytest.raises(UserError, match="its code was run"):
+        preflight.check(parse_config(tree))
