@@ -125,8 +125,8 @@ def is_sharded(param: Any) -> bool:
 
 
 def held_part(param: Any) -> torch.Tensor:
-    """What this rank holds of a parameter between its uses: its shard, or all of it."""
-    part: torch.Tensor = param.ds_tensor if is_sharded(param) else param.data
+    """What this rank holds of a parameter between its uses: its shard (of one rank: the whole), or all of it."""
+    part: torch.Tensor = param.ds_tensor if hasattr(param, "ds_id") and not param.ds_persist else param.data
     return part
 
 
