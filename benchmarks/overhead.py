@@ -22,9 +22,7 @@ import csv
 import gzip
 import os
 import random
-import socket
 import statistics
-import struct
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -37,6 +35,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 import torch
+from traffic import bytes_sent
 
 from tsqlora_scale import preflight
 from tsqlora_scale import train as loop
@@ -92,11 +91,6 @@ def tree(folder: Path, name: str, options: argparse.Namespace, **sections: dict[
     return settings
 
 
-def build(config: dict[str, Any]) -> Run:
-    """A run that has not trained yet."""
-    return build_run(preflight.check(parse_config(config)))
-
-
 @dataclass
 class Clock:
     """Seconds by name, and a stop watch for parts of a call."""
@@ -141,22 +135,6 @@ class Clock:
 def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def bytes_sent() -> int:
-    """That this process has sent over its TCP connections (gloo's), acknowledged by now (Linux)."""
-    total = 0
-    for link in Path("/proc/self/fd").iterdir():
-        try:
-            if not str(link.readlink()).startswith("socket:"):
-                continue
-            with socket.socket(fileno=os.dup(int(link.name))) as connection:
-                if connection.type == socket.SOCK_STREAM and connection.family in (socket.AF_INET, socket.AF_INET6):
-                    info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 192)
-                    total += struct.unpack_from("Q", info, 120)[0]  # tcpi_bytes_acked
-        except OSError:
-            continue  # closed meanwhile
-    return total
 
 
 def adalora_step(run: Run, options: argparse.Namespace) -> Callable[[], None]:
@@ -217,8 +195,9 @@ def timed_event(run: Run, clock: Clock, *, uniform: bool) -> None:
 
 def measure(folder: Path, options: argparse.Namespace) -> tuple[Clock, Run]:
     """Seconds of every kind of step, and of events and their parts."""
-    lora = build(tree(folder, "lora", options, adapter={"method": "lora"}))
-    ours = build(tree(folder, "tsqlora", options))
+    trees = [tree(folder, "lora", options, adapter={"method": "lora"}), tree(folder, "tsqlora", options)]
+    # every check before the first process group exists: under ZeRO-3 it could not look at the model any more
+    lora, ours = (build_run(checked) for checked in [preflight.check(parse_config(one)) for one in trees])
     assert ours.tracker is not None
     _, unheard = listened_steps(ours)
     now = time.process_time if options.cpu_time else time.perf_counter
@@ -282,7 +261,7 @@ def agreement(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as name, quiet_libraries():
         config = tree(Path(name), "agreement", options)
         config["task"]["dataset"] = {"path": str(DATA.parent), "train_file": DATA.name}
-        run = build(config)
+        run = build_run(preflight.check(parse_config(config)))
         events = range(options.agreement_every, options.agreement_steps + 1, options.agreement_every)
         trackers = {
             (every, window, samples): SensitivityTracker(

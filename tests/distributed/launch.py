@@ -27,24 +27,30 @@ ENGINES = {
 }
 
 
-def launch(engine: str, script: Path, arguments: list[str], folder: Path, timeout: float = LONGEST) -> str:
+def launch(
+    engine: str, script: Path, arguments: list[str], folder: Path, timeout: float = LONGEST, *, persistence: int = 0
+) -> str:
     """Run a script under an engine; its output. Fails the test with that output if it exits with an error."""
-    done = run_launched(engine, script, arguments, folder, timeout)
+    done = run_launched(engine, script, arguments, folder, timeout, persistence=persistence)
     assert done.returncode == 0, f"{engine} exited with {done.returncode}:\n{done.stdout[-6000:]}"
     return done.stdout
 
 
 def run_launched(
-    engine: str, script: Path, arguments: list[str], folder: Path, timeout: float = LONGEST
+    engine: str, script: Path, arguments: list[str], folder: Path, timeout: float = LONGEST, *, persistence: int = 0
 ) -> subprocess.CompletedProcess[str]:
-    """Run a script under an engine, output and errors together."""
+    """Run a script under an engine, output and errors together.
+
+    Args:
+        persistence: of how many elements ZeRO-3 leaves a parameter whole on every rank; 0: even a tiny model's weights
+            are really partitioned.
+    """
     processes, stage, _ = ENGINES[engine]
     port = str(free_port())
     if stage is not None:
-        # threshold 0: even a tiny model's weights are really partitioned
         zero: dict[str, object] = {"stage": stage}
         if stage == 3:
-            zero["stage3_param_persistence_threshold"] = 0
+            zero["stage3_param_persistence_threshold"] = persistence
         sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
         config = folder / f"deepspeed-{stage}.json"
         config.write_text(json.dumps({"zero_optimization": zero, **dict.fromkeys(sizes, "auto")}))

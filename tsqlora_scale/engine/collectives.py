@@ -82,6 +82,13 @@ class World:
         dist.broadcast_object_list(box, src=0)
         return box[0]  # type: ignore[return-value]
 
+    def broadcast_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Rank 0's values on every rank, as a new tensor on the caller's device; same shape and type everywhere."""
+        moved = tensor.detach().to(self.device, copy=True)
+        if self.size > 1:
+            dist.broadcast(moved, src=0)
+        return moved.to(tensor.device)
+
     def barrier(self) -> None:
         """Wait for every rank."""
         if self.size > 1:

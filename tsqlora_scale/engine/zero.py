@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from tsqlora_scale.engine.numerics import rounded_norm
 from tsqlora_scale.engine.state import ParamState, TrainState
@@ -58,6 +59,24 @@ def _linear_as_elsewhere() -> None:
     from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3
 
     LinearFunctionForZeroStage3.forward = staticmethod(torch.ops.aten.linear)
+
+
+@contextmanager
+def base_stays(module: nn.Module) -> Iterator[None]:
+    """Around a second ``prepare`` of the same model: ZeRO-1/2 send only what trains from rank 0 to all ranks.
+
+    ``deepspeed.initialize`` broadcasts every parameter, and no option prevents it. It leaves out those with this mark,
+    which DeepSpeed's own LoRA layers put on their frozen base; should it forget the mark, the base is sent, no more.
+    ZeRO-3 sends new parameters only.
+    """
+    frozen: list[Any] = [p for p in module.parameters() if not p.requires_grad]
+    for param in frozen:
+        param.ds_optim_param = True
+    try:
+        yield
+    finally:
+        for param in frozen:
+            del param.ds_optim_param
 
 
 def clip_by_rounded_norm(engine: Any) -> None:
@@ -111,8 +130,8 @@ def is_sharded(param: Any) -> bool:
 
 
 def held_part(param: Any) -> torch.Tensor:
-    """What this rank holds of a parameter between its uses: its shard, or all of it."""
-    part: torch.Tensor = param.ds_tensor if is_sharded(param) else param.data
+    """What this rank holds of a parameter between its uses: its shard (of one rank: the whole), or all of it."""
+    part: torch.Tensor = param.ds_tensor if hasattr(param, "ds_id") and not param.ds_persist else param.data
     return part
 
 
@@ -200,4 +219,30 @@ def release(accelerator: Any, engine: Any, optimizer: Any) -> None:
     for submodule in module.modules():
         for name in STALE_ATTRIBUTES:
             submodule.__dict__.pop(name, None)
+    _forget_in_caches()
     gc.collect()
+
+
+def forget_replaced(module: nn.Module) -> None:
+    """Before a second ``prepare``: drop what modules note about parameters that are no longer the model's.
+
+    ZeRO-3 notes on a module every parameter that it uses and another module owns (LoRA factors on PEFT's layers). A
+    replaced factor would stay there with its destroyed engine, and would still be gathered for that module.
+    """
+    present = {id(param) for param in module.parameters()}
+    for submodule in module.modules():
+        noted: dict[int, Any] = submodule.__dict__.get("_external_params", {})
+        for key in [key for key, param in noted.items() if id(param) not in present]:
+            del noted[key]
+
+
+def _forget_in_caches() -> None:
+    """Empty the cache of ZeRO-3's coordinator: it belongs to the class, its keys hold every coordinator that ever was,
+    and so every destroyed engine with its buffers and its parameters' shards (deepspeed 0.19)."""
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    for method in vars(PartitionedParameterCoordinator).values():
+        # the cached function lies inside of a decorator that does not say what it wraps
+        for cell in getattr(method, "__closure__", None) or ():
+            if hasattr(cell.cell_contents, "cache_clear"):
+                cell.cell_contents.cache_clear()

@@ -1,0 +1,156 @@
+#!/usr/bin/env python3
+"""What a rank holds of a frozen base under ZeRO-3 with 1, 2 and 4 ranks, and in fp32, bf16 and nf4.
+
+    python benchmarks/memory.py [--ranks 1 2 4] [--bases fp32 bf16 nf4] [--hidden 768 --layers 8]
+
+Every row is a training of its own: a Llama of random weights made here, two steps, one rank event, two steps. Base
+bytes are what a rank holds between uses. Resident memory (Linux: that belongs to no file) is the largest over the
+ranks; the last column is what a process holds once it has imported the libraries.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+LAUNCH = Path(__file__).resolve().parents[1]
+VOCABULARY = 32_000
+
+
+def resident() -> int:
+    """Bytes of this process that belong to no file."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+def make_model(folder: Path, hidden: int, layers: int) -> None:
+    """A Llama of random weights and a word-level tokenizer, as ordinary Hugging Face files."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers,
+        num_attention_heads=hidden // 64, num_key_value_heads=hidden // 64, max_position_embeddings=128,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *(f"w{n}" for n in range(60))])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder / "model")
+    rows = [{"source": f"w{n % 60} w{n % 7}", "target": f"w{n % 5}"} for n in range(64)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def train(folder: Path, base: str) -> None:
+    """One row, in the processes that the launcher started; rank 0 prints it as JSON."""
+    from tsqlora_scale.cli import _prepare_environment
+
+    _prepare_environment()
+    from tsqlora_scale import preflight
+    from tsqlora_scale import train as loop
+    from tsqlora_scale.config import parse_config
+    from tsqlora_scale.run import build_run
+
+    nothing = resident()
+    tree: dict[str, Any] = {
+        "run": {"name": "memory", "output_dir": str(folder / f"runs-{base}-{os.environ.get('WORLD_SIZE', '1')}")},
+        "model": {"name_or_path": str(folder / "model"), "dtype": "bf16" if base == "bf16" else "fp32"},
+        "task": {
+            "type": "causal", "dataset": {"path": str(folder), "train_file": "train.jsonl"},
+            "source": "source", "target": "target", "max_length": 32, "max_target_length": 8, "metrics": ["rougeL"],
+        },
+        "adapter": {"r": 8, "alpha": 16},
+        "scoring": {"enabled": False},
+        "sampling": {"selector": "full"},
+        "schedule": {"start": 2, "end": 2, "every": 2},
+        "train": {"max_steps": 4, "batch_size": 4, "micro_batch_size": 1, "lr": 1e-3},
+    }  # fmt: skip
+    if base == "nf4":
+        tree["model"]["quantization"] = "nf4"
+    run = build_run(preflight.check(parse_config(tree)))
+    for _ in range(2):
+        loop.train_step(run)
+    loop.adapt_ranks(run)
+    for _ in range(2):
+        loop.train_step(run)
+    held = run.engine.frozen_parameters()
+    tracker = run.tracker
+    assert tracker is not None
+    mine = {
+        "base": sum(held["bytes"].values()),
+        "adapter": sum(
+            getattr(p, "ds_numel", p.numel()) * 4 for p in run.engine.module.parameters() if p.requires_grad
+        ),
+        "statistics": 8 * sum(len(table) for table in tracker.state_dict().values() if isinstance(table, dict)),
+        "resident": resident(),
+        "nothing": nothing,
+    }
+    everyone = run.engine.world.gather_objects(mine)
+    if run.is_main:
+        print(json.dumps({key: max(one[key] for one in everyone) for key in mine}), flush=True)
+    run.engine.close()
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def launch(folder: Path, base: str, ranks: int) -> dict[str, int]:
+    """A row in fresh processes under ZeRO-3; 0 ranks: one process without DeepSpeed."""
+    command = [sys.executable]
+    if ranks:
+        sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+        config = folder / "zero3.json"
+        config.write_text(json.dumps({"zero_optimization": {"stage": 3}, **dict.fromkeys(sizes, "auto")}))
+        command = [str(Path(sys.executable).parent / "accelerate"), "launch", "--use_deepspeed"]
+        command += ["--deepspeed_config_file", str(config), "--num_processes", str(ranks), "--num_machines", "1"]
+        command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command += [__file__, "--one", base, "--folder", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=LAUNCH, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or not lines:
+        raise SystemExit(f"{base} on {ranks} ranks failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    row: dict[str, int] = json.loads(lines[-1])
+    return row
+
+
+def main() -> None:
+    """Launch every row and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[0, 1, 2, 4], help="0: without DeepSpeed")
+    parser.add_argument("--bases", nargs="+", default=["fp32", "bf16", "nf4"])
+    parser.add_argument("--hidden", type=int, default=768)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        train(options.folder, options.one)
+        return
+    with tempfile.TemporaryDirectory() as name:
+        make_model(Path(name), options.hidden, options.layers)
+        print("| base | ranks | base MB a rank | adapter MB | statistics kB | resident MB | of it libraries |")
+        print("|---|---|---|---|---|---|---|")
+        for base in options.bases:
+            for ranks in options.ranks:
+                row = launch(Path(name), base, ranks)
+                cells = [row["base"] / 1e6, row["adapter"] / 1e6, row["statistics"] / 1e3]
+                cells += [row["resident"] / 1e6, row["nothing"] / 1e6]
+                shown = " | ".join(f"{cell:.1f}" for cell in cells)
+                print(f"| {base} | {ranks or 'plain'} | {shown} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
