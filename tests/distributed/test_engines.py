@@ -40,7 +40,7 @@ class Finished(dict[str, dict[tuple[str, str], Path]]):
                 tree["model"] |= {"quantization": "nf4"} if base == "nf4" else {"dtype": base}
             configs.append(str(write_config(folder / f"{name}.yaml", tree)))
             runs[kind, base] = folder / "runs" / name
-        launch(engine, WORKER, configs, folder)
+        launch(engine, WORKER, configs, folder, timeout=1500)
         self[engine] = runs
         return runs
 
