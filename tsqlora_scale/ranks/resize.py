@@ -26,8 +26,8 @@ Where new rows of A point, measured (benchmarks/growth.py: a pretrained MiniLM, 
 batches of 8, constant rate; mean loss of the 50 steps after it, less that of ``orthogonal`` 0.581, three seeds):
 ``gaussian`` -0.016, -0.004, +0.000, which is noise; ``gradient`` +0.039, +0.031, +0.041, although it is ahead by 0.006
 in the first ten steps. So ``orthogonal`` is the default. There a fresh optimizer (moments and step count forgotten) had
-a loss 0.011 to 0.040 *lower* than transported moments: early in training its larger first updates help. Not looked at:
-events late in a run, and other learning rates.
+a loss 0.011 to 0.040 *lower* than transported moments, presumably because its first updates are larger, which helps
+early in training. Not looked at: events late in a run, and other learning rates.
 """
 
 from __future__ import annotations
