@@ -208,5 +208,5 @@ def test_bytes_that_are_no_text_are_found_while_reading(tmp_path: Path) -> None:
     """In any column; parquet's own reader takes them as they are."""
     column = pa.array([b"a", b"\xff"], pa.binary()).view(pa.string())
     pq.write_table(pa.table({"text": ["a", "b"], "notes": column}), tmp_path / "x.parquet")
-    with pytest.raises(UserError, match=r"x\.parquet: cannot be read as parquet: Invalid UTF8"):
+    with pytest.raises(UserError, match=r"x\.parquet: cannot be read as parquet: .*Invalid UTF8"):
         read(tmp_path / "x.parquet", text=("text",))
