@@ -1,8 +1,7 @@
-"""The real command under real launchers: resuming on another engine, and mistakes on every rank."""
+"""The real command under real launchers: killed and resumed on other engines, and mistakes on every rank."""
 
 from __future__ import annotations
 
-import shutil
 import signal
 import subprocess
 import time
@@ -11,32 +10,52 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.launch import BIN, ROOT, free_port, launch, run_launched
-from tests.runs import losses_of, ranks_of, result_of, run_tree, write_config
+from tests.runs import go, losses_of, ranks_of, read_lines, result_of, run_tree, write_config
 from tests.tiny import tiny_model
+from tsqlora_scale.engine.checkpoint import newest_checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
 TRAIN = ROOT / "launch" / "train.py"
+KILLED = ROOT / "tests" / "faults" / "killed.py"
 
 
-def test_resume_on_another_engine(tmp_path: Path, models_dir: Path) -> None:
-    tree = run_tree("bert", tmp_path, models_dir, "run", train={"checkpoint_every": 6, "checkpoint_keep": 3})
+#: Engine, what kills it: point, crossing, ranks; and the step from which the next engine must resume. Checkpoints are
+#: written after step 2 (before the first pass) and every third step, ranks change after 4 and 8.
+CHAIN = [
+    ("plain", ("train.optimizer_step: after", 4, "0"), 3),
+    ("ddp-2", ("train.optimizer_step: after", 4, "1"), 6),
+    ("zero2-2", ("checkpoint.save_file: within", 2, "0"), 6),
+    ("zero3-3", ("Engine.backward: after", 7, "0,1,2"), 9),
+    ("plain", None, 13),
+]
+
+
+def test_killed_and_resumed_from_engine_to_engine(tmp_path: Path, models_dir: Path) -> None:
+    """SIGKILL to one rank or all of them: no engine leaves a process behind, and the next one goes on."""
+    train = {"checkpoint_every": 3, "checkpoint_keep": 9, "eval_every": 4}
+    tree = run_tree("bert", tmp_path, models_dir, "run", train=train)
+    go(tree)
+    whole = tmp_path / "whole"
+    (tmp_path / "runs" / "run").rename(whole)
     config = write_config(tmp_path / "config.yaml", tree)
-    whole, interrupted = tmp_path / "whole" / "run", tmp_path / "interrupted" / "run"
-    launch("plain", TRAIN, ["--config", str(config), f"run.output_dir={whole.parent}"], tmp_path)
-    launch("zero2-2", TRAIN, ["--config", str(config), f"run.output_dir={interrupted.parent}"], tmp_path)
-    for checkpoint in (interrupted / "checkpoints").iterdir():
-        if checkpoint.name != "step-00000006":  # after scoring and one rank event, before the next
-            shutil.rmtree(checkpoint)
-    assert (interrupted / "checkpoints" / "step-00000006").is_dir()
-    for engine in ("plain", "zero3-2"):
-        continued = tmp_path / engine / "run"
-        shutil.copytree(interrupted, continued)
-        arguments = ["--config", str(config), f"run.output_dir={continued.parent}", "--resume", "auto"]
-        launch(engine, TRAIN, arguments, tmp_path)
-        assert losses_of(continued) == pytest.approx(losses_of(whole), abs=1e-5)
-        assert ranks_of(continued) == ranks_of(whole)
-        assert result_of(continued)["engine"] == ("plain" if engine == "plain" else "zero3")
+    run_dir = tmp_path / "runs" / "run"
+    for number, (engine, kill, newest) in enumerate(CHAIN):
+        arguments = ["--config", str(config), *(["--resume", "auto"] if number else [])]
+        if kill is None:
+            launch(engine, TRAIN, arguments, tmp_path, timeout=300)
+        else:
+            point, crossing, ranks = kill
+            done = run_launched(engine, KILLED, [point, str(crossing), ranks, *arguments], tmp_path, timeout=300)
+            assert done.returncode != 0
+            assert "SIGKILL" in done.stdout or done.returncode == -signal.SIGKILL, done.stdout
+        assert newest_checkpoint(run_dir / "checkpoints") == run_dir / "checkpoints" / f"step-{newest:08d}", engine
+    assert losses_of(run_dir) == pytest.approx(losses_of(whole), abs=1e-5)
+    assert ranks_of(run_dir) == ranks_of(whole)
+    evaluated = [line["step"] for line in read_lines(run_dir / "metrics.jsonl") if "eval" in line]
+    assert evaluated == [0, 4, 8, 12, 13]
+    result = result_of(run_dir)
+    assert result["metrics"] == pytest.approx(result_of(whole)["metrics"], abs=1e-6)
 
 
 @pytest.mark.parametrize("override", ["task.text=[texxt]", "train.batch_size=9", "train.lrr=1"])

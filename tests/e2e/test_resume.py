@@ -11,12 +11,14 @@ import torch
 from safetensors.torch import load_file
 
 from tests.runs import go, read_lines, result_of, run_tree
+from tsqlora_scale import preflight
 from tsqlora_scale import train as loop
 from tsqlora_scale.config import Config, parse_config
+from tsqlora_scale.engine import checkpoint
 from tsqlora_scale.errors import UserError
 from tsqlora_scale.preflight import check_run_dir
 from tsqlora_scale.quality.parts import Parts, Rows
-from tsqlora_scale.run import Run, same_method
+from tsqlora_scale.run import Run, build_run, same_method
 
 
 class Killed(BaseException):
@@ -195,3 +197,31 @@ def test_every_other_key_must_be_the_same(tmp_path: Path, models_dir: Path) -> N
             else:
                 with pytest.raises(UserError, match=rf"{section}\.{key}='something else'"):
                     same_method(config, saved, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["bart", "llama"])
+def test_the_size_of_a_checkpoint(tmp_path: Path, models_dir: Path, kind: str) -> None:
+    """Three float32 values for each that is trained, nothing of the base, and little else."""
+    run = go(run_tree(kind, tmp_path, models_dir, "run"))
+    (folder,) = [path for path in (tmp_path / "runs" / "run" / "checkpoints").iterdir() if path.name.endswith("13")]
+    trained = sum(4 * param.numel() for param in run.engine.module.parameters() if param.requires_grad)
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    assert sum(sizes.values()) <= 3.2 * trained + 5_000_000
+    found = load_file(folder / "parameters.safetensors")
+    assert sum(4 * tensor.numel() for tensor in found.values()) == 3 * trained
+    headers = 200 * len(found)
+    assert sizes["parameters.safetensors"] <= 3 * trained + headers
+    assert sum(sizes.values()) - sizes["parameters.safetensors"] <= 100_000, "48 samples"
+
+
+def test_a_checkpoint_is_verified_once(tmp_path: Path, models_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = run_tree("bert", tmp_path, models_dir, "run")
+    go(tree)
+    read: list[str] = []
+    digest = checkpoint._sha256
+    monkeypatch.setattr(checkpoint, "_sha256", lambda path: (read.append(path.name), digest(path))[1])
+    build_run(preflight.check(parse_config(tree)), resume="auto")
+    assert sorted(read) == sorted(checkpoint.FILES)
+    read.clear()
+    build_run(preflight.check(parse_config(tree)), resume=str(tmp_path / "runs/run/checkpoints/step-00000013"))
+    assert sorted(read) == sorted(checkpoint.FILES)
