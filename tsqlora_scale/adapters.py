@@ -95,6 +95,14 @@ def heads_of(model: nn.Module) -> list[str]:
     return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not re.search(r"\.\d+\.", n)]
 
 
+def _is_the_files_fault(error: Exception) -> bool:
+    """Whether weights could not be loaded for what is in their files."""
+    if isinstance(error, RuntimeError):
+        return "mismatch" in str(error)
+    # the last is what torch.load says of anything but tensors; its class would have to be imported from pickle
+    return isinstance(error, (OSError, ValueError, SafetensorError)) or type(error).__name__ == "UnpicklingError"
+
+
 def load_base(
     name_or_path: str,
     model: ModelConfig,
@@ -126,11 +134,11 @@ def load_base(
                 name_or_path,
                 output_loading_info=True,
                 trust_remote_code=model.trust_remote_code,
-                use_safetensors=True,
+                weights_only=True,
                 **kwargs,
             )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, RuntimeError) and "mismatch" not in str(error):  # not the file's fault
+    except Exception as error:
+        if not _is_the_files_fault(error):
             raise
         reason = " ".join(str(error).split())[:300]
         raise UserError(

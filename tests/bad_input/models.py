@@ -145,13 +145,6 @@ MODELS = [
     model("a damaged tokenizer", file("tokenizer.json", "{"), "cannot be loaded"),
     model("a tokenizer of another kind", file("tokenizer.json", '{"model": 5}'), "cannot be loaded"),
     model("no weights", lambda f: (f / "model.safetensors").unlink(), "no model.safetensors", "complete model"),
-    model(
-        "pickled weights",
-        lambda f: to_pickle(f / "model.safetensors"),
-        "pytorch_model.bin",
-        "can run code",
-        "save_pretrained",
-    ),
     model("code of its own", code_of_its_own, "model.trust_remote_code=true", "read it first"),
     weights("weights cut short", cut, "model.safetensors", "damaged", "copy it again"),
     weights("weights of no bytes", lambda p: p.write_bytes(b""), "model.safetensors", "damaged"),

@@ -21,6 +21,7 @@ from tsqlora_scale.adapters import _new_module, heads_of, initialise_new, load_b
 from tsqlora_scale.config import ModelConfig, parse_config
 from tsqlora_scale.errors import UserError
 from tsqlora_scale.run import build_run
+from tsqlora_scale.saved import check_base_weights
 
 #: kind -> (adapted layers of its two blocks each, linear layers outside the blocks)
 EXPECTED = {
@@ -134,3 +135,41 @@ def test_new_parameters_follow_names_not_order() -> None:
     assert not torch.equal(first["a.weight"], first["b.weight"])
     assert first["a.bias"].abs().sum() == 0
     assert torch.equal(first["norm.weight"], torch.ones(3))
+
+
+def load_bert(folder: Path) -> nn.Module:
+    loaded, _ = load_base(
+        str(folder),
+        ModelConfig(name_or_path=str(folder)),
+        auto_class=AutoModelForSequenceClassification,
+        model_config=AutoConfig.from_pretrained(folder),
+        unquantised=[],
+        generator=torch.Generator().manual_seed(0),
+    )
+    return loaded
+
+
+class Trap:
+    """Unpickled, it writes a file."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+
+    def __reduce__(self) -> tuple:
+        return Path.write_text, (self.place, "run")
+
+
+def test_a_base_in_the_older_format_is_read_and_its_code_is_not_run(tmp_path: Path, models_dir: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model("bert", models_dir), folder)
+    safe = load_bert(folder).state_dict()
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    check_base_weights(folder, key="model.name_or_path")
+    for name, value in load_bert(folder).state_dict().items():
+        torch.testing.assert_close(value, safe[name], rtol=0, atol=0)
+    torch.save(weights | {"trap": Trap(tmp_path / "trapped")}, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="its weights cannot be loaded"):
+        load_bert(folder)
+    assert not (tmp_path / "trapped").exists()
