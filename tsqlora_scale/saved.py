@@ -94,7 +94,7 @@ def check_adapter(folder: Path) -> dict[str, Any]:
     description = read_json(folder / DESCRIPTION)
     kinds: dict[str, Any] = {
         "r": int, "lora_alpha": int | float, "rank_pattern": dict, "alpha_pattern": dict, "target_modules": list | str,
-        "modules_to_save": list | None,
+        "modules_to_save": list | None, "exclude_modules": list | str | None,
     }  # fmt: skip
     if description.get("peft_type") != "LORA":
         raise UserError(f"{folder / DESCRIPTION}: peft_type is {description.get('peft_type')!r}; only LORA is read")
@@ -148,7 +148,9 @@ def check_fits(folder: Path, model: nn.Module) -> None:
             has = f"the model's is {own[inner]}" if inner in own else "the model has none"
             raise UserError(f"adapter {str(folder)!r}: {inner} is {shape}, {has}; {advice}")
     targets = description["target_modules"]
+    removed = description.get("exclude_modules") or []  # layers of rank 0
     wanted = {n for n, m in modules.items() if hasattr(m, "in_features") and _targeted(n, targets)} - set(layers)
+    wanted = {name for name in wanted if not _targeted(name, removed)}
     if wanted:
         raise UserError(f"adapter {str(folder)!r}: the layer {min(wanted)} is missing in {WEIGHTS}; {advice}")
     for module in description.get("modules_to_save") or []:

@@ -182,6 +182,7 @@ def test_a_run_that_went_back_is_not_resumed_from_the_future_it_left(
 FREE = {
     "run.output_dir", "run.name", "train.micro_batch_size", "train.eval_batch_size", "train.checkpoint_every",
     "train.checkpoint_keep", "train.eval_every", "train.max_nonfinite", "scoring.keep_sketches",
+    "run.timeout_minutes",
 }  # fmt: skip
 
 
