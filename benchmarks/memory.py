@@ -60,8 +60,8 @@ def train(folder: Path, base: str) -> None:
     _prepare_environment()
     from tsqlora_scale import preflight
     from tsqlora_scale import train as loop
+    from tsqlora_scale.build import build_run
     from tsqlora_scale.config import parse_config
-    from tsqlora_scale.run import build_run
 
     nothing = resident()
     tree: dict[str, Any] = {

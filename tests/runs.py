@@ -11,9 +11,10 @@ import yaml
 
 from tests.tiny import WORDS, tiny_model
 from tsqlora_scale import preflight
+from tsqlora_scale.build import build_run
 from tsqlora_scale.config import parse_config
 from tsqlora_scale.ranks import Policy
-from tsqlora_scale.run import Run, build_run
+from tsqlora_scale.run import Run
 from tsqlora_scale.train import train
 
 GOOD = {"good", "great", "fine", "lovely", "strong"}

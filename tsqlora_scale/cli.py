@@ -151,10 +151,10 @@ def _train(options: argparse.Namespace) -> None:
             print(config.to_yaml())
             print("\n".join(checked.plan.lines()))
         return
+    from tsqlora_scale.build import build_run
     from tsqlora_scale.preemption import StopRequest
     from tsqlora_scale.proxy import discard_parts, score_by_proxy
     from tsqlora_scale.report.result import print_result
-    from tsqlora_scale.run import build_run
     from tsqlora_scale.train import train as train_run
 
     with StopRequest() as stop:
@@ -191,9 +191,9 @@ def _score(options: argparse.Namespace) -> None:
     checked = preflight.check(config)
     if options.adapter is not None:
         preflight.check_adapter_fits(config, checked.model_config, options.adapter)
+    from tsqlora_scale.build import build_run
     from tsqlora_scale.preemption import StopRequest
     from tsqlora_scale.report.scores import print_scores
-    from tsqlora_scale.run import build_run
     from tsqlora_scale.score import score as score_run
 
     with StopRequest() as stop:
@@ -208,7 +208,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     from tsqlora_scale import preflight
 
     checked = preflight.check_evaluation(config, options.adapter)
-    from tsqlora_scale.run import evaluate_adapter
+    from tsqlora_scale.build import evaluate_adapter
 
     metrics, is_main = evaluate_adapter(checked, options.adapter)
     if is_main:
@@ -221,7 +221,7 @@ def _export(options: argparse.Namespace) -> None:
     from pathlib import Path
 
     from tsqlora_scale.export import export as write
-    from tsqlora_scale.run import quiet_libraries
+    from tsqlora_scale.quiet import quiet_libraries
 
     with quiet_libraries():
         said = write(

@@ -48,8 +48,8 @@ def main() -> int:
     _prepare_environment()
     checked = preflight.check(load_config(sys.argv[1]))
     from tsqlora_scale import train
+    from tsqlora_scale.build import build_run
     from tsqlora_scale.ranks import Plan, current_ranks
-    from tsqlora_scale.run import build_run
 
     run = build_run(checked)
     plan = Plan(ranks=current_ranks(run.engine.module), phi=1.0, budget=0, sensitivity={}, reasons={})

@@ -20,9 +20,9 @@ import sys
 sys.path.insert(0, {root!r})
 from tests.distributed import worker
 from tests.policies import RemoveAndRestore
-from tsqlora_scale import run
+from tsqlora_scale import build
 
-run.TsqLoraPolicy = lambda config: RemoveAndRestore()
+build.TsqLoraPolicy = lambda config: RemoveAndRestore()
 sys.exit(worker.main())
 """
 

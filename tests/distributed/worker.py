@@ -17,7 +17,7 @@ def main() -> int:
     configs = [load_config(path) for path in sys.argv[1:]]
     # every check before the first process group exists, as in a run of its own
     checked = [preflight.check(config) for config in configs]
-    from tsqlora_scale.run import build_run
+    from tsqlora_scale.build import build_run
     from tsqlora_scale.train import train
 
     for one in checked:

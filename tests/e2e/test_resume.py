@@ -13,12 +13,14 @@ from safetensors.torch import load_file
 from tests.runs import go, read_lines, result_of, run_tree
 from tsqlora_scale import preflight
 from tsqlora_scale import train as loop
+from tsqlora_scale.build import build_run
 from tsqlora_scale.config import Config, parse_config
 from tsqlora_scale.engine import checkpoint
 from tsqlora_scale.errors import UserError
 from tsqlora_scale.preflight import check_run_dir
 from tsqlora_scale.quality.parts import Parts, Rows
-from tsqlora_scale.run import Run, build_run, same_method
+from tsqlora_scale.resuming import same_method
+from tsqlora_scale.run import Run
 
 
 class Killed(BaseException):

@@ -15,9 +15,10 @@ from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 from tests.runs import go, losses_of, ranks_of, read_lines, result_of, run_tree
 from tests.tiny import AUTO
 from tsqlora_scale import preflight
+from tsqlora_scale.build import build_run, evaluate_adapter
 from tsqlora_scale.config import parse_config
 from tsqlora_scale.errors import UserError
-from tsqlora_scale.run import build_run, evaluate_adapter, find_checkpoint
+from tsqlora_scale.resuming import find_checkpoint
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import safetensors.torch
 import transformers
 
-from tsqlora_scale import run, train
+from tsqlora_scale import build, run, train
 from tsqlora_scale.engine import checkpoint
 from tsqlora_scale.engine.engine import Engine
 from tsqlora_scale.quality import ScoreTable
@@ -65,7 +65,8 @@ class Killer:
             ScoreTable: "write",
             Measurer: "_chunk",
             train: "optimizer_step resize_model",
-            run: "prune drop_after read_checkpoint",
+            run: "prune",
+            build: "drop_after read_checkpoint",
             transformers.PreTrainedTokenizerBase: "save_pretrained",
             checkpoint: "_sha256 _fsync",
         }
