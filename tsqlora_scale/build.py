@@ -31,7 +31,7 @@ from tsqlora_scale.quiet import quiet_libraries
 from tsqlora_scale.ranks import SensitivityTracker, TsqLoraPolicy, set_ranks
 from tsqlora_scale.report.progress import Progress
 from tsqlora_scale.report.record import RunRecord
-from tsqlora_scale.resuming import find_checkpoint, same_checkpoint, same_method
+from tsqlora_scale.resuming import find_checkpoint, same_checkpoint, same_data, same_method
 from tsqlora_scale.run import Run
 from tsqlora_scale.tasks import Task
 
@@ -62,6 +62,7 @@ def build_run(
         state, tree = read_checkpoint(checkpoint, verified=resume == "auto") if checkpoint else (TrainState(), None)
         if tree is not None:
             same_method(config, tree["config"], checkpoint)
+            same_data(task.digest("train"), tree["data"], checkpoint)
         model = build_model(config, preflight, task, device=accelerator.device)
         tracker = None
         if config.adapts_ranks:

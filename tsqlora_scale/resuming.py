@@ -70,3 +70,16 @@ def same_method(config: Config, saved: dict[str, Any], checkpoint: Path | None) 
                     f"{checkpoint}: was written with {section}.{key}={old!r}, the config says {value!r}; "
                     "use the same config, or start a new run"
                 )
+
+
+def same_data(digest: str, saved: str, checkpoint: Path | None) -> None:
+    """Refuse a checkpoint of other data behind the same config: draws and scores go by a row's place.
+
+    Raises:
+        UserError: naming the checkpoint.
+    """
+    if digest != saved:
+        raise UserError(
+            f"{checkpoint}: was written with other training data than task.dataset gives now, of the same place; "
+            "give the same rows in the same order, or start a new run"
+        )

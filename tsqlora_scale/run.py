@@ -212,6 +212,7 @@ class Run:
             "tracker": self.tracker.state_dict() if self.tracker else None,
             "scorer": self.scorer.state_dict() if self.scorer else None,
             "config": self.config.model_dump(mode="json"),
+            "data": self.task.digest("train"),
             "seconds": dict(self.record.seconds),
         }
 

@@ -228,3 +228,13 @@ def test_a_checkpoint_is_verified_once(tmp_path: Path, models_dir: Path, monkeyp
     read.clear()
     build_run(preflight.check(parse_config(tree)), resume=str(tmp_path / "runs/run/checkpoints/step-00000013"))
     assert sorted(read) == sorted(checkpoint.FILES)
+
+
+@pytest.mark.parametrize("method", ["lora", "tsqlora"])
+def test_other_data_of_the_same_size_is_refused(tmp_path: Path, models_dir: Path, method: str) -> None:
+    tree = run_tree("bert", tmp_path, models_dir, "run", adapter={"method": method})
+    go(tree)
+    file = Path(tree["task"]["dataset"]["path"]) / "train.jsonl"
+    file.write_text("".join(reversed(file.read_text().splitlines(keepends=True))))
+    with pytest.raises(UserError, match=r"step-00000013: was written with other training data .* start a new run"):
+        build_run(preflight.check(parse_config(tree)), resume="auto")

@@ -41,6 +41,7 @@ class Task:
         self._cfg, self._objective = cfg, objective
         self.tokenizer = tokenizer
         self.train, self.dev = data.train, data.dev
+        self._digests: dict[SplitName, str] = {}
         self._views: dict[SplitName, datasets.Dataset] = {"train": data.train.select_columns(objective.columns)}
         if data.dev is not None:
             self._views["dev"] = data.dev.select_columns(objective.columns)
@@ -118,13 +119,16 @@ class Task:
         return " ".join(str(answer).split())
 
     def digest(self, split: SplitName) -> str:
-        """A digest of every row's text and answer, in order."""
+        """A digest of every row's text and answer, in order. Taken once."""
+        if split in self._digests:
+            return self._digests[split]
         digest = hashlib.sha256()
         view = self._views[split]
         for rows in view.iter(batch_size=10_000):
             for name in view.column_names:
                 digest.update(repr(rows[name]).encode())
-        return digest.hexdigest()
+        self._digests[split] = digest.hexdigest()
+        return self._digests[split]
 
     def metrics(self, predictions: list[Any], references: list[Any]) -> dict[str, float]:
         """``task.metrics`` of all predictions of a split, as fractions (not times 100)."""
