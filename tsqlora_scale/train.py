@@ -22,32 +22,33 @@ def train(run: Run) -> dict[str, Any]:
         What ``result.json`` holds.
     """
     config, plan = run.config, run.plan
-    if run.step == 0 and not run.metrics_before:
-        run.metrics_before = run.evaluate()
-    with run.watchdog, run.progress("training") as bar:
-        while run.step < plan.total_steps:
-            if run.step == plan.scoring_step and run.first_quality is None:
-                score_pool(run)  # lines 2-4: Q, p and S
-            loss = train_step(run)  # lines 5 and 9: a minibatch of S by p; the sensitivity listens
-            if plan.schedule is not None and plan.schedule.due(run.step):
-                run.events += 1
-                if run.tracker is not None:
-                    adapt_ranks(run)  # lines 7 and 8: S, then r
-                refresh_scores(run)
-            evaluates = due(config.train.eval_every, run.step) and run.step < plan.total_steps
-            is_best = evaluates and run.note_best(run.evaluate())
-            if due(config.train.checkpoint_every, run.step) or is_best:
-                run.save_checkpoint()
-            bar(run.step, plan.total_steps, f"loss {loss:.4f}")
-            stop_if_asked(run)
-    metrics = run.evaluate()
-    run.note_best(metrics)
-    run.save_checkpoint()
-    adapter = run.save_adapter()
-    if run.scorer is not None and run.is_main and not run.config.scoring.keep_sketches:
-        run.scorer.discard_parts()
-    result = build_result(run, metrics, adapter)
-    run.write_on_main("result.json", lambda: run.record.result(result))
+    with run.watchdog:
+        if run.step == 0 and not run.metrics_before:
+            run.metrics_before = run.evaluate()
+        with run.progress("training") as bar:
+            while run.step < plan.total_steps:
+                if run.step == plan.scoring_step and run.first_quality is None:
+                    score_pool(run)  # lines 2-4: Q, p and S
+                loss = train_step(run)  # lines 5 and 9: a minibatch of S by p; the sensitivity listens
+                if plan.schedule is not None and plan.schedule.due(run.step):
+                    run.events += 1
+                    if run.tracker is not None:
+                        adapt_ranks(run)  # lines 7 and 8: S, then r
+                    refresh_scores(run)
+                evaluates = due(config.train.eval_every, run.step) and run.step < plan.total_steps
+                is_best = evaluates and run.note_best(run.evaluate())
+                if due(config.train.checkpoint_every, run.step) or is_best:
+                    run.save_checkpoint()
+                bar(run.step, plan.total_steps, f"loss {loss:.4f}")
+                stop_if_asked(run)
+        metrics = run.evaluate()
+        run.note_best(metrics)
+        run.save_checkpoint()
+        adapter = run.save_adapter()
+        if run.scorer is not None and run.is_main and not run.config.scoring.keep_sketches:
+            run.scorer.discard_parts()
+        result = build_result(run, metrics, adapter)
+        run.write_on_main("result.json", lambda: run.record.result(result))
     return result
 
 
@@ -68,9 +69,12 @@ def train_step(run: Run) -> float:
             micro_batch_size=run.plan.micro_batch_size,
             seed=run.config.run.seed,
             stop=run.stop.requested,
+            beat=run.watchdog.beat,
         )
     run.step += 1
     run.stop.agreed = result.stop
+    if result.taken:
+        run.seen[drawn] = True
     outcome: dict[str, Any] = {"loss": result.loss}
     if result.failed:
         ids = run.task.train["sample_id"]
