@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from tsqlora_scale.config import Config, load_config
 from tsqlora_scale.errors import Stopped, UserError
-from tsqlora_scale.failures import fail, leave_group, record_cause
+from tsqlora_scale.failures import fail, leave_group, let_others_speak, record_cause
 from tsqlora_scale.launcher import launched_rank, launched_size, speaks_for_machine
 from tsqlora_scale.printing import printable
 
@@ -103,11 +103,13 @@ def _guard(command: Callable[[], None], *, resume: str = "--resume auto") -> int
     try:
         command()
     except UserError as error:
+        record_cause(f"error: {error}", f"error: {error}")
         if launched_rank() == 0:
             print(f"error: {error}", file=sys.stderr)
         elif speaks_for_machine():  # what is wrong here may be right where rank 0 is
             print(f"error on {platform.node()}: {error}", file=sys.stderr)
-        record_cause(f"error: {error}", f"error: {error}")
+        else:
+            let_others_speak()
         code = 2
     except KeyboardInterrupt:
         code = 130

@@ -14,7 +14,7 @@ from types import FrameType, TracebackType
 
 from tsqlora_scale.launcher import launched_rank, launched_size
 
-#: Seconds for which a rank that has lost another one stays, so that a launcher sees the other one's end first.
+#: Seconds for which a rank stays whose end says less than another's, so that a launcher sees the other's end first.
 STAYS = 5.0
 #: Share of the time-out of collectives after which a rank that should be at work counts as hanging.
 BEFORE_TIMEOUT = 0.9
@@ -59,13 +59,18 @@ def fail(error: Exception) -> None:
     if lost_another(error):
         reason = str(error).strip().splitlines()[0]
         print(f"rank {rank}: a collective has failed, another rank is gone or hangs ({reason})", file=sys.stderr)
-        sys.stderr.flush()
-        time.sleep(STAYS)
+        let_others_speak()
         record_cause(f"lost another rank: {reason}", traceback.format_exc())
     else:
         print(f"rank {rank} has failed:\n{traceback.format_exc()}", file=sys.stderr)
         record_cause(f"{type(error).__name__}: {error}", traceback.format_exc())
     leave(1)
+
+
+def let_others_speak() -> None:
+    """Wait a little: a launcher ends all processes with the first, and another one has something to print."""
+    sys.stderr.flush()
+    time.sleep(STAYS)
 
 
 def leave(code: int) -> None:
