@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from tsqlora_scale.errors import Stopped
+from tsqlora_scale.errors import Stopped, UserError
 from tsqlora_scale.lr_schedule import learning_rate
 from tsqlora_scale.ranks import Plan, Statistics, agree, components, current_ranks, layer_dims, resize_model
 from tsqlora_scale.report.result import build_result
@@ -21,9 +21,16 @@ def train(run: Run) -> dict[str, Any]:
     Returns:
         What ``result.json`` holds.
     """
+    with run.record:
+        if run.step == 0 and not run.metrics_before:
+            run.metrics_before = run.evaluate()
+        take_steps(run)
+        return finish(run)
+
+
+def take_steps(run: Run) -> None:
+    """Algorithm 1, from the step that the run has reached to the last one."""
     config, plan = run.config, run.plan
-    if run.step == 0 and not run.metrics_before:
-        run.metrics_before = run.evaluate()
     with run.watchdog, run.progress("training") as bar:
         while run.step < plan.total_steps:
             if run.step == plan.scoring_step and run.first_quality is None:
@@ -40,6 +47,10 @@ def train(run: Run) -> dict[str, Any]:
                 run.save_checkpoint()
             bar(run.step, plan.total_steps, f"loss {loss:.4f}")
             stop_if_asked(run)
+
+
+def finish(run: Run) -> dict[str, Any]:
+    """Evaluate, and write the adapter and the result."""
     metrics = run.evaluate()
     run.note_best(metrics)
     run.save_checkpoint()
@@ -91,8 +102,8 @@ def train_step(run: Run) -> float:
 
 def score_pool(run: Run) -> None:
     """Eq. 1 and 2: a quality for every sample, the subset S, and p for the draws from it."""
-    run.save_checkpoint()  # a pass that is killed goes on with exactly these weights, on any number of ranks
-    run.stop.interrupts_scoring = True
+    # a pass that is killed goes on with exactly these weights, on any number of ranks
+    run.stop.interrupts_scoring = run.save_checkpoint()
     run.first_quality = run.score().mean_quality()
     run.stop.interrupts_scoring = False
 
@@ -102,10 +113,17 @@ def stop_if_asked(run: Run) -> None:
 
     Raises:
         Stopped: on every rank.
+        UserError: on every rank, when the checkpoint cannot be written: the run's state is lost.
     """
     if run.stop.agreed and run.step < run.plan.total_steps:
-        run.save_checkpoint()
-        raise Stopped(f"stopped on request after step {run.step} of {run.plan.total_steps}")
+        if run.save_checkpoint():
+            raise Stopped(f"stopped on request after step {run.step} of {run.plan.total_steps}")
+        newest = run.newest_checkpoint
+        kept = f"all after checkpoint {newest}" if newest else "all, as there is no checkpoint,"
+        raise UserError(
+            f"stopped on request after step {run.step} of {run.plan.total_steps}, but the checkpoint cannot be written "
+            f"to {str(run.record.folder)!r}: {kept} is lost; make room there, then resume (--resume)"
+        )
 
 
 def adapt_ranks(run: Run) -> None:
