@@ -316,6 +316,25 @@ def test_a_pass_without_a_checkpoint_is_not_left(
     assert len(table) == 48
 
 
+@pytest.mark.parametrize("command", ["train", "score"])
+def test_lines_that_are_lost_are_named_however_a_command_ends(
+    tmp_path: Path, models_dir: Path, command: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Here by a stop, in the warm-up."""
+    config = write_config(tmp_path / "config.yaml", run_tree("bert", tmp_path, models_dir, "run"))
+    target = f"tsqlora_scale.{command}.train_step"
+    monkeypatch.setattr(target, signalled_in_step(0, signal.SIGTERM))
+    open_ = Path.open
+
+    def sometimes(path: Path, *arguments: Any, **options: Any) -> Any:
+        return full() if path.name == "metrics.jsonl" else open_(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", sometimes)
+    assert cli.main([command, "--config", str(config)]) == 0
+    (said,) = warnings_of(caplog, "are lost")
+    assert said == f"{1 if command == 'score' else 2} lines of {tmp_path / 'runs' / 'run' / 'metrics.jsonl'} are lost"
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_a_stop_that_loses_the_state_ends_every_rank(tmp_path: Path, models_dir: Path) -> None:
