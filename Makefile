@@ -10,7 +10,8 @@ PYTEST_MARK ?=
 else
 PYTEST_MARK ?= not slow
 endif
-PYTEST_ARGS ?=
+# a file at a time on two workers: tests of one file share runs that take minutes
+PYTEST_ARGS ?= -n 2 --dist loadfile
 
 .PHONY: demo test test-all lint clean
 .DEFAULT_GOAL := demo

@@ -55,7 +55,7 @@ def run_tree(kind: str, folder: Path, models: Path, name: str, **sections: dict[
         "adapter": {"r": 4, "alpha": 8},
         "scoring": {"warmup_steps": 2, "batch_size": 8, "sketch_dim": 64, "refresh_fraction": 0.5},
         "sampling": {"keep_fraction": 0.75},
-        "sensitivity": {"every": 1},
+        "sensitivity": {"window": 3},  # of four steps between events
         "schedule": {"start": 4, "end": 8, "every": 4},
         "train": {
             "max_steps": 13,

@@ -246,6 +246,7 @@ class SensitivityConfig(Section):
     #: … and how many steps before it at most; none: all of them.
     window: PositiveInt | None = 10
     #: Samples of such a step that enter the statistic at most, spaced evenly over the global batch; none: all.
+    #: ``resize.grow_init: gradient`` listens to all of them.
     max_samples: PositiveInt | None = 8
     beta: Below1 = 0.85
     #: AdaLoRA's smoothing: S times the average of its own fluctuation, whose beta this is (AdaLoRA: 0.85). None: S.

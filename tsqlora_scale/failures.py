@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -19,8 +20,10 @@ STAYS = 5.0
 BEFORE_TIMEOUT = 0.9
 #: What a collective over gloo says when a peer is gone or late.
 LOST = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "Timed out waiting")
-#: Code in which a rank waits for others.
-WAITING = tuple(f"{os.sep}{part}{os.sep}" for part in (f"torch{os.sep}distributed", f"torch{os.sep}autograd"))
+#: Code in which a rank waits for others, whatever it has called,
+COLLECTIVES = "/torch/distributed/"
+#: and such in which it does where it has called nothing of Python: inside are the collectives of DDP and ZeRO-3.
+BELOW_PYTHON = ("/torch/autograd/", "/torch/nn/parallel/distributed.py", "/deepspeed/utils/nvtx.py", "/deepspeed/comm/")
 
 
 def record_cause(message: str, detail: str) -> None:
@@ -33,7 +36,8 @@ def record_cause(message: str, detail: str) -> None:
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file:
         extra = {"py_callstack": detail, "timestamp": str(int(time.time()))}
-        Path(file).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
+        with contextlib.suppress(OSError):  # a full disk must not keep this process from ending
+            Path(file).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
 
 
 def lost_another(error: BaseException) -> bool:
@@ -144,8 +148,11 @@ class Watchdog:
 
 def waits(frame: FrameType | None) -> bool:
     """Whether a stack, from its innermost frame on, stands in a collective."""
+    place = "" if frame is None else Path(frame.f_code.co_filename).as_posix()
+    if any(part in place for part in BELOW_PYTHON):
+        return True
     while frame is not None:
-        if any(part in frame.f_code.co_filename for part in WAITING):
+        if COLLECTIVES in Path(frame.f_code.co_filename).as_posix():
             return True
         frame = frame.f_back
     return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,9 +95,7 @@ class Run:
 
     def draw(self) -> np.ndarray:
         """The next global batch, (batch_size,) pool rows: a function of the seed and the step alone."""
-        indices = self.sampler.draw(self.step)
-        self.seen[indices] = True
-        return indices
+        return self.sampler.draw(self.step)
 
     def progress(self, what: str) -> Progress:
         """Progress shown by rank 0."""
@@ -122,6 +121,8 @@ class Run:
         if not metrics:
             return False
         value = metrics[self.task.best_metric]
+        if not math.isfinite(value):  # the correlation of answers that are all alike, for instance
+            return False
         if self.best is not None and (value > self.best["value"]) != self.task.higher_is_better:
             return False
         if self.best is not None and value == self.best["value"]:

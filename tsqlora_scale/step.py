@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -60,6 +61,7 @@ def optimizer_step(
     seed: int,
     weights: np.ndarray | None = None,
     stop: bool = False,
+    beat: Callable[[], None] = lambda: None,
 ) -> StepResult:
     """Forward and backward of every micro-batch, then one step. A collective.
 
@@ -73,6 +75,7 @@ def optimizer_step(
         indices: pool rows of the global batch, (batch_size,).
         weights: of their losses, (batch_size,), up to a constant; none: all equal.
         stop: whether this rank was asked to stop; the result says whether any was.
+        beat: called after every micro-batch.
     """
     world = engine.world
     weights = np.ones(len(indices)) if weights is None else weights
@@ -102,6 +105,7 @@ def optimizer_step(
             loss_sum += sums.detach().double().sum().cpu()
             finite = 1.0 if loss_sum.isfinite() else math.nan
             grad_norm = engine.backward(sums.sum() / terms.to(sums) * finite, lr)
+        beat()
     assert grad_norm is not None, "the last micro-batch of a step must be an accumulation boundary"
     taken = math.isfinite(grad_norm)
     if tracker is not None:

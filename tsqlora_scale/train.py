@@ -21,7 +21,7 @@ def train(run: Run) -> dict[str, Any]:
     Returns:
         What ``result.json`` holds.
     """
-    with run.record:
+    with run.record, run.watchdog:
         if run.step == 0 and not run.metrics_before:
             run.metrics_before = run.evaluate()
         take_steps(run)
@@ -31,7 +31,7 @@ def train(run: Run) -> dict[str, Any]:
 def take_steps(run: Run) -> None:
     """Algorithm 1, from the step that the run has reached to the last one."""
     config, plan = run.config, run.plan
-    with run.watchdog, run.progress("training") as bar:
+    with run.progress("training") as bar:
         while run.step < plan.total_steps:
             if run.step == plan.scoring_step and run.first_quality is None:
                 score_pool(run)  # lines 2-4: Q, p and S
@@ -79,9 +79,12 @@ def train_step(run: Run) -> float:
             micro_batch_size=run.plan.micro_batch_size,
             seed=run.config.run.seed,
             stop=run.stop.requested,
+            beat=run.watchdog.beat,
         )
     run.step += 1
     run.stop.agreed = result.stop
+    if result.taken:
+        run.seen[drawn] = True
     outcome: dict[str, Any] = {"loss": result.loss}
     if result.failed:
         ids = run.task.train["sample_id"]

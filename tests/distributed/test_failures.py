@@ -24,6 +24,10 @@ original = loop.train_step
 def a_slow_disk():
     time.sleep(10_000)
 
+def hang_between_forward_and_backward():
+    from tsqlora_scale.tasks import Task
+    Task.losses = lambda *_: a_slow_disk()
+
 def train_step(run):
     if run.step == 5:
         open(os.environ["PIDS"] + str(run.engine.world.rank), "w").write(str(os.getpid()))
@@ -41,11 +45,13 @@ CAUSES = {
     "raise UserError('shelf 3 is empty; fill it')": "error: shelf 3 is empty; fill it",
     "os.kill(os.getpid(), signal.SIGKILL)": "Signal 9 (SIGKILL)",
     "a_slow_disk()": "rank 1 has made no progress",
+    # where rank 0 waits in an exchange of the engine's own
+    "hang_between_forward_and_backward()": "rank 1 has made no progress",
 }
 
 
 @pytest.mark.parametrize(
-    ("engine", "how"), [("ddp-2", how) for how in CAUSES] + [("zero3-2", how) for how in list(CAUSES)[::3]]
+    ("engine", "how"), [("ddp-2", how) for how in list(CAUSES)[:4]] + [("zero3-2", how) for how in list(CAUSES)[::4]]
 )
 def test_the_first_cause_is_said_last(
     tmp_path: Path, models_dir: Path, engine: str, how: str, monkeypatch: pytest.MonkeyPatch
@@ -62,7 +68,7 @@ def test_the_first_cause_is_said_last(
     closing = done.stdout[done.stdout.rindex("Root Cause") :]
     assert CAUSES[how] in closing
     assert "rank      : 1 " in closing
-    if how.startswith("a_slow"):
+    if "no progress" in CAUSES[how]:
         assert "time.sleep" in closing  # where it hangs
     assert not (tmp_path / "runs" / "run" / "result.json").exists()
     for rank in range(2):

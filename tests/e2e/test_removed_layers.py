@@ -92,13 +92,19 @@ class Killed(BaseException):
     """What no handler may catch."""
 
 
-@pytest.mark.parametrize("killed_at", [6, 10], ids=["while removed", "after coming back"])
+@pytest.mark.parametrize(
+    ("killed_at", "grow_init"), [(6, "orthogonal"), (10, "gradient")], ids=["while removed", "after coming back"]
+)
 def test_a_run_with_removed_layers_resumes(
-    tmp_path: Path, models_dir: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int
+    tmp_path: Path, models_dir: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int, grow_init: str
 ) -> None:
-    changes: dict[str, Any] = {"checkpoint_every": 5, "checkpoint_keep": 3}
-    go(tree_of("bert", tmp_path, models_dir, "whole", train=changes), policy=RemoveAndRestore())
-    killed = tree_of("bert", tmp_path, models_dir, "killed", train=changes)
+    """From steps 5 and 10, of which the sensitivity has heard some of those before the next event."""
+    changes: dict[str, Any] = {
+        "train": {"checkpoint_every": 5, "checkpoint_keep": 3},
+        "resize": {"grow_init": grow_init},
+    }
+    go(tree_of("bert", tmp_path, models_dir, "whole", **changes), policy=RemoveAndRestore())
+    killed = tree_of("bert", tmp_path, models_dir, "killed", **changes)
     step = loop.train_step
 
     def dies(run: Run) -> float:

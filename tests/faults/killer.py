@@ -59,7 +59,7 @@ class Killer:
         """Put the points in place, for good: this process ends with the run."""
         points = {
             Run: "draw evaluate save_checkpoint score _use_scores save_adapter load_state_dict",
-            Engine: "backward _prepare close gather",
+            Engine: "backward _prepare _take_down gather",
             RunRecord: "prepare rewind result",
             Parts: "append discard",
             ScoreTable: "write",

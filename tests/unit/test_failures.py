@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,14 +34,32 @@ def test_the_cause_is_written_in_the_launchers_format(tmp_path: Path, monkeypatc
     assert json.loads(file.read_text())["message"]["extraInfo"]["py_callstack"] == "here it stands"
 
 
-def test_a_stack_in_a_collective_waits() -> None:
-    assert not waits(sys._getframe())
-    source = "def wait(report): report()\n"
+def stands_in(file: str, report: Callable[[], bool]) -> bool:
+    """What ``report`` returns, called by code of that file."""
     namespace: dict = {}
-    exec(compile(source, str(Path("lib") / "torch" / "distributed" / "c10d.py"), "exec"), namespace)
-    seen = []
-    namespace["wait"](lambda: seen.append(waits(sys._getframe())))
-    assert seen == [True]
+    exec(compile("def call(report): return report()\n", file, "exec"), namespace)
+    return namespace["call"](report)
+
+
+@pytest.mark.parametrize(
+    ("file", "innermost", "called"),
+    [
+        ("lib/torch/distributed/distributed_c10d.py", True, True),
+        ("lib/torch/autograd/graph.py", True, False),
+        ("lib/deepspeed/utils/nvtx.py", True, False),
+        ("lib/torch/nn/parallel/distributed.py", True, False),
+        ("lib/torch/nn/modules/module.py", False, False),
+    ],
+)
+def test_a_stack_in_a_collective_waits(file: str, innermost: bool, called: bool) -> None:
+    """A rank that stands in a function of ours does not, even if a backward pass has called it."""
+    assert stands_in(file, lambda: waits(sys._getframe(1))) == innermost
+    assert stands_in(file, lambda: waits(sys._getframe())) == called
+
+
+def test_a_full_disk_does_not_keep_a_process_from_ending(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/dev/full")
+    record_cause("no shelf", "here it stands")
 
 
 HANGING = """

@@ -96,7 +96,11 @@ class Engine:
         loss scaler's factor come after it.
         """
         scaler = self.accelerator.scaler
-        return float(self.world.size) * (scaler.get_scale() if scaler is not None else 1.0)
+        if self.is_deepspeed:
+            scale = float(self._wrapped.optimizer.loss_scale)
+        else:
+            scale = scaler.get_scale() if scaler is not None else 1.0
+        return self.world.size * scale
 
     @property
     def overflow_is_normal(self) -> bool:
