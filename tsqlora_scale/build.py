@@ -12,10 +12,7 @@ from accelerate.utils import DistributedType
 
 from tsqlora_scale.adapters import add_adapter, load_adapter, load_base, read_adapter
 from tsqlora_scale.config import Config
-from tsqlora_scale.engine.checkpoint import (
-    drop_after,
-    read_checkpoint,
-)
+from tsqlora_scale.engine.checkpoint import drop_after, read_checkpoint
 from tsqlora_scale.engine.collectives import World
 from tsqlora_scale.engine.engine import Engine, generator_for
 from tsqlora_scale.engine.sharded import write_parameter
@@ -101,11 +98,10 @@ def build_run(
             watchdog=watchdog,
         )
         if tree is None or not resumes_in(config, str(resume)):
-            record.prepare(config.to_yaml())
+            run.write_on_main(f"{str(record.folder)!r}", lambda: record.prepare(config.to_yaml()))
         if tree is not None:
             run.load_state_dict(tree)
-            if run.is_main:
-                drop_after(config.run_dir / "checkpoints", run.step)
+            run.write_on_main(f"{str(record.folder)!r}", lambda: drop_after(record.folder / "checkpoints", run.step))
             if not resumes_in(config, str(resume)):
                 run.best = run.best_kept = None  # their checkpoints lie in the other folder
     return run

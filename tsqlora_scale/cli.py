@@ -162,12 +162,12 @@ def _train(options: argparse.Namespace) -> None:
     with StopRequest() as stop:
         scores = score_by_proxy(checked, resume=options.resume, stop=stop)
         run = build_run(checked, resume=options.resume, stop=stop)
-        if scores is not None:
-            run.take_scores(scores.table, scores.seconds)
-        if run.is_main:
+        saved = scores is None or run.take_scores(scores.table, scores.seconds)
+        if run.is_main and saved:
             discard_parts(config)
         result = train_run(run)
     if run.is_main:
+        discard_parts(config)
         print_result(result)
 
 

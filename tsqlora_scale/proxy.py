@@ -31,7 +31,7 @@ class ProxyScores:
 
 
 def discard_parts(config: Config) -> None:
-    """Remove the raw numbers that a proxy's pass has left, once its scores are in a checkpoint. On rank 0."""
+    """Remove the raw numbers that a proxy's pass has left, once they are in a checkpoint or of no use. On rank 0."""
     if config.scores_by_proxy and not config.scoring.keep_sketches:
         shutil.rmtree(config.of_proxy().run_dir / "scores" / "parts", ignore_errors=True)
 
@@ -53,8 +53,10 @@ def score_by_proxy(preflight: Preflight, *, resume: str | None, stop: StopReques
     start = time.perf_counter()
     with naming_the_proxy(preflight.config):
         run = build_run(preflight.proxy, resume="auto" if resume is not None else None, stop=stop)
-        # what an earlier run left in the folder of this one must not be resumed when the proxy is stopped
-        RunRecord(preflight.config.run_dir, writes=run.is_main).prepare(preflight.config.to_yaml())
+    # what an earlier run left in the folder of this one must not be resumed when the proxy is stopped
+    record = RunRecord(preflight.config.run_dir, writes=run.is_main)
+    run.write_on_main(f"{str(record.folder)!r}", lambda: record.prepare(preflight.config.to_yaml()))
+    with naming_the_proxy(preflight.config):
         warm_up_and_score(run)
     assert run.scorer is not None and run.scorer.table is not None
     table = run.scorer.table

@@ -6,10 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tsqlora_scale.config import Config
-from tsqlora_scale.engine.checkpoint import (
-    complete_checkpoints,
-    newest_checkpoint,
-)
+from tsqlora_scale.engine.checkpoint import complete_checkpoints, newest_checkpoint
 from tsqlora_scale.engine.collectives import World
 from tsqlora_scale.errors import UserError
 

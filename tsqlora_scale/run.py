@@ -15,18 +15,13 @@ import torch
 
 from tsqlora_scale.adapters import save_adapter
 from tsqlora_scale.config import Config
-from tsqlora_scale.engine.checkpoint import (
-    WRITE_ERRORS,
-    checkpoint_dir,
-    complete_checkpoints,
-    prune,
-    write_checkpoint,
-)
+from tsqlora_scale.engine.checkpoint import checkpoint_dir, complete_checkpoints, prune, write_checkpoint
 from tsqlora_scale.engine.engine import Engine
 from tsqlora_scale.engine.state import TrainState
 from tsqlora_scale.errors import UserError
 from tsqlora_scale.evaluation import evaluate
 from tsqlora_scale.failures import Watchdog
+from tsqlora_scale.files import WRITE_ERRORS
 from tsqlora_scale.nonfinite import NonFiniteSteps
 from tsqlora_scale.preemption import StopRequest
 from tsqlora_scale.preflight import RunPlan
@@ -66,6 +61,8 @@ class Run:
     best: dict[str, Any] | None = None
     #: Name of the best step's checkpoint, or of the best before it if that could not be written. Known on rank 0.
     best_kept: str | None = None
+    #: Name of the newest checkpoint there was when one was last to be written.
+    newest_checkpoint: str | None = None
     nonfinite: NonFiniteSteps = field(init=False)
     initial_ranks: dict[str, int] = field(default_factory=dict)
     metrics_before: dict[str, float] = field(default_factory=dict)
@@ -134,15 +131,19 @@ class Run:
         self.best = {"step": self.step, "metric": self.task.best_metric, "value": value, "checkpoint": name}
         return True
 
-    def save_checkpoint(self) -> None:
-        """Write ``checkpoints/step-…``. A collective; rank 0 writes."""
+    def save_checkpoint(self) -> bool:
+        """Write ``checkpoints/step-…``; whether one of this step is there. A collective; rank 0 writes."""
         with self.record.phase("checkpointing"):
             state = self.engine.gather()
             if self.tracker is not None:
                 self.tracker.synchronize(self.engine.world)
             if self.is_main:
+                self.record.flush()  # the lines up to this step are what a run that resumes from it does not write
                 self._write_checkpoint(state)
-            self.engine.world.barrier()
+                newest = complete_checkpoints(self.record.folder / "checkpoints")
+                self.newest_checkpoint = newest[-1].name if newest else None
+            self.newest_checkpoint = self.engine.world.broadcast(self.newest_checkpoint)
+        return self.newest_checkpoint == checkpoint_dir(Path(), self.step).name
 
     def _write_checkpoint(self, state: TrainState) -> None:
         """Write a checkpoint and prune the others; on rank 0. Where it cannot be written, the run goes on without."""
@@ -181,7 +182,7 @@ class Run:
                 problem = str(error)
         problem = self.engine.world.broadcast(problem)
         if problem is not None:
-            raise UserError(f"{what} cannot be written ({problem}); make room there, then --resume auto goes on")
+            raise UserError(f"{what} cannot be written ({problem}); make room there, then resume (--resume)")
 
     def save_adapter(self) -> Path:
         """Write ``adapter/``, plain PEFT. A collective; rank 0 writes."""
@@ -245,8 +246,9 @@ class Run:
             self._use_scores(table)
         return table
 
-    def take_scores(self, table: ScoreTable, seconds: float) -> None:
-        """Draw by the scores of another model's pass, which took ``seconds``. A collective."""
+    def take_scores(self, table: ScoreTable, seconds: float) -> bool:
+        """Draw by the scores of another model's pass, which took ``seconds``; whether a checkpoint holds them. A
+        collective."""
         assert self.scorer is not None
         self.scorer.adopt(table)
         self.first_quality = table.mean_quality()
@@ -254,7 +256,7 @@ class Run:
         self._use_scores(table)
         if not self.metrics_before:  # here, or a run killed between this checkpoint and the next would do it again
             self.metrics_before = self.evaluate()
-        self.save_checkpoint()
+        return self.save_checkpoint()
 
     def _use_scores(self, table: ScoreTable) -> None:
         """Draw by the scorer's new table, and write it."""
@@ -262,9 +264,14 @@ class Run:
         self.draw_by_scores()
         if self.is_main:
             try:
-                table.write(self.record.folder / "scores", self.scorer.sample_ids)
+                self.write_scores()
             except WRITE_ERRORS as error:  # for people; the run has it in its checkpoints
                 log.warning("the scores cannot be written (%s); the run goes on", error)
+
+    def write_scores(self) -> None:
+        """Write the scorer's table to ``scores/``. On rank 0."""
+        assert self.scorer is not None and self.scorer.table is not None
+        self.scorer.table.write(self.record.folder / "scores", self.scorer.sample_ids)
 
     def model_key(self) -> str:
         """Says which weights the model has: the base by its name, what is trained by a digest. A collective."""

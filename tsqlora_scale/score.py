@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from tsqlora_scale.files import written_whole
 from tsqlora_scale.quality.redundancy import groups, neighbours, similar_pairs
 from tsqlora_scale.run import Run
 from tsqlora_scale.train import score_pool, stop_if_asked, train_step
@@ -25,12 +26,20 @@ def score(run: Run, *, top: int, similarity: float, warm_up: bool) -> dict[str, 
 
     Returns:
         What ``scores/summary.json`` holds; empty on other ranks than 0.
+
+    Raises:
+        UserError: on every rank, when the scores cannot be written.
     """
     warm_up_and_score(run, warm_up=warm_up)
-    if not run.is_main:
-        return {}
-    summary = summarise(run, top=top, similarity=similarity)
-    (run.record.folder / "scores" / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    summary = summarise(run, top=top, similarity=similarity) if run.is_main else {}
+    folder = run.record.folder / "scores"
+
+    def write() -> None:
+        run.write_scores()  # again: where the pass could not, no checkpoint holds them
+        with written_whole(folder / "summary.json") as partial:
+            partial.write_text(json.dumps(summary, indent=1) + "\n")
+
+    run.write_on_main(f"the scores, {str(folder)!r},", write)
     return summary
 
 
@@ -39,7 +48,7 @@ def warm_up_and_score(run: Run, *, warm_up: bool = True) -> None:
     assert run.plan.scoring_step is not None
     steps = run.plan.scoring_step if warm_up else 0
     if run.first_quality is None:
-        with run.watchdog, run.progress("warm-up") as bar:
+        with run.record, run.watchdog, run.progress("warm-up") as bar:
             while run.step < steps:
                 loss = train_step(run)
                 bar(run.step, steps, f"loss {loss:.4f}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from tsqlora_scale.errors import Stopped
+from tsqlora_scale.errors import Stopped, UserError
 from tsqlora_scale.lr_schedule import learning_rate
 from tsqlora_scale.ranks import Plan, Statistics, agree, components, current_ranks, layer_dims, resize_model
 from tsqlora_scale.report.result import build_result
@@ -21,34 +21,44 @@ def train(run: Run) -> dict[str, Any]:
     Returns:
         What ``result.json`` holds.
     """
-    config, plan = run.config, run.plan
-    with run.watchdog:
+    with run.record, run.watchdog:
         if run.step == 0 and not run.metrics_before:
             run.metrics_before = run.evaluate()
-        with run.progress("training") as bar:
-            while run.step < plan.total_steps:
-                if run.step == plan.scoring_step and run.first_quality is None:
-                    score_pool(run)  # lines 2-4: Q, p and S
-                loss = train_step(run)  # lines 5 and 9: a minibatch of S by p; the sensitivity listens
-                if plan.schedule is not None and plan.schedule.due(run.step):
-                    run.events += 1
-                    if run.tracker is not None:
-                        adapt_ranks(run)  # lines 7 and 8: S, then r
-                    refresh_scores(run)
-                evaluates = due(config.train.eval_every, run.step) and run.step < plan.total_steps
-                is_best = evaluates and run.note_best(run.evaluate())
-                if due(config.train.checkpoint_every, run.step) or is_best:
-                    run.save_checkpoint()
-                bar(run.step, plan.total_steps, f"loss {loss:.4f}")
-                stop_if_asked(run)
-        metrics = run.evaluate()
-        run.note_best(metrics)
-        run.save_checkpoint()
-        adapter = run.save_adapter()
-        if run.scorer is not None and run.is_main and not run.config.scoring.keep_sketches:
-            run.scorer.discard_parts()
-        result = build_result(run, metrics, adapter)
-        run.write_on_main("result.json", lambda: run.record.result(result))
+        take_steps(run)
+        return finish(run)
+
+
+def take_steps(run: Run) -> None:
+    """Algorithm 1, from the step that the run has reached to the last one."""
+    config, plan = run.config, run.plan
+    with run.progress("training") as bar:
+        while run.step < plan.total_steps:
+            if run.step == plan.scoring_step and run.first_quality is None:
+                score_pool(run)  # lines 2-4: Q, p and S
+            loss = train_step(run)  # lines 5 and 9: a minibatch of S by p; the sensitivity listens
+            if plan.schedule is not None and plan.schedule.due(run.step):
+                run.events += 1
+                if run.tracker is not None:
+                    adapt_ranks(run)  # lines 7 and 8: S, then r
+                refresh_scores(run)
+            evaluates = due(config.train.eval_every, run.step) and run.step < plan.total_steps
+            is_best = evaluates and run.note_best(run.evaluate())
+            if due(config.train.checkpoint_every, run.step) or is_best:
+                run.save_checkpoint()
+            bar(run.step, plan.total_steps, f"loss {loss:.4f}")
+            stop_if_asked(run)
+
+
+def finish(run: Run) -> dict[str, Any]:
+    """Evaluate, and write the adapter and the result."""
+    metrics = run.evaluate()
+    run.note_best(metrics)
+    run.save_checkpoint()
+    adapter = run.save_adapter()
+    if run.scorer is not None and run.is_main and not run.config.scoring.keep_sketches:
+        run.scorer.discard_parts()
+    result = build_result(run, metrics, adapter)
+    run.write_on_main("result.json", lambda: run.record.result(result))
     return result
 
 
@@ -95,8 +105,8 @@ def train_step(run: Run) -> float:
 
 def score_pool(run: Run) -> None:
     """Eq. 1 and 2: a quality for every sample, the subset S, and p for the draws from it."""
-    run.save_checkpoint()  # a pass that is killed goes on with exactly these weights, on any number of ranks
-    run.stop.interrupts_scoring = True
+    # a pass that is killed goes on with exactly these weights, on any number of ranks
+    run.stop.interrupts_scoring = run.save_checkpoint()
     run.first_quality = run.score().mean_quality()
     run.stop.interrupts_scoring = False
 
@@ -106,10 +116,17 @@ def stop_if_asked(run: Run) -> None:
 
     Raises:
         Stopped: on every rank.
+        UserError: on every rank, when the checkpoint cannot be written: the run's state is lost.
     """
     if run.stop.agreed and run.step < run.plan.total_steps:
-        run.save_checkpoint()
-        raise Stopped(f"stopped on request after step {run.step} of {run.plan.total_steps}")
+        if run.save_checkpoint():
+            raise Stopped(f"stopped on request after step {run.step} of {run.plan.total_steps}")
+        newest = run.newest_checkpoint
+        kept = f"all after checkpoint {newest}" if newest else "all, as there is no checkpoint,"
+        raise UserError(
+            f"stopped on request after step {run.step} of {run.plan.total_steps}, but the checkpoint cannot be written "
+            f"to {str(run.record.folder)!r}: {kept} is lost; make room there, then resume (--resume)"
+        )
 
 
 def adapt_ranks(run: Run) -> None:

@@ -68,7 +68,7 @@ class Killer:
             run: "prune",
             build: "drop_after read_checkpoint",
             transformers.PreTrainedTokenizerBase: "save_pretrained",
-            checkpoint: "_sha256 _fsync",
+            checkpoint: "_sha256 fsync",
         }
         for owner, names in points.items():
             for name in names.split():

@@ -23,18 +23,18 @@ RunRecord.prepare: after; Run.evaluate: before; Run.evaluate: after; Run.draw: a
 Engine.backward: after; train.optimizer_step: after; RunRecord._append: before; RunRecord._append: within;
 RunRecord._append: after; Run.score: before; Run.score: after; Measurer._chunk: after; Parts.append: after;
 parquet.write_table: within; ScoreTable.write: before; Run._use_scores: after; Engine._take_down: before;
-Engine._take_down: after; train.resize_model: after; Engine._prepare: before; Engine._prepare: after; Engine.gather:
-after; Run.save_checkpoint: before; Run.save_checkpoint: after; checkpoint.save_file: before; checkpoint.save_file:
-within; checkpoint._sha256: after; checkpoint._fsync: before; Path.write_text: within; Path.rename: before;
-Path.rename: after; Path.replace: before; Path.replace: after; shutil.rmtree: within; run.prune: before;
-Run.save_adapter: before; PeftModel.save_pretrained: within; PreTrainedTokenizerBase.save_pretrained: before;
-Run.save_adapter: after; Parts.discard: before; RunRecord.result: before; RunRecord.result: after
+Engine._take_down: after; train.resize_model: after; Engine._prepare: before; Engine._prepare: after;
+Engine.gather: after; Run.save_checkpoint: before; Run.save_checkpoint: after; checkpoint.save_file: before;
+checkpoint.save_file: within; checkpoint._sha256: after; checkpoint.fsync: before; Path.write_text: within;
+Path.rename: before; Path.rename: after;
+Path.replace: before; Path.replace: after; shutil.rmtree: within; run.prune: before; Run.save_adapter: before;
+PeftModel.save_pretrained: within; PreTrainedTokenizerBase.save_pretrained: before; Run.save_adapter: after;
+Parts.discard: before; RunRecord.result: before; RunRecord.result: after
 """
 #: Points of the second life, which resumes from step 6 after a death in step 8.
 AGAIN = """
 build.read_checkpoint: after; Run.load_state_dict: before; RunRecord.rewind: before; Path.write_text: within;
-Path.replace: before; Path.replace: after; RunRecord.rewind: after; build.drop_after: before;
-build.drop_after: after;
+Path.replace: before; Path.replace: after; RunRecord.rewind: after; build.drop_after: before; build.drop_after: after;
 Run.load_state_dict: after; train.optimizer_step: after; Run.score: after
 """
 FIRST_DEATH = ("train.optimizer_step: before", 8)

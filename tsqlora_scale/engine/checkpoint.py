@@ -5,25 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tsqlora_scale.engine.state import ParamState, TrainState
 from tsqlora_scale.errors import UserError
+from tsqlora_scale.files import WRITE_ERRORS, fsync
 from tsqlora_scale.launcher import speaks_for_machine
 
 log = logging.getLogger("tsqlora_scale")
 
 MANIFEST = "manifest.json"
 FILES = {"parameters.safetensors", "state.safetensors", "state.json"}
-#: What a full disk, a limit or a lost mount raises in what writes here.
-WRITE_ERRORS = (OSError, SafetensorError)
 #: Key of a reference to a tensor in ``state.safetensors``.
 TENSOR = "tensor"
 
@@ -42,17 +39,22 @@ def write_checkpoint(folder: Path, state: TrainState, tree: dict[str, Any]) -> N
         tree: nested dictionaries of JSON values and tensors.
 
     Raises:
-        OSError, SafetensorError: as :data:`WRITE_ERRORS`; nothing half written is left.
+        OSError, SafetensorError: :data:`~tsqlora_scale.files.WRITE_ERRORS`; nothing half written is left.
     """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         _write(partial, state, tree)
-        _replace(folder, partial)
+        old = _replace(folder, partial)
     except WRITE_ERRORS:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    _fsync(folder.parent)
+    try:
+        fsync(folder.parent)
+        if old is not None:
+            shutil.rmtree(old)
+    except OSError as error:  # the checkpoint is complete all the same
+        log.warning("%s is written, but %s cannot be tidied (%s)", folder, folder.parent, error)
 
 
 def _write(partial: Path, state: TrainState, tree: dict[str, Any]) -> None:
@@ -69,7 +71,7 @@ def _write(partial: Path, state: TrainState, tree: dict[str, Any]) -> None:
     digests = {p.relative_to(partial).as_posix(): _sha256(p) for p in sorted(partial.rglob("*")) if p.is_file()}
     (partial / MANIFEST).write_text(json.dumps(digests, indent=1))
     for path in [*partial.rglob("*"), partial]:
-        _fsync(path)
+        fsync(path)
 
 
 def verify_checkpoint(folder: Path) -> None:
@@ -166,8 +168,8 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(_doomed(folder))
 
 
-def _replace(folder: Path, partial: Path) -> None:
-    """Let ``partial`` be the checkpoint, in the place of one of that name that may be there."""
+def _replace(folder: Path, partial: Path) -> Path | None:
+    """Let ``partial`` be the checkpoint; where one of that name was, its new name, under which to delete it."""
     old = _doomed(folder) if folder.exists() else None
     try:
         partial.rename(folder)
@@ -175,8 +177,7 @@ def _replace(folder: Path, partial: Path) -> None:
         if old is not None:
             old.rename(folder)
         raise
-    if old is not None:
-        shutil.rmtree(old)
+    return old
 
 
 def _doomed(folder: Path) -> Path:
@@ -209,11 +210,3 @@ def _sha256(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -6,10 +6,8 @@ number of ranks.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from tsqlora_scale.errors import UserError
+from tsqlora_scale.files import written_whole
 
 log = logging.getLogger(__name__)
 
@@ -56,9 +55,13 @@ class Parts:
         self._memory: list[Rows] = []
         self._fingerprint: dict[str, Any] = {}
         self._count = 0
+        #: Whether the folder cannot be used.
+        self._barred = False
 
     def open(self, fingerprint: dict[str, Any], *, refuse: bool) -> int:
         """Number of parts that are there already, in order from the first. Parts of other passes are removed.
+
+        Where the folder cannot be made or cleared, all parts stay in memory, after a warning.
 
         Args:
             fingerprint: what the numbers depend on, JSON values; two that are equal give equal numbers.
@@ -70,29 +73,38 @@ class Parts:
         self._fingerprint = json.loads(json.dumps(fingerprint))
         self._memory.clear()
         self._count = 0
+        self._barred = False
         if self.folder is None:
             return 0
-        if self.folder.parent.exists():
-            for other in self.folder.parent.iterdir():
-                if other != self.folder:
+        try:
+            self._count = self._found(self.folder, refuse=refuse)
+        except OSError as error:
+            self._barred = True
+            log.warning("%s cannot be written (%s); the scoring pass goes on in memory", self.folder, error)
+        return self._count
+
+    def _found(self, folder: Path, *, refuse: bool) -> int:
+        if folder.parent.exists():
+            for other in folder.parent.iterdir():
+                if other != folder:
                     shutil.rmtree(other) if other.is_dir() else other.unlink()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        while self._path(self._count).exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        count = 0
+        while self._path(count).exists():
             try:
-                self._check(self._path(self._count))
+                self._check(self._path(count))
             except UserError:
                 if refuse:
                     raise
-                shutil.rmtree(self.folder)
-                self.folder.mkdir()
-                self._count = 0
-                break
-            self._count += 1
-        return self._count
+                shutil.rmtree(folder)
+                folder.mkdir()
+                return 0
+            count += 1
+        return count
 
     def append(self, rows: Rows) -> None:
         """Keep the next part, whole or not at all; in memory from the first on that cannot be written."""
-        if self.folder is None or self._memory or not self._written(rows):
+        if self.folder is None or self._barred or self._memory or not self._written(rows):
             self._memory.append(rows)
         self._count += 1
 
@@ -156,17 +168,8 @@ def _write(path: Path, rows: Rows, fingerprint: dict[str, Any]) -> None:
         columns["sketch"] = pa.FixedSizeListArray.from_arrays(flat, width)
     note = json.dumps({"fingerprint": fingerprint, "rounding": rows.rounding, "batch_size": rows.batch_size})
     table = pa.table(columns).replace_schema_metadata({_METADATA: note})
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        with temporary.open("wb") as file:
-            pq.write_table(table, file, compression="none")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
+    with written_whole(path) as partial:
+        pq.write_table(table, partial, compression="none")
 
 
 def _read(path: Path) -> Rows:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 
 from tsqlora_scale.errors import UserError
+from tsqlora_scale.files import written_whole
 
 #: pass number of a sample that was never scored itself and carries the mean of those that were
 NEVER = -1
@@ -84,14 +84,8 @@ class ScoreTable:
         path = folder / f"pass-{max(self.scoring_pass.max(initial=NEVER), 0):03d}.parquet"
         columns = {"sample_id": pa.array([str(i) for i in sample_ids], pa.string())}
         columns |= {f.name: pa.array(getattr(self, f.name)) for f in fields(self)}
-        temporary = path.with_name(f".{path.name}.partial")
-        try:
-            pq.write_table(pa.table(columns), temporary)
-            temporary.replace(path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise
+        with written_whole(path) as partial:
+            pq.write_table(pa.table(columns), partial)
         return path
 
     @classmethod

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from tsqlora_scale.files import written_whole
+
 log = logging.getLogger("tsqlora_scale")
 
 #: All that a run writes.
@@ -26,6 +28,8 @@ CONTENTS = ("config.yaml", "metrics.jsonl", "ranks.jsonl", "scores", "checkpoint
 
 class RunRecord:
     """Appends to ``metrics.jsonl`` and ``ranks.jsonl``, writes ``result.json``; times the phases of a run.
+
+    A context manager: at its end, of whatever kind, the lines that wait for room are written or said to be lost.
 
     Args:
         folder: the run folder.
@@ -37,7 +41,24 @@ class RunRecord:
         self._writes = writes
         self.seconds: dict[str, float] = defaultdict(float)
         self._waiting: dict[str, list[str]] = defaultdict(list)
+        #: Files whose lines wait, as has been said.
+        self._full: set[str] = set()
         self._started = time.perf_counter()
+
+    def __enter__(self) -> RunRecord:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.flush()
+        for name, waiting in self._waiting.items():
+            if waiting:
+                log.warning("%d lines of %s are lost", len(waiting), self.folder / name)
+
+    def flush(self) -> None:
+        """Write the lines that wait, if there is room for them now."""
+        for name, waiting in self._waiting.items():
+            if waiting:
+                self._write_waiting(name)
 
     def prepare(self, config_yaml: str) -> None:
         """Start a run: drop what an earlier one left here, and write the resolved config."""
@@ -81,9 +102,8 @@ class RunRecord:
                     for text, line in found
                     if line is not None and line["step"] <= step and not ("eval" in line and line["step"] == last_step)
                 ]
-                partial = path.with_name(f"{name}.partial")
-                partial.write_text("".join(f"{text}\n" for text in lines))
-                partial.replace(path)
+                with written_whole(path) as partial:
+                    partial.write_text("".join(f"{text}\n" for text in lines))
 
     def wall_seconds(self) -> float:
         """Seconds since the record was made."""
@@ -92,13 +112,9 @@ class RunRecord:
     def result(self, result: dict[str, Any]) -> None:
         """Write ``result.json``, whole or not at all."""
         if self._writes:
-            for name, waiting in self._waiting.items():
-                self._write_waiting(name)
-                if waiting:
-                    log.warning("%d lines of %s are lost", len(waiting), self.folder / name)
-            partial = self.folder / "result.json.partial"
-            partial.write_text(json.dumps(result, indent=1) + "\n")
-            partial.rename(self.folder / "result.json")
+            self.flush()
+            with written_whole(self.folder / "result.json") as partial:
+                partial.write_text(json.dumps(result, indent=1) + "\n")
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
         """Write a line; one that cannot be written waits for the next. The file never ends in half a line."""
@@ -108,17 +124,21 @@ class RunRecord:
 
     def _write_waiting(self, name: str) -> None:
         path, waiting = self.folder / name, self._waiting[name]
-        size = path.stat().st_size if path.exists() else 0
+        size: int | None = None
         try:
+            size = path.stat().st_size if path.exists() else 0
             with path.open("a") as file:
                 file.write("".join(waiting))
         except OSError as error:
             with contextlib.suppress(OSError):
-                os.truncate(path, size)
-            if len(waiting) == 1:
+                if size is not None:
+                    os.truncate(path, size)
+            if name not in self._full:
                 log.warning("%s cannot be written (%s); its lines wait until it can be", path, error)
+            self._full.add(name)
         else:
             waiting.clear()
+            self._full.discard(name)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -155,7 +155,7 @@ def _check_names(names: Sequence[str], path: Path) -> None:
 
 
 def _json(lines: Iterator[str], path: Path, text_columns: Sequence[str]) -> tuple[list[str], Iterator[Row]]:
-    """One object a line, or one array of objects. The columns are the keys of the first rows."""
+    """One object a line, or one array of objects. The columns are the keys of the first rows; no later row has more."""
     records = _json_records(lines, path)
     head: list[dict[str, Any]] = []
     characters = 0
@@ -167,9 +167,16 @@ def _json(lines: Iterator[str], path: Path, text_columns: Sequence[str]) -> tupl
     if not head:
         raise UserError(f"{path}: the file is empty; it needs at least one row")
     names = list(dict.fromkeys(key for record in head for key in record))
+    known = set(names)
 
     def rows() -> Iterator[Row]:
         for number, record in enumerate(itertools.chain(head, (record for record, _ in records)), 1):
+            if not record.keys() <= known:
+                new = next(key for key in record if key not in known)
+                raise UserError(
+                    f"{path}, row {number}: key {new!r} is in none of the first {len(head)} rows, whose keys are the "
+                    "columns; put it into the first row (null where there is no value), or leave it out"
+                )
             for name in text_columns:
                 if isinstance(record.get(name), list | dict):
                     kind = "a list" if isinstance(record[name], list) else "an object"
@@ -184,7 +191,7 @@ def _json_records(lines: Iterator[str], path: Path) -> Iterator[tuple[dict[str, 
     first = next((line for line in lines if line.strip()), "")
     records: Iterator[tuple[Any, int]]
     if first.lstrip().startswith("["):
-        records = ((record, 0) for record in _loads(first + "".join(lines), path, ""))
+        records = ((record, 0) for record in _loads(_whole(first, lines, path), path, ""))
     else:
         filled = (line for line in itertools.chain([first], lines) if line.strip())
         records = ((_loads(line, path, f", row {number}"), len(line)) for number, line in enumerate(filled, 1))
@@ -192,6 +199,18 @@ def _json_records(lines: Iterator[str], path: Path) -> Iterator[tuple[dict[str, 
         if not isinstance(record, dict):
             raise UserError(f"{path}, row {number}: {shown(record)} is not an object of column names and values")
         yield record, length
+
+
+def _whole(first: str, lines: Iterator[str], path: Path) -> str:
+    """The text of an array that is written over many lines."""
+    text = [first]
+    characters = len(first)
+    for line in lines:
+        text.append(line)
+        characters += len(line)
+        if characters > MOST_IN_JSON:
+            raise UserError(f"{path}: an array longer than {MOST_IN_JSON >> 20} MiB; write one object a line")
+    return "".join(text)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

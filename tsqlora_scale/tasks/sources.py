@@ -26,7 +26,7 @@ SplitName = Literal["train", "dev"]
 E = TypeVar("E", bound=BaseException)
 
 #: Part of every cache key; raise it when :mod:`tsqlora_scale.tasks.readers` reads a file differently.
-_READERS_VERSION = "2"
+_READERS_VERSION = "3"
 
 
 def open_split(

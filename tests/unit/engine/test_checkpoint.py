@@ -62,13 +62,13 @@ def test_a_write_that_dies_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_checkpoint_appears_at_once_and_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is the folder that was flushed file by file, under another name; a copy could be cut short."""
     flushed: dict[str, int] = {}
-    fsync = checkpoint._fsync
+    fsync = checkpoint.fsync
 
     def spy(path: Path) -> None:
         flushed[path.name] = path.stat().st_ino
         fsync(path)
 
-    monkeypatch.setattr(checkpoint, "_fsync", spy)
+    monkeypatch.setattr(checkpoint, "fsync", spy)
     folder = tmp_path / "step-00000001"
     write(folder)
     assert folder.stat().st_ino == flushed["step-00000001.partial"]
@@ -189,7 +189,7 @@ def test_hidden_files_of_a_file_system_do_not_matter(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path) == tmp_path / "step-00000001"
 
 
-@pytest.mark.parametrize("where", ["save_file", "_sha256", "_fsync", "_replace"])
+@pytest.mark.parametrize("where", ["save_file", "_sha256", "fsync", "_replace"])
 def test_what_cannot_be_written_leaves_what_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     """Of another step, and of the same step."""
 
@@ -221,3 +221,34 @@ def test_a_rename_that_fails_puts_the_old_one_back(tmp_path: Path, monkeypatch: 
             write(tmp_path / "step-00000001", 2.0)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
     assert read_checkpoint(tmp_path / "step-00000001")[1]["value"] == 1.0
+
+
+@pytest.mark.parametrize("where", ["fsync of the parent", "rmtree of the old one"])
+def test_what_is_complete_counts_as_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, where: str
+) -> None:
+    """Over one of the same step, whose remains are removed by the next pruning."""
+    write(tmp_path / "step-00000001", 1.0)
+    fsync, rmtree = checkpoint.fsync, shutil.rmtree
+
+    def full_fsync(path: Path) -> None:
+        if path == tmp_path:
+            raise OSError(errno.EIO, "Input/output error")
+        fsync(path)
+
+    def full_rmtree(path: Path, ignore_errors: bool = False) -> None:
+        if path.exists() and not ignore_errors:
+            raise OSError(errno.EIO, "Input/output error")
+        rmtree(path, ignore_errors=ignore_errors)
+
+    with monkeypatch.context() as patch:
+        if where == "fsync of the parent":
+            patch.setattr(checkpoint, "fsync", full_fsync)
+        else:
+            patch.setattr(checkpoint.shutil, "rmtree", full_rmtree)
+        write(tmp_path / "step-00000001", 2.0)
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith(f"{tmp_path / 'step-00000001'} is written, but")
+    assert read_checkpoint(tmp_path / "step-00000001")[1]["value"] == 2.0
+    prune(tmp_path, keep=1, protect=set())
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]

@@ -210,3 +210,24 @@ def test_bytes_that_are_no_text_are_found_while_reading(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["a", "b"], "notes": column}), tmp_path / "x.parquet")
     with pytest.raises(UserError, match=r"x\.parquet: cannot be read as parquet: .*Invalid UTF8"):
         read(tmp_path / "x.parquet", text=("text",))
+
+
+def test_a_column_that_comes_late(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not dropped; one of the first rows is in every row."""
+    monkeypatch.setattr(readers, "CHUNK_ROWS", 3)
+    lines = ['{"a": 1}', '{"a": 2}', '{"a": 3, "b": "x"}', '{"a": 4}', '{"b": "y"}']
+    assert [row["b"] for row in read(write("x.jsonl", "\n".join(lines)))] == [None, None, "x", None, "y"]
+    lines.append('{"a": 6, "c": "lost"}')
+    for name, content in (("x.jsonl", "\n".join(lines)), ("x.json", f"[{','.join(lines)}]")):
+        with pytest.raises(UserError, match=rf"{name}, row 6: key 'c' is in none of the first 3 rows"):
+            read(write(name, content))
+
+
+def test_an_array_without_an_end(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over many lines, each of them short."""
+    monkeypatch.setattr(readers, "MOST_IN_JSON", 2**20)
+    rows = [{"a": "x" * 1000}] * 1000
+    assert len(read(write("x.json", json.dumps(rows, indent=1)))) == 1000
+    content = (b"[\n" + b'{"a": "' + b"x" * 1000 + b'"},\n' * 1) + b'{"a": "x"},\n' * 2**17
+    with pytest.raises(UserError, match=r"x.json.gz: an array longer than 1 MiB; write one object a line"):
+        read(write("x.json.gz", content))
