@@ -60,7 +60,8 @@ def forgetting(rebuild: Callable[[Any], None]) -> Callable[[Any], None]:
 def losses_after(options: argparse.Namespace, seed: int) -> dict[str, list[float]]:
     """The losses of the steps after the event, by variant."""
     from tsqlora_scale.build import build_run
-    from tsqlora_scale.config import ResizeConfig, load_config
+    from tsqlora_scale.config import ResizeConfig
+    from tsqlora_scale.config_reading import load_config
     from tsqlora_scale.engine.checkpoint import checkpoint_dir
     from tsqlora_scale.preflight import check
     from tsqlora_scale.train import adapt_ranks, train_step

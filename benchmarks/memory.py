@@ -61,7 +61,7 @@ def train(folder: Path, base: str) -> None:
     from tsqlora_scale import preflight
     from tsqlora_scale import train as loop
     from tsqlora_scale.build import build_run
-    from tsqlora_scale.config import parse_config
+    from tsqlora_scale.config_reading import parse_config
 
     nothing = resident()
     tree: dict[str, Any] = {

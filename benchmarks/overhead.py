@@ -41,7 +41,7 @@ from tsqlora_scale import preflight
 from tsqlora_scale import train as loop
 from tsqlora_scale.build import build_run
 from tsqlora_scale.cli import _prepare_environment
-from tsqlora_scale.config import parse_config
+from tsqlora_scale.config_reading import parse_config
 from tsqlora_scale.quiet import quiet_libraries
 from tsqlora_scale.ranks import SensitivityTracker, Statistics, TsqLoraPolicy, current_ranks, layer_dims
 from tsqlora_scale.run import Run

@@ -12,7 +12,7 @@ import yaml
 from tests.tiny import WORDS, tiny_model
 from tsqlora_scale import preflight
 from tsqlora_scale.build import build_run
-from tsqlora_scale.config import parse_config
+from tsqlora_scale.config_reading import parse_config
 from tsqlora_scale.ranks import Policy
 from tsqlora_scale.run import Run
 from tsqlora_scale.train import train

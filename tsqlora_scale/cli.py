@@ -9,7 +9,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from tsqlora_scale.config import Config, load_config
+from tsqlora_scale.config import Config
+from tsqlora_scale.config_reading import load_config
 from tsqlora_scale.errors import Stopped, UserError
 from tsqlora_scale.failures import fail, leave_group, let_others_speak, record_cause
 from tsqlora_scale.launcher import launched_rank, launched_size, speaks_for_machine
@@ -188,11 +189,12 @@ def _score(options: argparse.Namespace) -> None:
     if not 0 < options.similarity <= 1:
         raise UserError(f"--similarity {options.similarity:g} must be above 0 and at most 1")
     from tsqlora_scale import preflight
+    from tsqlora_scale.model_checks import check_adapter_fits
 
     preflight.check_run_dir(config, overwrite=options.overwrite, resume="auto" if options.resume else None)
     checked = preflight.check(config)
     if options.adapter is not None:
-        preflight.check_adapter_fits(config, checked.model_config, options.adapter)
+        check_adapter_fits(config, checked.model_config, options.adapter)
     from tsqlora_scale.build import build_run
     from tsqlora_scale.preemption import StopRequest
     from tsqlora_scale.report.scores import print_scores

@@ -18,7 +18,7 @@ from tsqlora_scale.config import Config
 from tsqlora_scale.engine.engine import generator_for
 from tsqlora_scale.errors import UserError
 from tsqlora_scale.locations import resolve
-from tsqlora_scale.preflight import check_adapter_fits, check_architecture, check_weights, load_descriptions
+from tsqlora_scale.model_checks import check_adapter_fits, check_architecture, check_weights, load_descriptions
 from tsqlora_scale.saved import DESCRIPTION, WEIGHTS, check_adapter
 from tsqlora_scale.tasks import auto_class_of
 

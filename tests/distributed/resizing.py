@@ -12,7 +12,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 from benchmarks.traffic import bytes_sent
 from tsqlora_scale import preflight
 from tsqlora_scale.cli import _prepare_environment
-from tsqlora_scale.config import load_config
+from tsqlora_scale.config_reading import load_config
 
 #: Ranks that layers take in turn. With 32 inputs a factor is below, at and above a threshold of 128 elements, and most
 #: are no multiple of 3 ranks.

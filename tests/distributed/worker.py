@@ -7,7 +7,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from tsqlora_scale import preflight
 from tsqlora_scale.cli import _prepare_environment
-from tsqlora_scale.config import load_config
+from tsqlora_scale.config_reading import load_config
 from tsqlora_scale.errors import UserError
 from tsqlora_scale.failures import leave_group
 

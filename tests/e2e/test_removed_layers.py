@@ -18,7 +18,7 @@ from tsqlora_scale import cli, preflight
 from tsqlora_scale import train as loop
 from tsqlora_scale.adapters import read_adapter, short_name
 from tsqlora_scale.build import build_run
-from tsqlora_scale.config import parse_config
+from tsqlora_scale.config_reading import parse_config
 from tsqlora_scale.errors import UserError
 from tsqlora_scale.ranks import current_ranks
 from tsqlora_scale.run import Run

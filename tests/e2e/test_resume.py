@@ -14,7 +14,8 @@ from tests.runs import go, read_lines, result_of, run_tree
 from tsqlora_scale import preflight
 from tsqlora_scale import train as loop
 from tsqlora_scale.build import build_run
-from tsqlora_scale.config import Config, parse_config
+from tsqlora_scale.config import Config
+from tsqlora_scale.config_reading import parse_config
 from tsqlora_scale.engine import checkpoint
 from tsqlora_scale.errors import UserError
 from tsqlora_scale.preflight import check_run_dir

@@ -12,7 +12,7 @@ import torch
 from tests.runs import go, read_lines, result_of, run_tree
 from tsqlora_scale import preflight
 from tsqlora_scale.build import build_run
-from tsqlora_scale.config import load_config, parse_config
+from tsqlora_scale.config_reading import load_config, parse_config
 from tsqlora_scale.ranks import current_ranks
 from tsqlora_scale.train import adapt_ranks, train_step
 

@@ -19,7 +19,8 @@ from tests.tiny import AUTO, tiny_model
 from tsqlora_scale import preflight
 from tsqlora_scale.adapters import _new_module, heads_of, initialise_new, load_base, resolve_targets, skeleton
 from tsqlora_scale.build import build_run
-from tsqlora_scale.config import ModelConfig, parse_config
+from tsqlora_scale.config import ModelConfig
+from tsqlora_scale.config_reading import parse_config
 from tsqlora_scale.errors import UserError
 from tsqlora_scale.saved import check_base_weights
 

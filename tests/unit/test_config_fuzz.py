@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from tests.unit.test_configs import tree
-from tsqlora_scale.config import Config, load_config
+from tsqlora_scale.config import Config
+from tsqlora_scale.config_reading import load_config
 from tsqlora_scale.errors import UserError
 
 

@@ -15,7 +15,8 @@ from accelerate.utils import DistributedType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tsqlora_scale.config import Config, load_config, parse_config
+from tsqlora_scale.config import Config
+from tsqlora_scale.config_reading import load_config, parse_config
 from tsqlora_scale.errors import UserError
 from tsqlora_scale.preflight import plan_run
 

@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from tests.runs import run_tree
 from tests.tiny import tiny_model
 from tsqlora_scale import preflight
-from tsqlora_scale.config import Config, parse_config
+from tsqlora_scale.config import Config
+from tsqlora_scale.config_reading import parse_config
 from tsqlora_scale.errors import UserError
+from tsqlora_scale.model_checks import load_descriptions
 
 
 def config_of(tmp_path: Path, models_dir: Path, **sections: dict[str, Any]) -> Config:
@@ -176,7 +178,7 @@ def test_one_dropout_for_the_whole_base(tmp_path: Path, models_dir: Path, family
     from tsqlora_scale.tasks import auto_class_of
 
     config = parse_config(run_tree(family, tmp_path, models_dir, "run", model={"dropout": 0.25}))
-    described, _ = preflight.load_descriptions(config, str(config.model.name_or_path))
+    described, _ = load_descriptions(config, str(config.model.name_or_path))
     bare = skeleton(auto_class_of(config.task.type), described, trust_remote_code=False)
     modules = [part.p for part in bare.modules() if isinstance(part, torch.nn.Dropout)]
     functional = [value for part in bare.modules() for name, value in vars(part).items() if name.endswith("dropout")]

@@ -11,7 +11,7 @@ import torch
 from tests.runs import go, run_tree
 from tsqlora_scale import preflight
 from tsqlora_scale.build import build_run
-from tsqlora_scale.config import parse_config
+from tsqlora_scale.config_reading import parse_config
 from tsqlora_scale.step import micro_batches, optimizer_step, seed_dropout
 
 
