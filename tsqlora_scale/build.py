@@ -60,7 +60,7 @@ def build_run(
         if tree is not None:
             same_method(config, tree["config"], checkpoint)
             same_data(task.digest("train"), tree["data"], checkpoint)
-        model = build_model(config, preflight, task, device=accelerator.device)
+        model = build_model(preflight, device=accelerator.device)
         tracker = None
         if config.adapts_ranks:
             tracker = SensitivityTracker(
@@ -114,19 +114,25 @@ def write_values(model: torch.nn.Module, values: dict[str, torch.Tensor]) -> Non
         write_parameter(params[name], value)
 
 
-def build_model(config: Config, preflight: Preflight, task: Task, *, device: torch.device) -> Any:
-    """The base with a fresh adapter, the same on every rank and engine."""
-    seed = config.run.seed
-    torch.manual_seed(seed)  # whatever the libraries draw and we do not redraw
-    base, new_modules = load_base(
-        preflight.model_path,
+def build_base(described: Described, *, device: torch.device) -> tuple[torch.nn.Module, list[str]]:
+    """The frozen base, a new head in it the same on every rank and engine; and the modules that are new."""
+    config = described.config
+    return load_base(
+        described.model_path,
         config.model,
-        auto_class=task.auto_class,
-        model_config=preflight.model_config,
-        unquantised=preflight.heads,
-        generator=generator_for(seed, "head"),
+        auto_class=described.task.auto_class,
+        model_config=described.model_config,
+        unquantised=described.heads,
+        generator=generator_for(config.run.seed, "head"),
         device=device,
     )
+
+
+def build_model(preflight: Preflight, *, device: torch.device) -> Any:
+    """The base with a fresh adapter, the same on every rank and engine."""
+    config, task, seed = preflight.config, preflight.task, preflight.config.run.seed
+    torch.manual_seed(seed)  # whatever the libraries draw and we do not redraw
+    base, new_modules = build_base(preflight, device=device)
     return add_adapter(
         base,
         config.adapter,
@@ -193,15 +199,7 @@ def evaluate_adapter(preflight: Described, adapter: str) -> tuple[dict[str, floa
     world = World.current(accelerator.device)
     with quiet_libraries():
         task = preflight.task
-        base, _ = load_base(
-            preflight.model_path,
-            config.model,
-            auto_class=task.auto_class,
-            model_config=preflight.model_config,
-            unquantised=preflight.heads,
-            generator=generator_for(config.run.seed, "head"),
-            device=accelerator.device,
-        )
+        base, _ = build_base(preflight, device=accelerator.device)
         model = load_adapter(base, folder, dtype=config.model.dtype).to(accelerator.device).eval()
     with Progress("evaluating", shows=world.is_main) as bar:
         metrics = evaluate(model, task, world, batch_size=config.train.eval_batch_size, progress=bar)

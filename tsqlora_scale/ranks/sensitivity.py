@@ -112,7 +112,8 @@ class SensitivityTracker:
         self._deviation: dict[str, float] = {}
         self._deviation_weight: dict[str, float] = {}
         self._heard: dict[str, float] = {}
-        # Steps of this process alone, not in the averages yet: value or 0, and whether there is one, (2, layers).
+        # Steps of this process alone, not in the averages yet: sums over the samples heard, and their number or 0
+        # where the sum says nothing, (2, layers).
         self._pending: list[Tensor] = []
         self._silent: tuple[str, ...] = ()
         self._removed: frozenset[str] = frozenset()
