@@ -176,6 +176,8 @@ def timed_event(run: Run, clock: Clock, *, uniform: bool) -> None:
     policy = run.policy
 
     class Uniform:
+        needs_components = False
+
         def plan(self, stats: Any) -> Any:
             plan = policy.plan(stats)
             return replace(plan, ranks=dict.fromkeys(plan.ranks, stats.initial_rank)) if uniform else plan

@@ -56,6 +56,14 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory, models_dir: Path) -> Any:
     return outcome
 
 
+def least(lines: list[dict[str, int]], key: str) -> list[int]:
+    """Of two rounds of seven resizes, after which the ranks repeat: a collective under way may hold a tensor more.
+
+    What a resize leaves behind stays, and is in both rounds.
+    """
+    return [min(first[key], second[key]) for first, second in zip(lines[:7], lines[7:], strict=True)]
+
+
 @pytest.mark.parametrize("engine", ["plain", "ddp-2", "zero2-2", "zero3-2", "zero3-3"])
 def test_resizes_leave_nothing_behind(engine: str, outcomes: Any) -> None:
     outcome = outcomes(engine)
@@ -63,9 +71,8 @@ def test_resizes_leave_nothing_behind(engine: str, outcomes: Any) -> None:
     for lines in outcome["ranks"]:
         assert len(lines) == COUNT
         warm = lines[WARM:]
-        # every seventh resize gives the same ranks again
         for key in ("hooks", "threads", "system_threads", "files", "tensors", "tensor_bytes"):
-            assert [line[key] for line in warm[:-7]] == [line[key] for line in warm[7:]], key
+            assert least(warm[:14], key) == least(warm[-14:], key), key
         first, last = (max(line["resident_bytes"] for line in part) for part in (warm[:7], warm[-7:]))
         assert last - first < SLACK
 
