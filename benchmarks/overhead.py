@@ -25,9 +25,11 @@ import random
 import statistics
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -207,21 +209,31 @@ def measure(folder: Path, options: argparse.Namespace) -> tuple[Clock, Run]:
     now = time.process_time if options.cpu_time else time.perf_counter
     clock, discarded = Clock(now), Clock(now)
     adalora = adalora_step(ours, options) if ours.engine.name == "plain" and not options.no_adalora else None
+
+    def block(name: str, run: Run, position: int, into: Clock) -> None:
+        for _ in range(options.steps):
+            run.step = position  # the same batch; what it is depends on the step alone
+            into.time(name, lambda: loop.train_step(run))
+
+    def bare_block(name: str, step: Callable[[], None], into: Clock) -> None:
+        for _ in range(options.steps):
+            into.time(name, step)
+
     for repeat in range(options.repeats + 1):
         into = clock if repeat else discarded
         event = ours.plan.schedule.events[repeat] if ours.plan.schedule else 0
-
-        def block(name: str, run: Run, position: int, into: Clock = into) -> None:
-            for _ in range(options.steps):
-                run.step = position  # the same batch; what it is depends on the step alone
-                into.time(name, lambda: loop.train_step(run))
-
-        block("lora", lora, event - 1 - unheard)
-        block("quiet", ours, event - 1 - unheard)
-        block("listened", ours, event - 1)
+        blocks = deque(
+            [
+                partial(block, "lora", lora, event - 1 - unheard, into),
+                partial(block, "quiet", ours, event - 1 - unheard, into),
+                partial(block, "listened", ours, event - 1, into),
+            ]
+        )
         if adalora is not None:
-            for _ in range(options.steps):
-                into.time("adalora", adalora)
+            blocks.append(partial(bare_block, "adalora", adalora, into))
+        blocks.rotate(repeat)  # machines drift
+        for one in blocks:
+            one()
         timed_event(ours, into, uniform=bool(repeat % 2))
         ours.step = event
         into.time("after", lambda: loop.train_step(ours))
