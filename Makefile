@@ -30,6 +30,7 @@ lint: $(VENV)/.dev
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/mypy --explicit-package-bases benchmarks launch
 	@$(BIN)/lint-imports --no-logo
 
 clean:

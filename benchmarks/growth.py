@@ -88,7 +88,7 @@ def losses_after(options: argparse.Namespace, seed: int) -> dict[str, list[float
         if options.plan == "double":
             run.policy = Doubled()
         if forgets:
-            run.engine.rebuild = forgetting(run.engine.rebuild)  # type: ignore[method-assign]
+            run.engine.rebuild = forgetting(run.engine.rebuild)  # type: ignore[method-assign, assignment]
         adapt_ranks(run)
         found[name] = [train_step(run) for _ in range(options.steps)]
         run.engine.close()

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What a whole adaptive training costs a step, as a ratio to plain LoRA of the same mean rank in the same loop.
 
-    python benchmarks/overhead.py [--model DIR ...] --repeats 8 --steps 3
+    python benchmarks/overhead.py [--model DIR ...] --repeats 60 --steps 1
     accelerate launch … benchmarks/overhead.py …          # DDP or ZeRO; without AdaLoRA, with bytes sent at an event
     python benchmarks/overhead.py --agreement             # is the sampled sensitivity that of an exhaustive one?
 
@@ -155,6 +155,7 @@ def adalora_step(run: Run, options: argparse.Namespace) -> Callable[[], None]:
     total = (options.repeats + 1) * options.steps + 1
     config = AdaLoraConfig(target_modules=targets, total_step=total, task_type="SEQ_CLS", lora_alpha=16)
     model = get_peft_model(base, config).train().to(run.engine.world.device)
+    adapted: Any = model.base_model
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3)
     position = [0]
@@ -165,7 +166,7 @@ def adalora_step(run: Run, options: argparse.Namespace) -> Callable[[], None]:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        model.base_model.update_and_allocate(position[0])
+        adapted.update_and_allocate(position[0])
         optimizer.zero_grad()
         position[0] += 1
 
@@ -329,7 +330,8 @@ def show_agreement(run: Run, trackers: dict[Sampling, SensitivityTracker], spear
 
 def by_repeat(clock: Clock, name: str, steps: int) -> np.ndarray:
     """(repeats,) medians of the steps of each block."""
-    return np.median(np.reshape(clock.seconds[name], (-1, steps)), axis=1)
+    medians: np.ndarray = np.median(np.reshape(clock.seconds[name], (-1, steps)), axis=1)
+    return medians
 
 
 def report(clock: Clock, run: Run, options: argparse.Namespace) -> None:
@@ -379,8 +381,8 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int)
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--repeats", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=3, help="of each kind in a repeat")
+    parser.add_argument("--repeats", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=1, help="of each kind in a repeat")
     parser.add_argument("--cpu-time", action="store_true", help="of this process: for a machine shared with others")
     parser.add_argument("--no-adalora", action="store_true")
     parser.add_argument("--agreement", action="store_true", help="compare sampled with exhaustive sensitivity instead")

@@ -33,7 +33,8 @@ class Batch:
     """Random tokens; every third sample is padded to half."""
 
     def __init__(self, model: nn.Module, size: int, length: int, device: str) -> None:
-        ids = torch.randint(5, int(model.config.vocab_size) - 5, (size, length), device=device)
+        config: Any = model.config
+        ids = torch.randint(5, config.vocab_size - 5, (size, length), device=device)
         mask = torch.ones_like(ids)
         mask[::3, length // 2 :] = 0
         self.inputs = {"input_ids": ids, "attention_mask": mask}
@@ -73,7 +74,8 @@ def build(path: str, rank: int, device: str, dtype: torch.dtype) -> nn.Module:
 
 def norms_of(gradients: dict[str, Tensor]) -> Tensor:
     """(B,) norms over all factors."""
-    return torch.stack([g.flatten(1).norm(dim=1) for g in gradients.values()]).norm(dim=0)
+    norms: Tensor = torch.stack([g.flatten(1).norm(dim=1) for g in gradients.values()]).norm(dim=0)
+    return norms
 
 
 def rows(model: nn.Module, batch: Batch) -> dict[str, Callable[[], Any]]:
@@ -102,10 +104,10 @@ def rows(model: nn.Module, batch: Batch) -> dict[str, Callable[[], Any]]:
             flat = torch.cat([g.flatten() for g in gradients])
             with torch.no_grad():
                 for parameter, gradient in zip(parameters, gradients, strict=True):
-                    parameter -= ETA * gradient
+                    parameter.sub_(ETA * gradient)
                 after = losses(model, one).sum()
                 for parameter, gradient in zip(parameters, gradients, strict=True):
-                    parameter += ETA * gradient
+                    parameter.add_(ETA * gradient)
             found.append((loss - after, flat.norm(), flat))
         return found
 

@@ -1,0 +1,50 @@
+"""Every benchmark still runs: smallest sizes, in a process of its own, and its table has numbers in it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.runs import run_tree, write_config
+from tests.tiny import tiny_model
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+#: Benchmark -> its arguments; words in capitals are filled in.
+COMMANDS = {
+    "cheaper_scores": "--config CONFIG --out OUT --variant short:scoring.max_length=4",
+    "compare": "--config CONFIG --out OUT --seeds 0 --variant ours --variant lora:adapter.method=lora train.max_steps=9",
+    "growth": "--config CONFIG --out OUT --seeds 0 --event 4 --steps 2",
+    "memory": "--ranks 0 2 --bases fp32 --hidden 64 --layers 1",
+    "noise scores": "scores --config CONFIG --out OUT --seeds 0 --warmup 0",
+    "noise train": "train --config CONFIG --out OUT --seeds 0 --arm ours train.max_steps=9",
+    "overhead": "--model MODEL --batch 4 --length 8 --repeats 2 --steps 1",
+    "overhead --agreement": "--model MODEL --batch 4 --length 8 --agreement --agreement-steps 4 --agreement-every 4",
+    "redundancy": "--config CONFIG --out OUT --seeds 0 --power 1 train.max_steps=9",
+    "sampler": "--out OUT --sizes 1e4,1e5 --seconds 0.1",
+    "scoring": "--model MODEL --batch 4 --length 8 --repeat 2 --loop-repeat 1",
+}
+NOT_RUN = {"make_movie_snippets", "traffic"}  # needs the original package; is a part of others
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_it_runs(name: str, tmp_path: Path, models_dir: Path) -> None:
+    config = write_config(tmp_path / "config.yaml", run_tree("bert", tmp_path, models_dir, "benchmark"))
+    words = {"CONFIG": config, "OUT": tmp_path / "out", "MODEL": tiny_model("bert", models_dir)}
+    (tmp_path / "out").mkdir()
+    arguments = [str(words.get(word, word)) for word in COMMANDS[name].split()]
+    script = FOLDER / f"{name.split()[0]}.py"
+    done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("|") and "---" not in line]
+    assert len(lines) > 1
+    assert all(re.search(r"\d", line) for line in lines[1:])
+
+
+def test_none_is_left_out() -> None:
+    assert {path.stem for path in FOLDER.glob("*.py")} == {name.split()[0] for name in COMMANDS} | NOT_RUN
