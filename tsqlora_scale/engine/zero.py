@@ -79,6 +79,17 @@ def base_stays(module: nn.Module) -> Iterator[None]:
             del param.ds_optim_param
 
 
+@contextmanager
+def tensors_print_short() -> Iterator[None]:
+    """Around ``prepare``: ``deepspeed.initialize`` formats all its arguments, every parameter among them, for a message
+    that it does not print; at a rank event that was a third of its time."""
+    torch.set_printoptions(threshold=0, edgeitems=1)
+    try:
+        yield
+    finally:
+        torch.set_printoptions(profile="default")
+
+
 def clip_by_rounded_norm(engine: Any) -> None:
     """See :func:`tsqlora_scale.engine.numerics.rounded_norm`; the norm that is reported keeps its digits.
 
