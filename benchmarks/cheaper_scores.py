@@ -3,9 +3,10 @@
 
     python benchmarks/cheaper_scores.py --config FILE --out DIR [--variant NAME:key=value[;key=value ...] ...]
 
-Every variant scores the pool of the config with ``launch/score.py``, after the same warm-up. ``model.name_or_path`` is
-what ``scoring.proxy_model`` would be. Samples that a variant does not score are left out of its correlation; their
-share is printed. Finished passes are not repeated.
+Every variant scores the pool of the config (a classification task) with ``launch/score.py``, after as many warm-up
+steps. ``model.name_or_path`` is what ``scoring.proxy_model`` would be. Samples that a variant does not score are left
+out of its correlation; their share is printed. "Another seed" is how far two full passes differ anyway. Finished passes
+are not repeated.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
-from benchmarks.noise import launch  # noqa: E402
+from benchmarks.noise import flipped_data, launch, on_data  # noqa: E402
 
 TERMS = ("grad_norm", "delta_loss", "convergence", "quality")
 VARIANTS = [
@@ -45,10 +46,11 @@ def main() -> None:
 
     print(f"| pass | scored | {' | '.join(TERMS)} | common with the best 30 % | warm-up s | scoring s |")
     print("|" + "---|" * (len(TERMS) + 5))
+    folder, _ = flipped_data(options.config, options.overrides, options.out, 0.0, 0)  # the pool that every seed scores
     full: ScoreTable | None = None
     for variant in ["full:", *(options.variant or VARIANTS)]:
         name, _, keys = variant.partition(":")
-        overrides = [*options.overrides, *(keys.split(";") if keys else [])]
+        overrides = [*options.overrides, *on_data(folder), *(keys.split(";") if keys else [])]
         run = launch("score", options.config, overrides, options.out, name.replace(" ", "-"))
         table, _ = ScoreTable.read(run / "scores")
         full = full or table

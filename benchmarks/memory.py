@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""What a rank holds of a frozen base under ZeRO-3 with 1, 2 and 4 ranks, and in fp32, bf16 and nf4.
+"""What a rank holds of a frozen base under ZeRO-3 with 1, 2 and 4 ranks, and in fp32, bf16, and nf4 with bf16 beside it.
 
-    python benchmarks/memory.py [--ranks 1 2 4] [--bases fp32 bf16 nf4] [--hidden 768 --layers 8]
+    python benchmarks/memory.py [--ranks 1 2 4] [--bases fp32 bf16 nf4] [--hidden 1024 --layers 12]
 
 Every row is a training of its own: a Llama of random weights made here, two steps, one rank event, two steps. Base
-bytes are what a rank holds between uses. Resident memory (Linux: that belongs to no file) is the largest over the
-ranks, less what a process holds once it has imported the libraries: between steps, after the C library has given freed
-memory back, which by itself it does not; and the largest number seen within the last two steps.
+bytes are what a rank holds between uses. Resident memory (Linux) is the largest over the ranks, less what a process
+holds once it has imported the libraries: between steps, and the largest number seen within the last two. The C library
+is told to give freed memory back at once, which by itself it does not do.
 
 ZeRO-3 leaves up to a billion gathered parameters standing between a forward and a backward pass
 (``stage3_max_live_parameters``), which is all of a model this small; here it is a hundredth of the model, so that what
@@ -16,7 +16,6 @@ is seen is what sharding does to a large one.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import subprocess
@@ -30,19 +29,16 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 LAUNCH = Path(__file__).resolve().parents[1]
-VOCABULARY = 32_000
+VOCABULARY = 2_000
 PARAMETERS_ALIVE = 1_000_000
+#: Of glibc: allocations from that size on have pages of their own, which go back when they are freed.
+GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 def resident() -> int:
-    """Bytes of this process that belong to no file."""
+    """Bytes of this process in memory."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
-
-
-def give_back_freed() -> None:
-    """Have the C library return freed memory to the system."""
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
 
 
 @contextmanager
@@ -99,7 +95,7 @@ def train(folder: Path, base: str) -> None:
     nothing = resident()
     tree: dict[str, Any] = {
         "run": {"name": "memory", "output_dir": str(folder / f"runs-{base}-{os.environ.get('WORLD_SIZE', '1')}")},
-        "model": {"name_or_path": str(folder / "model"), "dtype": "bf16" if base == "bf16" else "fp32"},
+        "model": {"name_or_path": str(folder / "model"), "dtype": "fp32" if base == "fp32" else "bf16"},
         "task": {
             "type": "causal", "dataset": {"path": str(folder), "train_file": "train.jsonl"},
             "source": "source", "target": "target", "max_length": 32, "max_target_length": 8, "metrics": ["rougeL"],
@@ -116,11 +112,9 @@ def train(folder: Path, base: str) -> None:
     for _ in range(2):
         loop.train_step(run)
     loop.adapt_ranks(run)
-    give_back_freed()
     with watched() as peak:
         for _ in range(2):
             loop.train_step(run)
-    give_back_freed()
     held = run.engine.frozen_parameters()
     tracker = run.tracker
     assert tracker is not None
@@ -158,7 +152,7 @@ def launch(folder: Path, base: str, ranks: int) -> dict[str, int]:
         command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
         command += ["--zero3_init_flag", "true"]
     command += [__file__, "--one", base, "--folder", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=LAUNCH, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=LAUNCH, check=False, env=os.environ | GIVES_BACK)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
         raise SystemExit(f"{base} on {ranks} ranks failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
@@ -171,8 +165,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[0, 1, 2, 4], help="0: without DeepSpeed")
     parser.add_argument("--bases", nargs="+", default=["fp32", "bf16", "nf4"])
-    parser.add_argument("--hidden", type=int, default=768)
-    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
