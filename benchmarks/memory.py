@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What a rank holds of a frozen base under ZeRO-3 with 1, 2 and 4 ranks, and in fp32, bf16, and nf4 with bf16 beside it.
+"""What a rank holds of a frozen base under ZeRO-3 with 1, 2 and 4 ranks: fp32, bf16, and nf4 with bf16 beside it.
 
     python benchmarks/memory.py [--ranks 1 2 4] [--bases fp32 bf16 nf4] [--hidden 1024 --layers 12]
 
