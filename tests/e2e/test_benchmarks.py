@@ -18,13 +18,14 @@ FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 #: Benchmark -> its arguments; words in capitals are filled in.
 COMMANDS = {
     "cheaper_scores": "--config CONFIG --out OUT --variant short:scoring.max_length=4",
-    "compare": "--config CONFIG --out OUT --seeds 0 --variant ours --variant lora:adapter.method=lora train.max_steps=9",
+    "compare": "--config CONFIG --out OUT --seeds 0 --variant our --variant lora:adapter.method=lora train.max_steps=9",
     "growth": "--config CONFIG --out OUT --seeds 0 --event 4 --steps 2",
     "memory": "--ranks 0 2 --bases fp32 --hidden 64 --layers 1",
     "noise scores": "scores --config CONFIG --out OUT --seeds 0 --warmup 0",
     "noise train": "train --config CONFIG --out OUT --seeds 0 --arm ours train.max_steps=9",
     "overhead": "--model MODEL --batch 4 --length 8 --repeats 2 --steps 1",
     "overhead --agreement": "--model MODEL --batch 4 --length 8 --agreement --agreement-steps 4 --agreement-every 4",
+    "pool": "--out OUT --sizes 1e3,3e3 --batch 16 --shard 500",
     "redundancy": "--config CONFIG --out OUT --seeds 0 --power 1 train.max_steps=9",
     "sampler": "--out OUT --sizes 1e4,1e5 --seconds 0.1",
     "scoring": "--model MODEL --batch 4 --length 8 --repeat 2 --loop-repeat 1",
