@@ -76,7 +76,7 @@ class RandomMeasurer:
         """Rows of a shard."""
         generator = philox(self.passes, "benchmark", int(indices[0]))
         values = np.exp(0.5 * generator.standard_normal((len(indices), 3)))
-        sketches = generator.standard_normal((len(indices), self.sketch_dim), dtype=np.float32) + 0.5
+        sketches = generator.random((len(indices), self.sketch_dim), dtype=np.float32) - np.float32(0.3)
         return Rows(indices, values, sketches, 1e-7, self.batch_size)
 
     def state_dict(self) -> dict[str, Any]:
@@ -190,7 +190,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="a folder on a disk with 300 bytes of room per sample")
     parser.add_argument("--sizes", default="1e6,1e7,1e8")
     parser.add_argument("--sketch-dim", type=int, default=16)
-    parser.add_argument("--shard", type=int, default=2**20, help="samples of a part")
+    parser.add_argument("--shard", type=int, default=2**16, help="samples of a part")
     parser.add_argument("--batch", type=int, default=65_536, help="draws at once")
     parser.add_argument("--one", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -18,7 +18,7 @@ from numpy.typing import DTypeLike
 from tsqlora_scale.errors import UserError
 
 #: Bytes of the largest column that is held in memory.
-IN_MEMORY = 2**26
+IN_MEMORY = 2**24
 #: samples that are looked at together
 BLOCK = 2**20
 
