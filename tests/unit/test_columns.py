@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import resource
 import tempfile
@@ -45,6 +46,17 @@ def test_a_large_column_is_an_array_in_a_file_that_goes_with_it(kind, on_disk):
     del part
     gc.collect()
     assert mapped_files(on_disk) == 0
+
+
+def test_the_room_is_reserved(on_disk):
+    """A file with holes would take the room when it is written to, and end the process where there is none."""
+    column = columns.allocate(100_000, np.float64)
+    held = []
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # closed meanwhile
+            if str(on_disk) in str(link.readlink()):
+                held.append(link.stat())
+    assert [one.st_blocks * 512 >= column.nbytes for one in held] == [True]
 
 
 def test_small_columns_stay_in_memory(on_disk, monkeypatch):
