@@ -136,15 +136,16 @@ class QualityScorer(Generic[Batch]):
             model_key: says which weights ``module`` has; parts of a killed pass are taken up only under the same key.
 
         Raises:
-            UserError: no sample has a finite loss and gradient; the parts folder holds those of another pass.
+            UserError: no sample has a finite loss and gradient; the parts folder holds those of another pass; the disk
+                of TMPDIR has no room for the table of a large pool.
         """
         started = time.perf_counter()
         assert self.table is not None or not refresh, "a refresh needs a full pass before it"
         indices = self._refreshed() if refresh else self._subsample()
+        table = ScoreTable.empty(len(self.sample_ids)) if self.table is None else self.table.copy()
         with self._measurer.on(module):
             self._measure(indices, model_key)
             direction = self._target_direction()
-        table = ScoreTable.empty(len(self.sample_ids)) if self.table is None else self.table.copy()
         scores = PassScores(table, self.passes)
         rounding = self._collect(scores, indices, direction)
         self._adjust(scores, rounding)
