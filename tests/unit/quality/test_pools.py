@@ -131,7 +131,7 @@ def test_samplers(weighted, replacement, large):
 
 
 @settings(max_examples=60)
-@given(st.lists(st.integers(0, 30), min_size=1, max_size=4).filter(any), st.floats(0.01, 1), st.integers(0, 2**31 - 1))
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=4), st.floats(0.01, 1), st.integers(0, 2**31 - 1))
 def test_subset_and_weights(sizes, fraction, seed):
     generator = np.random.default_rng(seed)
     strata = generator.permutation(np.repeat(np.arange(len(sizes)), sizes))
