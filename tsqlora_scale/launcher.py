@@ -20,6 +20,11 @@ def launched_rank() -> int:
     return int(os.environ["RANK"]) if launched() else 0
 
 
+def launched_here() -> int:
+    """How many of them are on this machine."""
+    return min(launched_size(), int(os.environ.get("LOCAL_WORLD_SIZE", launched_size())))
+
+
 def speaks_for_machine() -> bool:
     """Whether this is the first process on its machine."""
     return not launched() or int(os.environ.get("LOCAL_RANK", launched_rank())) == 0

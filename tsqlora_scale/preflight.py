@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tsqlora_scale.config import LARGEST, Config, as_steps
 from tsqlora_scale.errors import UserError
-from tsqlora_scale.launcher import launched_rank, launched_size
+from tsqlora_scale.launcher import launched_here, launched_rank, launched_size
 from tsqlora_scale.locations import resolve
 from tsqlora_scale.model_checks import check_adapter_fits, check_architecture, check_weights, load_descriptions
 from tsqlora_scale.printing import shown
@@ -22,6 +23,11 @@ from tsqlora_scale.printing import shown
 if TYPE_CHECKING:
     from tsqlora_scale.ranks.schedule import Schedule
     from tsqlora_scale.tasks import Data, Task
+
+
+#: Bytes that the scores of a sample take in temporary files, on every rank and at least; less than the second number in
+#: all is not looked after.
+SCORE_BYTES, SMALL_POOL = 100, 2**30
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,7 @@ def check(config: Config, *, data: Data | None = None) -> Preflight:
             f"train.eval_every={config.train.eval_every} but there is nothing to evaluate on; "
             "set task.dataset.dev_file, or dev_split of a hub dataset"
         )
+    check_room(config, plan.pool_size)
     described = describe(config, data)
     check_scoring(config, described.task)
     proxy = None
@@ -169,6 +176,24 @@ def check_scoring(config: Config, task: Task) -> None:
             task.batch("train", [0], max_length=scoring.max_length)
         except UserError as error:
             raise UserError(f"scoring.max_length={scoring.max_length}: {error}") from None
+
+
+def check_room(config: Config, pool_size: int) -> None:
+    """Whether the scores of a pool that is too large for memory find room for temporary files.
+
+    Raises:
+        UserError: naming TMPDIR.
+    """
+    if not config.scores_data or SCORE_BYTES * pool_size <= SMALL_POOL:
+        return
+    folder = tempfile.gettempdir()
+    needed, free = SCORE_BYTES * pool_size * launched_here(), shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"TMPDIR={folder!r}: has {free / 1e9:.3g} GB of room, and the scores of {pool_size} samples take at least "
+            f"{needed / 1e9:.3g} GB on the {launched_here()} ranks here; set TMPDIR to a folder on a larger disk, or "
+            "sampling.selector: full"
+        )
 
 
 def check_machine(config: Config) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from tsqlora_scale.adapters import save_adapter
+from tsqlora_scale.columns import counted, filled, positions
 from tsqlora_scale.config import Config
 from tsqlora_scale.engine.checkpoint import checkpoint_dir, complete_checkpoints, prune, write_checkpoint
 from tsqlora_scale.engine.engine import Engine
@@ -69,12 +70,12 @@ class Run:
 
     def __post_init__(self) -> None:
         self.nonfinite = NonFiniteSteps(self.config.train.max_nonfinite)
-        self.seen = np.zeros(self.plan.pool_size, dtype=bool)
+        self.seen = filled(self.plan.pool_size, bool, False)
         self.initial_ranks = current_ranks(self.engine.module)
-        pool = np.arange(self.plan.pool_size)
+        pool = counted(self.plan.pool_size)
         if self.config.adapter.method == "tsqlora" and self.config.sampling.selector == "random":
             chosen = select_subset(self.plan.pool_size, None, self.config.sampling, seed=self.config.run.seed)
-            pool = np.flatnonzero(chosen)
+            pool = positions(chosen)
         self.use_samples(pool, None)
 
     @property
@@ -210,7 +211,7 @@ class Run:
             "nonfinite": self.nonfinite.count,
             "loss_scaler": self.engine.scaler_state(),
             "metrics_before": self.metrics_before,
-            "seen": torch.from_numpy(self.seen.astype(np.uint8)),
+            "seen": torch.from_numpy(self.seen.view(np.uint8)),
             "tracker": self.tracker.state_dict() if self.tracker else None,
             "scorer": self.scorer.state_dict() if self.scorer else None,
             "config": self.config.model_dump(mode="json"),
@@ -221,7 +222,7 @@ class Run:
     def load_state_dict(self, tree: dict[str, Any]) -> None:
         """Continue from a checkpoint; parameters, moments and ranks are already in the engine."""
         self.step = tree["sampler"]["start"]
-        self.seen = tree["seen"].numpy().astype(bool)
+        self.seen[:] = tree["seen"].numpy()
         if self.scorer is not None and tree["scorer"]["table"] is not None:
             self.scorer.load_state_dict(tree["scorer"])
             self.draw_by_scores()
@@ -288,5 +289,5 @@ class Run:
         chosen, weights = self.scorer.draws()
         self.use_samples(chosen, weights)
         if self.config.sampling.unbiased:
-            self.importance = np.ones(self.plan.pool_size)
+            self.importance = filled(self.plan.pool_size, np.float64, 1.0)
             self.importance[chosen] = importance_weights(weights, self.config.sampling.max_weight)

@@ -25,6 +25,7 @@ COMMANDS = {
     "noise train": "train --config CONFIG --out OUT --seeds 0 --arm ours train.max_steps=9",
     "overhead": "--model MODEL --batch 4 --length 8 --repeats 2 --steps 1",
     "overhead --agreement": "--model MODEL --batch 4 --length 8 --agreement --agreement-steps 4 --agreement-every 4",
+    "pool": "--out OUT --sizes 1e3,3e3 --batch 16 --shard 500",
     "redundancy": "--config CONFIG --out OUT --seeds 0 --power 1 train.max_steps=9",
     "sampler": "--out OUT --sizes 1e4,1e5 --seconds 0.1",
     "scoring": "--model MODEL --batch 4 --length 8 --repeat 2 --loop-repeat 1",

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
+
+from tsqlora_scale.columns import allocate, blocks
 
 #: Attempts of a draw within its class; each fails with probability at most 1/2.
 ATTEMPTS = 40
-#: weights that are looked at together while the classes are made
-CHUNK = 2**20
 
 
 class DyadicClasses:
@@ -21,39 +19,36 @@ class DyadicClasses:
     would depend on the sum of all weights before it, and two equal runs soon drew different samples. Here a draw
     changes only if rounding moves its own few comparisons.
 
-    The classes take 16 bytes a weight. They are made chunk by chunk, so ``weights`` may be memory-mapped; with a
-    ``folder`` they are files that are memory-mapped too, and memory does not grow with the pool.
+    The classes take 16 bytes a weight, in columns that are mapped to disk where they are large.
 
     Args:
         weights: (n,), finite and nonnegative, not all zero.
-        folder: where the classes lie on disk; None keeps them in memory.
     """
 
-    def __init__(self, weights: np.ndarray, *, folder: Path | None = None) -> None:
-        chunks = [slice(start, start + CHUNK) for start in range(0, len(weights), CHUNK)]
-        largest = max(float(weights[chunk].max()) for chunk in chunks)
+    def __init__(self, weights: np.ndarray) -> None:
+        largest = float(weights.max())
         counts: dict[int, int] = {}
-        for chunk in chunks:
-            exponents, found = np.unique(self._exponents(weights[chunk], largest)[1], return_counts=True)
+        for block in blocks(len(weights)):
+            exponents, found = np.unique(self._exponents(weights[block], largest)[1], return_counts=True)
             for exponent, count in zip(exponents.tolist(), found.tolist(), strict=True):
                 counts[exponent] = counts.get(exponent, 0) + count
         descending = sorted(counts, reverse=True)  # the heaviest class first
         self._sizes = np.array([counts[exponent] for exponent in descending], dtype=np.int64)
         self._starts = np.cumsum(self._sizes) - self._sizes
         total = int(self._sizes.sum())
-        self._members = _array(folder, "members", np.int64, total)
+        self._members = allocate(total, np.int64)
         # the weight relative to its class's upper end, in [1/2, 1)
-        self._accept = _array(folder, "accept", np.float64, total)
+        self._accept = allocate(total, np.float64)
         ends = dict(zip(descending, self._starts.tolist(), strict=True))
         sums = dict.fromkeys(descending, 0.0)
-        for chunk in chunks:
-            scaled, exponents = self._exponents(weights[chunk], largest)
+        for block in blocks(len(weights)):
+            scaled, exponents = self._exponents(weights[block], largest)
             drawable = np.flatnonzero(scaled > 0)
             scaled = scaled[drawable]
             for exponent in np.unique(exponents).tolist():
                 mine = exponents == exponent
                 place = slice(ends[exponent], ends[exponent] + int(mine.sum()))
-                self._members[place] = drawable[mine] + chunk.start
+                self._members[place] = drawable[mine] + block.start
                 self._accept[place] = np.ldexp(scaled[mine], -exponent)
                 ends[exponent] = place.stop
                 sums[exponent] += float(scaled[mine].sum())
@@ -88,10 +83,3 @@ class DyadicClasses:
                 break
         drawn: np.ndarray = np.asarray(self._members[places])
         return drawn
-
-
-def _array(folder: Path | None, name: str, kind: type, size: int) -> np.ndarray:
-    if folder is None or size == 0:
-        return np.empty(size, kind)
-    folder.mkdir(parents=True, exist_ok=True)
-    return np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=kind, shape=(size,))

@@ -8,6 +8,8 @@ from fractions import Fraction
 
 import numpy as np
 
+from tsqlora_scale.columns import allocate
+
 
 def philox(seed: int, purpose: str, counter: int = 0) -> np.random.Generator:
     """The generator of ``(seed, purpose, counter)``, the same on every rank and machine.
@@ -21,10 +23,21 @@ def philox(seed: int, purpose: str, counter: int = 0) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=np.frombuffer(digest[:16], np.uint64), counter=words))
 
 
+def uniform(generator: np.random.Generator, size: int) -> np.ndarray:
+    """Uniform numbers from [0, 1), a column (size,) float64."""
+    numbers = allocate(size, np.float64)
+    generator.random(out=numbers)
+    return numbers
+
+
 def gumbel(generator: np.random.Generator, size: int) -> np.ndarray:
-    """Standard Gumbel noise, (size,) float64, by inversion (so it needs uniform doubles alone)."""
-    uniform = generator.random(size)
-    return -np.log(-np.log(np.clip(uniform, np.finfo(np.float64).tiny, None)))
+    """Standard Gumbel noise, a column (size,) float64, by inversion (so it needs uniform doubles alone)."""
+    numbers = uniform(generator, size)
+    np.clip(numbers, np.finfo(np.float64).tiny, None, out=numbers)
+    for _ in range(2):
+        np.log(numbers, out=numbers)
+        np.negative(numbers, out=numbers)
+    return numbers
 
 
 def share_of(fraction: float, total: int) -> int:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
+from tsqlora_scale.columns import blocks
 from tsqlora_scale.errors import UserError
 from tsqlora_scale.quality.dyadic import DyadicClasses
+from tsqlora_scale.quality.order import Order
 from tsqlora_scale.quality.rng import gumbel, philox
 
 
@@ -51,11 +54,11 @@ class BatchSampler:
         assert len(self.indices) > 0
         assert batch_size > 0
         self._classes: DyadicClasses | None = None
-        self._orders: dict[int, np.ndarray] = {}
+        self._orders: dict[int, Order] = {}
         if self.weights is not None:
             assert self.weights.shape == self.indices.shape, "one weight per index"
-            assert np.isfinite(self.weights).all()
-            assert (self.weights >= 0).all()
+            assert all(np.isfinite(self.weights[block]).all() for block in blocks(len(self.weights)))
+            assert self.weights.min() >= 0
             assert self.weights.sum() > 0
             self._classes = DyadicClasses(self.weights)
 
@@ -105,8 +108,8 @@ class BatchSampler:
 
     def fingerprint(self) -> str:
         """Digest of indices and weights, to the bit."""
-        digest = hashlib.sha256(self.indices.tobytes())
-        digest.update(b"uniform" if self.weights is None else self.weights.tobytes())
+        digest = hashlib.sha256(np.ascontiguousarray(self.indices).data)
+        digest.update(b"uniform" if self.weights is None else np.ascontiguousarray(self.weights).data)
         return digest.hexdigest()
 
     def _slice(self, start: int, stop: int) -> np.ndarray:
@@ -115,17 +118,22 @@ class BatchSampler:
         parts = []
         while start < stop:
             epoch, offset = divmod(start, size)
-            parts.append(self._order(epoch)[offset : offset + stop - start])
+            parts.append(self._order(epoch).part(offset, offset + stop - start))
             start += len(parts[-1])
         return np.concatenate(parts)
 
-    def _order(self, epoch: int) -> np.ndarray:
+    def _order(self, epoch: int) -> Order:
         if epoch not in self._orders:
             if len(self._orders) >= 2:  # a cache, not a state
                 self._orders.clear()
-            keys = gumbel(philox(self.seed, f"epoch from {self.start}", epoch), len(self.indices))
+            self._orders[epoch] = Order(len(self.indices), lambda: self._keys(epoch))
+        return self._orders[epoch]
+
+    def _keys(self, epoch: int) -> Iterator[np.ndarray]:
+        generator = philox(self.seed, f"epoch from {self.start}", epoch)
+        for block in blocks(len(self.indices)):
+            keys = gumbel(generator, block.stop - block.start)
             if self.weights is not None:
                 with np.errstate(divide="ignore"):
-                    keys = keys + np.log(self.weights)
-            self._orders[epoch] = np.argsort(-keys, kind="stable")
-        return self._orders[epoch]
+                    keys += np.log(self.weights[block])
+            yield keys

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic
@@ -15,18 +15,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tsqlora_scale.columns import blocks, copied, counted, counts, positions, taken
 from tsqlora_scale.config import SamplingConfig, ScoringConfig
 from tsqlora_scale.engine.collectives import World
 from tsqlora_scale.errors import UserError
 from tsqlora_scale.quality.gradients import Batch, LossFn
-from tsqlora_scale.quality.measure import NOISE_ROUNDINGS, Measurer
-from tsqlora_scale.quality.parts import Parts
+from tsqlora_scale.quality.measure import Measurer
+from tsqlora_scale.quality.order import smallest
+from tsqlora_scale.quality.parts import Parts, Rows
+from tsqlora_scale.quality.passes import PassScores
 from tsqlora_scale.quality.redundancy import neighbours, similar_pairs
-from tsqlora_scale.quality.rng import philox, share_of
+from tsqlora_scale.quality.rng import philox, share_of, uniform
 from tsqlora_scale.quality.select import renormalised, select_subset
 from tsqlora_scale.quality.sketch import cosines
 from tsqlora_scale.quality.standardise import Standardisation, log_probabilities, term_weights
-from tsqlora_scale.quality.table import NEVER, ScoreTable, pool_fingerprint
+from tsqlora_scale.quality.table import ScoreTable, pool_fingerprint
 
 log = logging.getLogger("tsqlora_scale")
 
@@ -133,30 +136,39 @@ class QualityScorer(Generic[Batch]):
             model_key: says which weights ``module`` has; parts of a killed pass are taken up only under the same key.
 
         Raises:
-            UserError: no sample has a finite loss and gradient; the parts folder holds those of another pass.
+            UserError: no sample has a finite loss and gradient; the parts folder holds those of another pass; the disk
+                of TMPDIR has no room for the table of a large pool.
         """
         started = time.perf_counter()
         assert self.table is not None or not refresh, "a refresh needs a full pass before it"
         indices = self._refreshed() if refresh else self._subsample()
+        table = ScoreTable.empty(len(self.sample_ids)) if self.table is None else self.table.copy()
         with self._measurer.on(module):
             self._measure(indices, model_key)
             direction = self._target_direction()
-        loss, terms = self._terms(indices, direction)
-        finite = np.isfinite(loss) & np.isfinite(terms).all(axis=1)
+        scores = PassScores(table, self.passes)
+        rounding = self._collect(scores, indices, direction)
+        self._adjust(scores, rounding)
+        finite = scores.finite()
         if not finite.any():
             raise UserError(
                 "no scored sample has a finite loss and gradient, the model has diverged; "
                 "lower train.lr or use model.dtype=fp32"
             )
-        self._report_not_finite(indices[~finite])
-        self._standardisation.fit(terms[finite])
-        self.table = self._updated(indices, loss, terms, finite)
+        not_finite, first = scores.not_finite(finite, 5)
+        self._report_not_finite(not_finite, first)
+        scores.fit(self._standardisation, finite)
+        scores.rate(self._standardisation, term_weights(self.scoring), finite, before=self.table)
+        if self.table is None:
+            scores.give_rest_the_mean(finite)
+        self._choose(table)
+        self.table = table
         self.report = PassReport(
             self.passes,
             len(indices),
             time.perf_counter() - started,
             bool(self._measurer.one_at_a_time),
-            int((~finite).sum()),
+            not_finite,
         )
         self.passes += 1
         return self.table
@@ -170,10 +182,10 @@ class QualityScorer(Generic[Batch]):
     def draws(self) -> tuple[np.ndarray, np.ndarray]:
         """Pool indices of S, and the probabilities (sum 1) by which minibatches are drawn from them."""
         assert self.table is not None
-        chosen = np.flatnonzero(self.table.selected)
-        strata = None if self.strata is None else self.strata[chosen]
-        sizes = np.array([len(self.table)]) if self.strata is None else np.bincount(self.strata)
-        return chosen, renormalised(self.table.probability[chosen], strata, sizes)
+        chosen = positions(self.table.selected)
+        strata = None if self.strata is None else taken(self.strata, self.table.selected)
+        sizes = np.array([len(self.table)]) if self.strata is None else counts(self.strata)
+        return chosen, renormalised(taken(self.table.probability, self.table.selected), strata, sizes)
 
     def discard_parts(self) -> None:
         """Forget the raw numbers and sketches of the last pass, also of one that was made before a resume."""
@@ -189,7 +201,7 @@ class QualityScorer(Generic[Batch]):
             "measurer": self._measurer.state_dict(),
             "first_order": self._first_order,
             "standardisation": self._standardisation.state_dict(),
-            "neighbours": None if self.neighbours is None else torch.from_numpy(self.neighbours.copy()),
+            "neighbours": None if self.neighbours is None else torch.from_numpy(self.neighbours),
             "table": None if self.table is None else self.table.state_dict(),
         }
 
@@ -215,25 +227,28 @@ class QualityScorer(Generic[Batch]):
         """The whole pool, or ``scoring.max_samples`` of it, the same ones in every full pass."""
         size, limit = len(self.sample_ids), self.scoring.max_samples
         if limit is None or limit >= size:
-            return np.arange(size)
-        return np.sort(np.argsort(philox(self.seed, "subsample").random(size), kind="stable")[:limit])
+            return counted(size)
+        return positions(smallest(uniform(philox(self.seed, "subsample"), size), limit))
 
     def _refreshed(self) -> np.ndarray:
         assert self.table is not None
-        members = np.flatnonzero(self.table.selected)
+        members = positions(self.table.selected)
         count = share_of(self.scoring.refresh_fraction, len(members))
-        keys = philox(self.seed, "refresh", self.passes).random(len(members))
-        return np.sort(members[np.argsort(keys, kind="stable")[:count]])
+        keys = uniform(philox(self.seed, "refresh", self.passes), len(members))
+        return taken(members, smallest(keys, count))
 
     def _ordered(self, indices: np.ndarray) -> np.ndarray:
         if self.length_of is None:
             return indices
         return indices[np.argsort(self.length_of(indices), kind="stable")]
 
+    def _shards(self, indices: np.ndarray, first: int = 0) -> Iterator[np.ndarray]:
+        """What is measured together, from the ``first`` on."""
+        size = self.scoring.shard_size
+        return (self._ordered(indices[start : start + size]) for start in range(first * size, len(indices), size))
+
     def _measure(self, indices: np.ndarray, model_key: str) -> None:
         """Fill :attr:`parts` on rank 0, from where a killed pass stopped. Collective."""
-        size = self.scoring.shard_size
-        shards = [self._ordered(indices[start : start + size]) for start in range(0, len(indices), size)]
         folder = self._parts_folder / f"pass-{self.passes:03d}" if self._parts_folder is not None else None
         self.parts = Parts(folder)
         there, batch_size, problem = 0, None, None
@@ -248,13 +263,13 @@ class QualityScorer(Generic[Batch]):
             raise UserError(problem)
         if batch_size is not None:  # of a killed pass: its batches again, to the bit
             self._measurer.batch_size = batch_size
-        done = sum(len(shard) for shard in shards[:there])
+        done = min(there * self.scoring.shard_size, len(indices))
 
         def show(more: int) -> None:
             if self.progress is not None:
                 self.progress(done + more, len(indices))
 
-        for shard in shards[there:]:
+        for shard in self._shards(indices, there):
             rows = self._measurer.measure(shard, exact=not self._first_order, progress=show)
             if rows is not None:
                 self.parts.append(rows)
@@ -266,7 +281,7 @@ class QualityScorer(Generic[Batch]):
         settings = self.scoring.model_dump(mode="json", include=set(kept))
         return {
             "pool": self.pool,
-            "samples": hashlib.sha256(indices.tobytes()).hexdigest(),
+            "samples": hashlib.sha256(indices.data).hexdigest(),
             "model": model_key,
             "seed": self.seed,
             "eta": self.eta,
@@ -278,38 +293,56 @@ class QualityScorer(Generic[Batch]):
             return None
         return self._measurer.mean_sketch(self.target_batches())
 
-    def _terms(self, indices: np.ndarray, direction: Tensor | None) -> tuple[np.ndarray, np.ndarray]:
-        """Losses (n,) and raw terms (n, 3) of the samples at ``indices``, on every rank. Collective."""
-        rows = self.world.broadcast(self._rows(direction) if self.world.is_main else None)
-        assert rows is not None
-        rows = rows[np.argsort(rows[:, 0], kind="stable")]
-        assert (rows[:, 0] == indices).all()
-        loss, terms, rounding = rows[:, 1], rows[:, 2:5], rows[:, 5].max()
-        if not self._first_order:
-            self._first_order = self._below_rounding(loss, terms, rounding)
-            if self._first_order:
-                terms[:, 1] = self.eta * terms[:, 0] ** 2
-        if self.scoring.convergence == "loss_trend" and self.table is not None:
-            seen = self.table.scoring_pass[indices] != NEVER
-            terms[:, 2] = np.where(seen, self.table.loss[indices] - loss, 0.0)
-        return loss, terms
+    def _collect(self, scores: PassScores, indices: np.ndarray, direction: Tensor | None) -> float:
+        """Enter the raw numbers of the samples at ``indices``, on every rank; the forward's rounding. Collective.
 
-    def _rows(self, direction: Tensor | None) -> np.ndarray:
-        """(n, 6): pool index, loss, norm, loss reduction, convergence, rounding. On rank 0, from its parts.
-
-        The mean is summed up in the pass's order, so that it does not depend on the number of ranks. Convergence is
-        zero for ``loss_trend``, which needs no gradient.
+        The parts go from rank 0 to the others one at a time. The mean of the sketches is summed up in the pass's
+        order, so that it does not depend on the number of ranks. Convergence is zero for ``loss_trend``, which needs
+        no gradient.
         """
-        if direction is None and self.scoring.convergence != "loss_trend":
+        if self.world.is_main and direction is None and self.scoring.convergence != "loss_trend":
             direction = self._mean_direction()
-        found = []
-        for part in self.parts:
-            aligned = np.zeros(len(part.indices))
-            if direction is not None:
-                aligned = cosines(torch.from_numpy(part.sketches), direction).numpy()
-            rounding = np.full(len(part.indices), part.rounding)
-            found.append(np.column_stack([part.indices, part.values, aligned, rounding]))
-        return np.concatenate(found)
+        size, rounding = self.scoring.shard_size, 0.0
+        for number in range(-(-len(indices) // size)):
+            rows = torch.empty(min(size, len(indices) - number * size), 6, dtype=torch.float64)
+            if self.world.is_main:
+                found = self._rows(self.parts[number], direction)
+                assert found.shape == rows.shape, "a part of another shard"
+                rows = torch.from_numpy(found)
+            received = self.world.broadcast_tensor(rows).numpy()
+            scores.enter(received[:, 0].astype(np.int64), received[:, 1:5])
+            rounding = max(rounding, float(received[:, 5].max()))
+        assert len(scores) == len(indices), "parts of other samples"
+        return rounding
+
+    @staticmethod
+    def _rows(part: Rows, direction: Tensor | None) -> np.ndarray:
+        """(n, 6): pool index, loss, norm, loss reduction, convergence, rounding."""
+        aligned = np.zeros(len(part.indices))
+        if direction is not None:
+            aligned = cosines(torch.from_numpy(part.sketches), direction).numpy()
+        return np.column_stack([part.indices, part.values, aligned, np.full(len(aligned), part.rounding)])
+
+    def _adjust(self, scores: PassScores, rounding: float) -> None:
+        """Take the better or the only form of terms that the measured numbers allow.
+
+        Where a step of ``eta`` changes the losses by no more than their rounding, the difference of two forwards is
+        noise, and its first order, the same up to O(eta^2), is the better number. Decided in the first pass that
+        finds it so, and kept.
+        """
+        below = None if self._first_order else scores.changes_below_rounding(self.eta, rounding)
+        if below is not None:
+            self._first_order = True
+            scores.take_first_order(self.eta)
+            if self.world.is_main:
+                log.warning(
+                    "loss reductions by a step of scoring.eta=%g (spread %.1e) are below the rounding of the model's "
+                    "losses (%.1e); using scoring.delta_loss=first_order",
+                    self.eta,
+                    *below,
+                )
+        if self.scoring.convergence == "loss_trend" and self.table is not None:
+            scores.take_loss_trend(self.table)
 
     def _mean_direction(self) -> Tensor:
         total, count = torch.zeros(self.scoring.sketch_dim, dtype=torch.float64), 0
@@ -322,38 +355,12 @@ class QualityScorer(Generic[Batch]):
             count += len(usable)
         return total / max(count, 1)
 
-    def _below_rounding(self, loss: np.ndarray, terms: np.ndarray, eps: float) -> bool:
-        """Whether a step of ``eta`` changes the losses by no more than the forward's rounding does.
-
-        The difference of two forwards is then noise, and its first order, the same up to O(eta^2), is the better
-        number. Decided in the first pass that finds it so, and kept.
-        """
-        finite = np.isfinite(loss) & np.isfinite(terms[:, 0])
-        if not finite.any():
-            return False
-        spread = (self.eta * terms[finite, 0] ** 2).std()
-        noise = NOISE_ROUNDINGS * eps * np.abs(loss[finite]).mean()
-        if spread == 0 or spread > noise:
-            return False
-        if self.world.is_main:
-            log.warning(
-                "loss reductions by a step of scoring.eta=%g (spread %.1e) are below the rounding of the model's "
-                "losses (%.1e); using scoring.delta_loss=first_order",
-                self.eta,
-                spread,
-                noise,
-            )
-        return True
-
-    def _report_not_finite(self, indices: np.ndarray) -> None:
-        if len(indices) == 0:
-            return
-        first = ", ".join(str(self.sample_ids[i]) for i in indices[:5])
-        if self.world.is_main:
+    def _report_not_finite(self, count: int, first: list[int]) -> None:
+        if count and self.world.is_main:
             log.warning(
                 "%d samples have a loss or gradient that is not finite and get the lowest quality; first ids: %s",
-                len(indices),
-                first,
+                count,
+                ", ".join(str(self.sample_ids[i]) for i in first),
             )
 
     def _count_neighbours(self) -> np.ndarray:
@@ -365,33 +372,17 @@ class QualityScorer(Generic[Batch]):
             counts[rows] = neighbours(similar_pairs(sketches, self.sampling.similarity, seed=self.seed), len(rows))
         return self.world.broadcast(counts)
 
-    def _updated(self, indices: np.ndarray, loss: np.ndarray, terms: np.ndarray, finite: np.ndarray) -> ScoreTable:
-        """The table after this pass; earlier tables stay as they are. Collective."""
-        weights = term_weights(self.scoring)
-        quality = self._standardisation.z(terms) @ weights
-        worst = quality[finite].min()
+    def _choose(self, table: ScoreTable) -> None:
+        """Probabilities by the qualities, in place; in the first pass also S. Collective."""
         first = self.table is None
-        table = ScoreTable.empty(len(self.sample_ids)) if self.table is None else self.table.copy()
-        if not first:
-            worst = min(worst, table.quality.min())
-        quality[~finite] = worst
-        table.loss[indices] = loss
-        table.grad_norm[indices], table.delta_loss[indices], table.convergence[indices] = terms.T
-        table.quality[indices] = quality
-        table.scoring_pass[indices] = self.passes
-        if first:
-            rest = table.scoring_pass == NEVER
-            mean = terms[finite].mean(axis=0)
-            table.loss[rest] = loss[finite].mean()
-            table.grad_norm[rest], table.delta_loss[rest], table.convergence[rest] = mean
-            table.quality[rest] = quality[finite].mean()  # not that of the mean terms: a gate is not linear
         if first and self.sampling.redundancy:
             self.neighbours = self._count_neighbours()
         worth = table.quality
         if self.neighbours is not None:
-            worth = worth - self.sampling.tau * self.sampling.redundancy * np.log(self.neighbours)
+            worth = copied(worth)
+            for block in blocks(len(worth)):
+                worth[block] -= self.sampling.tau * self.sampling.redundancy * np.log(self.neighbours[block])
         log_p = log_probabilities(worth, self.sampling.tau, self.world, self.strata)
-        table.probability = np.exp(log_p)
+        np.exp(log_p, out=table.probability)
         if first:
             table.selected = select_subset(len(table), log_p, self.sampling, seed=self.seed, strata=self.strata)
-        return table

@@ -6,7 +6,9 @@ from fractions import Fraction
 
 import numpy as np
 
+from tsqlora_scale.columns import allocate, blocks, counts, filled
 from tsqlora_scale.config import SamplingConfig
+from tsqlora_scale.quality.order import largest, stratum_of
 from tsqlora_scale.quality.rng import gumbel, philox, share_of
 
 
@@ -26,20 +28,15 @@ def select_subset(
         strata: groups of the pool, (size,) numbers from 0, of which S keeps the shares; None is one group.
     """
     if sampling.selector == "full":
-        return np.ones(size, dtype=bool)
+        return filled(size, bool, True)
     keys = gumbel(philox(seed, "select"), size)
     if sampling.selector == "quality":
         assert log_p is not None
         assert log_p.shape == (size,)
-        assert np.isfinite(log_p).all()
-        keys = keys + log_p
-    strata = np.zeros(size, dtype=np.int64) if strata is None else strata
-    quota = quotas(np.bincount(strata), share_of(sampling.keep_fraction, size))
-    order = np.lexsort((-keys, strata))  # stratum by stratum, the largest keys first
-    place = np.arange(size) - (np.cumsum(np.bincount(strata)) - np.bincount(strata))[strata[order]]
-    member = np.zeros(size, dtype=bool)
-    member[order[place < quota[strata[order]]]] = True
-    return member
+        assert all(np.isfinite(log_p[block]).all() for block in blocks(size))
+        np.add(keys, log_p, out=keys)
+    sizes = np.array([size]) if strata is None else counts(strata)
+    return largest(keys, quotas(sizes, share_of(sampling.keep_fraction, size)), strata)
 
 
 def quotas(sizes: np.ndarray, total: int) -> np.ndarray:
@@ -58,21 +55,31 @@ def renormalised(weights: np.ndarray, strata: np.ndarray | None, sizes: np.ndarr
         strata: of the samples, (n,); None is one group.
         sizes: samples of the pool in every stratum.
     """
+    scaled = allocate(len(weights), np.float64)
     if strata is None:
-        whole: np.ndarray = weights / weights.sum()
-        return whole
-    mass = np.where(np.bincount(strata, minlength=len(sizes)) > 0, sizes, 0)  # a stratum without a place in S
-    scale = mass / mass.sum() / np.maximum(np.bincount(strata, weights, minlength=len(sizes)), np.finfo(float).tiny)
-    scaled: np.ndarray = weights * scale[strata]
+        np.divide(weights, weights.sum(), out=scaled)
+        return scaled
+    found, masses = np.zeros(len(sizes), dtype=np.int64), np.zeros(len(sizes))
+    for block in blocks(len(weights)):
+        of = stratum_of(strata, block)
+        found += np.bincount(of, minlength=len(sizes))
+        np.add.at(masses, of, weights[block])  # one after another, however the blocks are cut
+    mass = np.where(found > 0, sizes, 0)  # a stratum without a place in S
+    scale = mass / mass.sum() / np.maximum(masses, np.finfo(float).tiny)
+    for block in blocks(len(weights)):
+        scaled[block] = weights[block] * scale[stratum_of(strata, block)]
     return scaled
 
 
-def importance_weights(probabilities: np.ndarray, largest: float) -> np.ndarray:
-    """``1 / (n p_i)``, (n,), cut at ``largest``: weights with which draws by p estimate the uniform mean.
+def importance_weights(probabilities: np.ndarray, cut: float) -> np.ndarray:
+    """``1 / (n p_i)``, (n,), no larger than ``cut``: weights with which draws by p estimate the uniform mean.
 
     Args:
         probabilities: of the samples drawn from, (n,), of sum 1.
     """
+    weights = allocate(len(probabilities), np.float64)
+    np.multiply(probabilities, len(probabilities), out=weights)
     with np.errstate(divide="ignore"):
-        weights: np.ndarray = np.minimum(1.0 / (len(probabilities) * probabilities), largest)
+        np.divide(1.0, weights, out=weights)
+    np.minimum(weights, cut, out=weights)
     return weights

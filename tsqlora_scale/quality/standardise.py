@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 import torch
 
+from tsqlora_scale.columns import allocate, blocks, counts
 from tsqlora_scale.config import ScoringConfig
 from tsqlora_scale.engine.collectives import World
+from tsqlora_scale.quality.order import stratum_of
 
 #: (alpha_1, alpha_2, alpha_3) of gradient norm, loss reduction and convergence.
 #:
@@ -79,9 +82,19 @@ class Standardisation:
 
     def fit(self, terms: np.ndarray) -> None:
         """Take the constants that are still missing from finite ``terms`` (n, 3)."""
-        std = terms.std(axis=0)
-        fresh = (self.std == 0) & (std > NO_SPREAD * np.abs(terms).max(axis=0))
-        self.mean = np.where(fresh, terms.mean(axis=0), self.mean)
+        self.fit_blocks(lambda: [terms])
+
+    def fit_blocks(self, terms: Callable[[], Iterable[np.ndarray]]) -> None:
+        """:meth:`fit` to terms that are given in blocks of rows, at least one row in all, the same at every call.
+
+        The sums go on from block to block, so the constants are the same to the bit however the rows are cut.
+        """
+        mean = mean_of(terms())
+        variance = mean_of((some - mean) ** 2 for some in terms())
+        largest = np.max([np.abs(some).max(axis=0, initial=0) for some in terms()], axis=0)
+        std = np.sqrt(variance)
+        fresh = (self.std == 0) & (std > NO_SPREAD * largest)
+        self.mean = np.where(fresh, mean, self.mean)
         self.std = np.where(fresh, std, self.std)
 
     def z(self, terms: np.ndarray) -> np.ndarray:
@@ -101,7 +114,19 @@ class Standardisation:
         self.mean, self.std = state["mean"].numpy().copy(), state["std"].numpy().copy()
 
 
-def log_sum_exp(values: np.ndarray, strata: np.ndarray, count: int, world: World) -> np.ndarray:
+def mean_of(rows: Iterable[np.ndarray]) -> np.ndarray:
+    """Mean (k,) of rows that are given in blocks (n, k); ``np.mean(..., axis=0)`` of all of them, to the bit."""
+    total: np.ndarray | None = None
+    size = 0
+    for some in rows:  # the rows are added one after another, as numpy does along the first axis
+        total = np.add.reduce(some if total is None else np.concatenate([total[None], some]), axis=0)
+        size += len(some)
+    assert total is not None and size > 0
+    mean: np.ndarray = total / size
+    return mean
+
+
+def log_sum_exp(values: np.ndarray, strata: np.ndarray | None, count: int, world: World) -> np.ndarray:
     """``log(sum_j exp(x_j))`` within every stratum, stable, equal to the bit on any number of ranks. Collective.
 
     The ranks exponentiate blocks of :data:`BLOCK` values in turn. The maxima and the blocks' sums are all-reduced,
@@ -109,22 +134,22 @@ def log_sum_exp(values: np.ndarray, strata: np.ndarray, count: int, world: World
 
     Args:
         values: (n,) finite, the same on every rank.
-        strata: the stratum of each, (n,), from 0 to ``count - 1``.
+        strata: the stratum of each, (n,), from 0 to ``count - 1``; None is one stratum.
 
     Returns:
         (count,) float64; ``-inf`` for a stratum without a value.
     """
-    blocks = [slice(start, start + BLOCK) for start in range(0, len(values), BLOCK)]
-    mine = range(world.rank, len(blocks), world.size)
+    cut = list(blocks(len(values), BLOCK))
+    mine = range(world.rank, len(cut), world.size)
     peaks = np.full(count, -np.inf)
     for number in mine:
-        assert np.isfinite(values[blocks[number]]).all()
-        np.maximum.at(peaks, strata[blocks[number]], values[blocks[number]])
+        assert np.isfinite(values[cut[number]]).all()
+        np.maximum.at(peaks, stratum_of(strata, cut[number]), values[cut[number]])
     peaks = world.max(torch.from_numpy(peaks)).numpy()
-    sums = np.zeros((len(blocks), count))
+    sums = np.zeros((len(cut), count))
     for number in mine:
-        block = blocks[number]
-        sums[number] = np.bincount(strata[block], np.exp(values[block] - peaks[strata[block]]), minlength=count)
+        of = stratum_of(strata, cut[number])
+        sums[number] = np.bincount(of, np.exp(values[cut[number]] - peaks[of]), minlength=count)
     sums = world.sum(torch.from_numpy(sums)).numpy()
     with np.errstate(divide="ignore"):  # an empty stratum: log 0
         total: np.ndarray = peaks + np.log(sums.sum(axis=0))
@@ -140,8 +165,10 @@ def log_probabilities(quality: np.ndarray, tau: float, world: World, strata: np.
     Args:
         quality: Q of the whole pool, (N,), the same on every rank.
     """
-    strata = np.zeros(len(quality), dtype=np.int64) if strata is None else strata
-    sizes = np.bincount(strata)
-    totals = log_sum_exp(quality / tau, strata, len(sizes), world)
-    log_p: np.ndarray = quality / tau + (np.log(sizes / len(quality)) - totals)[strata]
+    sizes = np.array([len(quality)]) if strata is None else counts(strata)
+    log_p = allocate(len(quality), np.float64)
+    np.divide(quality, tau, out=log_p)
+    shifts = np.log(sizes / len(quality)) - log_sum_exp(log_p, strata, len(sizes), world)
+    for block in blocks(len(log_p)):
+        log_p[block] += shifts[stratum_of(strata, block)]
     return log_p

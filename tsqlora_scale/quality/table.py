@@ -6,21 +6,29 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from tsqlora_scale.columns import BLOCK, blocks, copied, filled, taken
 from tsqlora_scale.errors import UserError
 from tsqlora_scale.files import written_whole
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 #: pass number of a sample that was never scored itself and carries the mean of those that were
 NEVER = -1
+#: types of the columns that are not float64
+KINDS: dict[str, type] = {"selected": bool, "scoring_pass": np.int64}
 
 
 @dataclass
 class ScoreTable:
     """Scores of the whole pool, one entry per sample, in pool order. The same on every rank.
+
+    57 bytes a sample, in columns that are mapped to disk where they are large (:mod:`tsqlora_scale.columns`).
 
     Attributes:
         loss: loss of the sample alone.
@@ -45,33 +53,37 @@ class ScoreTable:
     @classmethod
     def empty(cls, size: int) -> ScoreTable:
         """A table in which nothing is known yet."""
-        unknown = {f.name: np.full(size, np.nan) for f in fields(cls)}
-        return cls(**unknown | {"selected": np.zeros(size, bool), "scoring_pass": np.full(size, NEVER, np.int64)})
+        unknown = {f.name: np.nan for f in fields(cls)} | {"selected": False, "scoring_pass": NEVER}
+        return cls(**{name: filled(size, KINDS.get(name, np.float64), value) for name, value in unknown.items()})
 
     def __len__(self) -> int:
         return len(self.quality)
 
     def mean_quality(self) -> float:
         """Mean over S of sigmoid(Q), in (0, 1)."""
-        return float((0.5 + 0.5 * np.tanh(self.quality[self.selected] / 2)).mean())
+        values = taken(self.quality, self.selected)
+        for block in blocks(len(values)):
+            values[block] = 0.5 + 0.5 * np.tanh(values[block] / 2)
+        return float(values.mean())
 
     def effective_sample_size(self) -> float:
         """``1 / sum p_i^2`` over S, with p renormalised over S: from 1 (one sample has all mass) to |S| (uniform)."""
-        weights = self.probability[self.selected]
-        return float(weights.sum() ** 2 / (weights**2).sum())
+        weights = taken(self.probability, self.selected)
+        total = weights.sum()
+        return float(total**2 / np.square(weights, out=weights).sum())
 
     def copy(self) -> ScoreTable:
         """A table that shares no memory with this one."""
-        return ScoreTable(**{f.name: getattr(self, f.name).copy() for f in fields(self)})
+        return ScoreTable(**{f.name: copied(getattr(self, f.name)) for f in fields(self)})
 
     def state_dict(self) -> dict[str, Any]:
-        """The columns as tensors."""
-        return {f.name: torch.from_numpy(getattr(self, f.name).copy()) for f in fields(self)}
+        """The columns as tensors, which share the table's memory."""
+        return {f.name: torch.from_numpy(getattr(self, f.name)) for f in fields(self)}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> ScoreTable:
-        """The table of :meth:`state_dict`."""
-        return cls(**{name: column.numpy().copy() for name, column in state.items()})
+        """The table of :meth:`state_dict`; it shares no memory with it."""
+        return cls(**{name: copied(column.numpy()) for name, column in state.items()})
 
     def write(self, folder: str | Path, sample_ids: Sequence[str]) -> Path:
         """Write ``folder/pass-NNN.parquet``, NNN the last pass, whole or not at all; call on one rank."""
@@ -82,10 +94,12 @@ class ScoreTable:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"pass-{max(self.scoring_pass.max(initial=NEVER), 0):03d}.parquet"
-        columns = {"sample_id": pa.array([str(i) for i in sample_ids], pa.string())}
-        columns |= {f.name: pa.array(getattr(self, f.name)) for f in fields(self)}
-        with written_whole(path) as partial:
-            pq.write_table(pa.table(columns), partial)
+        schema = _schema()
+        with written_whole(path) as partial, pq.ParquetWriter(partial, schema) as writer:
+            for block in blocks(len(self)):  # a row group each
+                ids = pa.array([str(i) for i in sample_ids[block]], pa.string())
+                numbers = [pa.array(getattr(self, name)[block]) for name in schema.names[1:]]
+                writer.write_table(pa.table([ids, *numbers], schema=schema), row_group_size=len(ids))
         return path
 
     @classmethod
@@ -104,21 +118,34 @@ class ScoreTable:
             if not passes:
                 raise UserError(f"{path}: no score file pass-NNN.parquet in this folder; score the pool first")
             path = passes[-1]
+        ids: list[str] = []
         try:
-            content = pq.read_table(path, columns=["sample_id", *(f.name for f in fields(cls))])
-        except (OSError, KeyError, pa.ArrowInvalid) as error:
+            with pq.ParquetFile(path) as file:
+                if not (found := file.schema_arrow).equals(_schema()):
+                    raise UserError(f"{path}: not a score file (it holds {found}); score the pool again")
+                table = cls.empty(file.metadata.num_rows)
+                for batch in file.iter_batches(BLOCK):
+                    place = slice(len(ids), len(ids) + len(batch))
+                    for name in found.names[1:]:
+                        getattr(table, name)[place] = batch[name].to_numpy(zero_copy_only=False)
+                    ids += batch["sample_id"].to_pylist()
+        except (OSError, pa.ArrowInvalid) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{path}: not a score file ({reason}); score the pool again") from None
-        missing = {"sample_id", *(f.name for f in fields(cls))} - set(content.column_names)
-        if missing:
-            raise UserError(f"{path}: not a score file, columns {sorted(missing)} are missing; score the pool again")
-        columns = {f.name: content[f.name].to_numpy().copy() for f in fields(cls)}
-        return cls(**columns), content["sample_id"].to_pylist()
+        return table, ids
+
+
+def _schema() -> pa.Schema:
+    """Of a score file."""
+    import pyarrow as pa
+
+    kinds = [(f.name, pa.from_numpy_dtype(KINDS.get(f.name, np.float64))) for f in fields(ScoreTable)]
+    return pa.schema([("sample_id", pa.string()), *kinds])
 
 
 def pool_fingerprint(sample_ids: Sequence[str]) -> str:
     """A digest of the pool's sample ids in order: scores belong to one pool only."""
     digest = hashlib.sha256()
-    for sample_id in sample_ids:
-        digest.update(f"{len(str(sample_id))}:{sample_id}".encode())
+    for block in blocks(len(sample_ids), 2**16):
+        digest.update("".join(f"{len(str(i))}:{i}" for i in sample_ids[block]).encode())
     return digest.hexdigest()

@@ -10,8 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from tsqlora_scale.columns import allocate
 from tsqlora_scale.errors import UserError
 from tsqlora_scale.printing import shown
+from tsqlora_scale.tasks.mapped import row_numbers
 
 #: The column that every split has, whatever its file calls its ids.
 SAMPLE_ID = "sample_id"
@@ -51,7 +53,7 @@ def check_text(dataset: datasets.Dataset, name: str, *, where: str, may_be_empty
     column = dataset.data.column(name)
     if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
         raise UserError(f"{where}: column {name!r} holds {column.type} values; it must hold text")
-    found = [np.zeros(0, dtype=bool)]
+    found = allocate(len(column), bool)
     row = 0
     for chunk in column.chunks:  # chunk by chunk: the column may be larger than memory
         try:
@@ -64,13 +66,15 @@ def check_text(dataset: datasets.Dataset, name: str, *, where: str, may_be_empty
                 f"{where}, row {row + first + 1}: column {name!r} is empty; "
                 "fill it in, or set task.dataset.drop_empty=true to leave such rows out"
             )
-        found.append(filled.to_numpy(zero_copy_only=False))
+        found[row : row + len(chunk)] = filled.to_numpy(zero_copy_only=False)
         row += len(chunk)
-    return np.concatenate(found)
+    return found
 
 
-def sample_ids(dataset: datasets.Dataset, id_column: str | None, *, where: str) -> pa.Array:
+def sample_ids(dataset: datasets.Dataset, id_column: str | None, *, where: str) -> pa.Array | pa.ChunkedArray:
     """The sample ids (N,) as strings: the id column's values, else the rows' positions ``"0"``, ``"1"``, ...
+
+    Those of a column are held in memory, and while they are compared in a table of all of them.
 
     Raises:
         UserError: an id is empty or occurs twice, or a column of this name exists that is not the id column.
@@ -81,7 +85,7 @@ def sample_ids(dataset: datasets.Dataset, id_column: str | None, *, where: str) 
                 f"{where}: has a column {SAMPLE_ID!r}, the name of our own; "
                 f"set task.dataset.id_column={SAMPLE_ID} to use it, or rename it"
             )
-        return pa.array(np.arange(len(dataset))).cast(pa.string())
+        return row_numbers(len(dataset))
     column = dataset.data.column(id_column)
     if pa.types.is_nested(column.type):
         raise UserError(f"task.dataset.id_column={id_column!r}: {where} holds {column.type} values; ids must be plain")

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import datasets
 import numpy as np
 import pyarrow as pa
+from datasets.fingerprint import generate_random_fingerprint
 
+from tsqlora_scale.columns import allocate
 from tsqlora_scale.config import TaskConfig
 from tsqlora_scale.errors import UserError
 from tsqlora_scale.printing import printable
@@ -92,14 +94,20 @@ def _load_split(cfg: TaskConfig, split: SplitName, seed: int) -> datasets.Datase
         wanted["task.dataset.id_column"] = id_column
     require_columns(raw, wanted, where=where)
     drop = cfg.dataset.drop_empty
-    filled = np.logical_and.reduce([check_text(raw, name, where=where, may_be_empty=drop) for name in texts.values()])
-    ours: dict[str, pa.Array | np.ndarray] = {SAMPLE_ID: sample_ids(raw, id_column, where=where)}
+    filled = allocate(len(raw), bool)
+    filled[:] = True
+    for name in texts.values():
+        filled &= check_text(raw, name, where=where, may_be_empty=drop)
+    ours: dict[str, pa.Array | pa.ChunkedArray | np.ndarray] = {SAMPLE_ID: sample_ids(raw, id_column, where=where)}
     if labelled and cfg.label is not None:
         ours[cfg.label] = _targets(cfg, raw, cfg.label, where)
     kept = raw.remove_columns([name for name in ours if name in raw.column_names])
-    dataset = datasets.concatenate_datasets([kept, datasets.Dataset(pa.table(ours))], axis=1)
+    # a fingerprint of its own, or one is taken of a copy of the table
+    added = datasets.Dataset(pa.table(ours), fingerprint=generate_random_fingerprint())
+    dataset = datasets.concatenate_datasets([kept, added], axis=1)
     if not filled.all():
-        log.warning("%s: %d rows with an empty text are left out", printable(where), int((~filled).sum()))
+        left_out = len(filled) - int(np.count_nonzero(filled))
+        log.warning("%s: %d rows with an empty text are left out", printable(where), left_out)
         dataset = dataset.select(np.flatnonzero(filled))
         if not len(dataset):
             raise UserError(f"{where}: every row has an empty text; check task.text, task.source and task.target")

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from tsqlora_scale.columns import allocate, blocks
 from tsqlora_scale.errors import UserError
 from tsqlora_scale.printing import shown
 
@@ -103,7 +104,7 @@ def class_ids(
             f"label {shown(cell)} in column {name!r} is {wanted}; {held}; mend the row or add the label to task.labels"
         )
 
-    return _parsed(column, parse, problem, where=where, name=name).astype(np.int64)
+    return _parsed(column, parse, problem, np.int64, where=where, name=name)
 
 
 def regression_targets(column: pa.ChunkedArray, *, where: str, name: str) -> np.ndarray:
@@ -117,32 +118,36 @@ def regression_targets(column: pa.ChunkedArray, *, where: str, name: str) -> np.
         wanted = "is not a finite number, as a regression target must be"
         return f"{shown(cell)} in column {name!r} {wanted}; mend or drop the row"
 
-    return _parsed(column, target_value, problem, where=where, name=name).astype(np.float32)
+    return _parsed(column, target_value, problem, np.float32, where=where, name=name)
 
 
 def _parsed(
     column: pa.ChunkedArray,
     parse: Callable[[Cell], N | None],
     problem: Callable[[Cell, list[Cell]], str],
+    kind: type[np.number],
     *,
     where: str,
     name: str,
 ) -> np.ndarray:
-    """``parse`` of every cell, called once per distinct cell."""
+    """``parse`` of every cell, (N,) of ``kind``, called once per distinct cell of a block."""
     if not any(is_kind(column.type) for is_kind in _KINDS):
         raise UserError(f"{where}: column {name!r} holds {column.type} values; a label must be text or a number")
-    distinct = pc.unique(column)
-    cells = distinct.to_pylist()
-    values = [parse(cell) for cell in cells]
-    codes = pc.index_in(column, value_set=distinct).to_numpy()
-    bad = [code for code, value in enumerate(values) if value is None]
-    if bad:
-        row = int(np.flatnonzero(np.isin(codes, bad))[0])
-        cell = cells[codes[row]]
-        if cell is None or (isinstance(cell, str) and not cell.strip()):
-            raise UserError(f"{where}, row {row + 1}: column {name!r} is empty; give every row a label or drop the row")
-        raise UserError(f"{where}, row {row + 1}: {problem(cell, [c for c in cells if c is not None])}")
-    parsed: np.ndarray = np.array(values)[codes]
+    parsed = allocate(len(column), kind)
+    for block in blocks(len(column)):
+        some = column.slice(block.start, block.stop - block.start)
+        distinct = pc.unique(some)
+        cells = distinct.to_pylist()
+        values = [parse(cell) for cell in cells]
+        codes = pc.index_in(some, value_set=distinct).to_numpy()
+        bad = [code for code, value in enumerate(values) if value is None]
+        if bad:
+            row = int(np.flatnonzero(np.isin(codes, bad))[0])
+            cell, place = cells[codes[row]], f"{where}, row {block.start + row + 1}"
+            if cell is None or (isinstance(cell, str) and not cell.strip()):
+                raise UserError(f"{place}: column {name!r} is empty; give every row a label or drop the row")
+            raise UserError(f"{place}: {problem(cell, [c for c in pc.unique(column).to_pylist() if c is not None])}")
+        parsed[block] = np.array(values)[codes]
     return parsed
 
 

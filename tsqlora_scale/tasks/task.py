@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from tsqlora_scale.columns import allocate, blocks, counts
 from tsqlora_scale.config import TaskConfig
 from tsqlora_scale.errors import UserError
 from tsqlora_scale.tasks.batch import Batch
@@ -26,6 +27,8 @@ from tsqlora_scale.tasks.sources import SplitName
 from tsqlora_scale.tasks.tokenizing import check_lengths
 
 Indices = Sequence[int] | np.ndarray
+#: rows of text that are in memory at once
+ROWS = 2**16
 
 
 class Task:
@@ -135,18 +138,27 @@ class Task:
         return compute_metrics(self._cfg.metrics, predictions, references, num_labels=self._cfg.num_labels)
 
     def lengths(self, split: SplitName) -> np.ndarray:
-        """Characters of input text of every row of a split, (N,) int64: enough to put rows of a length together."""
+        """Characters of input text of every row of a split, (N,) int32: enough to put rows of a length together."""
         names = [name for key, name in text_columns(self._cfg).items() if key != "task.target"]
-        table = self._views[split].select_columns(names).with_format("arrow")[:]
-        lengths: np.ndarray = np.stack([pc.utf8_length(table[name]).to_numpy() for name in names]).sum(axis=0)
+        view = self._views[split].select_columns(names).with_format("arrow")
+        lengths = allocate(len(view), np.int32)
+        for block in blocks(len(view), ROWS):
+            table = view[block]
+            lengths[block] = np.stack([pc.utf8_length(table[name]).to_numpy() for name in names]).sum(axis=0)
         return lengths
 
     def strata(self, split: SplitName) -> np.ndarray:
-        """The class of every row of a split as numbers from 0 without gaps, (N,) int64; classification only."""
+        """The class of every row of a split as numbers from 0 without gaps, (N,) int32; classification only."""
         assert self._cfg.type == "classification", self._cfg.type
-        labels = self._views[split].with_format("arrow")[:][self._objective.answer].to_numpy()
-        numbers: np.ndarray = np.unique(labels, return_inverse=True)[1]
-        return numbers
+        answer = self._objective.answer
+        view = self._views[split].select_columns([answer]).with_format("arrow")
+        labels = allocate(len(view), np.int32)
+        for block in blocks(len(view), ROWS):
+            labels[block] = view[block][answer].to_numpy()
+        present = np.flatnonzero(counts(labels))
+        for block in blocks(len(labels)):
+            labels[block] = np.searchsorted(present, labels[block])
+        return labels
 
     def preview(self, split: SplitName, index: int) -> str:
         """One sample's text on one line, for tables."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,8 +11,8 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from tests.reference.quality import inclusion_probabilities
+from tsqlora_scale import columns
 from tsqlora_scale.errors import UserError
-from tsqlora_scale.quality import dyadic
 from tsqlora_scale.quality.dyadic import DyadicClasses
 from tsqlora_scale.quality.sampler import BatchSampler
 
@@ -135,17 +137,18 @@ def test_dyadic_classes_follow_the_weights(weights: list[float]) -> None:
     assert np.abs(found - expected).max() <= 5 * np.sqrt(0.25 / len(drawn))
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 1000])
-def test_classes_made_in_chunks_and_on_disk_are_the_same(chunk, monkeypatch, tmp_path) -> None:
+@pytest.mark.parametrize("block", [1, 7, 1000])
+def test_classes_made_in_blocks_and_on_disk_are_the_same(block, monkeypatch, tmp_path) -> None:
     weights = np.exp(3 * np.random.default_rng(0).standard_normal(500))
     weights[::9] = 0
     expected = DyadicClasses(weights).draw(np.random.default_rng(1), 2000)
-    monkeypatch.setattr(dyadic, "CHUNK", chunk)
+    monkeypatch.setattr(columns, "BLOCK", block)
     np.save(tmp_path / "weights.npy", weights)
     mapped = np.load(tmp_path / "weights.npy", mmap_mode="r")
-    for folder in (None, tmp_path / "classes"):
-        assert (DyadicClasses(mapped, folder=folder).draw(np.random.default_rng(1), 2000) == expected).all()
-    assert isinstance(DyadicClasses(mapped, folder=tmp_path / "classes")._members, np.memmap)
+    for limit in (columns.IN_MEMORY, 0):
+        monkeypatch.setattr(columns, "IN_MEMORY", limit)
+        assert (DyadicClasses(mapped).draw(np.random.default_rng(1), 2000) == expected).all()
+    assert isinstance(DyadicClasses(mapped)._members.base, mmap.mmap)
 
 
 def test_a_draw_is_the_same_alone_and_among_many() -> None:
