@@ -44,7 +44,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--share", type=float, default=0.1)
     parser.add_argument("--copies", type=int, default=5)
-    parser.add_argument("--power", type=float, nargs="+", default=[0.0, 0.5, 1.0])
+    parser.add_argument(
+        "--power", type=lambda text: [float(power) for power in text.split(",")], default=[0.0, 0.5, 1.0]
+    )
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0, 1, 2])
     parser.add_argument("overrides", nargs="*", help="section.key=value for all runs")
     options = parser.parse_intermixed_args()
