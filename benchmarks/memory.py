@@ -82,7 +82,7 @@ def make_model(folder: Path, hidden: int, layers: int) -> None:
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def train(folder: Path, base: str) -> None:
+def train(folder: Path, base: str, *, checkpointing: bool = False) -> None:
     """One row, in the processes that the launcher started; rank 0 prints it as JSON."""
     from tsqlora_scale.cli import _prepare_environment
 
@@ -106,6 +106,7 @@ def train(folder: Path, base: str) -> None:
         "schedule": {"start": 2, "end": 2, "every": 2},
         "train": {"max_steps": 4, "batch_size": 4, "micro_batch_size": 1, "lr": 1e-3},
     }  # fmt: skip
+    tree["model"]["gradient_checkpointing"] = checkpointing
     if base == "nf4":
         tree["model"]["quantization"] = "nf4"
     run = build_run(preflight.check(parse_config(tree)))
@@ -137,7 +138,7 @@ def train(folder: Path, base: str) -> None:
         dist.destroy_process_group()
 
 
-def launch(folder: Path, base: str, ranks: int) -> dict[str, int]:
+def launch(folder: Path, base: str, ranks: int, *, checkpointing: bool) -> dict[str, int]:
     """A row in fresh processes under ZeRO-3; 0 ranks: one process without DeepSpeed."""
     command = [sys.executable]
     if ranks:
@@ -151,7 +152,7 @@ def launch(folder: Path, base: str, ranks: int) -> dict[str, int]:
         command += ["--deepspeed_config_file", str(config), "--num_processes", str(ranks), "--num_machines", "1"]
         command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
         command += ["--zero3_init_flag", "true"]
-    command += [__file__, "--one", base, "--folder", str(folder)]
+    command += [__file__, "--one", base, "--folder", str(folder), *["--checkpointing"] * checkpointing]
     done = subprocess.run(command, capture_output=True, text=True, cwd=LAUNCH, check=False, env=os.environ | GIVES_BACK)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
@@ -167,11 +168,12 @@ def main() -> None:
     parser.add_argument("--bases", nargs="+", default=["fp32", "bf16", "nf4"])
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        train(options.folder, options.one)
+        train(options.folder, options.one, checkpointing=options.checkpointing)
         return
     with tempfile.TemporaryDirectory() as name:
         make_model(Path(name), options.hidden, options.layers)
@@ -179,7 +181,7 @@ def main() -> None:
         print("|---|---|---|---|---|---|---|")
         for base in options.bases:
             for ranks in options.ranks:
-                row = launch(Path(name), base, ranks)
+                row = launch(Path(name), base, ranks, checkpointing=options.checkpointing)
                 cells = [row["base"] / 1e6, row["adapter"] / 1e6, row["statistics"] / 1e3]
                 cells += [row["resident"] / 1e6, row["peak"] / 1e6]
                 shown = " | ".join(f"{cell:.1f}" for cell in cells)
