@@ -83,11 +83,10 @@ def base_stays(module: nn.Module) -> Iterator[None]:
 def tensors_print_short() -> Iterator[None]:
     """Around ``prepare``: ``deepspeed.initialize`` formats all its arguments, every parameter among them, for a message
     that it does not print; at a rank event that was a third of its time."""
-    torch.set_printoptions(threshold=0, edgeitems=1)
-    try:
+    from torch._tensor_str import printoptions  # the public function cannot tell what was set before
+
+    with printoptions(threshold=0, edgeitems=1):
         yield
-    finally:
-        torch.set_printoptions(profile="default")
 
 
 def clip_by_rounded_norm(engine: Any) -> None:
