@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -28,6 +29,7 @@ def configure(accelerator: Any, *, micro_batch_size: int, max_grad_norm: float |
     """
     if accelerator.state.deepspeed_plugin.zero_stage == 3:
         _linear_as_elsewhere()
+        _no_gathered_weight_waits()
     plugin = accelerator.state.deepspeed_plugin
     config = plugin.deepspeed_config
     _auto_again(plugin)
@@ -59,6 +61,29 @@ def _linear_as_elsewhere() -> None:
     from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3
 
     LinearFunctionForZeroStage3.forward = staticmethod(torch.ops.aten.linear)
+
+
+def _no_gathered_weight_waits() -> None:
+    """Let 4-bit layers keep their parameter for the backward pass, not a view of it.
+
+    ZeRO-3 empties a parameter after the forward pass and fills it again for the backward pass. bitsandbytes keeps a
+    view in between, and with it everything that was gathered: by the end of a forward pass the whole 4-bit base, on
+    every rank, checkpointed activations or not.
+    """
+    functions = sys.modules.get("bitsandbytes.autograd._functions")  # there, if the base has 4-bit layers
+    if functions is None or hasattr(functions.MatMul4Bit, "keeps_view"):
+        return
+    keeps_view = functions.MatMul4Bit.forward
+
+    def forward(ctx: Any, inputs: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
+        output: torch.Tensor = keeps_view(ctx, inputs, weight, *rest)
+        param = weight._base
+        if hasattr(param, "ds_id") and getattr(ctx, "tensors", (None, None))[1] is not None:
+            ctx.tensors = (None, param)
+        return output
+
+    functions.MatMul4Bit.keeps_view = staticmethod(keeps_view)
+    functions.MatMul4Bit.forward = staticmethod(forward)
 
 
 @contextmanager
