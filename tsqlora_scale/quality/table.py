@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from tsqlora_scale.columns import BLOCK, blocks, copied, filled, taken
+from tsqlora_scale.columns import BLOCK, blocks, copied, filled
 from tsqlora_scale.errors import UserError
 from tsqlora_scale.files import written_whole
 
@@ -61,16 +61,19 @@ class ScoreTable:
 
     def mean_quality(self) -> float:
         """Mean over S of sigmoid(Q), in (0, 1)."""
-        values = taken(self.quality, self.selected)
-        for block in blocks(len(values)):
-            values[block] = 0.5 + 0.5 * np.tanh(values[block] / 2)
-        return float(values.mean())
+        total = 0.0
+        for block in blocks(len(self)):
+            total += (0.5 + 0.5 * np.tanh(self.quality[block][self.selected[block]] / 2)).sum()
+        return float(total / np.count_nonzero(self.selected))
 
     def effective_sample_size(self) -> float:
         """``1 / sum p_i^2`` over S, with p renormalised over S: from 1 (one sample has all mass) to |S| (uniform)."""
-        weights = taken(self.probability, self.selected)
-        total = weights.sum()
-        return float(total**2 / np.square(weights, out=weights).sum())
+        total, squares = 0.0, 0.0
+        for block in blocks(len(self)):
+            weights = self.probability[block][self.selected[block]]
+            total += weights.sum()
+            squares += np.square(weights).sum()
+        return float(total**2 / squares)
 
     def copy(self) -> ScoreTable:
         """A table that shares no memory with this one."""
