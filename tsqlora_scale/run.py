@@ -293,6 +293,8 @@ class Run:
         """
         assert self.scorer is not None
         with self.engine.world.together():
+            del self.sampler  # large pools have room on disk for one
+            self.importance = None
             chosen, weights = self.scorer.draws()
             self.use_samples(chosen, weights)
             if self.config.sampling.unbiased:
