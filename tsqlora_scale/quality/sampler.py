@@ -135,10 +135,11 @@ class BatchSampler:
 
 
 def epoch_keys(size: int, weights: np.ndarray | None, seed: int, start: int, epoch: int) -> Iterator[np.ndarray]:
-    """Keys of samples, block by block, whose descending order is one of successive draws by ``weights`` (none: uniform).
+    """Keys of samples, block by block, whose descending order is one of successive draws by ``weights``.
 
     Args:
         size: number of samples.
+        weights: of the samples, (size,); None is uniform.
         start, epoch: of a :class:`BatchSampler`; every pair has random numbers of its own.
     """
     generator = philox(seed, f"epoch from {start}", epoch)
