@@ -486,5 +486,5 @@ def test_a_disk_that_is_full_for_one_rank_ends_all(tiny_folder):
     for fills_in in ("first", "refresh"):
         end = ends[0].index(f"{fills_in} done")
         assert end > 9, "the table alone has eight columns"
-        assert all("no room for" in problem for problem in ends[0][:end])
+        assert all("(No space left on device)" in problem for problem in ends[0][:end])
         del ends[0][: end + 1]
