@@ -124,15 +124,19 @@ class ScoreTable:
         ids: list[str] = []
         try:
             with pq.ParquetFile(path) as file:
-                if not (found := file.schema_arrow).equals(_schema()):
-                    raise UserError(f"{path}: not a score file (it holds {found}); score the pool again")
+                schema = _schema()
+                if missing := [name for name in schema.names if name not in file.schema_arrow.names]:
+                    raise UserError(f"{path}: not a score file (without {', '.join(missing)}); score the pool again")
                 table = cls.empty(file.metadata.num_rows)
-                for batch in file.iter_batches(BLOCK):
+                for batch in file.iter_batches(BLOCK, columns=schema.names):
                     place = slice(len(ids), len(ids) + len(batch))
-                    for name in found.names[1:]:
-                        getattr(table, name)[place] = batch[name].to_numpy(zero_copy_only=False)
-                    ids += batch["sample_id"].to_pylist()
-        except (OSError, pa.ArrowInvalid) as error:
+                    for name in schema.names[1:]:
+                        column = batch[name].cast(schema.field(name).type)
+                        if column.null_count and column.type != pa.float64():
+                            raise UserError(f"{path}: not a score file ({name} has gaps); score the pool again")
+                        getattr(table, name)[place] = column.to_numpy(zero_copy_only=False)
+                    ids += batch["sample_id"].cast(pa.string()).to_pylist()
+        except (OSError, pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{path}: not a score file ({reason}); score the pool again") from None
         return table, ids
