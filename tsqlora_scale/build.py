@@ -149,7 +149,9 @@ def build_scorer(
     """The scorer, given the task's batches and per-sample losses as callables."""
     device = engine.world.device
     limit = config.scoring.max_length
-    lengths = task.lengths("train")
+    with engine.world.together():  # a pool's columns may not find room on one rank alone
+        lengths = task.lengths("train")
+        strata = task.strata("train") if config.stratifies else None
 
     def batch_of(indices: np.ndarray) -> Any:
         return task.batch("train", indices, max_length=limit).to(device)
@@ -184,7 +186,7 @@ def build_scorer(
         target_batches=target_batches if config.scoring.convergence == "target" else None,
         progress=progress,
         length_of=lambda indices: lengths[indices],
-        strata=task.strata("train") if config.stratifies else None,
+        strata=strata,
         parts_folder=config.run_dir / "scores" / "parts",
     )
 

@@ -11,6 +11,8 @@ import mmap
 import os
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -29,6 +31,26 @@ def blocks(size: int, length: int | None = None) -> Iterator[slice]:
     return (slice(start, min(start + length, size)) for start in range(0, size, length))
 
 
+@contextmanager
+def temporary_file(what: str) -> Iterator[IO[bytes]]:
+    """A file without a name, for ``what`` of a large pool, which is gone when it is closed and mapped no more.
+
+    Raises:
+        UserError: it cannot be made or written.
+    """
+    folder = os.environ.get("TMPDIR", "")
+    try:
+        folder = tempfile.gettempdir()
+        with tempfile.TemporaryFile() as file:
+            yield file
+    except OSError as error:
+        reason = error.strerror or " ".join(str(error).split())
+        raise UserError(
+            f"TMPDIR={folder!r}: {what} of a large pool cannot be written there ({reason}); "
+            "set TMPDIR to a folder on a larger disk"
+        ) from None
+
+
 def allocate(size: int, kind: DTypeLike) -> np.ndarray:
     """An array (size,) of any content: in memory up to :data:`IN_MEMORY` bytes, else mapped to a temporary file.
 
@@ -36,26 +58,18 @@ def allocate(size: int, kind: DTypeLike) -> np.ndarray:
     disk would otherwise show as a SIGBUS at some later assignment.
 
     Raises:
-        UserError: the disk of TMPDIR has no room.
+        UserError: the disk of TMPDIR has no room, or there is none.
     """
     kind = np.dtype(kind)
     room = size * kind.itemsize
     if room <= IN_MEMORY:
         return np.empty(size, kind)
-    folder = os.environ.get("TMPDIR", "")
-    try:
-        folder = tempfile.gettempdir()
-        with tempfile.TemporaryFile() as file:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, room)
-            else:
-                file.truncate(room)
-            mapped = mmap.mmap(file.fileno(), room)
-    except OSError as error:
-        raise UserError(
-            f"TMPDIR={folder!r}: no room for {room / 1e9:.3g} GB more of the scores of a large pool "
-            f"({error.strerror or error}); set TMPDIR to a folder on a larger disk"
-        ) from None
+    with temporary_file(f"{room / 1e9:.3g} GB more of the scores") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, room)
+        else:
+            file.truncate(room)
+        mapped = mmap.mmap(file.fileno(), room)
     column: np.ndarray = np.ndarray(size, kind, buffer=mapped)
     return column
 

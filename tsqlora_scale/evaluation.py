@@ -32,7 +32,8 @@ def evaluate(
     """
     assert task.dev is not None
     total = len(task.dev)
-    order = np.argsort(task.lengths("dev"), kind="stable")
+    with world.together():
+        order = np.argsort(task.lengths("dev"), kind="stable")
     per_rank = math.ceil(math.ceil(total / batch_size) / world.size)
     was_training = module.training
     module.eval()

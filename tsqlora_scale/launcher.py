@@ -21,8 +21,8 @@ def launched_rank() -> int:
 
 
 def launched_here() -> int:
-    """How many of them are on this machine."""
-    return min(launched_size(), int(os.environ.get("LOCAL_WORLD_SIZE", launched_size())))
+    """How many of them are on this machine for sure: this one, where the launcher does not say (plain ``srun``)."""
+    return min(launched_size(), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def speaks_for_machine() -> bool:

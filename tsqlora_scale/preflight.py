@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,19 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 from tsqlora_scale.config import LARGEST, Config, as_steps
 from tsqlora_scale.errors import UserError
-from tsqlora_scale.launcher import launched_here, launched_rank, launched_size
+from tsqlora_scale.launcher import launched_rank, launched_size
 from tsqlora_scale.locations import resolve
 from tsqlora_scale.model_checks import check_adapter_fits, check_architecture, check_weights, load_descriptions
 from tsqlora_scale.printing import shown
+from tsqlora_scale.room import check_room
 
 if TYPE_CHECKING:
     from tsqlora_scale.ranks.schedule import Schedule
     from tsqlora_scale.tasks import Data, Task
-
-
-#: Bytes that the scores of a sample take in temporary files, on every rank and at least; less than the second number in
-#: all is not looked after.
-SCORE_BYTES, SMALL_POOL = 100, 2**30
 
 
 @dataclass(frozen=True)
@@ -176,24 +171,6 @@ def check_scoring(config: Config, task: Task) -> None:
             task.batch("train", [0], max_length=scoring.max_length)
         except UserError as error:
             raise UserError(f"scoring.max_length={scoring.max_length}: {error}") from None
-
-
-def check_room(config: Config, pool_size: int) -> None:
-    """Whether the scores of a pool that is too large for memory find room for temporary files.
-
-    Raises:
-        UserError: naming TMPDIR.
-    """
-    if not config.scores_data or SCORE_BYTES * pool_size <= SMALL_POOL:
-        return
-    folder = tempfile.gettempdir()
-    needed, free = SCORE_BYTES * pool_size * launched_here(), shutil.disk_usage(folder).free
-    if needed > free:
-        raise UserError(
-            f"TMPDIR={folder!r}: has {free / 1e9:.3g} GB of room, and the scores of {pool_size} samples take at least "
-            f"{needed / 1e9:.3g} GB on the {launched_here()} ranks here; set TMPDIR to a folder on a larger disk, or "
-            "sampling.selector: full"
-        )
 
 
 def check_machine(config: Config) -> None:

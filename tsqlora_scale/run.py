@@ -70,13 +70,14 @@ class Run:
 
     def __post_init__(self) -> None:
         self.nonfinite = NonFiniteSteps(self.config.train.max_nonfinite)
-        self.seen = filled(self.plan.pool_size, bool, False)
         self.initial_ranks = current_ranks(self.engine.module)
-        pool = counted(self.plan.pool_size)
-        if self.config.adapter.method == "tsqlora" and self.config.sampling.selector == "random":
-            chosen = select_subset(self.plan.pool_size, None, self.config.sampling, seed=self.config.run.seed)
-            pool = positions(chosen)
-        self.use_samples(pool, None)
+        with self.engine.world.together():
+            self.seen = filled(self.plan.pool_size, bool, False)
+            pool = counted(self.plan.pool_size)
+            if self.config.adapter.method == "tsqlora" and self.config.sampling.selector == "random":
+                chosen = select_subset(self.plan.pool_size, None, self.config.sampling, seed=self.config.run.seed)
+                pool = positions(chosen)
+            self.use_samples(pool, None)
 
     @property
     def is_main(self) -> bool:
@@ -224,7 +225,8 @@ class Run:
         self.step = tree["sampler"]["start"]
         self.seen[:] = tree["seen"].numpy()
         if self.scorer is not None and tree["scorer"]["table"] is not None:
-            self.scorer.load_state_dict(tree["scorer"])
+            with self.engine.world.together():
+                self.scorer.load_state_dict(tree["scorer"])
             self.draw_by_scores()
         self.sampler.load_state_dict(tree["sampler"])
         self.step, self.events = tree["step"], tree["events"]
@@ -284,10 +286,17 @@ class Run:
         return f"{model.name_or_path} {model.dtype} {model.quantization} {digest.hexdigest()}"
 
     def draw_by_scores(self) -> None:
-        """Draw from S by p, as the scores in force say (Algorithm 1, lines 4 and 9)."""
+        """Draw from S by p, as the scores in force say (Algorithm 1, lines 4 and 9). A collective.
+
+        Raises:
+            UserError: the disk of TMPDIR has no room, on any rank.
+        """
         assert self.scorer is not None
-        chosen, weights = self.scorer.draws()
-        self.use_samples(chosen, weights)
-        if self.config.sampling.unbiased:
-            self.importance = filled(self.plan.pool_size, np.float64, 1.0)
-            self.importance[chosen] = importance_weights(weights, self.config.sampling.max_weight)
+        with self.engine.world.together():
+            del self.sampler  # large pools have room on disk for one
+            self.importance = None
+            chosen, weights = self.scorer.draws()
+            self.use_samples(chosen, weights)
+            if self.config.sampling.unbiased:
+                self.importance = filled(self.plan.pool_size, np.float64, 1.0)
+                self.importance[chosen] = importance_weights(weights, self.config.sampling.max_weight)

@@ -56,7 +56,9 @@ class Threads(World):
     def gather_objects(self, value: Any) -> list[Any]:
         self.box[self.rank] = value
         self.meet.wait(10)
-        return list(self.box)
+        values = list(self.box)
+        self.meet.wait(10)
+        return values
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])

@@ -205,20 +205,3 @@ def test_a_models_own_code_runs_only_when_asked_for(
     tree["model"]["trust_remote_code"] = True
     with pytest.raises(UserError, match="its code was run"):
         preflight.check(parse_config(tree))
-
-
-def test_room_for_the_scores_of_a_large_pool(tmp_path: Path, models_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = config_of(tmp_path, models_dir)
-    monkeypatch.setattr(preflight.tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**12, 0, 15 * 10**9))
-    preflight.check_room(config, 10**8)
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "4"), ("LOCAL_WORLD_SIZE", "2")):
-        monkeypatch.setenv(name, value)
-    with pytest.raises(
-        UserError, match=rf"TMPDIR='{tmp_path}': has 15 GB of room.*100000000 samples.*20 GB on the 2 ranks"
-    ):
-        preflight.check_room(config, 10**8)
-    preflight.check_room(config, 10**7)
-    preflight.check_room(
-        config_of(tmp_path, models_dir, sampling={"selector": "full"}, scoring={"enabled": False}), 10**8
-    )

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
+
+from tsqlora_scale.errors import UserError
 
 T = TypeVar("T")
 
@@ -88,6 +92,22 @@ class World:
         if self.size > 1:
             dist.broadcast(moved, src=0)
         return moved.to(tensor.device)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """For a stretch of work that can fail on one rank alone, and in which there is no collective.
+
+        Raises:
+            UserError: on every rank, that of the first rank that has one. Any other error ends its rank at once.
+        """
+        problem: str | None = None
+        try:
+            yield
+        except UserError as error:
+            problem = str(error)
+        found = [one for one in self.gather_objects(problem) if one is not None]
+        if found:
+            raise UserError(found[0])
 
     def barrier(self) -> None:
         """Wait for every rank."""

@@ -9,7 +9,7 @@ import numpy as np
 from tsqlora_scale import columns
 from tsqlora_scale.columns import BLOCK, allocate, blocks, filled
 
-#: Bits of a key that :class:`Order` counts by, and samples that it sorts at once.
+#: Bins that :class:`Order` counts keys in, as a power of two, and samples that it sorts at once.
 BITS, WINDOW = 20, 2 * BLOCK
 #: Counters that :func:`largest` has in all strata together, as a power of two.
 COUNTERS = 20
@@ -95,13 +95,13 @@ def _members(keys: np.ndarray, last: np.ndarray, left: np.ndarray, strata: np.nd
 class Order:
     """``argsort(-keys, kind="stable")``, a stretch at a time.
 
-    Up to :data:`WINDOW` keys are sorted at once. Of more, the keys are counted by their leading bits in one pass; a
-    stretch that is asked for is then collected in another and sorted. Stretches hold about :data:`WINDOW` samples, more
-    only where more keys agree in :data:`BITS` bits.
+    Up to :data:`WINDOW` keys are sorted at once. Of more, the keys are counted in one pass, in bins of one width from
+    the largest to the smallest of the first block; a stretch that is asked for is then collected in another and sorted.
+    Stretches hold about :data:`WINDOW` samples, more only where one bin has more whose keys are not ``-inf``.
 
     Args:
         size: number of keys.
-        keys: gives them, block by block in order, the same at every call.
+        keys: gives them, block by block in order, the same at every call; no NaN.
     """
 
     def __init__(self, size: int, keys: Callable[[], Iterable[np.ndarray]]) -> None:
@@ -112,6 +112,13 @@ class Order:
         if size <= WINDOW:
             self._window = np.argsort(np.concatenate([descending(some) for some in keys()]), kind="stable")
             return
+        self._last = 2**BITS - 1  # the bin of -inf and of nothing else
+        first = next(iter(keys()))
+        finite = first[np.isfinite(first)]
+        self._high = float(finite.max()) if len(finite) else 0.0
+        with np.errstate(over="ignore"):
+            scale = self._last / ((self._high - finite.min(initial=self._high)) or 1.0)
+        self._scale = float(np.clip(scale, np.finfo(float).tiny, np.finfo(float).max))  # no product is 0 times inf
         found = np.zeros(2**BITS, dtype=np.int64)
         for some in keys():
             found += np.bincount(self._bins(some), minlength=len(found))
@@ -125,15 +132,20 @@ class Order:
         part: np.ndarray = self._window[start - self._start : stop - self._start]
         return part
 
-    @staticmethod
-    def _bins(keys: np.ndarray) -> np.ndarray:
-        bins: np.ndarray = descending(keys) >> np.uint64(64 - BITS)
-        return bins.astype(np.int64)
+    def _bins(self, keys: np.ndarray) -> np.ndarray:
+        """Numbers (n,) of bins, no smaller where a key is smaller: every operation rounds monotonically."""
+        with np.errstate(over="ignore"):
+            bins: np.ndarray = np.clip((self._high - keys) * self._scale, 0, self._last - 1).astype(np.int64)
+        bins[keys == -np.inf] = self._last
+        return bins
 
     def _collect(self, place: int) -> None:
         """Sort the window that begins with the bin of ``place``."""
         first = int(np.searchsorted(self._ends, place, side="right"))
         start = int(self._ends[first - 1]) if first else 0
+        if first == self._last:
+            self._collect_last(start + (place - start) // WINDOW * WINDOW, start)
+            return
         last = max(int(np.searchsorted(self._ends, start + WINDOW, side="right")) - 1, first)
         held, found, begin = [], [], 0
         for some in self._keys():
@@ -144,3 +156,14 @@ class Order:
             begin += len(some)
         self._start = start
         self._window = np.concatenate(held)[np.argsort(np.concatenate(found), kind="stable")]
+
+    def _collect_last(self, start: int, begin: int) -> None:
+        """The window from place ``start`` of samples whose keys are ``-inf``; they begin at ``begin``, as they come."""
+        held, place, sample = [], begin, 0
+        for some in self._keys():
+            inside = np.flatnonzero(some == -np.inf)
+            held.append(inside[max(start - place, 0) : max(start + WINDOW - place, 0)] + sample)
+            place += len(inside)
+            sample += len(some)
+        self._start = start
+        self._window = np.concatenate(held)

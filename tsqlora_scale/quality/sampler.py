@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -60,7 +61,8 @@ class BatchSampler:
             assert all(np.isfinite(self.weights[block]).all() for block in blocks(len(self.weights)))
             assert self.weights.min() >= 0
             assert self.weights.sum() > 0
-            self._classes = DyadicClasses(self.weights)
+            if replacement:
+                self._classes = DyadicClasses(self.weights)
 
     def draw(self, step: int) -> np.ndarray:
         """Pool indices (batch_size,) of optimizer step ``step`` (from ``start``) of the run."""
@@ -126,14 +128,24 @@ class BatchSampler:
         if epoch not in self._orders:
             if len(self._orders) >= 2:  # a cache, not a state
                 self._orders.clear()
-            self._orders[epoch] = Order(len(self.indices), lambda: self._keys(epoch))
+            # without self: a cycle would keep the columns of a sampler that is replaced until the collector runs
+            keys = partial(epoch_keys, len(self.indices), self.weights, self.seed, self.start, epoch)
+            self._orders[epoch] = Order(len(self.indices), keys)
         return self._orders[epoch]
 
-    def _keys(self, epoch: int) -> Iterator[np.ndarray]:
-        generator = philox(self.seed, f"epoch from {self.start}", epoch)
-        for block in blocks(len(self.indices)):
-            keys = gumbel(generator, block.stop - block.start)
-            if self.weights is not None:
-                with np.errstate(divide="ignore"):
-                    keys += np.log(self.weights[block])
-            yield keys
+
+def epoch_keys(size: int, weights: np.ndarray | None, seed: int, start: int, epoch: int) -> Iterator[np.ndarray]:
+    """Keys of samples, block by block, whose descending order is one of successive draws by ``weights``.
+
+    Args:
+        size: number of samples.
+        weights: of the samples, (size,); None is uniform.
+        start, epoch: of a :class:`BatchSampler`; every pair has random numbers of its own.
+    """
+    generator = philox(seed, f"epoch from {start}", epoch)
+    for block in blocks(size):
+        keys = gumbel(generator, block.stop - block.start)
+        if weights is not None:
+            with np.errstate(divide="ignore"):
+                keys += np.log(weights[block])
+        yield keys

@@ -137,30 +137,20 @@ class QualityScorer(Generic[Batch]):
 
         Raises:
             UserError: no sample has a finite loss and gradient; the parts folder holds those of another pass; the disk
-                of TMPDIR has no room for the table of a large pool.
+                of TMPDIR has no room for the columns of a large pool, on any rank.
         """
         started = time.perf_counter()
         assert self.table is not None or not refresh, "a refresh needs a full pass before it"
-        indices = self._refreshed() if refresh else self._subsample()
-        table = ScoreTable.empty(len(self.sample_ids)) if self.table is None else self.table.copy()
+        with self.world.together():
+            indices = self._refreshed() if refresh else self._subsample()
+            table = ScoreTable.empty(len(self.sample_ids)) if self.table is None else self.table.copy()
         with self._measurer.on(module):
             self._measure(indices, model_key)
             direction = self._target_direction()
         scores = PassScores(table, self.passes)
         rounding = self._collect(scores, indices, direction)
-        self._adjust(scores, rounding)
-        finite = scores.finite()
-        if not finite.any():
-            raise UserError(
-                "no scored sample has a finite loss and gradient, the model has diverged; "
-                "lower train.lr or use model.dtype=fp32"
-            )
-        not_finite, first = scores.not_finite(finite, 5)
-        self._report_not_finite(not_finite, first)
-        scores.fit(self._standardisation, finite)
-        scores.rate(self._standardisation, term_weights(self.scoring), finite, before=self.table)
-        if self.table is None:
-            scores.give_rest_the_mean(finite)
+        with self.world.together():
+            not_finite = self._rate(scores, rounding)
         self._choose(table)
         self.table = table
         self.report = PassReport(
@@ -323,6 +313,23 @@ class QualityScorer(Generic[Batch]):
             aligned = cosines(torch.from_numpy(part.sketches), direction).numpy()
         return np.column_stack([part.indices, part.values, aligned, np.full(len(aligned), part.rounding)])
 
+    def _rate(self, scores: PassScores, rounding: float) -> int:
+        """Qualities by the terms, in place; how many samples of the pass are not finite."""
+        self._adjust(scores, rounding)
+        finite = scores.finite()
+        if not finite.any():
+            raise UserError(
+                "no scored sample has a finite loss and gradient, the model has diverged; "
+                "lower train.lr or use model.dtype=fp32"
+            )
+        not_finite, first = scores.not_finite(finite, 5)
+        self._report_not_finite(not_finite, first)
+        scores.fit(self._standardisation, finite)
+        scores.rate(self._standardisation, term_weights(self.scoring), finite, before=self.table)
+        if self.table is None:
+            scores.give_rest_the_mean(finite)
+        return not_finite
+
     def _adjust(self, scores: PassScores, rounding: float) -> None:
         """Take the better or the only form of terms that the measured numbers allow.
 
@@ -379,10 +386,12 @@ class QualityScorer(Generic[Batch]):
             self.neighbours = self._count_neighbours()
         worth = table.quality
         if self.neighbours is not None:
-            worth = copied(worth)
+            with self.world.together():
+                worth = copied(worth)
             for block in blocks(len(worth)):
                 worth[block] -= self.sampling.tau * self.sampling.redundancy * np.log(self.neighbours[block])
         log_p = log_probabilities(worth, self.sampling.tau, self.world, self.strata)
         np.exp(log_p, out=table.probability)
         if first:
-            table.selected = select_subset(len(table), log_p, self.sampling, seed=self.seed, strata=self.strata)
+            with self.world.together():
+                table.selected = select_subset(len(table), log_p, self.sampling, seed=self.seed, strata=self.strata)

@@ -164,9 +164,13 @@ def log_probabilities(quality: np.ndarray, tau: float, world: World, strata: np.
 
     Args:
         quality: Q of the whole pool, (N,), the same on every rank.
+
+    Raises:
+        UserError: the disk of TMPDIR has no room, on any rank.
     """
     sizes = np.array([len(quality)]) if strata is None else counts(strata)
-    log_p = allocate(len(quality), np.float64)
+    with world.together():
+        log_p = allocate(len(quality), np.float64)
     np.divide(quality, tau, out=log_p)
     shifts = np.log(sizes / len(quality)) - log_sum_exp(log_p, strata, len(sizes), world)
     for block in blocks(len(log_p)):

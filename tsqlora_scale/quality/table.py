@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from tsqlora_scale.columns import BLOCK, blocks, copied, filled, taken
+from tsqlora_scale.columns import BLOCK, blocks, copied, filled
 from tsqlora_scale.errors import UserError
 from tsqlora_scale.files import written_whole
 
@@ -61,16 +61,19 @@ class ScoreTable:
 
     def mean_quality(self) -> float:
         """Mean over S of sigmoid(Q), in (0, 1)."""
-        values = taken(self.quality, self.selected)
-        for block in blocks(len(values)):
-            values[block] = 0.5 + 0.5 * np.tanh(values[block] / 2)
-        return float(values.mean())
+        total = 0.0
+        for block in blocks(len(self)):
+            total += (0.5 + 0.5 * np.tanh(self.quality[block][self.selected[block]] / 2)).sum()
+        return float(total / np.count_nonzero(self.selected))
 
     def effective_sample_size(self) -> float:
         """``1 / sum p_i^2`` over S, with p renormalised over S: from 1 (one sample has all mass) to |S| (uniform)."""
-        weights = taken(self.probability, self.selected)
-        total = weights.sum()
-        return float(total**2 / np.square(weights, out=weights).sum())
+        total, squares = 0.0, 0.0
+        for block in blocks(len(self)):
+            weights = self.probability[block][self.selected[block]]
+            total += weights.sum()
+            squares += np.square(weights).sum()
+        return float(total**2 / squares)
 
     def copy(self) -> ScoreTable:
         """A table that shares no memory with this one."""
@@ -121,15 +124,19 @@ class ScoreTable:
         ids: list[str] = []
         try:
             with pq.ParquetFile(path) as file:
-                if not (found := file.schema_arrow).equals(_schema()):
-                    raise UserError(f"{path}: not a score file (it holds {found}); score the pool again")
+                schema = _schema()
+                if missing := [name for name in schema.names if name not in file.schema_arrow.names]:
+                    raise UserError(f"{path}: not a score file (without {', '.join(missing)}); score the pool again")
                 table = cls.empty(file.metadata.num_rows)
-                for batch in file.iter_batches(BLOCK):
+                for batch in file.iter_batches(BLOCK, columns=schema.names):
                     place = slice(len(ids), len(ids) + len(batch))
-                    for name in found.names[1:]:
-                        getattr(table, name)[place] = batch[name].to_numpy(zero_copy_only=False)
-                    ids += batch["sample_id"].to_pylist()
-        except (OSError, pa.ArrowInvalid) as error:
+                    for name in schema.names[1:]:
+                        column = batch[name].cast(schema.field(name).type)
+                        if column.null_count and column.type != pa.float64():
+                            raise UserError(f"{path}: not a score file ({name} has gaps); score the pool again")
+                        getattr(table, name)[place] = column.to_numpy(zero_copy_only=False)
+                    ids += batch["sample_id"].cast(pa.string()).to_pylist()
+        except (OSError, pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{path}: not a score file ({reason}); score the pool again") from None
         return table, ids

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from dataclasses import dataclass
 
 import datasets
 import numpy as np
 import pyarrow as pa
-from datasets.fingerprint import generate_random_fingerprint
 
 from tsqlora_scale.columns import allocate
 from tsqlora_scale.config import TaskConfig
@@ -102,8 +102,10 @@ def _load_split(cfg: TaskConfig, split: SplitName, seed: int) -> datasets.Datase
     if labelled and cfg.label is not None:
         ours[cfg.label] = _targets(cfg, raw, cfg.label, where)
     kept = raw.remove_columns([name for name in ours if name in raw.column_names])
-    # a fingerprint of its own, or one is taken of a copy of the table
-    added = datasets.Dataset(pa.table(ours), fingerprint=generate_random_fingerprint())
+    # a fingerprint of its own, or one is taken of a copy of the table; the same on all ranks
+    made_of = repr((raw._fingerprint, id_column, cfg.type, cfg.label, cfg.labels))
+    fingerprint = hashlib.sha256(made_of.encode()).hexdigest()[:16]
+    added = datasets.Dataset(pa.table(ours), fingerprint=fingerprint)
     dataset = datasets.concatenate_datasets([kept, added], axis=1)
     if not filled.all():
         left_out = len(filled) - int(np.count_nonzero(filled))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
+import mmap
 from collections.abc import Iterable
 
 import numpy as np
@@ -10,7 +10,6 @@ import pyarrow as pa
 import pyarrow.ipc
 
 from tsqlora_scale import columns
-from tsqlora_scale.errors import UserError
 
 
 def row_numbers(size: int) -> pa.ChunkedArray:
@@ -26,20 +25,15 @@ def row_numbers(size: int) -> pa.ChunkedArray:
 
 
 def _mapped(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> pa.Table:
-    """A table in a temporary file, which is gone when the table is, or the process.
+    """A table in a temporary file, which is gone when the table is, or the process, also a killed one.
 
     Raises:
-        UserError: the disk of TMPDIR has no room.
+        UserError: the disk of TMPDIR has no room, or there is none.
     """
-    try:
-        with tempfile.NamedTemporaryFile(suffix=".arrow") as file:
-            with pa.ipc.new_file(file, schema) as writer:
-                for batch in batches:
-                    writer.write_batch(batch)
-            file.flush()
-            return pa.ipc.open_file(pa.memory_map(file.name)).read_all()
-    except OSError as error:
-        raise UserError(
-            f"TMPDIR={tempfile.gettempdir()!r}: no room for the row numbers of a large pool ({error}); "
-            "set TMPDIR to a folder on a larger disk"
-        ) from None
+    with columns.temporary_file("the row numbers") as file:
+        with pa.ipc.new_file(file, schema) as writer:
+            for batch in batches:
+                writer.write_batch(batch)
+        file.flush()
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    return pa.ipc.open_file(pa.py_buffer(mapped)).read_all()

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from tsqlora_scale.engine.collectives import World
+from tsqlora_scale.errors import UserError
 
 
 def test_a_world_of_one_needs_no_group() -> None:
@@ -26,6 +27,10 @@ def test_a_world_of_one_needs_no_group() -> None:
     assert world.gather_objects("a") == ["a"]
     assert world.broadcast({"a": 1}) == {"a": 1}
     world.barrier()
+    with world.together():
+        pass
+    with pytest.raises(UserError, match="full"), world.together():
+        raise UserError("full")
 
 
 def _rank(rank: int, size: int, folder: str) -> None:
@@ -44,6 +49,12 @@ def _rank(rank: int, size: int, folder: str) -> None:
         "objects": world.gather_objects({"rank": rank}),
         "broadcast": world.broadcast(f"from {rank}"),
     }
+    try:
+        with world.together():
+            if rank == 1:
+                raise UserError("the disk of rank 1 is full")
+    except UserError as error:
+        out["together"] = str(error)
     world.barrier()
     torch.save(out, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
@@ -65,4 +76,5 @@ def test_real_ranks_agree(tmp_path: Path) -> None:
             "arrays": [[1, 1]] * 2 + [[2, 2]] * 4,
             "objects": [{"rank": r} for r in range(size)],
             "broadcast": "from 0",
+            "together": "the disk of rank 1 is full",
         }

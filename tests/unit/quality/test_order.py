@@ -86,6 +86,17 @@ def test_parts_of_the_order_are_those_of_a_sort(keys, block, window, bits, data)
         assert len(passes) == 1
 
 
+@pytest.mark.parametrize(
+    "ends", [(0.0, 5e-324), (-1.7e308, 1.7e308), (1.0, 1.0), (-np.inf, -np.inf), (-np.inf, np.inf)]
+)
+def test_a_first_block_that_says_little_of_the_keys(ends, monkeypatch):
+    monkeypatch.setattr(order, "WINDOW", 3)
+    keys = np.array([*ends, -3.0, 4.5, -np.inf, 0.0, 1e300, -1e300, 4.5, np.inf, 5e-324, -np.inf, *ends, -np.inf])
+    made = Order(len(keys), lambda: (keys[one] for one in columns.blocks(len(keys), 2)))
+    found = [made.part(place, place + 1)[0] for place in range(len(keys))]
+    assert found == np.argsort(-keys, kind="stable").tolist()
+
+
 def test_a_window_is_as_long_as_it_may_be(monkeypatch):
     """A pass for every sample would be exact, too."""
     monkeypatch.setattr(order, "WINDOW", 100)
@@ -95,6 +106,24 @@ def test_a_window_is_as_long_as_it_may_be(monkeypatch):
     for place in range(2000):
         made.part(place, place + 1)
     assert 21 <= len(passes) <= 40
+
+
+def test_no_window_grows_with_the_pool(monkeypatch):
+    """Keys of weights near 1/N lie far from zero, where floats of equal leading bits do; samples without weight tie."""
+    monkeypatch.setattr(order, "WINDOW", 300)
+    generator = np.random.default_rng(0)
+    keys = generator.gumbel(size=40_000) - 18
+    keys[generator.random(len(keys)) < 0.3] = -np.inf
+    made = Order(len(keys), lambda: (keys[one] for one in columns.blocks(len(keys), 5000)))
+    whole, place, windows = np.argsort(-keys, kind="stable"), 0, 0
+    while place < len(keys):
+        part = made.part(place, len(keys))
+        windows += 1
+        assert len(part) <= 300
+        assert (part == whole[place : place + len(part)]).all()
+        place += len(part)
+    assert windows < 1.1 * len(keys) / 300
+    assert (made.part(39_000, 39_010) == whole[39_000:39_010]).all()
 
 
 def test_with_the_constants_as_they_are():

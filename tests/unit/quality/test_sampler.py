@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import mmap
+import weakref
 
 import numpy as np
 import pytest
@@ -168,3 +170,16 @@ def test_a_draw_is_the_same_alone_and_among_many() -> None:
     many = classes.draw(Columns(50), 50)
     for count in (1, 2, 17):
         assert (classes.draw(Columns(count), count) == many[:count]).all()
+
+
+def test_a_sampler_goes_with_its_last_reference() -> None:
+    """Its columns lie on disk where they are large, and must not wait for the collector of cycles."""
+    made = make(replacement=False)
+    made.draw(0)
+    gone = weakref.ref(made)
+    gc.disable()
+    try:
+        del made
+        assert gone() is None
+    finally:
+        gc.enable()

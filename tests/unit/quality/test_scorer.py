@@ -446,21 +446,24 @@ def test_auto_batch_fits_the_memory_that_is_free(tiny_folder, monkeypatch):
     assert made.state_dict()["measurer"]["batch_size"] == 32
 
 
-@pytest.mark.distributed
-def test_two_and_three_processes_give_the_table_of_one(tiny_folder):
-    alone = {case: world_worker.tables(case, tiny_folder, World()) for case in world_worker.CASES}
+def run_worlds(target, sizes, folder):
+    """Worlds of several processes side by side."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([world_worker.__name__])  # the libraries are imported once, not by every rank
     ranks = [
-        context.Process(target=world_worker.run_rank, args=(rank, size, tiny_folder), daemon=True)
-        for size in (2, 3)
-        for rank in range(size)
+        context.Process(target=target, args=(rank, size, folder), daemon=True) for size in sizes for rank in range(size)
     ]
     for process in ranks:
         process.start()
     for process in ranks:
         process.join(120)
         assert process.exitcode == 0
+
+
+@pytest.mark.distributed
+def test_two_and_three_processes_give_the_table_of_one(tiny_folder):
+    alone = {case: world_worker.tables(case, tiny_folder, World()) for case in world_worker.CASES}
+    run_worlds(world_worker.run_rank, (2, 3), tiny_folder)
     for size in (2, 3):
         worlds = [torch.load(tiny_folder / f"tables-{size}-{rank}.pt") for rank in range(size)]
         for case, expected in alone.items():
@@ -472,3 +475,16 @@ def test_two_and_three_processes_give_the_table_of_one(tiny_folder):
                     assert_identical(table, found)
                 for other in worlds[1:]:
                     assert_identical(found, ScoreTable.from_state_dict(other[case][number]))
+
+
+@pytest.mark.distributed
+def test_a_disk_that_is_full_for_one_rank_ends_all(tiny_folder):
+    lora_model("bert", tiny_folder)  # written once, before the ranks read it
+    run_worlds(world_worker.run_rank_without_room, (2,), tiny_folder)
+    ends = [torch.load(tiny_folder / f"ends-2-{rank}.pt") for rank in range(2)]
+    assert ends[0] == ends[1]
+    for fills_in in ("first", "refresh"):
+        end = ends[0].index(f"{fills_in} done")
+        assert end > 9, "the table alone has eight columns"
+        assert all("(No space left on device)" in problem for problem in ends[0][:end])
+        del ends[0][: end + 1]

@@ -63,10 +63,31 @@ def test_a_folder_without_scores_and_foreign_files_are_named(tmp_path):
     with pytest.raises(UserError, match=r"pass-000\.parquet: not a score file"):
         ScoreTable.read(tmp_path)
     pq.write_table(pa.table({"sample_id": ["a"], "loss": [1.0]}), tmp_path / "pass-001.parquet")
-    with pytest.raises(UserError, match=r"pass-001\.parquet: not a score file"):
+    with pytest.raises(
+        UserError, match=r"pass-001\.parquet: not a score file \(without grad_norm, .*scoring_pass\); score"
+    ):
         ScoreTable.read(tmp_path)
     with pytest.raises(UserError, match=r"missing\.parquet"):
         ScoreTable.read(tmp_path / "missing.parquet")
+
+
+def test_files_that_another_program_has_written(tmp_path):
+    path = table().write(tmp_path, ["a", "b", "c", "d"])
+    written = pq.read_table(path)
+    other = written.select(COLUMNS[::-1]).append_column("note", pa.array(["x"] * 4))
+    kinds = {pa.string(): pa.large_string(), pa.int64(): pa.int32()}
+    other = other.cast(pa.schema([(f.name, kinds.get(f.type, f.type)) for f in other.schema]))
+    pq.write_table(other, tmp_path / "other.parquet")
+    found, ids = ScoreTable.read(tmp_path / "other.parquet")
+    assert ids == ["a", "b", "c", "d"]
+    for name, column in table().state_dict().items():
+        np.testing.assert_array_equal(getattr(found, name), column.numpy())
+        assert getattr(found, name).dtype == column.numpy().dtype
+    for column, reason in ((["x"] * 4, "not a score file"), ([1, 2, None, 4], "scoring_pass has gaps")):
+        pq.write_table(written.set_column(8, "scoring_pass", pa.array(column)), tmp_path / "bad.parquet")
+        with pytest.raises(UserError, match=reason) as caught:
+            ScoreTable.read(tmp_path / "bad.parquet")
+        assert "\n" not in str(caught.value)
 
 
 def test_fingerprints_tell_pools_apart():

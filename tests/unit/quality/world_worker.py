@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import datetime
+import errno
+import os
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from torch import nn
 from tests.unit.quality.toys import Pool, lora_model, scorer
 from tsqlora_scale import columns
 from tsqlora_scale.engine.collectives import World
+from tsqlora_scale.errors import UserError
 from tsqlora_scale.quality import ScoreTable
 
 #: model, pool size, scoring options: batched; one at a time on a subsample; fewer samples than ranks; held-out target
@@ -54,4 +57,45 @@ def run_rank(rank: int, size: int, folder: Path) -> None:
     dist.init_process_group("gloo", store=meeting, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=60))
     found = {case: [t.state_dict() for t in tables(case, folder, World.current())] for case in CASES}
     torch.save(found, folder / f"tables-{size}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+def run_rank_without_room(rank: int, size: int, folder: Path) -> None:
+    """Score with a disk of rank 1 that is full from its n-th column on, for every n; write how each pass ended."""
+    torch.set_num_threads(1)
+    columns.IN_MEMORY = 0
+    left, reserve = 0, os.posix_fallocate
+
+    def reserved(file: int, offset: int, length: int) -> None:
+        nonlocal left
+        left -= 1
+        if rank == 1 and left < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        reserve(file, offset, length)
+
+    os.posix_fallocate = reserved
+    meeting = dist.FileStore(str(folder / f"store-{size}"), size)
+    dist.init_process_group("gloo", store=meeting, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=20))
+    model, pool = lora_model("bert", folder), Pool("bert", 5)
+    ends: list[str] = []
+    for fills_in in ("first", "refresh"):
+        count = 0
+        while not ends or ends[-1] != f"{fills_in} done":
+            made = scorer(
+                pool,
+                world=World.current(),
+                sampling={"keep_fraction": 0.6, "redundancy": 1.0},
+                delta_loss="first_order",
+            )
+            left = count if fills_in == "first" else 10**6
+            try:
+                made.score(model)
+                left = count
+                if fills_in == "refresh":
+                    made.score(model, refresh=True)
+                ends.append(f"{fills_in} done")
+            except UserError as error:
+                ends.append(str(error))
+            count += 1
+    torch.save(ends, folder / f"ends-{size}-{rank}.pt")
     dist.destroy_process_group()

@@ -38,6 +38,16 @@ def test_both_splits(write: Write, tmp_path: Path) -> None:
     assert load(tmp_path).dev is None
 
 
+def test_the_fingerprint_is_one_of_what_is_read(write: Write, tmp_path: Path) -> None:
+    """Ranks that read the same may share what ``datasets`` keeps under it."""
+    write("train.tsv", "text\tlabel\tid\na\tbad\tx\nb\tgood\ty\n")
+    kinds = (CLASSES, CLASSES, CLASSES | {"labels": ["good", "bad"]})
+    found = [load(tmp_path, kind).train._fingerprint for kind in kinds]
+    found.append(load(tmp_path, id_column="id").train._fingerprint)
+    assert found[0] == found[1]
+    assert len(set(found)) == 3
+
+
 def test_text_lies_on_disk(write: Write, tmp_path: Path) -> None:
     write("train.tsv", GOOD)
     (file,) = load(tmp_path).train.cache_files

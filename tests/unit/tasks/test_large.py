@@ -40,8 +40,20 @@ def test_row_numbers_lie_on_disk(large: None, tmp_path: Path, monkeypatch: pytes
     assert list(tmp_path.iterdir()) == [], "the file has no name any more"
     assert row_numbers(0).to_pylist() == []
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
-    with pytest.raises(UserError, match="TMPDIR"):
+    with pytest.raises(UserError, match=r"TMPDIR=.*the row numbers .*\(No such file or directory\)"):
         row_numbers(30)
+
+
+def test_row_numbers_have_no_name_while_they_are_written(
+    large: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that is killed meanwhile leaves nothing."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    seen = []
+    cut = columns.blocks
+    monkeypatch.setattr(columns, "blocks", lambda size: (seen.append(list(tmp_path.iterdir())) or b for b in cut(size)))
+    assert len(row_numbers(30)) == 30
+    assert seen == [[]] * 5
 
 
 def test_lengths_labels_and_ids(large: None, make_task: Callable[..., Task]) -> None:
