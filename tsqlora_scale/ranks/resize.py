@@ -27,7 +27,8 @@ batches of 8, constant rate; mean loss of the 50 steps after it, less that of ``
 ``gaussian`` -0.016, -0.004, +0.000, which is noise; ``gradient`` +0.039, +0.031, +0.041, although it is ahead by 0.006
 in the first ten steps. So ``orthogonal`` is the default. There a fresh optimizer (moments and step count forgotten) had
 a loss 0.011 to 0.040 *lower* than transported moments, presumably because its first updates are larger, which helps
-early in training. Not looked at: events late in a run, and other learning rates.
+early in training. After step 200 (SST-2, batches of 8, rate 2e-4, loss 0.456) nothing of this is left: ``gaussian``
+differs by 0.0001, ``gradient`` by -0.004, +0.001, +0.001, a fresh optimizer by -0.017, +0.015, -0.009.
 """
 
 from __future__ import annotations
