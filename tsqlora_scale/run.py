@@ -176,15 +176,14 @@ class Run:
         Raises:
             UserError: on every rank, when it cannot.
         """
-        problem: str | None = None
-        if self.is_main:
-            try:
-                write()
-            except WRITE_ERRORS as error:
-                problem = str(error)
-        problem = self.engine.world.broadcast(problem)
-        if problem is not None:
-            raise UserError(f"{what} cannot be written ({problem}); make room there, then resume (--resume)")
+        with self.engine.world.together():
+            if self.is_main:
+                try:
+                    write()
+                except WRITE_ERRORS as error:
+                    raise UserError(
+                        f"{what} cannot be written ({error}); make room there, then resume (--resume)"
+                    ) from None
 
     def save_adapter(self) -> Path:
         """Write ``adapter/``, plain PEFT. A collective; rank 0 writes."""

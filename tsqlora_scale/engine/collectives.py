@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -55,12 +54,6 @@ class World:
     def mean(self, tensor: torch.Tensor) -> torch.Tensor:
         """Element-wise mean over ranks of a floating-point tensor."""
         return self.sum(tensor) / self.size
-
-    def gather_arrays(self, array: np.ndarray) -> np.ndarray:
-        """Concatenate the ranks' arrays along dimension 0, in rank order; lengths may differ."""
-        if self.size == 1:
-            return array
-        return np.concatenate(self.gather_objects(array))
 
     def gather_objects(self, value: T) -> list[T]:
         """Every rank's value, in rank order, on every rank."""

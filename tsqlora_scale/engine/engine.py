@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -269,11 +269,7 @@ class Engine:
             _restore_moments(optimizer, module, state)
         self._is_wrapped = self.is_deepspeed or self.world.size > 1
         self.accelerator.ddp_handler = _DdpKwargs(init_sync=sends_base)
-        with ExitStack() as around:
-            if self.is_deepspeed:
-                around.enter_context(zero.tensors_print_short())
-                if not sends_base:
-                    around.enter_context(zero.base_stays(module))
+        with zero.preparing(module, sends_base=sends_base) if self.is_deepspeed else nullcontext():
             self._wrapped, self._optimizer = self.accelerator.prepare(module, optimizer)
         if self.is_deepspeed:
             zero.clip_by_rounded_norm(self._wrapped)

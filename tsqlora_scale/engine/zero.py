@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -87,7 +87,20 @@ def _no_gathered_weight_waits() -> None:
 
 
 @contextmanager
-def base_stays(module: nn.Module) -> Iterator[None]:
+def preparing(module: nn.Module, *, sends_base: bool) -> Iterator[None]:
+    """Around ``prepare``.
+
+    ``deepspeed.initialize`` formats all its arguments, every parameter among them, for a message that it does not
+    print; at a rank event that was a third of its time.
+    """
+    from torch._tensor_str import printoptions  # the public function cannot tell what was set before
+
+    with printoptions(threshold=0, edgeitems=1), nullcontext() if sends_base else _base_stays(module):
+        yield
+
+
+@contextmanager
+def _base_stays(module: nn.Module) -> Iterator[None]:
     """Around a second ``prepare`` of the same model: ZeRO-1/2 send only what trains from rank 0 to all ranks.
 
     ``deepspeed.initialize`` broadcasts every parameter, and no option prevents it. It leaves out those with this mark,
@@ -102,16 +115,6 @@ def base_stays(module: nn.Module) -> Iterator[None]:
     finally:
         for param in frozen:
             del param.ds_optim_param
-
-
-@contextmanager
-def tensors_print_short() -> Iterator[None]:
-    """Around ``prepare``: ``deepspeed.initialize`` formats all its arguments, every parameter among them, for a message
-    that it does not print; at a rank event that was a third of its time."""
-    from torch._tensor_str import printoptions  # the public function cannot tell what was set before
-
-    with printoptions(threshold=0, edgeitems=1):
-        yield
 
 
 def clip_by_rounded_norm(engine: Any) -> None:

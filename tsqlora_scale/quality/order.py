@@ -6,13 +6,12 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from tsqlora_scale import columns
-from tsqlora_scale.columns import BLOCK, allocate, blocks, filled
+from tsqlora_scale.columns import BLOCK, allocate, blocks
 
 #: Bins that :class:`Order` counts keys in, as a power of two, and samples that it sorts at once.
 BITS, WINDOW = 20, 2 * BLOCK
-#: Counters that :func:`largest` has in all strata together, as a power of two.
-COUNTERS = 20
+#: Counters that :func:`largest` has in all strata together, as a power of two: few enough for small pools, too.
+COUNTERS = 16
 
 
 def stratum_of(strata: np.ndarray | None, block: slice) -> np.ndarray:
@@ -30,16 +29,14 @@ def descending(keys: np.ndarray) -> np.ndarray:
 def largest(keys: np.ndarray, quota: np.ndarray, strata: np.ndarray | None = None) -> np.ndarray:
     """Which are among the ``quota[s]`` largest keys of their stratum s, (n,) bool; of equal ones the earlier.
 
-    One block of keys is sorted. Of more, a radix selection finds the last key that belongs, some of its leading bits in
-    every pass over the keys. Memory: :data:`COUNTERS` and some blocks.
+    A radix selection finds the last key that belongs, some of its leading bits in every pass over the keys. Memory:
+    :data:`COUNTERS` and some blocks.
 
     Args:
         keys: (n,), no NaN.
         quota: samples to take in every stratum, no more than it has.
         strata: the stratum of each sample, (n,); None is one.
     """
-    if len(keys) <= columns.BLOCK:
-        return _sorted(keys, quota, stratum_of(strata, slice(0, len(keys))))
     groups = np.arange(len(quota))
     width = max(COUNTERS - (len(quota) - 1).bit_length(), 4)
     last = np.zeros(len(quota), dtype=np.uint64)  # the leading bits known of the last key that belongs
@@ -61,15 +58,6 @@ def largest(keys: np.ndarray, quota: np.ndarray, strata: np.ndarray | None = Non
         last = (last << np.uint64(width)) | digit.astype(np.uint64)
         known += width
     return _members(keys, last, left, strata)
-
-
-def _sorted(keys: np.ndarray, quota: np.ndarray, of: np.ndarray) -> np.ndarray:
-    order = np.lexsort((descending(keys), of))  # stratum by stratum, the largest keys first
-    found = np.bincount(of, minlength=len(quota))
-    place = np.arange(len(keys)) - (np.cumsum(found) - found)[of[order]]
-    member = filled(len(keys), bool, False)
-    member[order[place < quota[of[order]]]] = True
-    return member
 
 
 def smallest(keys: np.ndarray, count: int) -> np.ndarray:

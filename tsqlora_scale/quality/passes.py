@@ -94,7 +94,7 @@ class PassScores:
 
     def fit(self, standardisation: Standardisation, finite: np.ndarray) -> None:
         """Let ``standardisation`` take the constants that it lacks from the ``finite`` samples."""
-        standardisation.fit_blocks(lambda: self._finite_terms(finite))
+        standardisation.fit(lambda: self._finite_terms(finite))
 
     def rate(
         self, standardisation: Standardisation, weights: np.ndarray, finite: np.ndarray, *, before: ScoreTable | None

@@ -241,16 +241,12 @@ class QualityScorer(Generic[Batch]):
         """Fill :attr:`parts` on rank 0, from where a killed pass stopped. Collective."""
         folder = self._parts_folder / f"pass-{self.passes:03d}" if self._parts_folder is not None else None
         self.parts = Parts(folder)
-        there, batch_size, problem = 0, None, None
-        if self.world.is_main:
-            try:
+        there, batch_size = 0, None
+        with self.world.together():
+            if self.world.is_main:
                 there = self.parts.open(self._fingerprint(indices, model_key), refuse=self.refuses_parts)
                 batch_size = self.parts[0].batch_size if there else None
-            except UserError as error:
-                problem = str(error)
-        there, batch_size, problem = self.world.broadcast((there, batch_size, problem))
-        if problem is not None:
-            raise UserError(problem)
+        there, batch_size = self.world.broadcast((there, batch_size))
         if batch_size is not None:  # of a killed pass: its batches again, to the bit
             self._measurer.batch_size = batch_size
         done = min(there * self.scoring.shard_size, len(indices))

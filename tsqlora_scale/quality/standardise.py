@@ -80,14 +80,11 @@ class Standardisation:
         self.mean = np.zeros(3)
         self.std = np.zeros(3)
 
-    def fit(self, terms: np.ndarray) -> None:
-        """Take the constants that are still missing from finite ``terms`` (n, 3)."""
-        self.fit_blocks(lambda: [terms])
+    def fit(self, terms: Callable[[], Iterable[np.ndarray]]) -> None:
+        """Take the constants that are still missing from finite terms (n, 3).
 
-    def fit_blocks(self, terms: Callable[[], Iterable[np.ndarray]]) -> None:
-        """:meth:`fit` to terms that are given in blocks of rows, at least one row in all, the same at every call.
-
-        The sums go on from block to block, so the constants are the same to the bit however the rows are cut.
+        They are given in blocks of rows, at least one row in all, the same at every call. The sums go on
+        from block to block, so the constants are the same to the bit however the rows are cut.
         """
         mean = mean_of(terms())
         variance = mean_of((some - mean) ** 2 for some in terms())

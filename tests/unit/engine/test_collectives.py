@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -23,7 +22,6 @@ def test_a_world_of_one_needs_no_group() -> None:
         assert torch.equal(reduced, tensor)
         reduced += 1
     assert tensor.tolist() == [1.0, -2.0], "the result is a new tensor"
-    assert world.gather_arrays(np.arange(3)).tolist() == [0, 1, 2]
     assert world.gather_objects("a") == ["a"]
     assert world.broadcast({"a": 1}) == {"a": 1}
     world.barrier()
@@ -44,8 +42,6 @@ def _rank(rank: int, size: int, folder: str) -> None:
         "mean": world.mean(mine).tolist(),
         "integers": world.sum(torch.tensor([2**40 + rank])).tolist(),
         "kept": mine.tolist(),
-        # rank 0 has nothing to give
-        "arrays": world.gather_arrays(np.full((2 * rank, 2), rank)).tolist(),
         "objects": world.gather_objects({"rank": rank}),
         "broadcast": world.broadcast(f"from {rank}"),
     }
@@ -73,7 +69,6 @@ def test_real_ranks_agree(tmp_path: Path) -> None:
             "mean": [1.0, -1.0],
             "integers": [3 * 2**40 + 3],
             "kept": [float(rank), -float(rank)],
-            "arrays": [[1, 1]] * 2 + [[2, 2]] * 4,
             "objects": [{"rank": r} for r in range(size)],
             "broadcast": "from 0",
             "together": "the disk of rank 1 is full",

@@ -95,7 +95,7 @@ def test_every_stratum_has_the_mass_of_its_size(values, labels, tau):
 @given(arrays(np.float64, (20, 3), elements=st.floats(-100, 100), unique=True))
 def test_quality_is_the_weighted_sum_of_clipped_z_scores(terms):
     standardisation = Standardisation()
-    standardisation.fit(terms)
+    standardisation.fit(lambda: [terms])
     weights = (0.5, 0.2, 0.3)
     if (standardisation.std > 0).all():
         np.testing.assert_allclose(standardisation.z(terms) @ weights, quality(terms, weights), atol=1e-9)
@@ -106,9 +106,9 @@ def test_constants_of_the_first_pass_stay():
     generator = np.random.default_rng(0)
     first, second = generator.normal(size=(50, 3)), generator.normal(5, 3, size=(50, 3))
     standardisation = Standardisation()
-    standardisation.fit(first)
+    standardisation.fit(lambda: [first])
     expected = standardisation.z(second)
-    standardisation.fit(second)
+    standardisation.fit(lambda: [second])
     assert (standardisation.z(second) == expected).all()
     restored = Standardisation()
     restored.load_state_dict(standardisation.state_dict())
@@ -120,9 +120,9 @@ def test_a_term_without_spread_counts_zero_until_it_spreads():
     flat = terms.copy()
     flat[:, 2] = 0.7 + 1e-9 * terms[:, 2]
     standardisation = Standardisation()
-    standardisation.fit(flat)
+    standardisation.fit(lambda: [flat])
     assert (standardisation.z(flat)[:, 2] == 0).all()
-    standardisation.fit(terms)
+    standardisation.fit(lambda: [terms])
     np.testing.assert_allclose(standardisation.z(terms).std(axis=0), 1, atol=0.05)
 
 
@@ -139,7 +139,7 @@ def test_the_gate_counts_only_against():
     terms = np.array([[1.0, 2.0, 0.5], [2.0, 1.0, 0.1], [3.0, 0.0, -0.2], [4.0, 5.0, -0.4]])
     gated, linear = Standardisation(gate=True), Standardisation()
     for one in (gated, linear):
-        one.fit(terms)
+        one.fit(lambda: [terms])
     found = gated.z(terms)
     np.testing.assert_allclose(found[:, :2], linear.z(terms)[:, :2])
     np.testing.assert_allclose(found[:, 2], np.array([0, 0, -0.2, -0.4]) / terms[:, 2].std())
