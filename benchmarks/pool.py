@@ -32,14 +32,14 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
 from benchmarks.sampler import anonymous_bytes  # noqa: E402
-from tsqlora_scale.columns import counted, filled  # noqa: E402
-from tsqlora_scale.config import SamplingConfig, ScoringConfig  # noqa: E402
-from tsqlora_scale.engine.checkpoint import read_checkpoint, write_checkpoint  # noqa: E402
+from tsqlora_scale.common.disk_arrays import counted, filled  # noqa: E402
+from tsqlora_scale.common.random_streams import philox  # noqa: E402
+from tsqlora_scale.config.schema import SamplingConfig, ScoringConfig  # noqa: E402
 from tsqlora_scale.engine.collectives import World  # noqa: E402
-from tsqlora_scale.engine.state import TrainState  # noqa: E402
+from tsqlora_scale.engine.train_state import TrainState  # noqa: E402
 from tsqlora_scale.quality import BatchSampler, QualityScorer  # noqa: E402
-from tsqlora_scale.quality.parts import Rows  # noqa: E402
-from tsqlora_scale.quality.rng import philox  # noqa: E402
+from tsqlora_scale.quality.scores.score_parts import Rows  # noqa: E402
+from tsqlora_scale.run.checkpoint import read_checkpoint, write_checkpoint  # noqa: E402
 
 STEPS = ("pass", "uniform draws", "set-up of draws", "score file", "checkpoint", "resumption", "refresh")
 

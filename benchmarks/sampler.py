@@ -20,8 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tsqlora_scale.quality.dyadic import DyadicClasses
-from tsqlora_scale.quality.rng import philox
+from tsqlora_scale.common.random_streams import philox
+from tsqlora_scale.quality.draws.dyadic import DyadicClasses
 
 CHUNK = 10**6
 

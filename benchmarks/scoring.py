@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForSequenceClassification
 
-from tsqlora_scale.adapters import resolve_targets
-from tsqlora_scale.quality.gradients import PerSampleGradients, theta_modules
-from tsqlora_scale.quality.memory import reuse_freed_memory
-from tsqlora_scale.quality.sketch import Sketch
+from tsqlora_scale.model.adapters.lora import resolve_targets
+from tsqlora_scale.quality.gradients.batch_memory import reuse_freed_memory
+from tsqlora_scale.quality.gradients.per_sample import PerSampleGradients, theta_modules
+from tsqlora_scale.quality.gradients.sketch import Sketch
 
 ETA = 1e-3
 

@@ -11,7 +11,8 @@ from unittest import mock
 
 import torch
 
-from tsqlora_scale import step, train
+from tsqlora_scale import step
+from tsqlora_scale import training as train
 from tsqlora_scale.tasks import Task
 
 #: (step, place of the micro-batch in the global batch), which is the same on any number of ranks.

@@ -10,12 +10,12 @@ from typing import Any
 import yaml
 
 from tests.tiny import WORDS, tiny_model
-from tsqlora_scale import preflight
-from tsqlora_scale.build import build_run
-from tsqlora_scale.config_reading import parse_config
+from tsqlora_scale.config.load import parse_config
 from tsqlora_scale.ranks import Policy
-from tsqlora_scale.run import Run
-from tsqlora_scale.train import train
+from tsqlora_scale.run import preflight
+from tsqlora_scale.run.build import build_run
+from tsqlora_scale.run.training_run import Run
+from tsqlora_scale.training import train
 
 GOOD = {"good", "great", "fine", "lovely", "strong"}
 

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 
 import torch
 
-from tsqlora_scale.build import build_run
-from tsqlora_scale.config import Config
-from tsqlora_scale.preemption import StopRequest
-from tsqlora_scale.preflight import Preflight, naming_the_proxy
+from tsqlora_scale.config.schema import Config
 from tsqlora_scale.quality import ScoreTable
 from tsqlora_scale.report.record import RunRecord
-from tsqlora_scale.resuming import has_checkpoint
-from tsqlora_scale.score import warm_up_and_score
+from tsqlora_scale.run.build import build_run
+from tsqlora_scale.run.preemption import StopRequest
+from tsqlora_scale.run.preflight import Preflight, naming_the_proxy
+from tsqlora_scale.run.resume import has_checkpoint
+from tsqlora_scale.scoring import warm_up_and_score
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from tsqlora_scale import preflight
-from tsqlora_scale.cli import _prepare_environment
-from tsqlora_scale.config_reading import load_config
+from tsqlora_scale.commands.cli import _prepare_environment
+from tsqlora_scale.config.load import load_config
+from tsqlora_scale.run import preflight
 
 
 def packed_bytes() -> int:
@@ -25,8 +25,8 @@ def packed_bytes() -> int:
 def main() -> int:
     _prepare_environment()
     checked = preflight.check(load_config(sys.argv[1]))
-    from tsqlora_scale import train
-    from tsqlora_scale.build import build_run
+    from tsqlora_scale import training as train
+    from tsqlora_scale.run.build import build_run
 
     run = build_run(checked)
     backward, before, found = run.engine.backward, packed_bytes(), []

@@ -10,9 +10,9 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from benchmarks.traffic import bytes_sent
-from tsqlora_scale import preflight
-from tsqlora_scale.cli import _prepare_environment
-from tsqlora_scale.config_reading import load_config
+from tsqlora_scale.commands.cli import _prepare_environment
+from tsqlora_scale.config.load import load_config
+from tsqlora_scale.run import preflight
 
 #: Ranks that layers take in turn. With 32 inputs a factor is below, at and above a threshold of 128 elements, and most
 #: are no multiple of 3 ranks.
@@ -47,9 +47,9 @@ def holdings(module) -> dict[str, int]:
 def main() -> int:
     _prepare_environment()
     checked = preflight.check(load_config(sys.argv[1]))
-    from tsqlora_scale import train
-    from tsqlora_scale.build import build_run
+    from tsqlora_scale import training as train
     from tsqlora_scale.ranks import Plan, current_ranks
+    from tsqlora_scale.run.build import build_run
 
     run = build_run(checked)
     plan = Plan(ranks=current_ranks(run.engine.module), phi=1.0, budget=0, sensitivity={}, reasons={})

@@ -16,8 +16,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 FAILING = """
 import os, signal, sys, time
 sys.path.insert(0, {root!r})
-from tsqlora_scale import cli, train as loop
-from tsqlora_scale.errors import UserError
+from tsqlora_scale.commands import cli
+from tsqlora_scale import training as loop
+from tsqlora_scale.common.errors import UserError
 
 original = loop.train_step
 

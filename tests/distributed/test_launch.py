@@ -12,7 +12,7 @@ import pytest
 from tests.distributed.launch import BIN, ROOT, free_port, launch, run_launched
 from tests.runs import go, losses_of, ranks_of, read_lines, result_of, run_tree, write_config
 from tests.tiny import tiny_model
-from tsqlora_scale.engine.checkpoint import newest_checkpoint
+from tsqlora_scale.run.checkpoint import newest_checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
@@ -87,7 +87,8 @@ def test_a_proxy_on_every_engine(tmp_path: Path, models_dir: Path) -> None:
 SIGNALLED = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
-from tsqlora_scale import cli, train as loop
+from tsqlora_scale.commands import cli
+from tsqlora_scale import training as loop
 
 original = loop.train_step
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests.distributed.launch import ROOT, launch, run_launched
 from tests.runs import losses_of, ranks_of, result_of, run_tree, write_config
-from tsqlora_scale.engine.checkpoint import complete_checkpoints, verify_checkpoint
+from tsqlora_scale.run.checkpoint import complete_checkpoints, verify_checkpoint
 
 # the first test makes the runs of all engines
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(3000)]
@@ -20,7 +20,7 @@ import sys
 sys.path.insert(0, {root!r})
 from tests.distributed import worker
 from tests.policies import RemoveAndRestore
-from tsqlora_scale import build
+from tsqlora_scale.run import build
 
 build.TsqLoraPolicy = lambda config: RemoveAndRestore()
 sys.exit(worker.main())
@@ -59,7 +59,7 @@ def test_layers_leave_and_return_on_every_engine(runs: dict[str, Path], engine: 
 TAMPERED = """
 import sys
 sys.path.insert(0, {root!r})
-from tsqlora_scale import cli
+from tsqlora_scale.commands import cli
 from tsqlora_scale.ranks import SensitivityTracker
 
 reduce, events = SensitivityTracker.reduce, []

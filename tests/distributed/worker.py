@@ -5,11 +5,11 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from tsqlora_scale import preflight
-from tsqlora_scale.cli import _prepare_environment
-from tsqlora_scale.config_reading import load_config
-from tsqlora_scale.errors import UserError
-from tsqlora_scale.failures import leave_group
+from tsqlora_scale.commands.cli import _prepare_environment
+from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.common.failures import leave_group
+from tsqlora_scale.config.load import load_config
+from tsqlora_scale.run import preflight
 
 
 def main() -> int:
@@ -17,8 +17,8 @@ def main() -> int:
     configs = [load_config(path) for path in sys.argv[1:]]
     # every check before the first process group exists, as in a run of its own
     checked = [preflight.check(config) for config in configs]
-    from tsqlora_scale.build import build_run
-    from tsqlora_scale.train import train
+    from tsqlora_scale.run.build import build_run
+    from tsqlora_scale.training import train
 
     for one in checked:
         try:

@@ -21,17 +21,17 @@ from tests.distributed.launch import run_launched
 from tests.e2e.test_preemption import signalled_in_step
 from tests.runs import go, losses_of, ranks_of, read_lines, result_of, run_tree, write_config
 from tests.tiny import tiny_model
-from tsqlora_scale import cli
-from tsqlora_scale import run as run_module
-from tsqlora_scale import train as loop
-from tsqlora_scale.engine import checkpoint
-from tsqlora_scale.engine.checkpoint import newest_checkpoint
-from tsqlora_scale.errors import Stopped, UserError
+from tsqlora_scale import training as loop
+from tsqlora_scale.commands import cli
+from tsqlora_scale.common.errors import Stopped, UserError
 from tsqlora_scale.quality import ScoreTable
-from tsqlora_scale.quality.measure import Measurer
-from tsqlora_scale.quality.parts import Parts, Rows
+from tsqlora_scale.quality.scores.measurer import Measurer
+from tsqlora_scale.quality.scores.score_parts import Parts, Rows
 from tsqlora_scale.report.record import RunRecord
-from tsqlora_scale.run import Run
+from tsqlora_scale.run import checkpoint
+from tsqlora_scale.run import training_run as run_module
+from tsqlora_scale.run.checkpoint import newest_checkpoint
+from tsqlora_scale.run.training_run import Run
 
 
 def full(*_: Any, **__: Any) -> Any:
@@ -215,7 +215,7 @@ def test_an_end_that_cannot_be_written(
     config = write_config(tmp_path / "config.yaml", run_tree("bert", tmp_path, models_dir, "run"))
     with monkeypatch.context() as patch:
         if what == "the adapter":
-            patch.setattr("tsqlora_scale.run.save_adapter", full)
+            patch.setattr("tsqlora_scale.run.training_run.save_adapter", full)
         else:
             patch.setattr(RunRecord, "result", full)
         assert cli.main(["train", "--config", str(config)]) == 2
@@ -322,7 +322,7 @@ def test_lines_that_are_lost_are_named_however_a_command_ends(
 ) -> None:
     """Here by a stop, in the warm-up."""
     config = write_config(tmp_path / "config.yaml", run_tree("bert", tmp_path, models_dir, "run"))
-    target = f"tsqlora_scale.{command}.train_step"
+    target = f"tsqlora_scale.{ {'train': 'training', 'score': 'scoring'}[command] }.train_step"
     monkeypatch.setattr(target, signalled_in_step(0, signal.SIGTERM))
     open_ = Path.open
 
@@ -346,7 +346,9 @@ def test_a_stop_that_loses_the_state_ends_every_rank(tmp_path: Path, models_dir:
 import os, signal, sys
 sys.path.insert(0, {str(Path(__file__).resolve().parents[2])!r})
 from tests.e2e.test_full_disk import full
-from tsqlora_scale import cli, run, train
+from tsqlora_scale.commands import cli
+from tsqlora_scale.run import training_run as run
+from tsqlora_scale import training as train
 
 rank, step = int(os.environ["RANK"]), train.train_step
 run.write_checkpoint = full
@@ -380,7 +382,7 @@ def test_scores_that_cannot_be_written(
     """They are what scoring alone is for; the pass is not done again."""
     config = write_config(tmp_path / "config.yaml", run_tree("bert", tmp_path, models_dir, "run"))
     with monkeypatch.context() as patch:
-        patch.setattr(f"tsqlora_scale.{'quality' if where == 'ScoreTable.write' else 'score'}.{where}", full)
+        patch.setattr(f"tsqlora_scale.{'quality' if where == 'ScoreTable.write' else 'scoring'}.{where}", full)
         assert cli.main(["score", "--config", str(config)]) == 2
     folder = tmp_path / "runs" / "run" / "scores"
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
@@ -480,7 +482,7 @@ def test_a_start_that_cannot_be_written(
         prepare(record, config_yaml) if record.folder.name == "run-proxy" else full()
 
     if where == "drop_after":
-        monkeypatch.setattr("tsqlora_scale.build.drop_after", full)
+        monkeypatch.setattr("tsqlora_scale.run.build.drop_after", full)
     else:
         monkeypatch.setattr(RunRecord, "prepare", sometimes)
     assert cli.main(arguments) == 2

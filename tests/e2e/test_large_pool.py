@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from tests.runs import go, losses_of, ranks_of, run_tree
-from tsqlora_scale import columns
-from tsqlora_scale.quality import ScoreTable, order
-from tsqlora_scale.run import Run
+from tsqlora_scale.common import disk_arrays
+from tsqlora_scale.quality import ScoreTable
+from tsqlora_scale.quality.draws import key_order
+from tsqlora_scale.run.training_run import Run
 from tsqlora_scale.tasks import task
 
 pytestmark = pytest.mark.slow
@@ -33,9 +34,9 @@ def test_it_is_the_same_run(tmp_path: Path, models_dir: Path, monkeypatch: pytes
         return run_tree("bert", tmp_path, models_dir, name, **sections)
 
     small = go(tree("small"))
-    monkeypatch.setattr(columns, "IN_MEMORY", 0)
-    monkeypatch.setattr(columns, "BLOCK", 7)
-    monkeypatch.setattr(order, "WINDOW", 5)
+    monkeypatch.setattr(disk_arrays, "IN_MEMORY", 0)
+    monkeypatch.setattr(disk_arrays, "BLOCK", 7)
+    monkeypatch.setattr(key_order, "WINDOW", 5)
     monkeypatch.setattr(task, "ROWS", 7)
     large = go(tree("large"))
     resumed = go(tree("resumed"), resume=str(tmp_path / "runs" / "small" / "checkpoints" / "step-00000006"))

@@ -9,9 +9,9 @@ import pytest
 
 from tests.poison import poisoned
 from tests.runs import go, losses_of, read_lines, run_tree, write_config
-from tsqlora_scale import cli
-from tsqlora_scale.engine.checkpoint import read_checkpoint
-from tsqlora_scale.errors import UserError
+from tsqlora_scale.commands import cli
+from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.run.checkpoint import read_checkpoint
 
 
 def test_such_steps_change_nothing_and_are_recorded(

@@ -11,12 +11,12 @@ import torch
 
 from tests.policies import AdaLoraRule, ElaLoraRule
 from tests.runs import go, losses_of, ranks_of, run_tree
-from tsqlora_scale import preflight
-from tsqlora_scale.build import build_run
-from tsqlora_scale.config_reading import parse_config
+from tsqlora_scale.config.load import parse_config
 from tsqlora_scale.ranks import Plan, Policy, Statistics, current_ranks
 from tsqlora_scale.ranks.install import factor_names
-from tsqlora_scale.train import adapt_ranks, train_step
+from tsqlora_scale.run import preflight
+from tsqlora_scale.run.build import build_run
+from tsqlora_scale.training import adapt_ranks, train_step
 
 
 @dataclasses.dataclass

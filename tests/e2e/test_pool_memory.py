@@ -17,10 +17,10 @@ MEASURE = """
 import json, sys
 from pathlib import Path
 from benchmarks import pool
-from tsqlora_scale import columns
-from tsqlora_scale.quality import order
-columns.IN_MEMORY, columns.BLOCK = 0, 2**14
-order.WINDOW, order.BITS, order.COUNTERS = 2**15, 16, 16
+from tsqlora_scale.common import disk_arrays
+from tsqlora_scale.quality.draws import key_order
+disk_arrays.IN_MEMORY, disk_arrays.BLOCK = 0, 2**14
+key_order.WINDOW, key_order.BITS, key_order.COUNTERS = 2**15, 16, 16
 pool.measure(Path(sys.argv[1]), 10**5, sketch_dim=16, shard=2**14, batch=4096)  # what is taken once
 found = pool.measure(Path(sys.argv[1]), int(sys.argv[2]), sketch_dim=16, shard=2**14, batch=4096)
 print(json.dumps(found))

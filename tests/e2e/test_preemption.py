@@ -14,13 +14,13 @@ import pytest
 
 from tests.runs import go, losses_of, ranks_of, run_tree, write_config
 from tsqlora_scale import (
-    cli,
-    score,  # noqa: F401  takes train_step from the loop, and not while it is patched
+    scoring,  # noqa: F401  takes train_step from the loop, and not while it is patched
 )
-from tsqlora_scale import train as loop
+from tsqlora_scale import training as loop
+from tsqlora_scale.commands import cli
 from tsqlora_scale.quality import ScoreTable
-from tsqlora_scale.quality.measure import Measurer
-from tsqlora_scale.run import Run
+from tsqlora_scale.quality.scores.measurer import Measurer
+from tsqlora_scale.run.training_run import Run
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -123,7 +123,7 @@ def test_a_later_signal_stops_at_once() -> None:
     """But not one that comes with the first, from a launcher and the system above it."""
     program = """
 import os, signal, sys
-from tsqlora_scale import preemption
+from tsqlora_scale.run import preemption
 with preemption.StopRequest() as stop:
     os.kill(os.getpid(), signal.SIGUSR1)
     os.kill(os.getpid(), signal.SIGTERM)

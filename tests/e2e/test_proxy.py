@@ -13,10 +13,10 @@ import pytest
 
 from tests.runs import losses_of, ranks_of, result_of, run_tree, write_config
 from tests.tiny import tiny_model
-from tsqlora_scale import cli
+from tsqlora_scale.commands import cli
 from tsqlora_scale.quality import ScoreTable
-from tsqlora_scale.run import Run
-from tsqlora_scale.train import train_step
+from tsqlora_scale.run.training_run import Run
+from tsqlora_scale.training import train_step
 
 
 def tree_with_proxy(tmp_path: Path, models_dir: Path, **train: Any) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def test_a_proxy_that_is_stopped(tmp_path: Path, models_dir: Path, monkeypatch: 
         return original(run)
 
     with monkeypatch.context() as patch:
-        patch.setattr("tsqlora_scale.score.train_step", signalled)
+        patch.setattr("tsqlora_scale.scoring.train_step", signalled)
         assert cli.main(["train", "--config", str(config), "--overwrite"]) == 0
     assert not (run_dir / "checkpoints").exists()
     assert len(losses_of(tmp_path / "runs" / "run-proxy")) == 1

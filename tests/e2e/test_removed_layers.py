@@ -14,14 +14,15 @@ from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassificati
 
 from tests.policies import RemoveAndRestore
 from tests.runs import go, losses_of, ranks_of, run_tree, write_config
-from tsqlora_scale import cli, preflight
-from tsqlora_scale import train as loop
-from tsqlora_scale.adapters import read_adapter, short_name
-from tsqlora_scale.build import build_run
-from tsqlora_scale.config_reading import parse_config
-from tsqlora_scale.errors import UserError
+from tsqlora_scale import training as loop
+from tsqlora_scale.commands import cli
+from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.config.load import parse_config
+from tsqlora_scale.model.adapters.lora import read_adapter, short_name
 from tsqlora_scale.ranks import current_ranks
-from tsqlora_scale.run import Run
+from tsqlora_scale.run import preflight
+from tsqlora_scale.run.build import build_run
+from tsqlora_scale.run.training_run import Run
 
 AUTO: dict[str, Any] = {"bert": AutoModelForSequenceClassification, "bart": AutoModelForSeq2SeqLM}
 

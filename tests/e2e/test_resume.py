@@ -11,17 +11,16 @@ import torch
 from safetensors.torch import load_file
 
 from tests.runs import go, read_lines, result_of, run_tree
-from tsqlora_scale import preflight
-from tsqlora_scale import train as loop
-from tsqlora_scale.build import build_run
-from tsqlora_scale.config import Config
-from tsqlora_scale.config_reading import parse_config
-from tsqlora_scale.engine import checkpoint
-from tsqlora_scale.errors import UserError
-from tsqlora_scale.preflight import check_run_dir
-from tsqlora_scale.quality.parts import Parts, Rows
-from tsqlora_scale.resuming import same_method
-from tsqlora_scale.run import Run
+from tsqlora_scale import training as loop
+from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.config.load import parse_config
+from tsqlora_scale.config.schema import Config
+from tsqlora_scale.quality.scores.score_parts import Parts, Rows
+from tsqlora_scale.run import checkpoint, preflight
+from tsqlora_scale.run.build import build_run
+from tsqlora_scale.run.preflight import check_run_dir
+from tsqlora_scale.run.resume import same_method
+from tsqlora_scale.run.training_run import Run
 
 
 class Killed(BaseException):

@@ -14,11 +14,11 @@ from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from tests.runs import go, losses_of, ranks_of, read_lines, result_of, run_tree
 from tests.tiny import AUTO
-from tsqlora_scale import preflight
-from tsqlora_scale.build import build_run, evaluate_adapter
-from tsqlora_scale.config_reading import parse_config
-from tsqlora_scale.errors import UserError
-from tsqlora_scale.resuming import find_checkpoint
+from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.config.load import parse_config
+from tsqlora_scale.run import preflight
+from tsqlora_scale.run.build import build_run, evaluate_adapter
+from tsqlora_scale.run.resume import find_checkpoint
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.runs import go, read_lines, run_tree, write_config
-from tsqlora_scale import cli
+from tsqlora_scale.commands import cli
 from tsqlora_scale.quality import ScoreTable
 
 

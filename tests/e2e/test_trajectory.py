@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from tests.runs import go, read_lines, result_of, run_tree
-from tsqlora_scale import preflight
-from tsqlora_scale.build import build_run
-from tsqlora_scale.config_reading import load_config, parse_config
+from tsqlora_scale.config.load import load_config, parse_config
 from tsqlora_scale.ranks import current_ranks
-from tsqlora_scale.train import adapt_ranks, train_step
+from tsqlora_scale.run import preflight
+from tsqlora_scale.run.build import build_run
+from tsqlora_scale.training import adapt_ranks, train_step
 
 
 def test_scoring_between_steps_leaves_no_trace(tmp_path: Path, models_dir: Path) -> None:

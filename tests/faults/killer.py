@@ -21,14 +21,15 @@ import pyarrow.parquet as pq
 import safetensors.torch
 import transformers
 
-from tsqlora_scale import build, run, train
-from tsqlora_scale.engine import checkpoint
+from tsqlora_scale import training as train
 from tsqlora_scale.engine.engine import Engine
 from tsqlora_scale.quality import ScoreTable
-from tsqlora_scale.quality.measure import Measurer
-from tsqlora_scale.quality.parts import Parts
+from tsqlora_scale.quality.scores.measurer import Measurer
+from tsqlora_scale.quality.scores.score_parts import Parts
 from tsqlora_scale.report.record import RunRecord
-from tsqlora_scale.run import Run
+from tsqlora_scale.run import build, checkpoint
+from tsqlora_scale.run import training_run as run
+from tsqlora_scale.run.training_run import Run
 
 #: A point and which of its crossings, from 1.
 Crossing = tuple[str, int]

@@ -26,8 +26,8 @@ import sklearn.metrics  # noqa: F401
 import torch
 
 import tests.faults.killer as killing
-from tsqlora_scale import cli
-from tsqlora_scale.run import Run
+from tsqlora_scale.commands import cli
+from tsqlora_scale.run.training_run import Run
 
 #: Cases at a time.
 JOBS = 2

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from tsqlora_scale.adapters import ADAPTER, lora_layers
+from tsqlora_scale.model.adapters.lora import ADAPTER, lora_layers
 
 
 def sensitivity(model: nn.Module, groups: Sequence[Callable[[nn.Module], Tensor]], estimator: str) -> dict[str, float]:

@@ -16,13 +16,20 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from tests.runs import run_tree
 from tests.tiny import AUTO, tiny_model
-from tsqlora_scale import preflight
-from tsqlora_scale.adapters import _new_module, heads_of, initialise_new, load_base, resolve_targets, skeleton
-from tsqlora_scale.build import build_run
-from tsqlora_scale.config import ModelConfig
-from tsqlora_scale.config_reading import parse_config
-from tsqlora_scale.errors import UserError
-from tsqlora_scale.saved import check_base_weights
+from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.config.load import parse_config
+from tsqlora_scale.config.schema import ModelConfig
+from tsqlora_scale.model.adapters.lora import (
+    _new_module,
+    heads_of,
+    initialise_new,
+    load_base,
+    resolve_targets,
+    skeleton,
+)
+from tsqlora_scale.model.weight_files import check_base_weights
+from tsqlora_scale.run import preflight
+from tsqlora_scale.run.build import build_run
 
 #: kind -> (adapted layers of its two blocks each, linear layers outside the blocks)
 EXPECTED = {
@@ -115,7 +122,7 @@ def test_a_4_bit_base_on_a_gpu_under_zero_3(models_dir: Path, monkeypatch: pytes
             seen.update(kwargs)
             raise OSError("enough")
 
-    monkeypatch.setattr("tsqlora_scale.adapters.shards_while_loading", lambda: sharded)
+    monkeypatch.setattr("tsqlora_scale.model.adapters.lora.shards_while_loading", lambda: sharded)
     path = str(tiny_model("bert", models_dir))
     with pytest.raises(UserError, match="enough"):
         load_base(path, ModelConfig(name_or_path=path, quantization="nf4"), auto_class=Loader,

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from tests.runs import losses_of, run_tree, write_config
-from tsqlora_scale import cli
-from tsqlora_scale.errors import UserError
+from tsqlora_scale.commands import cli
+from tsqlora_scale.common.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -60,7 +60,7 @@ def test_overwrite_deletes_nothing_before_the_model_is_loaded(
     def no_weights(*_: object, **__: object) -> None:
         raise UserError("no weights here")
 
-    monkeypatch.setattr("tsqlora_scale.build.load_base", no_weights)
+    monkeypatch.setattr("tsqlora_scale.run.build.load_base", no_weights)
     assert cli.train(["--config", str(config), "--overwrite"]) == 2
     assert "no weights here" in capsys.readouterr().err
     assert (run_dir / "config.yaml").read_text() == "of the old run"
@@ -97,7 +97,7 @@ def test_overwrite_leaves_what_a_link_points_to(config: Path, tmp_path: Path) ->
 def test_a_checkpoint_that_is_none(
     config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tsqlora_scale.build.load_base", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("tsqlora_scale.run.build.load_base", lambda *_, **__: pytest.fail("the model was loaded"))
     assert cli.train(["--config", str(config), "--resume", "./step-1"]) == 2
     error = capsys.readouterr().err
     assert (
@@ -126,7 +126,7 @@ def test_the_script_ends_with_2_before_torch(config: Path) -> None:
 
 PRODUCTS = """
 import hashlib
-from tsqlora_scale import cli
+from tsqlora_scale.commands import cli
 cli._prepare_environment()
 import torch
 digest = hashlib.sha256()

@@ -14,14 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from tsqlora_scale import columns
-from tsqlora_scale.errors import UserError
+from tsqlora_scale.common import disk_arrays
+from tsqlora_scale.common.errors import UserError
 
 
 @pytest.fixture
 def on_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """All columns are mapped to files in this folder."""
-    monkeypatch.setattr(columns, "IN_MEMORY", 0)
+    monkeypatch.setattr(disk_arrays, "IN_MEMORY", 0)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return tmp_path
 
@@ -32,7 +32,7 @@ def mapped_files(folder: Path) -> int:
 
 @pytest.mark.parametrize("kind", [bool, np.int32, np.int64, np.float64])
 def test_a_large_column_is_an_array_in_a_file_that_goes_with_it(kind, on_disk):
-    column = columns.allocate(10_000, kind)
+    column = disk_arrays.allocate(10_000, kind)
     assert type(column) is np.ndarray
     assert (column.shape, column.dtype) == ((10_000,), np.dtype(kind))
     assert column.flags.writeable
@@ -50,7 +50,7 @@ def test_a_large_column_is_an_array_in_a_file_that_goes_with_it(kind, on_disk):
 
 def test_the_room_is_reserved(on_disk):
     """A file with holes would take the room when it is written to, and end the process where there is none."""
-    column = columns.allocate(100_000, np.float64)
+    column = disk_arrays.allocate(100_000, np.float64)
     held = []
     for link in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(OSError):  # closed meanwhile
@@ -60,12 +60,12 @@ def test_the_room_is_reserved(on_disk):
 
 
 def test_small_columns_stay_in_memory(on_disk, monkeypatch):
-    monkeypatch.setattr(columns, "IN_MEMORY", 80)
-    kept = columns.allocate(10, np.float64)
+    monkeypatch.setattr(disk_arrays, "IN_MEMORY", 80)
+    kept = disk_arrays.allocate(10, np.float64)
     assert mapped_files(on_disk) == 0
-    other = columns.allocate(11, np.float64)
+    other = disk_arrays.allocate(11, np.float64)
     assert mapped_files(on_disk) == 1
-    assert len(columns.allocate(0, np.float64)) == 0
+    assert len(disk_arrays.allocate(0, np.float64)) == 0
     del kept, other
 
 
@@ -77,7 +77,7 @@ def test_a_full_disk_is_said_at_once(on_disk):
             UserError,
             match=rf"TMPDIR='{on_disk}': 0\.008 GB more of the scores .*cannot be written there \(File too large\)",
         ):
-            columns.allocate(10**6, np.float64)
+            disk_arrays.allocate(10**6, np.float64)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert mapped_files(on_disk) == 0
@@ -92,20 +92,20 @@ def test_a_full_disk_is_said_at_once(on_disk):
 )
 def test_in_blocks_as_in_one_piece(member, numbers, block, mapped):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(columns, "BLOCK", block)
+        patch.setattr(disk_arrays, "BLOCK", block)
         if mapped:
-            patch.setattr(columns, "IN_MEMORY", 0)
+            patch.setattr(disk_arrays, "IN_MEMORY", 0)
         values = np.random.default_rng(0).normal(size=len(member))
-        assert columns.taken(values, member).tolist() == values[member].tolist()
-        assert columns.taken(member, member).dtype == bool
-        assert columns.positions(member).tolist() == np.flatnonzero(member).tolist()
-        assert columns.counted(len(member)).tolist() == list(range(len(member)))
-        assert columns.counts(numbers).tolist() == np.bincount(numbers).tolist()
-        assert columns.filled(len(member), np.int64, -1).tolist() == [-1] * len(member)
-        other = columns.copied(values)
+        assert disk_arrays.taken(values, member).tolist() == values[member].tolist()
+        assert disk_arrays.taken(member, member).dtype == bool
+        assert disk_arrays.positions(member).tolist() == np.flatnonzero(member).tolist()
+        assert disk_arrays.counted(len(member)).tolist() == list(range(len(member)))
+        assert disk_arrays.counts(numbers).tolist() == np.bincount(numbers).tolist()
+        assert disk_arrays.filled(len(member), np.int64, -1).tolist() == [-1] * len(member)
+        other = disk_arrays.copied(values)
         other[:] = 0
         assert len(other) == len(values)
         assert (values != 0).all()
-        cut = list(columns.blocks(len(member)))
+        cut = list(disk_arrays.blocks(len(member)))
         assert [i for one in cut for i in range(one.start, one.stop)] == list(range(len(member)))
         assert all(one.stop - one.start <= block for one in cut)

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from tests.unit.test_configs import tree
-from tsqlora_scale.config import Config
-from tsqlora_scale.config_reading import load_config
-from tsqlora_scale.errors import UserError
+from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.config.load import load_config
+from tsqlora_scale.config.schema import Config
 
 
 def keys(model: type[BaseModel], prefix: str = "") -> list[str]:

@@ -15,10 +15,10 @@ from accelerate.utils import DistributedType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tsqlora_scale.config import Config
-from tsqlora_scale.config_reading import load_config, parse_config
-from tsqlora_scale.errors import UserError
-from tsqlora_scale.preflight import plan_run
+from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.config.load import load_config, parse_config
+from tsqlora_scale.config.schema import Config
+from tsqlora_scale.run.preflight import plan_run
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 ACCELERATE = sorted((CONFIGS / "accelerate").glob("*.yaml"))
@@ -430,5 +430,5 @@ def test_any_mapping_is_a_config_or_one_error(changes: dict[str, Any]) -> None:
 
 
 def test_config_does_not_import_torch() -> None:
-    code = "import sys, tsqlora_scale.config; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = "import sys, tsqlora_scale.config.schema; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

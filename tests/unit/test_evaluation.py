@@ -10,7 +10,7 @@ import pytest
 from torch import nn
 
 from tsqlora_scale.engine.collectives import World
-from tsqlora_scale.evaluation import evaluate
+from tsqlora_scale.tasks.evaluation import evaluate
 
 
 class Batch:

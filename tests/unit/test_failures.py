@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tsqlora_scale.failures import Watchdog, lost_another, record_cause, waits
+from tsqlora_scale.common.failures import Watchdog, lost_another, record_cause, waits
 
 
 def test_what_counts_as_having_lost_another_rank() -> None:
@@ -64,7 +64,7 @@ def test_a_full_disk_does_not_keep_a_process_from_ending(monkeypatch: pytest.Mon
 
 HANGING = """
 import sys, time
-from tsqlora_scale.failures import Watchdog
+from tsqlora_scale.common.failures import Watchdog
 with Watchdog(minutes=0.02, acts=True) as dog:
     for _ in range(30):
         time.sleep(0.1)
@@ -99,7 +99,7 @@ def test_alone_nobody_watches() -> None:
 def test_a_process_of_a_group_leaves_at_once() -> None:
     source = """
 import threading, torch.distributed as dist
-from tsqlora_scale.failures import leave_group
+from tsqlora_scale.common.failures import leave_group
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 threading.Thread(target=threading.Event().wait).start()  # an ordinary exit would wait for it for ever
 print("to be seen")

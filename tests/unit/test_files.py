@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tsqlora_scale import files
-from tsqlora_scale.files import written_whole
+from tsqlora_scale.common import files
+from tsqlora_scale.common.files import written_whole
 
 
 def test_a_file_appears_at_the_end_and_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

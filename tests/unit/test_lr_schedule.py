@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tsqlora_scale.config import TrainConfig
-from tsqlora_scale.lr_schedule import learning_rate
+from tsqlora_scale.config.schema import TrainConfig
+from tsqlora_scale.run.lr_schedule import learning_rate
 
 
 @given(

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 from tests.runs import run_tree
 from tests.tiny import tiny_model
-from tsqlora_scale import preflight
-from tsqlora_scale.config import Config
-from tsqlora_scale.config_reading import parse_config
-from tsqlora_scale.errors import UserError
-from tsqlora_scale.model_checks import load_descriptions
+from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.config.load import parse_config
+from tsqlora_scale.config.schema import Config
+from tsqlora_scale.model.describe import load_descriptions
+from tsqlora_scale.run import preflight
 
 
 def config_of(tmp_path: Path, models_dir: Path, **sections: dict[str, Any]) -> Config:
@@ -174,7 +174,7 @@ def test_a_run_folder_that_is_a_file(tmp_path: Path, models_dir: Path) -> None:
 @pytest.mark.parametrize("family", ["bert", "deberta", "bart", "t5", "llama"])
 def test_one_dropout_for_the_whole_base(tmp_path: Path, models_dir: Path, family: str) -> None:
     """Every dropout of the built model has it, modules and functional ones; layer dropout is left alone."""
-    from tsqlora_scale.adapters import skeleton
+    from tsqlora_scale.model.adapters.lora import skeleton
     from tsqlora_scale.tasks import auto_class_of
 
     config = parse_config(run_tree(family, tmp_path, models_dir, "run", model={"dropout": 0.25}))

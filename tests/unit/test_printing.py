@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from tsqlora_scale.errors import UserError
-from tsqlora_scale.printing import printable, shortened, shown
-from tsqlora_scale.report import scores
+from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.common.printing import printable, shortened, shown
+from tsqlora_scale.report import score_tables
 
 HOSTILE = (
     "\x1b[31mred\x1b]8;;http://x\x1b\\ \x9b2J [bold]loud[/bold] [link=http://x]y[/link] [/] :bomb: \u202eabc \x07\b\0"
@@ -52,7 +52,7 @@ def test_a_users_mistake_is_one_line(text: str) -> None:
 def test_samples_are_printed_as_they_are(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """On a terminal, where rich would write colours and links."""
     out = io.StringIO()
-    monkeypatch.setattr(scores, "Console", lambda: Console(file=out, force_terminal=True, width=400))
+    monkeypatch.setattr(score_tables, "Console", lambda: Console(file=out, force_terminal=True, width=400))
     numbers = {"quality": 1.0, "convergence": 1.0, "loss": 1.0}
     entry: dict[str, Any] = {"sample_id": HOSTILE, "text": HOSTILE, "answer": HOSTILE, **numbers}
     summary = {
@@ -60,7 +60,7 @@ def test_samples_are_printed_as_they_are(capsys: pytest.CaptureFixture[str], mon
         "best": [entry], "similar": [{"samples": 1, "first": [entry]}], "similarity": 0.9,
         "samples with a similar one": 1,
     }  # fmt: skip
-    scores.print_scores(summary, f"runs/{HOSTILE}/scores")
+    score_tables.print_scores(summary, f"runs/{HOSTILE}/scores")
     printed = out.getvalue()
     for character in "\x9b\u202e\x07\b\0":
         assert character not in printed

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 
 from tests.runs import run_tree
-from tsqlora_scale import columns, preflight, room
-from tsqlora_scale.build import build_run
-from tsqlora_scale.config import Config
-from tsqlora_scale.config_reading import parse_config
-from tsqlora_scale.errors import UserError
-from tsqlora_scale.train import train
+from tsqlora_scale.common import disk_arrays
+from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.config.load import parse_config
+from tsqlora_scale.config.schema import Config
+from tsqlora_scale.run import preflight, temporary_space
+from tsqlora_scale.run.build import build_run
+from tsqlora_scale.training import train
 
 
 def config_of(tmp_path: Path, models_dir: Path, **sections: dict[str, Any]) -> Config:
@@ -64,8 +65,8 @@ def test_what_is_asked_for_is_what_a_run_takes(
         tmp_path, models_dir, sampling=sampling, scoring=scoring, train={"max_steps": 5}, schedule=schedule
     )
     checked = preflight.check(config)
-    monkeypatch.setattr(columns, "IN_MEMORY", 0)
-    monkeypatch.setattr(columns.mmap, "mmap", Mapped)
+    monkeypatch.setattr(disk_arrays, "IN_MEMORY", 0)
+    monkeypatch.setattr(disk_arrays.mmap, "mmap", Mapped)
     monkeypatch.setattr(Mapped, "now", 0)
     monkeypatch.setattr(Mapped, "most", 0)
     gc.disable()
@@ -74,23 +75,25 @@ def test_what_is_asked_for_is_what_a_run_takes(
     finally:
         gc.enable()
     taken = Mapped.most / checked.plan.pool_size
-    assert 0.93 * room.score_bytes(config, 48) <= taken <= room.score_bytes(config, 48)
+    assert 0.93 * temporary_space.score_bytes(config, 48) <= taken <= temporary_space.score_bytes(config, 48)
 
 
 def test_of_every_rank_here(disk: Path, tmp_path: Path, models_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of(tmp_path, models_dir)
-    each = room.score_bytes(config, 10**8) / 10
+    each = temporary_space.score_bytes(config, 10**8) / 10
     assert 15 < each < 20
-    room.check_room(config, 10**8)
+    temporary_space.check_room(config, 10**8)
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "4")):
         monkeypatch.setenv(name, value)
-    room.check_room(config, 10**8)  # the other three may be elsewhere
+    temporary_space.check_room(config, 10**8)  # the other three may be elsewhere
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     needed = rf"{2 * each + 2.1:.3g} GB on the 2 ranks"
     with pytest.raises(UserError, match=rf"TMPDIR='{disk}': has 30 GB of room.*100000000 samples take {needed}"):
-        room.check_room(config, 10**8)
-    room.check_room(config, 10**7)
-    room.check_room(config_of(tmp_path, models_dir, sampling={"selector": "full"}, scoring={"enabled": False}), 10**9)
+        temporary_space.check_room(config, 10**8)
+    temporary_space.check_room(config, 10**7)
+    temporary_space.check_room(
+        config_of(tmp_path, models_dir, sampling={"selector": "full"}, scoring={"enabled": False}), 10**9
+    )
 
 
 def test_a_pool_that_is_small_for_a_rank_may_be_large_for_a_machine(
@@ -98,11 +101,11 @@ def test_a_pool_that_is_small_for_a_rank_may_be_large_for_a_machine(
 ) -> None:
     config = config_of(tmp_path, models_dir)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**12, 0, 10**9))
-    room.check_room(config, 5 * 10**6)
+    temporary_space.check_room(config, 5 * 10**6)
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "8"), ("LOCAL_WORLD_SIZE", "8")):
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="on the 8 ranks here"):
-        room.check_room(config, 5 * 10**6)
+        temporary_space.check_room(config, 5 * 10**6)
 
 
 def test_no_folder_for_temporary_files(tmp_path: Path, models_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,9 +115,9 @@ def test_no_folder_for_temporary_files(tmp_path: Path, models_dir: Path, monkeyp
         raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
 
     monkeypatch.setattr(tempfile, "gettempdir", nowhere)
-    room.check_room(config, 1000)
+    temporary_space.check_room(config, 1000)
     with pytest.raises(UserError, match="TMPDIR: No usable temporary directory"):
-        room.check_room(config, 10**8)
+        temporary_space.check_room(config, 10**8)
 
 
 def test_files_that_lie_in_memory(
@@ -125,20 +128,20 @@ def test_files_that_lie_in_memory(
     mounts = tmp_path / "mounts"
     inside = f"{tmp_path}".replace(" ", "\\040")
     mounts.write_text(f"disk / ext4 rw 0 0\ntmpfs {inside} tmpfs rw 0 0\ndisk {inside}x ext4 rw 0 0\n")
-    assert room.file_system(str(tmp_path / "a"), mounts) == "tmpfs"
-    assert room.file_system(str(tmp_path.parent), mounts) == "ext4"
-    assert room.file_system(str(tmp_path), tmp_path / "none") is None
-    assert room.file_system("/proc") in ("proc", None)
+    assert temporary_space.file_system(str(tmp_path / "a"), mounts) == "tmpfs"
+    assert temporary_space.file_system(str(tmp_path.parent), mounts) == "ext4"
+    assert temporary_space.file_system(str(tmp_path), tmp_path / "none") is None
+    assert temporary_space.file_system("/proc") in ("proc", None)
     for kind, lines in (("ext4", 0), (None, 0), ("tmpfs", 1)):
-        monkeypatch.setattr(room, "file_system", lambda folder, kind=kind: kind)
-        room.check_room(config, 10**7)
+        monkeypatch.setattr(temporary_space, "file_system", lambda folder, kind=kind: kind)
+        temporary_space.check_room(config, 10**7)
         assert len(caplog.messages) == lines
     assert caplog.messages == [
         f"TMPDIR='{tmp_path}' lies in memory (tmpfs), and so will the scores of the pool; "
         "set TMPDIR to a folder on a disk"
     ]
-    room.check_room(config, 10**5)
+    temporary_space.check_room(config, 10**5)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    room.check_room(config, 10**7)
+    temporary_space.check_room(config, 10**7)
     assert len(caplog.messages) == 1, "small pools, and other ranks"

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from tests.runs import go, run_tree
-from tsqlora_scale import preflight
-from tsqlora_scale.build import build_run
-from tsqlora_scale.config_reading import parse_config
+from tsqlora_scale.config.load import parse_config
+from tsqlora_scale.run import preflight
+from tsqlora_scale.run.build import build_run
 from tsqlora_scale.step import micro_batches, optimizer_step, seed_dropout
 
 

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from tests.runs import run_tree, write_config
-from tsqlora_scale import cli
+from tsqlora_scale.commands import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -56,7 +56,9 @@ def config(tmp_path: Path, models_dir: Path, request: pytest.FixtureRequest) -> 
 def test_mistake(
     config: Path, words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tsqlora_scale.adapters.load_base", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(
+        "tsqlora_scale.model.adapters.lora.load_base", lambda *_, **__: pytest.fail("the model was loaded")
+    )
     assert cli.train(["--config", str(config)]) == 2
     printed = capsys.readouterr()
     lines = printed.err.strip().splitlines()
@@ -70,7 +72,7 @@ def test_mistake(
 def test_nf4_needs_bitsandbytes(
     config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tsqlora_scale.preflight.importlib.util.find_spec", lambda _: None)
+    monkeypatch.setattr("tsqlora_scale.run.preflight.importlib.util.find_spec", lambda _: None)
     assert cli.train(["--config", str(config), "model.quantization=nf4"]) == 2
     assert "bitsandbytes" in capsys.readouterr().err
 
@@ -140,7 +142,7 @@ def test_dry_run(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_config_error_needs_no_torch(config: Path) -> None:
     code = (
-        "import sys; from tsqlora_scale import cli; "
+        "import sys; from tsqlora_scale.commands import cli; "
         f"code = cli.train(['--config', {json.dumps(str(config))}, 'train.lrr=1']); "
         "assert 'torch' not in sys.modules; sys.exit(code)"
     )

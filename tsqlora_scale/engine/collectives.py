@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from tsqlora_scale.errors import UserError
+from tsqlora_scale.common.errors import UserError
 
 T = TypeVar("T")
 

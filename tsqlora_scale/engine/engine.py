@@ -17,11 +17,11 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import nn
 
-from tsqlora_scale.config import TrainConfig
+from tsqlora_scale.config.schema import TrainConfig
 from tsqlora_scale.engine import zero
 from tsqlora_scale.engine.collectives import World
 from tsqlora_scale.engine.numerics import clip_gradients, fix_summation_order
-from tsqlora_scale.engine.state import ParamState, TrainState
+from tsqlora_scale.engine.train_state import ParamState, TrainState
 
 
 @dataclass

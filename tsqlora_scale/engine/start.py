@@ -13,8 +13,8 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import DistributedType, GradientAccumulationPlugin
 
-from tsqlora_scale.errors import UserError
-from tsqlora_scale.launcher import launched, launched_size
+from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.common.launcher import launched, launched_size
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.DEEPSPEED)
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from tsqlora_scale.engine.numerics import rounded_norm
-from tsqlora_scale.engine.state import ParamState, TrainState
+from tsqlora_scale.engine.train_state import ParamState, TrainState
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 #: Closures on a destroyed engine that ``engine.destroy()`` leaves on every module; with them in place the next

@@ -3,12 +3,12 @@
 Paper 2.1, Eq. 1 and 2; Algorithm 1, lines 2, 4 and 9.
 """
 
-from tsqlora_scale.quality.gradients import BatchLike, PerSampleGradients
-from tsqlora_scale.quality.sampler import BatchSampler
-from tsqlora_scale.quality.scorer import PassReport, QualityScorer
-from tsqlora_scale.quality.select import importance_weights, select_subset
-from tsqlora_scale.quality.sketch import Sketch
-from tsqlora_scale.quality.table import ScoreTable
+from tsqlora_scale.quality.draws.batch_sampler import BatchSampler
+from tsqlora_scale.quality.draws.subset import importance_weights, select_subset
+from tsqlora_scale.quality.gradients.per_sample import BatchLike, PerSampleGradients
+from tsqlora_scale.quality.gradients.sketch import Sketch
+from tsqlora_scale.quality.scores.score_table import ScoreTable
+from tsqlora_scale.quality.scores.scorer import PassReport, QualityScorer
 
 __all__ = [
     "BatchLike",

@@ -42,7 +42,7 @@ import torch
 from torch import Tensor
 from torch.linalg import matrix_norm, qr, svd, vector_norm
 
-from tsqlora_scale.engine.state import ParamState
+from tsqlora_scale.engine.train_state import ParamState
 
 Shrink = Literal["svd", "importance"]
 GrowInit = Literal["orthogonal", "gaussian", "gradient"]

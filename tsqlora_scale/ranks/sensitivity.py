@@ -51,13 +51,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tsqlora_scale.adapters import ADAPTER, has_factors, lora_layers
-from tsqlora_scale.config import SensitivityConfig
+from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.config.schema import SensitivityConfig
 from tsqlora_scale.engine.collectives import World
-from tsqlora_scale.errors import UserError
+from tsqlora_scale.model.adapters.lora import ADAPTER, has_factors, lora_layers
 from tsqlora_scale.ranks.estimators import full_weight
-from tsqlora_scale.ranks.listening import Listener, Site
-from tsqlora_scale.ranks.sketches import GradientSketches
+from tsqlora_scale.ranks.gradient_sketches import GradientSketches
+from tsqlora_scale.ranks.taps import Listener, Site
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from tsqlora_scale.files import written_whole
+from tsqlora_scale.common.files import written_whole
 
 log = logging.getLogger("tsqlora_scale")
 

@@ -12,19 +12,19 @@ import pyarrow.compute as pc
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from tsqlora_scale.columns import allocate, blocks, counts
-from tsqlora_scale.config import TaskConfig
-from tsqlora_scale.errors import UserError
+from tsqlora_scale.common.disk_arrays import allocate, blocks, counts
+from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.config.schema import TaskConfig
 from tsqlora_scale.tasks.batch import Batch
-from tsqlora_scale.tasks.data import Data, text_columns
 from tsqlora_scale.tasks.losses import loss_terms
 from tsqlora_scale.tasks.metrics import METRICS, compute_metrics
-from tsqlora_scale.tasks.objectives import Objective, Rows
 from tsqlora_scale.tasks.objectives.causal import CausalObjective
-from tsqlora_scale.tasks.objectives.labels import LabelObjective
+from tsqlora_scale.tasks.objectives.label_heads import LabelObjective
+from tsqlora_scale.tasks.objectives.objective import Objective, Rows
 from tsqlora_scale.tasks.objectives.seq2seq import Seq2SeqObjective
-from tsqlora_scale.tasks.sources import SplitName
-from tsqlora_scale.tasks.tokenizing import check_lengths
+from tsqlora_scale.tasks.objectives.tokenizing import check_lengths
+from tsqlora_scale.tasks.rows.data import Data, text_columns
+from tsqlora_scale.tasks.rows.sources import SplitName
 
 Indices = Sequence[int] | np.ndarray
 #: rows of text that are in memory at once

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tsqlora_scale.engine import checkpoint
-from tsqlora_scale.engine.checkpoint import (
+from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.engine.train_state import ParamState, TrainState
+from tsqlora_scale.run import checkpoint
+from tsqlora_scale.run.checkpoint import (
     checkpoint_dir,
     complete_checkpoints,
     drop_after,
@@ -22,8 +24,6 @@ from tsqlora_scale.engine.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from tsqlora_scale.engine.state import ParamState, TrainState
-from tsqlora_scale.errors import UserError
 
 
 class Killed(BaseException):

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.engine.collectives import World
-from tsqlora_scale.errors import UserError
 
 
 def test_a_world_of_one_needs_no_group() -> None:

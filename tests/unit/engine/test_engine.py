@@ -10,14 +10,14 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from tests.tiny import tiny_model
-from tsqlora_scale.adapters import add_adapter, heads_of, load_base, lora_layers, resolve_targets, skeleton
-from tsqlora_scale.config import AdapterConfig, ModelConfig, TrainConfig
-from tsqlora_scale.engine.checkpoint import read_checkpoint, write_checkpoint
+from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.config.schema import AdapterConfig, ModelConfig, TrainConfig
 from tsqlora_scale.engine.engine import Engine, generator_for
 from tsqlora_scale.engine.start import start_accelerator
-from tsqlora_scale.engine.state import ParamState, TrainState
-from tsqlora_scale.errors import UserError
-from tsqlora_scale.lr_schedule import learning_rate
+from tsqlora_scale.engine.train_state import ParamState, TrainState
+from tsqlora_scale.model.adapters.lora import add_adapter, heads_of, load_base, lora_layers, resolve_targets, skeleton
+from tsqlora_scale.run.checkpoint import read_checkpoint, write_checkpoint
+from tsqlora_scale.run.lr_schedule import learning_rate
 from tsqlora_scale.step import micro_batches
 
 

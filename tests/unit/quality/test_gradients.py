@@ -11,8 +11,8 @@ from torch import nn
 
 from tests.reference.quality import score_one_by_one
 from tests.unit.quality.toys import KINDS, Batch, Pool, lora_model
-from tsqlora_scale.adapters import lora_layers
-from tsqlora_scale.quality.gradients import PerSampleGradients, theta_modules
+from tsqlora_scale.model.adapters.lora import lora_layers
+from tsqlora_scale.quality.gradients.per_sample import PerSampleGradients, theta_modules
 from tsqlora_scale.ranks import current_ranks, set_ranks
 
 ALL = np.arange(5)

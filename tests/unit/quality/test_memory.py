@@ -10,7 +10,7 @@ import pytest
 
 PROBE = """
 import sys, psutil, torch
-from tsqlora_scale.quality.memory import reuse_freed_memory
+from tsqlora_scale.quality.gradients.batch_memory import reuse_freed_memory
 if sys.argv[1] == "reuse":
     reuse_freed_memory()
 before = psutil.Process().memory_info().rss

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from tests.reference import pools
-from tsqlora_scale import columns
-from tsqlora_scale.quality import order
-from tsqlora_scale.quality.order import Order, descending, largest, smallest
+from tsqlora_scale.common import disk_arrays
+from tsqlora_scale.quality.draws import key_order
+from tsqlora_scale.quality.draws.key_order import Order, descending, largest, smallest
 
 #: few distinct values, so that there are ties, and the ends of the range
 KEYS = st.one_of(
@@ -42,9 +42,9 @@ def test_the_largest_are_those_of_a_sort(pool, block, counters, data):
     keys, strata = pool
     quota = np.array([data.draw(st.integers(0, size)) for size in np.bincount(strata, minlength=5).tolist()])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(columns, "BLOCK", block)
-        patch.setattr(columns, "IN_MEMORY", 0)
-        patch.setattr(order, "COUNTERS", counters)
+        patch.setattr(disk_arrays, "BLOCK", block)
+        patch.setattr(disk_arrays, "IN_MEMORY", 0)
+        patch.setattr(key_order, "COUNTERS", counters)
         found = largest(keys, quota, strata)
         assert found.dtype == bool
         assert (found == pools.largest(keys, quota, strata)).all()
@@ -65,11 +65,11 @@ def test_parts_of_the_order_are_those_of_a_sort(keys, block, window, bits, data)
 
     def blocks_of_keys():
         passes.append(1)
-        return (keys[one] for one in columns.blocks(size, block))
+        return (keys[one] for one in disk_arrays.blocks(size, block))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(order, "WINDOW", window)
-        patch.setattr(order, "BITS", bits)
+        patch.setattr(key_order, "WINDOW", window)
+        patch.setattr(key_order, "BITS", bits)
         made = Order(size, blocks_of_keys)
         for _ in range(5):
             start = data.draw(st.integers(0, size - 1))
@@ -90,16 +90,16 @@ def test_parts_of_the_order_are_those_of_a_sort(keys, block, window, bits, data)
     "ends", [(0.0, 5e-324), (-1.7e308, 1.7e308), (1.0, 1.0), (-np.inf, -np.inf), (-np.inf, np.inf)]
 )
 def test_a_first_block_that_says_little_of_the_keys(ends, monkeypatch):
-    monkeypatch.setattr(order, "WINDOW", 3)
+    monkeypatch.setattr(key_order, "WINDOW", 3)
     keys = np.array([*ends, -3.0, 4.5, -np.inf, 0.0, 1e300, -1e300, 4.5, np.inf, 5e-324, -np.inf, *ends, -np.inf])
-    made = Order(len(keys), lambda: (keys[one] for one in columns.blocks(len(keys), 2)))
+    made = Order(len(keys), lambda: (keys[one] for one in disk_arrays.blocks(len(keys), 2)))
     found = [made.part(place, place + 1)[0] for place in range(len(keys))]
     assert found == np.argsort(-keys, kind="stable").tolist()
 
 
 def test_a_window_is_as_long_as_it_may_be(monkeypatch):
     """A pass for every sample would be exact, too."""
-    monkeypatch.setattr(order, "WINDOW", 100)
+    monkeypatch.setattr(key_order, "WINDOW", 100)
     keys = np.random.default_rng(0).gumbel(size=2000)
     passes = []
     made = Order(2000, lambda: passes.append(1) or [keys])
@@ -110,11 +110,11 @@ def test_a_window_is_as_long_as_it_may_be(monkeypatch):
 
 def test_no_window_grows_with_the_pool(monkeypatch):
     """Keys of weights near 1/N lie far from zero, where floats of equal leading bits do; samples without weight tie."""
-    monkeypatch.setattr(order, "WINDOW", 300)
+    monkeypatch.setattr(key_order, "WINDOW", 300)
     generator = np.random.default_rng(0)
     keys = generator.gumbel(size=40_000) - 18
     keys[generator.random(len(keys)) < 0.3] = -np.inf
-    made = Order(len(keys), lambda: (keys[one] for one in columns.blocks(len(keys), 5000)))
+    made = Order(len(keys), lambda: (keys[one] for one in disk_arrays.blocks(len(keys), 5000)))
     whole, place, windows = np.argsort(-keys, kind="stable"), 0, 0
     while place < len(keys):
         part = made.part(place, len(keys))
@@ -127,12 +127,12 @@ def test_no_window_grows_with_the_pool(monkeypatch):
 
 
 def test_with_the_constants_as_they_are():
-    keys = np.random.default_rng(0).gumbel(size=order.WINDOW + 1000).round(5)
+    keys = np.random.default_rng(0).gumbel(size=key_order.WINDOW + 1000).round(5)
     strata, quota = np.arange(len(keys)) % 3, np.array([0, 100_000, 500_000])
     assert (largest(keys, quota, strata) == pools.largest(keys, quota, strata)).all()
-    made = Order(len(keys), lambda: (keys[one] for one in columns.blocks(len(keys))))
+    made = Order(len(keys), lambda: (keys[one] for one in disk_arrays.blocks(len(keys))))
     whole = np.argsort(-keys, kind="stable")
-    for place in (len(keys) - 100, 0, order.WINDOW - 10_000):
+    for place in (len(keys) - 100, 0, key_order.WINDOW - 10_000):
         part = made.part(place, len(keys))
         assert len(part) >= 100
         assert (part == whole[place : place + len(part)]).all()

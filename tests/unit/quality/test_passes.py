@@ -5,16 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tsqlora_scale import columns
-from tsqlora_scale.quality.passes import PassScores
-from tsqlora_scale.quality.standardise import Standardisation
-from tsqlora_scale.quality.table import NEVER, ScoreTable
+from tsqlora_scale.common import disk_arrays
+from tsqlora_scale.quality.scores.equations import Standardisation
+from tsqlora_scale.quality.scores.pass_scores import PassScores
+from tsqlora_scale.quality.scores.score_table import NEVER, ScoreTable
 
 
 @pytest.fixture(params=[3, 1000])
 def scores(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[ScoreTable, PassScores]:
     """Ten samples of which the first pass has seen six, and a second pass over four of the ten, in two parts."""
-    monkeypatch.setattr(columns, "BLOCK", request.param)
+    monkeypatch.setattr(disk_arrays, "BLOCK", request.param)
     before = ScoreTable.empty(10)
     before.scoring_pass[:6] = 0
     before.loss[:] = np.arange(10) + 1.0

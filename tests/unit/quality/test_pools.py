@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 from tests.reference import pools
 from tests.unit.quality.toys import Pool, lora_model, scorer
 from tests.unit.quality.world_worker import train_a_little
-from tsqlora_scale import columns
-from tsqlora_scale.config import SamplingConfig
+from tsqlora_scale.common import disk_arrays
+from tsqlora_scale.common.random_streams import gumbel, philox, share_of
+from tsqlora_scale.config.schema import SamplingConfig
 from tsqlora_scale.engine.collectives import World
-from tsqlora_scale.quality import BatchSampler, ScoreTable, importance_weights, order, select_subset
-from tsqlora_scale.quality.rng import gumbel, philox, share_of
-from tsqlora_scale.quality.select import quotas, renormalised
-from tsqlora_scale.quality.standardise import Standardisation, log_probabilities, mean_of
+from tsqlora_scale.quality import BatchSampler, ScoreTable, importance_weights, select_subset
+from tsqlora_scale.quality.draws import key_order
+from tsqlora_scale.quality.draws.subset import quotas, renormalised
+from tsqlora_scale.quality.scores.equations import Standardisation, log_probabilities, mean_of
 
 
 @pytest.fixture
@@ -29,10 +30,10 @@ def large(monkeypatch: pytest.MonkeyPatch):
     """From when it is called on, a handful of samples is a large pool."""
 
     def begin(block: int = 7) -> None:
-        monkeypatch.setattr(columns, "IN_MEMORY", 0)
-        monkeypatch.setattr(columns, "BLOCK", block)
-        monkeypatch.setattr(order, "WINDOW", 5)
-        monkeypatch.setattr(order, "BITS", 14)
+        monkeypatch.setattr(disk_arrays, "IN_MEMORY", 0)
+        monkeypatch.setattr(disk_arrays, "BLOCK", block)
+        monkeypatch.setattr(key_order, "WINDOW", 5)
+        monkeypatch.setattr(key_order, "BITS", 14)
 
     return begin
 
@@ -145,8 +146,8 @@ def test_subset_and_weights(sizes, fraction, seed):
             results = [log_p, member, weights, importance_weights(weights, 3.0)]
             if round_ == 0:
                 expected = results
-                patch.setattr(columns, "IN_MEMORY", 0)
-                patch.setattr(columns, "BLOCK", 7)
+                patch.setattr(disk_arrays, "IN_MEMORY", 0)
+                patch.setattr(disk_arrays, "BLOCK", 7)
     assert all((one == other).all() for one, other in zip(results, expected, strict=True))
     quota = quotas(np.bincount(strata, minlength=len(sizes)), share_of(fraction, size))
     keys = log_p + pools.gumbel(philox(seed, "select"), size)
@@ -171,7 +172,7 @@ def test_a_stream_of_random_numbers_is_one_however_it_is_cut(large):
 @given(st.integers(1, 300), st.integers(1, 50), st.integers(0, 2**31 - 1))
 def test_constants_are_the_same_however_the_rows_are_cut(size, block, seed):
     terms = np.random.default_rng(seed).normal(size=(size, 3)) * [1e-3, 1, 1e5]
-    cut = [terms[one] for one in columns.blocks(size, block)]
+    cut = [terms[one] for one in disk_arrays.blocks(size, block)]
     assert (mean_of(cut) == terms.mean(axis=0)).all()
     made = Standardisation()
     made.fit(lambda: cut)
@@ -183,7 +184,7 @@ def test_constants_are_the_same_however_the_rows_are_cut(size, block, seed):
 
 
 def test_a_disk_without_room_is_named(large, tiny_folder, tmp_path, monkeypatch):
-    from tsqlora_scale.errors import UserError
+    from tsqlora_scale.common.errors import UserError
 
     model, pool = lora_model("bert", tiny_folder), Pool("bert", 9)
     large()

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tsqlora_scale.quality import redundancy
-from tsqlora_scale.quality.redundancy import groups, neighbours, similar_pairs
+from tsqlora_scale.quality.draws import redundancy
+from tsqlora_scale.quality.draws.redundancy import groups, neighbours, similar_pairs
 
 
 def slow_pairs(sketches: np.ndarray, threshold: float) -> list[list[int]]:

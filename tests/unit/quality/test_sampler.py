@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from tests.reference.quality import inclusion_probabilities
-from tsqlora_scale import columns
-from tsqlora_scale.errors import UserError
-from tsqlora_scale.quality.dyadic import DyadicClasses
-from tsqlora_scale.quality.sampler import BatchSampler
+from tsqlora_scale.common import disk_arrays
+from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.quality.draws.batch_sampler import BatchSampler
+from tsqlora_scale.quality.draws.dyadic import DyadicClasses
 
 INDICES = np.array([3, 4, 8, 10, 11, 20])
 WEIGHTS = np.array([0.1, 0.0, 0.25, 0.05, 0.4, 0.2])
@@ -144,11 +144,11 @@ def test_classes_made_in_blocks_and_on_disk_are_the_same(block, monkeypatch, tmp
     weights = np.exp(3 * np.random.default_rng(0).standard_normal(500))
     weights[::9] = 0
     expected = DyadicClasses(weights).draw(np.random.default_rng(1), 2000)
-    monkeypatch.setattr(columns, "BLOCK", block)
+    monkeypatch.setattr(disk_arrays, "BLOCK", block)
     np.save(tmp_path / "weights.npy", weights)
     mapped = np.load(tmp_path / "weights.npy", mmap_mode="r")
-    for limit in (columns.IN_MEMORY, 0):
-        monkeypatch.setattr(columns, "IN_MEMORY", limit)
+    for limit in (disk_arrays.IN_MEMORY, 0):
+        monkeypatch.setattr(disk_arrays, "IN_MEMORY", limit)
         assert (DyadicClasses(mapped).draw(np.random.default_rng(1), 2000) == expected).all()
     assert isinstance(DyadicClasses(mapped)._members.base, mmap.mmap)
 

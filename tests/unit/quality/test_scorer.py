@@ -15,9 +15,10 @@ from tests.reference.quality import quality, score_one_by_one
 from tests.unit.quality import world_worker
 from tests.unit.quality.toys import KINDS, Batch, Pool, lora_model, scorer
 from tests.unit.quality.world_worker import train_a_little
+from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.engine.collectives import World
-from tsqlora_scale.errors import UserError
-from tsqlora_scale.quality import ScoreTable, measure
+from tsqlora_scale.quality import ScoreTable
+from tsqlora_scale.quality.scores import measurer
 
 ETA = 0.1
 
@@ -325,7 +326,7 @@ class Killed(Exception):
 def test_a_killed_pass_goes_on_to_the_identical_table(batch_size, after, tiny_folder, tmp_path, monkeypatch):
     model, pool = lora_model("bert", tiny_folder), Pool("bert", 11)
     options = {"shard_size": 3, "batch_size": batch_size}
-    monkeypatch.setattr(measure, "fitting_batch", lambda *_: 2)
+    monkeypatch.setattr(measurer, "fitting_batch", lambda *_: 2)
     expected = scorer(pool, **options).score(model)
     made = scorer(pool, **options, parts_folder=tmp_path / "parts")
     shard, calls = made._measurer.measure, []
@@ -340,7 +341,7 @@ def test_a_killed_pass_goes_on_to_the_identical_table(batch_size, after, tiny_fo
     with pytest.raises(Killed):
         made.score(model, model_key="a")
     if after:  # less memory is free than before: the batches stay the same
-        monkeypatch.setattr(measure, "fitting_batch", lambda *_: 1)
+        monkeypatch.setattr(measurer, "fitting_batch", lambda *_: 1)
     again, measured = scorer(pool, **options, parts_folder=tmp_path / "parts"), []
     rest = again._measurer.measure
     again._measurer.measure = lambda *args, **options: measured.append(args) or rest(*args, **options)
@@ -436,7 +437,7 @@ def test_auto_batch_fits_the_memory_that_is_free(tiny_folder, monkeypatch):
     model, pool = lora_model("bert", tiny_folder), Pool("bert", 40)
     expected, sizes = scorer(pool, batch_size=5).score(model), []
     for free in (10**4, 10**6, 3 * 10**6, 10**12):
-        monkeypatch.setattr(measure, "free_bytes", lambda *_, free=free: free)
+        monkeypatch.setattr(measurer, "free_bytes", lambda *_, free=free: free)
         made = scorer(pool, batch_size="auto")
         assert_same_tables(expected, made.score(model))
         sizes.append(made._measurer.batch_size)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tsqlora_scale.quality.sketch import Sketch, cosines
+from tsqlora_scale.quality.gradients.sketch import Sketch, cosines
 
 SHAPES = {"layer.0.lora_A": (8, 96), "layer.0.lora_B": (80, 8), "layer.1.lora_A": (8, 96), "head.bias": (5,)}
 

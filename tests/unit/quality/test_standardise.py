@@ -14,10 +14,10 @@ from hypothesis.extra.numpy import arrays
 from scipy.special import logsumexp
 
 from tests.reference.quality import probabilities, quality
-from tsqlora_scale.config import ScoringConfig
+from tsqlora_scale.config.schema import ScoringConfig
 from tsqlora_scale.engine.collectives import World
-from tsqlora_scale.quality import standardise
-from tsqlora_scale.quality.standardise import (
+from tsqlora_scale.quality.scores import equations
+from tsqlora_scale.quality.scores.equations import (
     PRESETS,
     Standardisation,
     log_probabilities,
@@ -60,7 +60,7 @@ def shares_of(values: np.ndarray, size: int) -> list[np.ndarray]:
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("block", [1, 3, 100])
 def test_log_sum_exp_is_global_and_stable(size, block, monkeypatch):
-    monkeypatch.setattr(standardise, "BLOCK", block)
+    monkeypatch.setattr(equations, "BLOCK", block)
     values, strata = np.array([1000.0, -1000.0, 999.0, 3.0]), np.array([0, 2, 0, 2])
     found = on_ranks(size, lambda world: log_sum_exp(values, strata, 3, world))
     for one in found:
@@ -69,7 +69,7 @@ def test_log_sum_exp_is_global_and_stable(size, block, monkeypatch):
 
 @pytest.mark.parametrize("strata", [None, np.array([2, 0, 1, 1, 2, 2, 0, 1, 1, 1, 2, 0, 0, 0, 2, 2, 1])])
 def test_probabilities_are_the_same_on_any_number_of_ranks(strata, monkeypatch):
-    monkeypatch.setattr(standardise, "BLOCK", 3)
+    monkeypatch.setattr(equations, "BLOCK", 3)
     values = np.random.default_rng(0).normal(size=17)
     found = [
         log_p for size in (1, 2, 5) for log_p in on_ranks(size, lambda w: log_probabilities(values, 0.7, w, strata))

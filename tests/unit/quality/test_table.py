@@ -7,8 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tsqlora_scale.errors import UserError
-from tsqlora_scale.quality.table import ScoreTable, pool_fingerprint
+from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.quality.scores.score_table import ScoreTable, pool_fingerprint
 
 COLUMNS = [
     "sample_id", "loss", "grad_norm", "delta_loss", "convergence", "quality", "probability", "selected",

@@ -13,7 +13,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
 from tests.tiny import VOCAB, tiny_model
-from tsqlora_scale.config import SamplingConfig, ScoringConfig
+from tsqlora_scale.config.schema import SamplingConfig, ScoringConfig
 from tsqlora_scale.engine.collectives import World
 from tsqlora_scale.quality import QualityScorer
 

@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch import nn
 
 from tests.unit.quality.toys import Pool, lora_model, scorer
-from tsqlora_scale import columns
+from tsqlora_scale.common import disk_arrays
+from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.engine.collectives import World
-from tsqlora_scale.errors import UserError
 from tsqlora_scale.quality import ScoreTable
 
 #: model, pool size, scoring options: batched; one at a time on a subsample; fewer samples than ranks; held-out target
@@ -52,7 +52,7 @@ def run_rank(rank: int, size: int, folder: Path) -> None:
     """Join a world of ``size`` and write every case's tables to ``folder``."""
     torch.set_num_threads(1)
     if size == 3:  # as in a large pool, which changes nothing
-        columns.IN_MEMORY = 0
+        disk_arrays.IN_MEMORY = 0
     meeting = dist.FileStore(str(folder / f"store-{size}"), size)
     dist.init_process_group("gloo", store=meeting, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=60))
     found = {case: [t.state_dict() for t in tables(case, folder, World.current())] for case in CASES}
@@ -63,7 +63,7 @@ def run_rank(rank: int, size: int, folder: Path) -> None:
 def run_rank_without_room(rank: int, size: int, folder: Path) -> None:
     """Score with a disk of rank 1 that is full from its n-th column on, for every n; write how each pass ended."""
     torch.set_num_threads(1)
-    columns.IN_MEMORY = 0
+    disk_arrays.IN_MEMORY = 0
     left, reserve = 0, os.posix_fallocate
 
     def reserved(file: int, offset: int, length: int) -> None:

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
 from tests.tiny import VOCAB, tiny_model
-from tsqlora_scale.adapters import lora_layers
+from tsqlora_scale.model.adapters.lora import lora_layers
 
 #: Attention and feed-forward linears, by suffix.
 TARGETS = {

@@ -5,12 +5,12 @@ import torch
 from torch import nn
 
 from tests.unit.ranks.models import adapted, padded_batch
-from tsqlora_scale.adapters import lora_layers
-from tsqlora_scale.config import ResizeConfig
-from tsqlora_scale.engine.state import ParamState, TrainState
-from tsqlora_scale.errors import UserError
+from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.config.schema import ResizeConfig
+from tsqlora_scale.engine.train_state import ParamState, TrainState
+from tsqlora_scale.model.adapters.lora import lora_layers
 from tsqlora_scale.ranks.install import current_ranks, layer_dims, resize_model, set_ranks, usual_second_moments
-from tsqlora_scale.ranks.policies import Plan
+from tsqlora_scale.ranks.policies.policy import Plan
 
 
 @pytest.fixture(scope="module")

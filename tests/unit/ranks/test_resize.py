@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.reference import ranks as reference
-from tsqlora_scale.engine.state import ParamState
+from tsqlora_scale.engine.train_state import ParamState
 from tsqlora_scale.ranks.resize import INITIAL_ROW_NORM, Resized, layer_generator, resize_layer
 
 

@@ -2,8 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tsqlora_scale.config import ScheduleConfig
-from tsqlora_scale.errors import UserError
+from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.config.schema import ScheduleConfig
 from tsqlora_scale.ranks.schedule import Schedule
 
 

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from tests.reference import ranks as reference
 from tests.unit.ranks.models import Batch, adapted, padded_batch
-from tsqlora_scale.adapters import lora_layers
-from tsqlora_scale.config import ResizeConfig, SensitivityConfig
+from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.config.schema import ResizeConfig, SensitivityConfig
 from tsqlora_scale.engine.collectives import World
-from tsqlora_scale.engine.state import ParamState, TrainState
-from tsqlora_scale.errors import UserError
+from tsqlora_scale.engine.train_state import ParamState, TrainState
+from tsqlora_scale.model.adapters.lora import lora_layers
 from tsqlora_scale.ranks.install import current_ranks, resize_model, set_ranks
-from tsqlora_scale.ranks.policies import Plan
+from tsqlora_scale.ranks.policies.policy import Plan
 from tsqlora_scale.ranks.sensitivity import SensitivityTracker
 
 ESTIMATORS = ["weight", "weight_per_sample", "fisher", "adapter"]

@@ -15,7 +15,7 @@ import pytest
 from transformers import AutoConfig, AutoTokenizer
 
 from tests.tiny import tiny_model
-from tsqlora_scale.config import TaskConfig
+from tsqlora_scale.config.schema import TaskConfig
 from tsqlora_scale.tasks import Task, build_task, load_data
 
 TEXT = {"text": ["text"], "label": "label", "max_length": 48}

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from tests.unit.tasks.conftest import CLASSES, NUMBERS, SUMMARIES, task_config
-from tsqlora_scale.config import TaskConfig
-from tsqlora_scale.errors import UserError
+from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.config.schema import TaskConfig
 from tsqlora_scale.tasks import load_data
 
 Write = Callable[[str, "str | bytes"], Path]

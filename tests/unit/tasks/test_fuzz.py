@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tests.unit.tasks.conftest import CLASSES, NUMBERS, SUMMARIES, task_config
-from tsqlora_scale.errors import UserError
+from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.tasks import load_data
-from tsqlora_scale.tasks.readers import read_tables
+from tsqlora_scale.tasks.rows.readers import read_tables
 
 #: Bytes that formats give a meaning to, and some that none expects.
 PARTS = ["\t", ",", '"', "\n", "\r\n", "\r", "{", "}", "[", "]", ":", "text", "label", "1", "\\ud800", "\\", "\0", " "]

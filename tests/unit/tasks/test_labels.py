@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tsqlora_scale.errors import UserError
-from tsqlora_scale.tasks.labels import class_id, class_ids, regression_targets, target_value
+from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.tasks.rows.label_cells import class_id, class_ids, regression_targets, target_value
 
 CELLS = st.one_of(st.text(), st.integers(), st.floats(), st.booleans(), st.none())
 NAMES = st.lists(st.text(min_size=1), min_size=2, max_size=6, unique=True)

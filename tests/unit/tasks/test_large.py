@@ -11,18 +11,18 @@ import pyarrow as pa
 import pytest
 
 from tests.unit.tasks.conftest import CLASSES, NUMBERS, task_config
-from tsqlora_scale import columns
-from tsqlora_scale.errors import UserError
+from tsqlora_scale.common import disk_arrays
+from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.tasks import Task, load_data, task
-from tsqlora_scale.tasks.mapped import row_numbers
+from tsqlora_scale.tasks.rows.row_ids import row_numbers
 
 WORDS = ["film", "a very good film", "dull", "", "the plot is weak", "ünder"]
 
 
 @pytest.fixture
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(columns, "IN_MEMORY", 0)
-    monkeypatch.setattr(columns, "BLOCK", 7)
+    monkeypatch.setattr(disk_arrays, "IN_MEMORY", 0)
+    monkeypatch.setattr(disk_arrays, "BLOCK", 7)
     monkeypatch.setattr(task, "ROWS", 7)
 
 
@@ -50,8 +50,10 @@ def test_row_numbers_have_no_name_while_they_are_written(
     """A process that is killed meanwhile leaves nothing."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     seen = []
-    cut = columns.blocks
-    monkeypatch.setattr(columns, "blocks", lambda size: (seen.append(list(tmp_path.iterdir())) or b for b in cut(size)))
+    cut = disk_arrays.blocks
+    monkeypatch.setattr(
+        disk_arrays, "blocks", lambda size: (seen.append(list(tmp_path.iterdir())) or b for b in cut(size))
+    )
     assert len(row_numbers(30)) == 30
     assert seen == [[]] * 5
 

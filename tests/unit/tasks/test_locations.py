@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tsqlora_scale.errors import UserError
-from tsqlora_scale.locations import resolve
+from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.config.locations import resolve
 
 
 @pytest.fixture

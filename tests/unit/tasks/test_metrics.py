@@ -14,7 +14,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from scipy import stats
 from sklearn import metrics as sk
 
-from tsqlora_scale.errors import UserError
+from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.tasks import metrics as ours
 from tsqlora_scale.tasks.metrics import METRICS, check_metrics, compute_metrics
 

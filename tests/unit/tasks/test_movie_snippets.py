@@ -10,8 +10,8 @@ from types import ModuleType
 import pytest
 
 from tests.unit.tasks.conftest import CLASSES
-from tsqlora_scale import locations
-from tsqlora_scale.config import TaskConfig
+from tsqlora_scale.config import locations
+from tsqlora_scale.config.schema import TaskConfig
 from tsqlora_scale.tasks import Data, load_data
 
 LOCATION = "package:tsqlora_scale/data/movie_snippets"

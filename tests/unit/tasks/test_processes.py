@@ -11,7 +11,7 @@ import pytest
 
 PROGRAM = """
 import sys
-from tsqlora_scale.config import TaskConfig
+from tsqlora_scale.config.schema import TaskConfig
 from tsqlora_scale.tasks import load_data
 from tsqlora_scale.tasks.metrics import compute_metrics
 cfg = TaskConfig.model_validate({

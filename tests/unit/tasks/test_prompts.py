@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from tests.tiny import WORDS, tiny_tokenizer
-from tsqlora_scale.errors import UserError
-from tsqlora_scale.tasks.prompts import PromptFormat
+from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.tasks.objectives.prompts import PromptFormat
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<mask> {{ 'actor' if m.role == 'user' else 'director' }} "

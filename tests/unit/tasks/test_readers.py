@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tsqlora_scale.errors import UserError
-from tsqlora_scale.tasks import readers
-from tsqlora_scale.tasks.readers import read_tables
+from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.tasks.rows import readers
+from tsqlora_scale.tasks.rows.readers import read_tables
 
 Write = Callable[[str, "str | bytes"], Path]
 ROWS = [{"text": 'a lone " quote', "label": "1"}, {"text": "NA", "label": "null"}, {"text": "", "label": "été"}]

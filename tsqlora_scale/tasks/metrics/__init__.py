@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tsqlora_scale.errors import UserError
+from tsqlora_scale.common.errors import UserError
 
 
 @dataclass(frozen=True)

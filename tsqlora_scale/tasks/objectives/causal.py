@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
-from tsqlora_scale.config import TaskConfig
-from tsqlora_scale.errors import UserError
+from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.config.schema import TaskConfig
 from tsqlora_scale.tasks.batch import IGNORED, Batch, pad_rows
-from tsqlora_scale.tasks.generation import generate_text
 from tsqlora_scale.tasks.losses import token_losses
-from tsqlora_scale.tasks.objectives import Rows
-from tsqlora_scale.tasks.prompts import PromptFormat
-from tsqlora_scale.tasks.tokenizing import pad_id
+from tsqlora_scale.tasks.objectives.generation import generate_text
+from tsqlora_scale.tasks.objectives.objective import Rows
+from tsqlora_scale.tasks.objectives.prompts import PromptFormat
+from tsqlora_scale.tasks.objectives.tokenizing import pad_id
 
 
 class CausalObjective:

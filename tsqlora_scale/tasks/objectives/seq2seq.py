@@ -7,13 +7,13 @@ from typing import Any
 from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedTokenizerBase
 
-from tsqlora_scale.config import TaskConfig
-from tsqlora_scale.errors import UserError
+from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.config.schema import TaskConfig
 from tsqlora_scale.tasks.batch import IGNORED, Batch, pad_rows
-from tsqlora_scale.tasks.generation import generate_text
 from tsqlora_scale.tasks.losses import token_losses
-from tsqlora_scale.tasks.objectives import Rows
-from tsqlora_scale.tasks.tokenizing import encode, pad_id
+from tsqlora_scale.tasks.objectives.generation import generate_text
+from tsqlora_scale.tasks.objectives.objective import Rows
+from tsqlora_scale.tasks.objectives.tokenizing import encode, pad_id
 
 
 class Seq2SeqObjective:

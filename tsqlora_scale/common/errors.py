@@ -1,0 +1,19 @@
+"""How a run ends early: by a mistake that a user can mend, or because it was asked to."""
+
+from tsqlora_scale.common.printing import printable, shortened
+
+
+class UserError(Exception):
+    """A mistake in a config, a file or a command line.
+
+    The message names the key or the file, the value, and the remedy. The command line prints it
+    as one line and ends with exit code 2; it never ends in a traceback. Whatever of a file or a name
+    gets into the message, it is one line of bounded length without control characters.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(shortened(printable(shortened(message, 2000)), 2000))
+
+
+class Stopped(Exception):
+    """A run has ended because it was asked to, and its state is on disk. Not a failure: exit code 0."""

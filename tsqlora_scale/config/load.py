@@ -1,0 +1,75 @@
+"""From a YAML file and ``section.key=value`` to a checked config; what is wrong, in one line that names the key."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.common.printing import shown
+from tsqlora_scale.config.schema import Config
+from tsqlora_scale.config.yaml_tree import check_strings, read_tree
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a YAML file, apply ``section.key=value`` overrides, check everything.
+
+    Raises:
+        UserError: naming the file or key, the value, and the remedy.
+    """
+    return parse_config(read_tree(Path(path), overrides or [], sections=list(Config.model_fields)), where=str(path))
+
+
+def parse_config(tree: dict[str, Any], where: str = "config") -> Config:
+    """Check a nested mapping.
+
+    Raises:
+        UserError: all problems in one line, each with its dotted key.
+    """
+    check_strings(tree)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        messages = dict.fromkeys(_describe(e) for e in error.errors())
+        raise UserError(f"{where}: {'; '.join(messages)}") from None
+
+
+def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in model.model_fields.items():
+        keys.append(prefix + name)
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                keys += _known_keys(kind, f"{prefix}{name}.")
+    return keys
+
+
+def _describe(error: Any) -> str:
+    known = _known_keys(Config)
+    loc = [str(part) for part in error["loc"]]
+    if error["type"] == "extra_forbidden":
+        return _unknown(loc, known)
+    # pydantic puts the tried member of a union into the location; keep the key of ours, and places in a list
+    end = max((n for n in range(1, len(loc) + 1) if ".".join(loc[:n]) in known), default=len(loc))
+    key = ".".join(loc[:end] + [part for part in loc[end:] if part.isdigit()])
+    if error["type"] == "missing":
+        return f"missing key {key!r}; set it in the file or on the command line"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    return f"{key}={shown(error['input'])}: {message[0].lower()}{message[1:]}"
+
+
+def _unknown(loc: list[str], known: list[str]) -> str:
+    """The nearest known key: a slip of the pen in this section, then the same name in another, then anything near."""
+    key, name, parent = shown(".".join(loc)), loc[-1][:100], loc[:-1]
+    siblings = {k.split(".")[-1]: k for k in known if k.split(".")[:-1] == parent}
+    elsewhere = {k.split(".")[-1]: k for k in reversed(known)}
+    for names, cutoff in ((siblings, 0.75), (elsewhere, 1.0), (siblings, 0.6), (elsewhere, 0.75)):
+        near = difflib.get_close_matches(name, names, 1, cutoff)
+        if near:
+            return f"unknown key {key}; did you mean {names[near[0]]!r}?"
+    return f"unknown key {key}; known here: {', '.join(siblings)}"

@@ -1,0 +1,153 @@
+"""What can be known of a model without its weights in memory: its description, its tokenizer, its files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.config.schema import Config
+from tsqlora_scale.model.weight_files import check_base_weights, check_fits
+
+if TYPE_CHECKING:
+    pass
+
+
+def load_descriptions(config: Config, path: str) -> tuple[Any, Any]:
+    """The model's config and tokenizer.
+
+    Raises:
+        UserError: when the model cannot be found or described.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    key = f"model.name_or_path={config.model.name_or_path!r}"
+    if path.startswith((".", "/")) and not Path(path).is_dir():
+        raise UserError(f"{key}: no such folder")
+    options: dict[str, Any] = {
+        "revision": config.model.revision,
+        "trust_remote_code": config.model.trust_remote_code,
+    }
+    labels = {"num_labels": config.task.num_labels} if config.task.num_labels else {}
+    try:
+        model_config = AutoConfig.from_pretrained(path, **options, **labels)
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+    except Exception as error:  # hub, network, JSON and import errors of several libraries
+        reason = " ".join(str(error).split())[:300]
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{key}: brings code of its own, which runs only with model.trust_remote_code=true; read it first"
+            ) from None
+        raise UserError(f"{key}: cannot be loaded ({reason}); give a folder with config.json or a hub name") from None
+    if config.model.dropout is not None:
+        set_dropout(model_config, config.model.dropout)
+    if config.task.type == "regression":
+        model_config.problem_type = "regression"
+    elif config.task.type == "classification":
+        model_config.problem_type = "single_label_classification"
+        if isinstance(config.task.labels, list):
+            model_config.id2label = dict(enumerate(config.task.labels))
+            model_config.label2id = {name: i for i, name in enumerate(config.task.labels)}
+    _check_tokenizer(tokenizer, model_config, key)
+    return model_config, tokenizer
+
+
+def _check_tokenizer(tokenizer: Any, model_config: Any, key: str) -> None:
+    """Give it a padding token, and see that it is one, and the model's.
+
+    Raises:
+        UserError: naming the model.
+    """
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):  # made of nothing, where files are missing
+        raise UserError(f"{key}: its tokenizer knows no words; the model needs the files of its tokenizer, too")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+        if tokenizer.pad_token is None:
+            raise UserError(f"{key}: the tokenizer has neither a padding nor an end token")
+    if model_config.get_text_config().pad_token_id is None:
+        model_config.pad_token_id = tokenizer.pad_token_id
+    size = getattr(model_config.get_text_config(), "vocab_size", None)
+    if size is not None and max(tokenizer.vocab_size - 1, tokenizer.pad_token_id) >= size:
+        raise UserError(
+            f"{key}: its tokenizer has {tokenizer.vocab_size} tokens and pads with number {tokenizer.pad_token_id}, "
+            f"the model knows {size}; give the model's own tokenizer"
+        )
+
+
+def check_weights(config: Config, path: str) -> None:
+    """The files of a model in a folder; those of a hub name are checked as they are loaded.
+
+    Raises:
+        UserError: see :func:`tsqlora_scale.model.weight_files.check_base_weights`.
+    """
+    if Path(path).is_dir():
+        check_base_weights(Path(path), key=f"model.name_or_path={config.model.name_or_path!r}")
+
+
+def check_adapter_fits(config: Config, model_config: Any, adapter: str | Path) -> None:
+    """A saved adapter against the config's model, on the meta device.
+
+    Raises:
+        UserError: naming the folder, the file or the tensor.
+    """
+    from tsqlora_scale.model.adapters.lora import skeleton
+    from tsqlora_scale.tasks import auto_class_of
+
+    if not Path(adapter).is_dir():
+        raise UserError(f"--adapter {str(adapter)!r} is no folder; give the adapter folder that a run wrote")
+    auto_class = auto_class_of(config.task.type)
+    check_fits(Path(adapter), skeleton(auto_class, model_config, trust_remote_code=config.model.trust_remote_code))
+
+
+def set_dropout(model_config: Any, probability: float) -> None:
+    """Give every dropout that a model's config knows the same probability (layer dropout is not one).
+
+    Raises:
+        UserError: when there is none to set.
+    """
+    found = False
+    for part in {id(c): c for c in (model_config, model_config.get_text_config())}.values():
+        for name, value in part.to_dict().items():
+            is_one = "dropout" in name or name.endswith("pdrop")
+            if is_one and (value is None or (isinstance(value, int | float) and not isinstance(value, bool))):
+                setattr(part, name, probability)
+                found = True
+    if not found and probability:
+        raise UserError(
+            f"model.dropout={probability}: a {model_config.model_type} model has no dropout; leave it out, "
+            "or set adapter.dropout"
+        )
+
+
+def check_architecture(config: Config, model_config: Any, tokenizer: Any) -> list[str]:
+    """Target modules and lengths against the model's structure, on the meta device.
+
+    Runs before the process group exists: under ZeRO-3, Transformers would shard even a skeleton.
+
+    Returns:
+        The linear layers outside the repeated blocks.
+    """
+    from tsqlora_scale.model.adapters.lora import heads_of, resolve_targets, skeleton
+    from tsqlora_scale.tasks import auto_class_of, check_lengths
+
+    auto_class = auto_class_of(config.task.type)
+    try:
+        bare = skeleton(auto_class, model_config, trust_remote_code=config.model.trust_remote_code)
+    except Exception as error:  # whatever a wrong number in config.json leads to
+        key = f"model.name_or_path={config.model.name_or_path!r}"
+        if "Unrecognized configuration class" in str(error):
+            raise UserError(
+                f"{key} is a {model_config.model_type} model, which has no {config.task.type} form; "
+                "choose another model or task.type"
+            ) from None
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(f"{key}: its config.json describes no model that can be built ({reason}); mend it") from None
+    shapes = {name: module.weight.shape for name, module in bare.named_modules() if hasattr(module, "in_features")}
+    widest = max(min(shapes[name]) for name in resolve_targets(bare, config.adapter.target_modules))
+    if config.adapter.r > widest:
+        raise UserError(
+            f"adapter.r={config.adapter.r}: no layer that is adapted has a rank above {widest}; lower it, "
+            "or choose other adapter.target_modules"
+        )
+    check_lengths(config.task, tokenizer, model_config)
+    return heads_of(bare)

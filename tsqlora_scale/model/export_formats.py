@@ -1,0 +1,135 @@
+"""A trained adapter in the forms that others want: as it is, with one rank everywhere, or merged into its base."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from peft.utils.other import get_pattern_key
+from safetensors.torch import load_file, save_file
+
+from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.config.locations import resolve
+from tsqlora_scale.config.schema import Config
+from tsqlora_scale.engine.engine import generator_for
+from tsqlora_scale.model.adapters.lora import load_base
+from tsqlora_scale.model.describe import check_adapter_fits, check_architecture, check_weights, load_descriptions
+from tsqlora_scale.model.weight_files import DESCRIPTION, WEIGHTS, check_adapter
+from tsqlora_scale.tasks import auto_class_of
+
+FORMATS = ("peft", "padded", "merged")
+
+
+def export(adapter: Path, form: str, out: Path, *, config: Config | None, overwrite: bool = False) -> list[str]:
+    """Write ``adapter`` to the folder ``out``, whole or not at all.
+
+    Args:
+        adapter: the folder that a run wrote.
+        form: one of :data:`FORMATS`.
+        config: of the run; needed to merge.
+
+    Returns:
+        What is worth saying about it, line by line.
+
+    Raises:
+        UserError: no adapter there, no config to merge by, or something at ``out`` already.
+    """
+    check_adapter(adapter)
+    if out.resolve() == adapter.resolve():
+        raise UserError(f"--out {str(out)!r} is the adapter itself; choose another folder")
+    if out.exists() and not overwrite:
+        raise UserError(f"--out {str(out)!r} exists; choose another folder, or give --overwrite")
+    if form == "merged" and config is None:
+        raise UserError("--format merged loads the base, and needs --config FILE: the run's config.yaml")
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        if form == "merged":
+            assert config is not None
+            said = _merge(adapter, partial, config)
+        else:
+            said = _copy(adapter, partial) if form == "peft" else _pad(adapter, partial)
+        if out.exists():
+            shutil.rmtree(out)
+        partial.rename(out)
+    except OSError as error:
+        raise UserError(f"--out {str(out)!r} cannot be written ({error.strerror}); choose another folder") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return said
+
+
+def _copy(adapter: Path, out: Path) -> list[str]:
+    for path in sorted(adapter.iterdir()):
+        if path.is_file():
+            shutil.copyfile(path, out / path.name)
+    return ["the ranks are in rank_pattern and alpha_pattern, which PEFT reads"]
+
+
+def _pad(adapter: Path, out: Path) -> list[str]:
+    """Zero rows of A and columns of B up to the largest rank; a scaling of its own goes into B. The same function."""
+    _copy(adapter, out)
+    config: Any = PeftConfig.from_pretrained(str(adapter))
+    tensors = load_file(adapter / WEIGHTS)
+    suffix = ".lora_A.weight"
+    layers = [name.removesuffix(suffix) for name in tensors if name.endswith(suffix)]
+    rank = max(len(tensors[layer + suffix]) for layer in layers)
+
+    def scaling(layer: str) -> float:
+        own = len(tensors[layer + suffix])
+        name = layer.removeprefix("base_model.model.")
+        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, name), config.lora_alpha)
+        return float(alpha) / (math.sqrt(own) if config.use_rslora else own)
+
+    common = scaling(layers[0])
+    padded = dict(tensors)
+    for layer in layers:
+        a, b = tensors[layer + suffix], tensors[f"{layer}.lora_B.weight"]
+        missing = rank - len(a)
+        padded[layer + suffix] = torch.cat([a, a.new_zeros(missing, a.shape[1])])
+        padded[f"{layer}.lora_B.weight"] = torch.cat([b * (scaling(layer) / common), b.new_zeros(len(b), missing)], 1)
+    save_file(padded, out / WEIGHTS, metadata={"format": "pt"})
+    described = json.loads((adapter / DESCRIPTION).read_text())
+    described |= {"r": rank, "rank_pattern": {}, "alpha_pattern": {}}
+    described["lora_alpha"] = common * (math.sqrt(rank) if config.use_rslora else rank)
+    (out / DESCRIPTION).write_text(json.dumps(described, indent=2, sort_keys=True))
+    return [f"every adapted layer has rank {rank} now, filled up with zeros"]
+
+
+def _merge(adapter: Path, out: Path, config: Config) -> list[str]:
+    """A plain Transformers model. A 4-bit base is dequantised first, to the values that the adapter was trained on."""
+    as_it_was = config.model.model_copy(update={"dropout": None, "gradient_checkpointing": False})
+    config = config.model_copy(update={"model": as_it_was})  # these are for training, and would get into the file
+    path = resolve(config.model.name_or_path, key="model.name_or_path")
+    check_weights(config, path)
+    model_config, tokenizer = load_descriptions(config, path)
+    unquantised = check_architecture(config, model_config, tokenizer)
+    check_adapter_fits(config, model_config, adapter)
+    said = []
+    base: Any
+    base, _ = load_base(
+        path,
+        config.model,
+        auto_class=auto_class_of(config.task.type),
+        model_config=model_config,
+        unquantised=unquantised,
+        generator=generator_for(config.run.seed, "head"),
+    )
+    if config.model.quantization != "none":
+        base = base.dequantize()
+        said.append(f"the base was dequantised to {config.model.dtype}; the file is as large as that, not 4-bit")
+    try:
+        merged: Any = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload(safe_merge=True)
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"--adapter {str(adapter)!r} does not fit model.name_or_path={path!r} ({reason})") from None
+    merged.config.use_cache = True
+    merged.save_pretrained(str(out))
+    tokenizer.save_pretrained(str(out))
+    return [*said, "a plain Transformers model: from_pretrained opens it, without PEFT"]

@@ -1,0 +1,205 @@
+"""Weights and adapters on disk, checked before anything of them is loaded. Adapters are read from safetensors only."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from tsqlora_scale.common.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Shape = tuple[int, ...]
+
+#: What PEFT puts before the names of the base model's modules.
+PREFIX = "base_model.model."
+DESCRIPTION, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+def tensor_shapes(path: Path) -> dict[str, Shape]:
+    """Names and shapes of a safetensors file, from its header; the length of the file is checked against it.
+
+    Raises:
+        UserError: the file is missing, cut short, or none.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{path}: no safetensors file, or damaged ({error}); copy it again from where it came"
+        ) from None
+
+
+def check_base_weights(folder: Path, *, key: str) -> None:
+    """Check that a model's folder holds whole weights.
+
+    Of ``pytorch_model.bin``, in which older models come (DeBERTa-v3 among them), only the presence is checked: it is
+    opened with ``weights_only``, which builds tensors and nothing else.
+
+    Args:
+        key: ``key=value`` of the config that names the folder.
+
+    Raises:
+        UserError: no weights, or a file that is missing or damaged.
+    """
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        tensor_shapes(folder / "model.safetensors")
+    elif index.is_file():
+        placed = read_json(index).get("weight_map")
+        if not isinstance(placed, dict) or not all(isinstance(name, str) for name in placed.values()):
+            raise UserError(f"{index}: holds no weight_map; copy the file again from where it came")
+        for shard in sorted(set(placed.values())):
+            held = tensor_shapes(folder / shard)
+            missing = next((name for name, where in placed.items() if where == shard and name not in held), None)
+            if missing is not None:
+                raise UserError(f"{folder / shard}: {missing} is missing; copy the file again from where it came")
+    elif not any((folder / name).is_file() for name in ("pytorch_model.bin", "pytorch_model.bin.index.json")):
+        raise UserError(f"{key}: its weights cannot be loaded (no model.safetensors in it); give a complete model")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds one object.
+
+    Raises:
+        UserError: it cannot be read, or holds something else.
+    """
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error}); copy it again from where it came") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: must hold one JSON object; copy it again from where it came")
+    return tree
+
+
+def check_adapter(folder: Path) -> dict[str, Any]:
+    """Check that a folder holds a whole LoRA adapter whose two files agree.
+
+    Returns:
+        The description.
+
+    Raises:
+        UserError: naming the file or the tensor.
+    """
+    require_adapter(folder)
+    description = read_json(folder / DESCRIPTION)
+    kinds: dict[str, Any] = {
+        "r": int, "lora_alpha": int | float, "rank_pattern": dict, "alpha_pattern": dict, "target_modules": list | str,
+        "modules_to_save": list | None, "exclude_modules": list | str | None,
+    }  # fmt: skip
+    if description.get("peft_type") != "LORA":
+        raise UserError(f"{folder / DESCRIPTION}: peft_type is {description.get('peft_type')!r}; only LORA is read")
+    for name, kind in kinds.items():
+        value = description.get(name, {} if kind is dict else None)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise UserError(f"{folder / DESCRIPTION}: {name}={value!r}; give the folder that a run wrote")
+    shapes = tensor_shapes(folder / WEIGHTS)
+    layers = _layers(shapes)
+    if not layers:
+        raise UserError(f"{folder / WEIGHTS}: holds no LoRA layers; give the folder that a run wrote")
+    for layer in layers:
+        a, b = (shapes.get(f"{PREFIX}{layer}.lora_{part}.weight", ()) for part in "AB")
+        rank = _of_pattern(description.get("rank_pattern") or {}, layer, description["r"])
+        if len(a) != 2 or len(b) != 2 or not a[0] == b[1] == rank:
+            raise UserError(
+                f"{folder / WEIGHTS}: {layer} has lora_A {a or 'missing'} and lora_B {b or 'missing'}, which do not "
+                f"make the rank {rank} of {DESCRIPTION}; give the folder that a run wrote"
+            )
+    return description
+
+
+def check_fits(folder: Path, model: nn.Module) -> None:
+    """Check that an adapter is whole and one of this model, tensor by tensor.
+
+    Args:
+        folder: of the adapter.
+        model: the base, on any device.
+
+    Raises:
+        UserError: naming the first tensor that is missing, too much, or of another shape.
+    """
+    description = check_adapter(folder)
+    saved = tensor_shapes(folder / WEIGHTS)
+    own: dict[str, Shape] = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    modules = dict(model.named_modules())
+    layers = _layers(saved)
+    advice = "give the config, with the base model, that it was trained with"
+    for layer in layers:
+        size = own.get(f"{layer}.weight")
+        a, b = (saved[f"{PREFIX}{layer}.lora_{part}.weight"] for part in "AB")
+        if size is None:
+            raise UserError(f"adapter {str(folder)!r}: the model has no layer {layer}; {advice}")
+        if (b[0], a[1]) != size and hasattr(modules[layer], "in_features"):
+            raise UserError(
+                f"adapter {str(folder)!r}: {layer} is for a weight {(b[0], a[1])}, the model's is {size}; {advice}"
+            )
+    for name, shape in saved.items():
+        inner = name.removeprefix(PREFIX)
+        if ".lora_" not in inner and own.get(inner) != shape:
+            has = f"the model's is {own[inner]}" if inner in own else "the model has none"
+            raise UserError(f"adapter {str(folder)!r}: {inner} is {shape}, {has}; {advice}")
+    targets = description["target_modules"]
+    removed = description.get("exclude_modules") or []  # layers of rank 0
+    wanted = {n for n, m in modules.items() if hasattr(m, "in_features") and _targeted(n, targets)} - set(layers)
+    wanted = {name for name in wanted if not _targeted(name, removed)}
+    if wanted:
+        raise UserError(f"adapter {str(folder)!r}: the layer {min(wanted)} is missing in {WEIGHTS}; {advice}")
+    for module in description.get("modules_to_save") or []:
+        for name in own:
+            if re.search(rf"(^|\.){re.escape(module)}\.", name) and f"{PREFIX}{name}" not in saved:
+                raise UserError(f"adapter {str(folder)!r}: {name} is missing in {WEIGHTS}; {advice}")
+
+
+def require_adapter(folder: Path) -> None:
+    """Check that a folder holds the two files of a saved adapter.
+
+    Raises:
+        UserError: it holds none, or one in an unsafe format.
+    """
+    if not (folder / DESCRIPTION).is_file():
+        raise UserError(f"adapter {str(folder)!r} holds no {DESCRIPTION}; give the folder that a run wrote")
+    if not (folder / WEIGHTS).is_file():
+        pickles = _pickles(folder)
+        other = f", but {pickles}, a format that can run code when it is opened" if pickles else ""
+        raise UserError(
+            f"adapter {str(folder)!r} holds no {WEIGHTS}{other}; other formats are not read: save it with PEFT's "
+            "save_pretrained"
+        )
+
+
+def _pickles(folder: Path) -> str:
+    """Names of pickled weights, some of them."""
+    return ", ".join(sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))[:3])
+
+
+def _layers(names: Iterable[str]) -> list[str]:
+    """The modules that have LoRA factors, sorted."""
+    found = (re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_[AB]\.weight", name) for name in names)
+    return sorted({match[1] for match in found if match})
+
+
+def _of_pattern(pattern: Mapping[str, Any], layer: str, otherwise: Any) -> Any:
+    """A layer's value by PEFT's rule: the first key that is its name or the end of it."""
+    return next((value for key, value in pattern.items() if _matches(rf"(.*\.)?({key})", layer)), otherwise)
+
+
+def _targeted(name: str, targets: list[str] | str) -> bool:
+    if isinstance(targets, str):
+        return targets != "all-linear" and _matches(targets, name)
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def _matches(pattern: str, name: str) -> bool:
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error as error:
+        raise UserError(f"{DESCRIPTION}: {pattern!r} is no pattern of layers' names ({error}); mend it") from None

@@ -1,0 +1,83 @@
+"""Samples that teach the same: their gradients point the same way, seen through the sketches of a scoring pass."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from tsqlora_scale.common.random_streams import philox
+
+#: Below this number all pairs are compared; above, those that fall into one bucket of some hash table.
+ALL_PAIRS = 20_000
+TABLES = 8
+#: rows of one block of the product of all pairs
+BLOCK = 2048
+
+
+def similar_pairs(sketches: np.ndarray, threshold: float, *, seed: int = 0) -> np.ndarray:
+    """Pairs (m, 2), i < j, sorted, of samples whose gradients have a cosine of at least ``threshold``.
+
+    Up to :data:`ALL_PAIRS` samples every pair is compared. Above that, pairs that share a bucket in one of
+    :data:`TABLES` tables of random hyperplanes (SimHash, Charikar 2002): of pairs with cosine 0.95 and 1e6 samples
+    about 97 % are found, of identical ones all. Rows that are zero or not finite are like nothing.
+
+    Args:
+        sketches: (n, dim).
+    """
+    lengths = np.linalg.norm(sketches, axis=1)
+    usable = np.flatnonzero(np.isfinite(lengths) & (lengths > 0))
+    units = (sketches[usable] / lengths[usable, None]).astype(np.float32)
+    found = [np.empty((0, 2), np.int64)]
+    for bucket in _buckets(units, seed):
+        for start in range(0, len(bucket), BLOCK):
+            rows = bucket[start : start + BLOCK]
+            near = units[rows] @ units[bucket[start:]].T >= threshold
+            i, j = np.nonzero(np.triu(near, 1))
+            found.append(usable[np.column_stack([rows[i], bucket[start:][j]])])
+    pairs: np.ndarray = np.unique(np.sort(np.concatenate(found), axis=1), axis=0)
+    return pairs
+
+
+def _buckets(units: np.ndarray, seed: int) -> list[np.ndarray]:
+    """Groups of row numbers, each sorted; together they hold the candidates."""
+    if len(units) <= ALL_PAIRS:
+        return [np.arange(len(units))]
+    bits = math.ceil(math.log2(len(units) / ALL_PAIRS)) + 4
+    buckets = []
+    for table in range(TABLES):
+        planes = philox(seed, "simhash", table).standard_normal((units.shape[1], bits)).astype(np.float32)
+        codes = (units @ planes > 0) @ (1 << np.arange(bits))
+        order = np.argsort(codes, kind="stable")
+        ends = np.flatnonzero(np.diff(codes[order])) + 1
+        buckets += [group for group in np.split(order, ends) if len(group) > 1]
+    return buckets
+
+
+def neighbours(pairs: np.ndarray, size: int) -> np.ndarray:
+    """Number of samples that each of ``size`` is like, itself included, (size,)."""
+    counts: np.ndarray = 1 + np.bincount(pairs.reshape(-1), minlength=size)
+    return counts
+
+
+def groups(pairs: np.ndarray) -> list[np.ndarray]:
+    """Samples that are like the first of their group, largest groups first; each sample is in one group at most.
+
+    Leaders are taken by the number of samples that they are like: a chain of pairs does not become one group.
+    """
+    if len(pairs) == 0:
+        return []
+    both = np.concatenate([pairs, pairs[:, ::-1]])
+    both = both[np.lexsort((both[:, 1], both[:, 0]))]
+    leaders, starts, counts = np.unique(both[:, 0], return_index=True, return_counts=True)
+    taken: set[int] = set()
+    made = []
+    for k in np.argsort(-counts, kind="stable"):
+        leader = int(leaders[k])
+        if leader in taken:
+            continue
+        like = [int(i) for i in both[starts[k] : starts[k] + counts[k], 1] if int(i) not in taken]
+        if like:
+            taken.update([leader, *like])
+            made.append(np.array([leader, *like]))
+    return sorted(made, key=lambda group: (-len(group), group[0]))

@@ -1,0 +1,246 @@
+"""Exact per-sample gradients of the LoRA factors, a batch at a time (METHOD 1).
+
+For a linear module the gradient of sample ``i`` is ``sum_t delta_it x_it^T``, with ``x`` the module's input and
+``delta`` the gradient of its output. Both are seen by hooks on the adapter's own small modules; no weight is ever
+read, so weights may be sharded (ZeRO-3: shape (0,)) or packed to 4 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal, Protocol, TypeVar
+
+import torch
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from tsqlora_scale.model.adapters.lora import ADAPTER, has_factors, lora_layers
+from tsqlora_scale.quality.gradients.batchless import NoSecondBatch, give_batch, same_mark
+
+
+class BatchLike(Protocol):
+    """What scoring needs to know of a batch."""
+
+    @property
+    def size(self) -> int:
+        """Number of samples."""
+        ...
+
+
+Batch = TypeVar("Batch", bound=BatchLike)
+#: ``losses(module, batch) -> (batch.size,)``: every sample's own mean loss, with a graph.
+LossFn = Callable[[nn.Module, Batch], Tensor]
+
+#: half-precision gradients underflow below 6e-8; a power of two costs no digits
+FP16_LOSS_SCALE = 2.0**10
+
+
+def theta_modules(module: nn.Module, *, include_head: bool = False) -> dict[str, nn.Linear]:
+    """The linear modules whose parameters make theta, by name, sorted.
+
+    The two factors of every adapted layer and, with ``include_head``, the linear modules inside PEFT's
+    ``modules_to_save`` copies (weights and biases).
+    """
+    found: dict[str, nn.Module] = {}
+    for name, layer in lora_layers(module).items():
+        if has_factors(layer):
+            found[f"{name}.lora_A.{ADAPTER}"] = layer.lora_A[ADAPTER]
+            found[f"{name}.lora_B.{ADAPTER}"] = layer.lora_B[ADAPTER]
+    if include_head:
+        for name, wrapper in module.named_modules():
+            if isinstance(wrapper, ModulesToSaveWrapper) and ADAPTER in wrapper.modules_to_save:
+                for inner, part in wrapper.modules_to_save[ADAPTER].named_modules():
+                    if isinstance(part, nn.Linear):
+                        found[".".join(filter(None, (name, "modules_to_save", ADAPTER, inner)))] = part
+    assert found, "no adapted layer to take gradients of"
+    linear = {name: part for name, part in sorted(found.items()) if isinstance(part, nn.Linear)}
+    assert linear.keys() == found.keys(), f"not linear: {sorted(found.keys() - linear.keys())}"
+    return linear
+
+
+class PerSampleGradients:
+    """Per-sample gradients of theta; a context manager around any number of batches.
+
+    Inside it ``module`` is in evaluation mode and no parameter requires grad, so backward computes input gradients
+    alone and the reduction hooks of DDP and ZeRO stay silent. On leaving, also by an exception, training modes and
+    ``requires_grad`` are as they were; ``.grad`` is never touched.
+
+    ``module`` must be the unwrapped model: a forward through a DeepSpeed engine changes the engine's next step.
+
+    Memory: ``batch * |theta|`` float32 numbers.
+
+    Attributes:
+        batchless: name of the first module that was called with an input without the batch's dimension and could
+            not be given it (see :mod:`~tsqlora_scale.quality.gradients.batchless`); None while there was none. Its output
+            gradient
+            arrives summed over the batch, so :meth:`per_sample` is then wrong for this model and only :meth:`total`
+            may be used.
+    """
+
+    def __init__(self, module: nn.Module, *, include_head: bool = False) -> None:
+        engine = isinstance(module, nn.parallel.DistributedDataParallel) or type(module).__name__ == "DeepSpeedEngine"
+        assert not engine, "scoring goes through the unwrapped model, never through the engine"
+        self.module = module
+        self.batchless: str | None = None
+        self._early: bool | None = None  # whether the model has batchless calls; not known before the first batch
+        self._theta = theta_modules(module, include_head=include_head)
+        self._mode: Literal["idle", "collect", "shift"] = "idle"
+        self._size = 0
+        self._gradients: dict[str, Tensor] = {}
+        self._held: dict[int, int] = {}
+        self._eta = 0.0
+        half = any(parameter.dtype == torch.float16 for parameter in module.parameters())
+        self._scale = FP16_LOSS_SCALE if half else 1.0
+        self._types = {parameter.dtype for parameter in module.parameters()}
+        self._types |= {getattr(part, "compute_dtype", None) or torch.float32 for part in module.modules()}
+        self._undo: list[Callable[[], Any]] = []
+
+    @property
+    def rounding(self) -> float:
+        """Machine epsilon of the coarsest type computed in: weights, 4-bit layers' compute type, autocast's outputs."""
+        return max(torch.finfo(kind).eps for kind in self._types if kind.is_floating_point)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the adapters' inputs that the last :meth:`per_sample` held until its backward pass."""
+        return sum(self._held.values())
+
+    def __enter__(self) -> PerSampleGradients:
+        for part in self.module.modules():
+            self._undo.append(partial(setattr, part, "training", part.training))
+        trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        for parameter in trained:
+            parameter.requires_grad_(False)
+            self._undo.append(partial(parameter.requires_grad_, True))
+        for name, part in self._theta.items():
+            handle = part.register_forward_hook(self._hook(name, has_bias=part.bias is not None))
+            self._undo.append(handle.remove)
+        self.module.eval()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._undo:
+            self._undo.pop()()
+        self._gradients = {}
+
+    def per_sample(self, losses: LossFn[Batch], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Losses (B,) and every sample's own gradient, by parameter name in sorted order, float32.
+
+        Weights have shape (B, d_out, d_in), which is (B, r, d_in) for ``lora_A`` and (B, d_out, r) for ``lora_B``;
+        biases (B, d_out). A parameter that the loss does not depend on is left out.
+        Wrong, with :attr:`batchless` set, where a module was called without the batch's dimension.
+        """
+        return self._run(losses, batch, batch.size)
+
+    def total(self, losses: LossFn[Batch], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Losses (B,) and the gradient of their sum, shapes as in :meth:`per_sample` with 1 for B.
+
+        Right for every model; for a batch of one it is that sample's gradient.
+        """
+        return self._run(losses, batch, 1)
+
+    @contextmanager
+    def stepped(self, gradients: Mapping[str, Tensor], eta: float) -> Iterator[None]:
+        """Inside, every sample sees its own factors ``theta - eta * gradient_i``; forwards only, without a graph.
+
+        The factors do not change: each module's output is shifted by ``-eta * G_i x_i``.
+        """
+        self._gradients, self._eta, self._mode = dict(gradients), eta, "shift"
+        self._size = len(next(iter(gradients.values())))
+        try:
+            with torch.no_grad(), self._batching():
+                yield
+        finally:
+            self._mode, self._gradients = "idle", {}
+
+    @contextmanager
+    def _batching(self) -> Iterator[None]:
+        """Around a forward over several samples. Every function of torch is watched, so only where there is need."""
+        if self._size == 1 or self._early is False:
+            yield
+            return
+        with NoSecondBatch(self._size):
+            yield
+        self._early = bool(self._early)
+
+    def _run(self, losses: LossFn[Batch], batch: Batch, rows: int) -> tuple[Tensor, dict[str, Tensor]]:
+        assert self._undo, "use inside 'with'"
+        self._mode, self._size, self._gradients = "collect", rows, {}
+        self._held.clear()
+        try:
+            with torch.enable_grad():
+                with self._batching():
+                    values = losses(self.module, batch)
+                assert values.shape == (batch.size,), f"losses of shape {tuple(values.shape)} for {batch.size} samples"
+                torch.autograd.backward(values.float().sum() * self._scale)
+        finally:
+            self._mode = "idle"
+            collected, self._gradients = self._gradients, {}
+        gradients = dict(sorted(collected.items()))
+        if self._scale != 1:
+            gradients = {name: gradient / self._scale for name, gradient in gradients.items()}
+        return values.detach().float(), gradients
+
+    def _hook(self, name: str, *, has_bias: bool) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            if self._mode == "idle":
+                return None
+            x = args[0]
+            if self._size > 1 and self._early is not False and x.dim() > 2 and x.shape[0] == 1:
+                self._early = True
+                output = give_batch(output, self._size)
+            if self._mode == "collect":
+                return self._listen(name, x.detach(), output, has_bias)
+            return self._shift(name, x, output)
+
+        return hook
+
+    def _listen(self, name: str, x: Tensor, output: Tensor, has_bias: bool) -> Tensor:
+        self._types.add(output.dtype)
+        if not output.requires_grad:  # nothing before it does: the first layers, DeBERTa's positions
+            output.requires_grad_(True)
+        self._held[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        rows, gradients = self._size, self._gradients
+        if rows > 1 and (output.dim() < 2 or output.shape[0] != rows):
+            self.batchless = self.batchless or name
+            return output
+
+        # input and gradient in one closure per call: a module may be called several times, in any backward order
+        def add(delta: Tensor) -> None:
+            wide = torch.promote_types(delta.dtype, x.dtype)
+            d = delta.to(wide).reshape(rows, -1, delta.shape[-1])
+            _accumulate(gradients, f"{name}.weight", _outer(d, _rows(x.to(wide), rows)))
+            if has_bias:
+                _accumulate(gradients, f"{name}.bias", d.float().sum(1))
+
+        output.register_hook(add)  # type: ignore[no-untyped-call]
+        return output
+
+    def _shift(self, name: str, x: Tensor, output: Tensor) -> Tensor:
+        weight, bias = (self._gradients.get(f"{name}.{kind}") for kind in ("weight", "bias"))
+        rows = self._size
+        if weight is None or (rows > 1 and (output.dim() < 2 or output.shape[0] != rows)):
+            return output
+        change = torch.bmm(_rows(x.to(weight.dtype), rows), weight.transpose(1, 2))
+        if bias is not None:
+            change = change + bias.unsqueeze(1)
+        return same_mark((output - self._eta * change.reshape(output.shape)).to(output.dtype), output)
+
+
+def _rows(x: Tensor, rows: int) -> Tensor:
+    """(rows, ..., width), or (1, ..., width) for all rows, to (rows, tokens, width)."""
+    flat = x.reshape(x.shape[0] if rows > 1 else 1, -1, x.shape[-1])
+    return flat.expand(rows, -1, -1)
+
+
+def _accumulate(gradients: dict[str, Tensor], name: str, value: Tensor) -> None:
+    gradients[name] = gradients[name] + value if name in gradients else value
+
+
+def _outer(delta: Tensor, x: Tensor) -> Tensor:
+    """(B, T, d_out), (B, T, d_in) -> (B, d_out, d_in) float32, stored with the longer side last in memory."""
+    if x.shape[-1] >= delta.shape[-1]:
+        return torch.bmm(delta.transpose(1, 2), x).float()
+    return torch.bmm(x.transpose(1, 2), delta).float().transpose(1, 2)

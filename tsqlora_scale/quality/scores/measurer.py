@@ -1,0 +1,256 @@
+"""One scoring pass: loss, gradient norm, loss reduction and sketch of every sample (METHOD 1)."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any, Generic
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.config.schema import ScoringConfig
+from tsqlora_scale.engine.collectives import World
+from tsqlora_scale.engine.sharded import has_shards
+from tsqlora_scale.quality.gradients.batch_memory import (
+    bytes_kept,
+    fitting_batch,
+    free_bytes,
+    is_out_of_memory,
+    reuse_freed_memory,
+)
+from tsqlora_scale.quality.gradients.per_sample import Batch, LossFn, PerSampleGradients
+from tsqlora_scale.quality.gradients.sketch import Sketch
+from tsqlora_scale.quality.scores.score_parts import Rows
+
+log = logging.getLogger("tsqlora_scale")
+
+#: roundings of the forward's type that a loss reduction must exceed to be told from noise
+NOISE_ROUNDINGS = 16
+#: samples on which memory is measured for ``batch_size: auto``
+PROBE = 4
+
+
+class Measurer(Generic[Batch]):
+    """Measures the samples of a pass, shard by shard.
+
+    A shard is cut into batches that do not depend on the number of ranks; the ranks take them in turn, so that every
+    sample's numbers are the same on any number of ranks. Every rank runs the same number of forwards and backwards
+    (ZeRO-3 would hang otherwise).
+
+    Batched per-sample gradients are exact only if every adapter call has the batch's dimension, or can be given it
+    (:mod:`.batchless`). That is checked once in the structure and once in the numbers: two
+    samples of the first batch are scored alone too. A model that fails either is scored one sample at a time; the
+    ranks decide together.
+
+    Attributes:
+        one_at_a_time: the decision; None before the first batch of more than one sample.
+        batch_size: samples per batch; None before ``scoring.batch_size: auto`` is decided.
+    """
+
+    def __init__(
+        self,
+        scoring: ScoringConfig,
+        *,
+        seed: int,
+        eta: float,
+        world: World,
+        batch_of: Callable[[np.ndarray], Batch],
+        losses: LossFn[Batch],
+    ) -> None:
+        self.scoring = scoring
+        self.eta = eta
+        self.world = world
+        self.batch_of = batch_of
+        self.losses = losses
+        self.one_at_a_time: bool | None = None
+        self.batch_size: int | None = None if scoring.batch_size == "auto" else scoring.batch_size
+        self._sketch = Sketch(scoring.sketch_dim, seed=seed)
+        self._sketches_wanted = scoring.convergence != "loss_trend"
+        self._gradients: PerSampleGradients | None = None
+        self._fits: int | None = None  # after an allocation failed on this rank
+
+    @contextmanager
+    def on(self, module: nn.Module) -> Iterator[None]:
+        """Around the shards of a pass: ``module`` is in evaluation mode and no parameter requires grad."""
+        if self.world.device.type == "cpu":
+            reuse_freed_memory()
+        with PerSampleGradients(module, include_head=self.scoring.include_head) as gradients:
+            self._gradients = gradients
+            try:
+                yield
+            finally:
+                self._gradients = None
+
+    def measure(
+        self, indices: np.ndarray, *, exact: bool, progress: Callable[[int], None] | None = None
+    ) -> Rows | None:
+        """Measure the samples at pool ``indices``. Collective; rank 0 gets the rows, in that order, others None.
+
+        ``exact`` takes the loss reduction by a second forward, otherwise it is ``eta * grad_norm**2``.
+        ``progress`` is told the number of samples done, of all ranks together.
+        """
+        gradients = self._gradients
+        assert gradients is not None, "use inside 'with measurer.on(module)'"
+        if self.batch_size is None:
+            self.batch_size = self._fitting_batch_size(gradients, indices)
+        if self.one_at_a_time is None:
+            self.one_at_a_time = self._cannot_batch(gradients, indices, exact)
+        rows = self._shard(gradients, indices, exact, progress)
+        if not self.one_at_a_time and self._on_any_rank(gradients.batchless is not None):
+            self._warn(f"a later batch called {gradients.batchless} without the batch's dimension")
+            self.one_at_a_time = True
+            rows = self._shard(gradients, indices, exact, progress)
+        return rows
+
+    def mean_sketch(self, batches: Iterable[Batch]) -> Tensor:
+        """Sketch (sketch_dim,) float64 of the mean gradient over ``batches``, the same on every rank. Collective.
+
+        Every rank gets the same batches and takes every world-size-th. A batch whose gradient is not finite is
+        left out.
+
+        Raises:
+            UserError: there is no sample in them.
+        """
+        gradients = self._gradients
+        assert gradients is not None, "use inside 'with measurer.on(module)'"
+        total = torch.zeros(self.scoring.sketch_dim + 1, dtype=torch.float64)
+        iterator = iter(batches)
+        while group := list(islice(iterator, self.world.size)):
+            mine = group[min(self.world.rank, len(group) - 1)]  # the same number of forwards on every rank
+            sketch = self._sketch(gradients.total(self.losses, mine)[1])[0].double().cpu()
+            if self.world.rank < len(group) and bool(sketch.isfinite().all()):
+                total[:-1] += sketch
+                total[-1] += mine.size
+        total = self.world.sum(total)
+        if total[-1] == 0:
+            raise UserError(
+                "scoring.convergence='target' needs held-out samples with finite gradients and found none; "
+                "give a development set or set scoring.convergence=alignment"
+            )
+        return total[:-1] / total[-1]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The decisions."""
+        return {"one_at_a_time": self.one_at_a_time, "batch_size": self.batch_size}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the decisions."""
+        self.one_at_a_time, self.batch_size = state["one_at_a_time"], state["batch_size"]
+
+    def _shard(
+        self,
+        gradients: PerSampleGradients,
+        indices: np.ndarray,
+        exact: bool,
+        progress: Callable[[int], None] | None,
+    ) -> Rows | None:
+        size = 1 if self.one_at_a_time else self.batch_size
+        assert size is not None
+        batches = [indices[start : start + size] for start in range(0, len(indices), size)]
+        own: list[tuple[np.ndarray, Tensor, Tensor]] = []
+        for turn in range(math.ceil(len(batches) / self.world.size)):
+            number = turn * self.world.size + self.world.rank
+            chunk = batches[number % len(batches)]
+            measured = self._within_memory(gradients, chunk, exact)
+            if number < len(batches):  # else a repeated batch, so that every rank runs as many
+                own.append((chunk, *measured))
+            if progress is not None:
+                progress(min(len(indices), (turn + 1) * self.world.size * size))
+        found = self.world.gather_on_main([[np.asarray(column) for column in batch] for batch in own])
+        if found is None:
+            return None
+        of_batches = [batch for rank in found for batch in rank]
+        drawn, values, sketches = (np.concatenate(column) for column in zip(*of_batches, strict=True))
+        order = np.argsort(drawn, kind="stable")[np.argsort(np.argsort(indices, kind="stable"), kind="stable")]
+        return Rows(drawn[order], values[order], sketches[order], gradients.rounding, size)
+
+    def _within_memory(self, gradients: PerSampleGradients, chunk: np.ndarray, exact: bool) -> tuple[Tensor, Tensor]:
+        """:meth:`_chunk`, in smaller pieces once an allocation has failed on this rank."""
+        size = min(self._fits or len(chunk), len(chunk))
+        try:
+            pieces = [
+                self._chunk(gradients, chunk[start : start + size], exact) for start in range(0, len(chunk), size)
+            ]
+        except (RuntimeError, MemoryError) as error:
+            # under ZeRO-3 a rank that runs more forwards than the others would hang them all
+            if not is_out_of_memory(error) or size == 1 or has_shards(gradients.module):
+                raise
+            self._fits = size // 2
+        else:
+            return torch.cat([values for values, _ in pieces]), torch.cat([sketch for _, sketch in pieces])
+        log.warning("out of memory while scoring %d samples at once; going on with %d", size, self._fits)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return self._within_memory(gradients, chunk, exact)
+
+    def _chunk(self, gradients: PerSampleGradients, chunk: np.ndarray, exact: bool) -> tuple[Tensor, Tensor]:
+        """(B, 3) float64 of loss, norm and loss reduction, and sketches (B, sketch_dim), on the CPU."""
+        batch = self.batch_of(chunk)
+        before, of_theta = gradients.per_sample(self.losses, batch)
+        assert of_theta, "the loss does not depend on any adapter"
+        norms = [torch.linalg.vector_norm(g, dim=tuple(range(1, g.dim()))) for g in of_theta.values()]
+        norm = torch.linalg.vector_norm(torch.stack(norms), dim=0)
+        if exact:
+            with gradients.stepped(of_theta, self.eta):
+                after = self.losses(gradients.module, batch).float()
+            delta = before - after
+        else:
+            delta = self.eta * norm**2
+        sketch = self._sketch(of_theta).cpu() if self._sketches_wanted else torch.zeros(len(chunk), 0)
+        return torch.stack([before, norm, delta], 1).cpu().double(), sketch
+
+    def _fitting_batch_size(self, gradients: PerSampleGradients, indices: np.ndarray) -> int:
+        """``scoring.batch_size: auto``: what the longest samples of the shard leave room for. Collective."""
+        probe = self.batch_of(indices[-PROBE:])  # a shard is sorted by length
+        of_theta: dict[str, Tensor] = {}
+        kept = bytes_kept(gradients.module, lambda: of_theta.update(gradients.per_sample(self.losses, probe)[1]))
+        own = sum(g.numel() * g.element_size() for g in of_theta.values())
+        kept += gradients.held_bytes
+        device = self.world.device
+        # a sample's gradient is there twice, the second time on its way into the sketch
+        fits = fitting_batch((kept + 2 * own) / probe.size, free_bytes(device, self.world.size_here), device)
+        return -int(self.world.max(torch.tensor([-fits])).item())
+
+    def _cannot_batch(self, gradients: PerSampleGradients, indices: np.ndarray, exact: bool) -> bool | None:
+        """Whether samples must be scored one at a time; None if batches hold one sample anyway. Collective."""
+        assert self.batch_size is not None
+        if min(self.batch_size, len(indices)) == 1:
+            return None
+        chunk = indices[[0, -1]]  # the shortest and the longest
+        gradients.per_sample(self.losses, self.batch_of(chunk))
+        batchless, gradients.batchless = gradients.batchless, None
+        if self._on_any_rank(batchless is not None):
+            if self.world.is_main:
+                log.warning(
+                    "%s is called without the batch's dimension, so its gradients cannot be told apart by sample; "
+                    "this model is scored one sample at a time (scoring.max_samples bounds the cost)",
+                    batchless,
+                )
+            return True
+        together = self._chunk(gradients, chunk, exact)[0]
+        alone = torch.cat([self._chunk(gradients, chunk[[i]], exact)[0] for i in (0, 1)])
+        if self._on_any_rank(not self._agree(together, alone, gradients.rounding)):
+            self._warn("scores of samples in a batch differ from their scores alone")
+            return True
+        return False
+
+    @staticmethod
+    def _agree(together: Tensor, alone: Tensor, eps: float) -> bool:
+        """Equal to 0.1 % in float32 (looser in half precision), or both not finite."""
+        tolerance = max(1e-3, 12 * eps)
+        noise = NOISE_ROUNDINGS * eps * (1 + alone[:, 0].abs())  # of a loss; a norm is not a difference and has none
+        slack = torch.stack([noise, torch.zeros_like(noise), noise], 1) + tolerance * alone.abs()
+        return bool((((together - alone).abs() <= slack) | ~(together.isfinite() | alone.isfinite())).all())
+
+    def _on_any_rank(self, flag: bool) -> bool:
+        return bool(self.world.max(torch.tensor([int(flag)])).item())
+
+    def _warn(self, reason: str) -> None:
+        if self.world.is_main:
+            log.warning("%s; this model is scored one sample at a time", reason)

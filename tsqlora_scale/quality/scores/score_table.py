@@ -1,0 +1,158 @@
+"""The score store: what is known of every sample of the pool, and its parquet files."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from tsqlora_scale.common.disk_arrays import BLOCK, blocks, copied, filled
+from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.common.files import written_whole
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+#: pass number of a sample that was never scored itself and carries the mean of those that were
+NEVER = -1
+#: types of the columns that are not float64
+KINDS: dict[str, type] = {"selected": bool, "scoring_pass": np.int64}
+
+
+@dataclass
+class ScoreTable:
+    """Scores of the whole pool, one entry per sample, in pool order. The same on every rank.
+
+    57 bytes a sample, in columns that are mapped to disk where they are large (:mod:`~.disk_arrays`).
+
+    Attributes:
+        loss: loss of the sample alone.
+        grad_norm: G, norm of its gradient.
+        delta_loss: loss reduction by one step on the sample itself.
+        convergence: convergence term, per ``scoring.convergence``.
+        quality: Q, the weighted sum of the standardised terms.
+        probability: softmax of Q / tau over the pool.
+        selected: whether the sample belongs to S.
+        scoring_pass: number of the pass that scored it last; -1 if none did.
+    """
+
+    loss: np.ndarray
+    grad_norm: np.ndarray
+    delta_loss: np.ndarray
+    convergence: np.ndarray
+    quality: np.ndarray
+    probability: np.ndarray
+    selected: np.ndarray
+    scoring_pass: np.ndarray
+
+    @classmethod
+    def empty(cls, size: int) -> ScoreTable:
+        """A table in which nothing is known yet."""
+        unknown = {f.name: np.nan for f in fields(cls)} | {"selected": False, "scoring_pass": NEVER}
+        return cls(**{name: filled(size, KINDS.get(name, np.float64), value) for name, value in unknown.items()})
+
+    def __len__(self) -> int:
+        return len(self.quality)
+
+    def mean_quality(self) -> float:
+        """Mean over S of sigmoid(Q), in (0, 1)."""
+        total = 0.0
+        for block in blocks(len(self)):
+            total += (0.5 + 0.5 * np.tanh(self.quality[block][self.selected[block]] / 2)).sum()
+        return float(total / np.count_nonzero(self.selected))
+
+    def effective_sample_size(self) -> float:
+        """``1 / sum p_i^2`` over S, with p renormalised over S: from 1 (one sample has all mass) to |S| (uniform)."""
+        total, squares = 0.0, 0.0
+        for block in blocks(len(self)):
+            weights = self.probability[block][self.selected[block]]
+            total += weights.sum()
+            squares += np.square(weights).sum()
+        return float(total**2 / squares)
+
+    def copy(self) -> ScoreTable:
+        """A table that shares no memory with this one."""
+        return ScoreTable(**{f.name: copied(getattr(self, f.name)) for f in fields(self)})
+
+    def state_dict(self) -> dict[str, Any]:
+        """The columns as tensors, which share the table's memory."""
+        return {f.name: torch.from_numpy(getattr(self, f.name)) for f in fields(self)}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> ScoreTable:
+        """The table of :meth:`state_dict`; it shares no memory with it."""
+        return cls(**{name: copied(column.numpy()) for name, column in state.items()})
+
+    def write(self, folder: str | Path, sample_ids: Sequence[str]) -> Path:
+        """Write ``folder/pass-NNN.parquet``, NNN the last pass, whole or not at all; call on one rank."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        assert len(sample_ids) == len(self), f"{len(sample_ids)} ids for {len(self)} samples"
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"pass-{max(self.scoring_pass.max(initial=NEVER), 0):03d}.parquet"
+        schema = _schema()
+        with written_whole(path) as partial, pq.ParquetWriter(partial, schema) as writer:
+            for block in blocks(len(self)):  # a row group each
+                ids = pa.array([str(i) for i in sample_ids[block]], pa.string())
+                numbers = [pa.array(getattr(self, name)[block]) for name in schema.names[1:]]
+                writer.write_table(pa.table([ids, *numbers], schema=schema), row_group_size=len(ids))
+        return path
+
+    @classmethod
+    def read(cls, folder: str | Path) -> tuple[ScoreTable, list[str]]:
+        """The table of the last pass in ``folder`` (or of one parquet file), and the sample ids of its rows.
+
+        Raises:
+            UserError: no score file there, or one without the expected columns.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        path = Path(folder)
+        if path.is_dir():
+            passes = sorted(path.glob("pass-*.parquet"), key=lambda p: (len(p.name), p.name))
+            if not passes:
+                raise UserError(f"{path}: no score file pass-NNN.parquet in this folder; score the pool first")
+            path = passes[-1]
+        ids: list[str] = []
+        try:
+            with pq.ParquetFile(path) as file:
+                schema = _schema()
+                if missing := [name for name in schema.names if name not in file.schema_arrow.names]:
+                    raise UserError(f"{path}: not a score file (without {', '.join(missing)}); score the pool again")
+                table = cls.empty(file.metadata.num_rows)
+                for batch in file.iter_batches(BLOCK, columns=schema.names):
+                    place = slice(len(ids), len(ids) + len(batch))
+                    for name in schema.names[1:]:
+                        column = batch[name].cast(schema.field(name).type)
+                        if column.null_count and column.type != pa.float64():
+                            raise UserError(f"{path}: not a score file ({name} has gaps); score the pool again")
+                        getattr(table, name)[place] = column.to_numpy(zero_copy_only=False)
+                    ids += batch["sample_id"].cast(pa.string()).to_pylist()
+        except (OSError, pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{path}: not a score file ({reason}); score the pool again") from None
+        return table, ids
+
+
+def _schema() -> pa.Schema:
+    """Of a score file."""
+    import pyarrow as pa
+
+    kinds = [(f.name, pa.from_numpy_dtype(KINDS.get(f.name, np.float64))) for f in fields(ScoreTable)]
+    return pa.schema([("sample_id", pa.string()), *kinds])
+
+
+def pool_fingerprint(sample_ids: Sequence[str]) -> str:
+    """A digest of the pool's sample ids in order: scores belong to one pool only."""
+    digest = hashlib.sha256()
+    for block in blocks(len(sample_ids), 2**16):
+        digest.update("".join(f"{len(str(i))}:{i}" for i in sample_ids[block]).encode())
+    return digest.hexdigest()

@@ -1,0 +1,393 @@
+"""Quality scores of the pool: the passes, what is kept between them, and the table that they give (METHOD 1)."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tsqlora_scale.common.disk_arrays import blocks, copied, counted, counts, positions, taken
+from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.common.random_streams import philox, share_of, uniform
+from tsqlora_scale.config.schema import SamplingConfig, ScoringConfig
+from tsqlora_scale.engine.collectives import World
+from tsqlora_scale.quality.draws.key_order import smallest
+from tsqlora_scale.quality.draws.redundancy import neighbours, similar_pairs
+from tsqlora_scale.quality.draws.subset import renormalised, select_subset
+from tsqlora_scale.quality.gradients.per_sample import Batch, LossFn
+from tsqlora_scale.quality.gradients.sketch import cosines
+from tsqlora_scale.quality.scores.equations import Standardisation, log_probabilities, term_weights
+from tsqlora_scale.quality.scores.measurer import Measurer
+from tsqlora_scale.quality.scores.pass_scores import PassScores
+from tsqlora_scale.quality.scores.score_parts import Parts, Rows
+from tsqlora_scale.quality.scores.score_table import ScoreTable, pool_fingerprint
+
+log = logging.getLogger("tsqlora_scale")
+
+
+@dataclass(frozen=True)
+class PassReport:
+    """What a scoring pass was and cost."""
+
+    scoring_pass: int
+    samples: int
+    seconds: float
+    one_at_a_time: bool
+    not_finite: int
+
+
+class QualityScorer(Generic[Batch]):
+    """Scores a pool, once in full and then by light refreshes.
+
+    Args:
+        scoring, sampling: the config sections.
+        seed: of the run; sketches, subsamples and the draw of S derive from it.
+        eta: step size of the loss reduction.
+        sample_ids: of the pool, in order; they are named in warnings.
+        content: a digest of the pool's content, which with the ids ties checkpoints and parts to it.
+        world: the ranks. They score disjoint shares and all hold the whole table.
+        batch_of: samples at the given pool indices, on the device.
+        losses: ``(module, batch) -> (batch.size,)`` losses of the samples, each its own mean, with a graph.
+        target_batches: the held-out set of ``convergence: target``, the same batches on every rank.
+        progress: told (samples done, samples of the pass).
+        parts_folder: where the numbers of a pass are kept while it runs; None keeps them in memory.
+        refuses_parts: whether parts of other data, weights or settings in that folder are an error, or are removed.
+        length_of: lengths of the samples at the given indices; batches then hold samples of similar length.
+        strata: groups of the pool, (N,) numbers from 0, that each keep their share of the draws; None is one group.
+
+    Attributes:
+        table: the last table; None before the first pass.
+        report: what the last pass cost.
+        neighbours: samples that teach the same as each, (N,), from the first pass; None without ``redundancy``.
+        parts: rank 0's raw numbers and sketches of the last pass, until :meth:`discard_parts`.
+    """
+
+    def __init__(
+        self,
+        scoring: ScoringConfig,
+        sampling: SamplingConfig,
+        *,
+        seed: int,
+        eta: float,
+        sample_ids: Sequence[str],
+        content: str = "",
+        world: World,
+        batch_of: Callable[[np.ndarray], Batch],
+        losses: LossFn[Batch],
+        target_batches: Callable[[], Iterable[Batch]] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        length_of: Callable[[np.ndarray], np.ndarray] | None = None,
+        strata: np.ndarray | None = None,
+        parts_folder: Path | None = None,
+        refuses_parts: bool = False,
+    ) -> None:
+        if sampling.redundancy and scoring.convergence == "loss_trend":
+            raise UserError(
+                "sampling.redundancy compares gradients, and scoring.convergence='loss_trend' keeps none; "
+                "set scoring.convergence=alignment or sampling.redundancy=0"
+            )
+        if scoring.convergence == "target" and target_batches is None:
+            raise UserError(
+                "scoring.convergence='target' needs a held-out set; "
+                "give task.dataset a development set or set scoring.convergence=alignment"
+            )
+        assert len(sample_ids) > 0, "an empty pool"
+        self.scoring = scoring
+        self.sampling = sampling
+        self.seed = seed
+        self.eta = eta
+        self.sample_ids = sample_ids
+        self.pool = f"{pool_fingerprint(sample_ids)} {content}".strip()
+        self.world = world
+        self.target_batches = target_batches
+        self.length_of = length_of
+        self.strata = strata
+        self.table: ScoreTable | None = None
+        self.report: PassReport | None = None
+        self.neighbours: np.ndarray | None = None
+        self.passes = 0
+        self.progress = progress
+        self.refuses_parts = refuses_parts
+        self._parts_folder = parts_folder
+        self.parts = Parts(None)
+        self._measurer = Measurer(scoring, seed=seed, eta=eta, world=world, batch_of=batch_of, losses=losses)
+        self._standardisation = Standardisation(gate=scoring.gates_convergence)
+        self._first_order = scoring.delta_loss == "first_order"
+
+    def score(self, module: nn.Module, *, refresh: bool = False, model_key: str = "") -> ScoreTable:
+        """Score the pool or, with ``refresh``, ``refresh_fraction`` of S. Collective; equal on every rank.
+
+        The first pass fixes S and the standardisation constants. A refresh replaces the scores of the samples that
+        it saw and renormalises the probabilities over the pool. The mean gradient of ``alignment`` is taken over
+        the samples of the pass.
+
+        Args:
+            module: the unwrapped model, never a DDP or DeepSpeed engine; it is left as it was.
+            refresh: a light pass; needs a full one before it.
+            model_key: says which weights ``module`` has; parts of a killed pass are taken up only under the same key.
+
+        Raises:
+            UserError: no sample has a finite loss and gradient; the parts folder holds those of another pass; the disk
+                of TMPDIR has no room for the columns of a large pool, on any rank.
+        """
+        started = time.perf_counter()
+        assert self.table is not None or not refresh, "a refresh needs a full pass before it"
+        with self.world.together():
+            indices = self._refreshed() if refresh else self._subsample()
+            table = ScoreTable.empty(len(self.sample_ids)) if self.table is None else self.table.copy()
+        with self._measurer.on(module):
+            self._measure(indices, model_key)
+            direction = self._target_direction()
+        scores = PassScores(table, self.passes)
+        rounding = self._collect(scores, indices, direction)
+        with self.world.together():
+            not_finite = self._rate(scores, rounding)
+        self._choose(table)
+        self.table = table
+        self.report = PassReport(
+            self.passes,
+            len(indices),
+            time.perf_counter() - started,
+            bool(self._measurer.one_at_a_time),
+            not_finite,
+        )
+        self.passes += 1
+        return self.table
+
+    def adopt(self, table: ScoreTable) -> None:
+        """Take the table of a pass over the same pool with another model; this model makes no refresh of it."""
+        assert len(table) == len(self.sample_ids)
+        self.table = table
+        self.passes = 1
+
+    def draws(self) -> tuple[np.ndarray, np.ndarray]:
+        """Pool indices of S, and the probabilities (sum 1) by which minibatches are drawn from them."""
+        assert self.table is not None
+        chosen = positions(self.table.selected)
+        strata = None if self.strata is None else taken(self.strata, self.table.selected)
+        sizes = np.array([len(self.table)]) if self.strata is None else counts(self.strata)
+        return chosen, renormalised(taken(self.table.probability, self.table.selected), strata, sizes)
+
+    def discard_parts(self) -> None:
+        """Forget the raw numbers and sketches of the last pass, also of one that was made before a resume."""
+        self.parts.discard()
+        if self._parts_folder is not None:
+            shutil.rmtree(self._parts_folder, ignore_errors=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Table, constants and decisions; without the sketches."""
+        return {
+            "pool": self.pool,
+            "passes": self.passes,
+            "measurer": self._measurer.state_dict(),
+            "first_order": self._first_order,
+            "standardisation": self._standardisation.state_dict(),
+            "neighbours": None if self.neighbours is None else torch.from_numpy(self.neighbours),
+            "table": None if self.table is None else self.table.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint.
+
+        Raises:
+            UserError: it belongs to another pool.
+        """
+        if state["pool"] != self.pool:
+            raise UserError(
+                "the checkpoint's scores belong to another pool of samples; "
+                "resume with the task.dataset of the run that wrote it"
+            )
+        self.passes = state["passes"]
+        self._measurer.load_state_dict(state["measurer"])
+        self._first_order = state["first_order"]
+        self._standardisation.load_state_dict(state["standardisation"])
+        self.neighbours = None if state["neighbours"] is None else state["neighbours"].numpy().copy()
+        self.table = None if state["table"] is None else ScoreTable.from_state_dict(state["table"])
+
+    def _subsample(self) -> np.ndarray:
+        """The whole pool, or ``scoring.max_samples`` of it, the same ones in every full pass."""
+        size, limit = len(self.sample_ids), self.scoring.max_samples
+        if limit is None or limit >= size:
+            return counted(size)
+        return positions(smallest(uniform(philox(self.seed, "subsample"), size), limit))
+
+    def _refreshed(self) -> np.ndarray:
+        assert self.table is not None
+        members = positions(self.table.selected)
+        count = share_of(self.scoring.refresh_fraction, len(members))
+        keys = uniform(philox(self.seed, "refresh", self.passes), len(members))
+        return taken(members, smallest(keys, count))
+
+    def _ordered(self, indices: np.ndarray) -> np.ndarray:
+        if self.length_of is None:
+            return indices
+        return indices[np.argsort(self.length_of(indices), kind="stable")]
+
+    def _shards(self, indices: np.ndarray, first: int = 0) -> Iterator[np.ndarray]:
+        """What is measured together, from the ``first`` on."""
+        size = self.scoring.shard_size
+        return (self._ordered(indices[start : start + size]) for start in range(first * size, len(indices), size))
+
+    def _measure(self, indices: np.ndarray, model_key: str) -> None:
+        """Fill :attr:`parts` on rank 0, from where a killed pass stopped. Collective."""
+        folder = self._parts_folder / f"pass-{self.passes:03d}" if self._parts_folder is not None else None
+        self.parts = Parts(folder)
+        there, batch_size = 0, None
+        with self.world.together():
+            if self.world.is_main:
+                there = self.parts.open(self._fingerprint(indices, model_key), refuse=self.refuses_parts)
+                batch_size = self.parts[0].batch_size if there else None
+        there, batch_size = self.world.broadcast((there, batch_size))
+        if batch_size is not None:  # of a killed pass: its batches again, to the bit
+            self._measurer.batch_size = batch_size
+        done = min(there * self.scoring.shard_size, len(indices))
+
+        def show(more: int) -> None:
+            if self.progress is not None:
+                self.progress(done + more, len(indices))
+
+        for shard in self._shards(indices, there):
+            rows = self._measurer.measure(shard, exact=not self._first_order, progress=show)
+            if rows is not None:
+                self.parts.append(rows)
+            done += len(shard)
+
+    def _fingerprint(self, indices: np.ndarray, model_key: str) -> dict[str, Any]:
+        """What the raw numbers of a pass depend on."""
+        kept = ("delta_loss", "convergence", "sketch_dim", "batch_size", "shard_size", "max_length", "include_head")
+        settings = self.scoring.model_dump(mode="json", include=set(kept))
+        return {
+            "pool": self.pool,
+            "samples": hashlib.sha256(indices.data).hexdigest(),
+            "model": model_key,
+            "seed": self.seed,
+            "eta": self.eta,
+            **{f"scoring.{key}": settings[key] for key in kept},
+        }
+
+    def _target_direction(self) -> Tensor | None:
+        if self.scoring.convergence != "target" or self.target_batches is None:
+            return None
+        return self._measurer.mean_sketch(self.target_batches())
+
+    def _collect(self, scores: PassScores, indices: np.ndarray, direction: Tensor | None) -> float:
+        """Enter the raw numbers of the samples at ``indices``, on every rank; the forward's rounding. Collective.
+
+        The parts go from rank 0 to the others one at a time. The mean of the sketches is summed up in the pass's
+        order, so that it does not depend on the number of ranks. Convergence is zero for ``loss_trend``, which needs
+        no gradient.
+        """
+        if self.world.is_main and direction is None and self.scoring.convergence != "loss_trend":
+            direction = self._mean_direction()
+        size, rounding = self.scoring.shard_size, 0.0
+        for number in range(-(-len(indices) // size)):
+            rows = torch.empty(min(size, len(indices) - number * size), 6, dtype=torch.float64)
+            if self.world.is_main:
+                found = self._rows(self.parts[number], direction)
+                assert found.shape == rows.shape, "a part of another shard"
+                rows = torch.from_numpy(found)
+            received = self.world.broadcast_tensor(rows).numpy()
+            scores.enter(received[:, 0].astype(np.int64), received[:, 1:5])
+            rounding = max(rounding, float(received[:, 5].max()))
+        assert len(scores) == len(indices), "parts of other samples"
+        return rounding
+
+    @staticmethod
+    def _rows(part: Rows, direction: Tensor | None) -> np.ndarray:
+        """(n, 6): pool index, loss, norm, loss reduction, convergence, rounding."""
+        aligned = np.zeros(len(part.indices))
+        if direction is not None:
+            aligned = cosines(torch.from_numpy(part.sketches), direction).numpy()
+        return np.column_stack([part.indices, part.values, aligned, np.full(len(aligned), part.rounding)])
+
+    def _rate(self, scores: PassScores, rounding: float) -> int:
+        """Qualities by the terms, in place; how many samples of the pass are not finite."""
+        self._adjust(scores, rounding)
+        finite = scores.finite()
+        if not finite.any():
+            raise UserError(
+                "no scored sample has a finite loss and gradient, the model has diverged; "
+                "lower train.lr or use model.dtype=fp32"
+            )
+        not_finite, first = scores.not_finite(finite, 5)
+        self._report_not_finite(not_finite, first)
+        scores.fit(self._standardisation, finite)
+        scores.rate(self._standardisation, term_weights(self.scoring), finite, before=self.table)
+        if self.table is None:
+            scores.give_rest_the_mean(finite)
+        return not_finite
+
+    def _adjust(self, scores: PassScores, rounding: float) -> None:
+        """Take the better or the only form of terms that the measured numbers allow.
+
+        Where a step of ``eta`` changes the losses by no more than their rounding, the difference of two forwards is
+        noise, and its first order, the same up to O(eta^2), is the better number. Decided in the first pass that
+        finds it so, and kept.
+        """
+        below = None if self._first_order else scores.changes_below_rounding(self.eta, rounding)
+        if below is not None:
+            self._first_order = True
+            scores.take_first_order(self.eta)
+            if self.world.is_main:
+                log.warning(
+                    "loss reductions by a step of scoring.eta=%g (spread %.1e) are below the rounding of the model's "
+                    "losses (%.1e); using scoring.delta_loss=first_order",
+                    self.eta,
+                    *below,
+                )
+        if self.scoring.convergence == "loss_trend" and self.table is not None:
+            scores.take_loss_trend(self.table)
+
+    def _mean_direction(self) -> Tensor:
+        total, count = torch.zeros(self.scoring.sketch_dim, dtype=torch.float64), 0
+        for part in self.parts:
+            sketches = torch.from_numpy(part.sketches)
+            usable = sketches[sketches.isfinite().all(1)].double()
+            if self.scoring.takes_unit_mean:
+                usable = torch.nn.functional.normalize(usable)
+            total += usable.sum(0)
+            count += len(usable)
+        return total / max(count, 1)
+
+    def _report_not_finite(self, count: int, first: list[int]) -> None:
+        if count and self.world.is_main:
+            log.warning(
+                "%d samples have a loss or gradient that is not finite and get the lowest quality; first ids: %s",
+                count,
+                ", ".join(str(self.sample_ids[i]) for i in first),
+            )
+
+    def _count_neighbours(self) -> np.ndarray:
+        """How many samples of the pass teach the same as each of the pool, itself included, (N,). Collective."""
+        counts = np.ones(len(self.sample_ids), dtype=np.int64)
+        if self.world.is_main:
+            rows = np.concatenate([part.indices for part in self.parts])
+            sketches = np.concatenate([part.sketches for part in self.parts])
+            counts[rows] = neighbours(similar_pairs(sketches, self.sampling.similarity, seed=self.seed), len(rows))
+        return self.world.broadcast(counts)
+
+    def _choose(self, table: ScoreTable) -> None:
+        """Probabilities by the qualities, in place; in the first pass also S. Collective."""
+        first = self.table is None
+        if first and self.sampling.redundancy:
+            self.neighbours = self._count_neighbours()
+        worth = table.quality
+        if self.neighbours is not None:
+            with self.world.together():
+                worth = copied(worth)
+            for block in blocks(len(worth)):
+                worth[block] -= self.sampling.tau * self.sampling.redundancy * np.log(self.neighbours[block])
+        log_p = log_probabilities(worth, self.sampling.tau, self.world, self.strata)
+        np.exp(log_p, out=table.probability)
+        if first:
+            with self.world.together():
+                table.selected = select_subset(len(table), log_p, self.sampling, seed=self.seed, strata=self.strata)

@@ -1,0 +1,54 @@
+"""What scoring a pool has found, for people."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tsqlora_scale.common.printing import printable
+
+WIDTH = 90
+
+
+def print_scores(summary: dict[str, Any], folder: str) -> None:
+    """Tables of the distribution, of the ends of the ranking, and of similar samples."""
+    console = Console()
+    table = Table(title=f"{summary['scored']} of {summary['pool']} samples scored, {summary['warm-up steps']} steps in")
+    table.add_column("term", no_wrap=True, min_width=11)
+    for quantile in summary["quantiles"]:
+        table.add_column(f"{quantile:.0%}", justify="right")
+    for term, values in summary["distribution"].items():
+        table.add_row(term, *(f"{value:.4g}" for value in values))
+    console.print(table)
+    for title in ("best", "worst", "most against the others"):
+        if summary.get(title):
+            console.print(_samples(title, summary[title]))
+    if "similar" in summary:
+        console.print(
+            f"{summary['samples with a similar one']} samples have one whose gradient is the same to a cosine of "
+            f"{summary['similarity']:g}"
+        )
+        for group in summary["similar"]:
+            console.print(_samples(f"{group['samples']} similar samples", group["first"]))
+    console.print(plain(f"scores: {folder}"))
+
+
+def plain(text: str) -> Text:
+    """Text as it is: no markup, no emoji codes, no control characters. Samples may hold any of them."""
+    return Text(printable(text))
+
+
+def _samples(title: str, entries: list[dict[str, Any]]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for name in ("sample", "Q", "convergence", "loss", "answer", "text"):
+        table.add_column(name)
+    for entry in entries:
+        text = " ".join(entry["text"].split())
+        text = text if len(text) <= WIDTH else text[: WIDTH - 1] + "…"
+        answer = entry["answer"][:WIDTH]
+        numbers = [f"{entry[name]:.3f}" for name in ("quality", "convergence", "loss")]
+        table.add_row(plain(entry["sample_id"][:WIDTH]), *numbers, plain(answer), plain(text))
+    return table

@@ -1,0 +1,70 @@
+"""Classification and regression: one or two texts in, one class or number out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedTokenizerBase
+
+from tsqlora_scale.config.schema import TaskConfig
+from tsqlora_scale.tasks.batch import Batch, pad_rows
+from tsqlora_scale.tasks.losses import class_losses, squared_losses
+from tsqlora_scale.tasks.objectives.objective import Rows
+from tsqlora_scale.tasks.objectives.tokenizing import encode, pad_id
+
+
+class LabelObjective:
+    """Cross-entropy over classes, or squared error of one number.
+
+    Texts longer than ``max_length`` lose their ends; of a pair, the longer text loses first.
+    """
+
+    peft_task_type = "SEQ_CLS"
+    auto_class = AutoModelForSequenceClassification
+
+    def __init__(self, cfg: TaskConfig, tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig) -> None:
+        assert cfg.label is not None, "the config requires a label column"
+        self._cfg, self._tokenizer, self._model_config = cfg, tokenizer, model_config
+        self._regression = cfg.type == "regression"
+        self.columns = [*cfg.text, cfg.label]
+        self.answer = cfg.label
+
+    @property
+    def model_kwargs(self) -> dict[str, Any]:
+        """Size and kind of the head, class names, and a pad id where the model's config lacks one.
+
+        Decoder-only models find a sequence's last token by the pad id, and fail on batches without it.
+        """
+        kind = "regression" if self._regression else "single_label_classification"
+        kwargs: dict[str, Any] = {"num_labels": self._cfg.num_labels, "problem_type": kind}
+        if isinstance(self._cfg.labels, list) and not self._regression:
+            kwargs["id2label"] = dict(enumerate(self._cfg.labels))
+            kwargs["label2id"] = {name: i for i, name in enumerate(self._cfg.labels)}
+        if self._model_config.pad_token_id is None:
+            kwargs["pad_token_id"] = pad_id(self._tokenizer)
+        return kwargs
+
+    def collate(self, rows: Rows, max_length: int) -> tuple[dict[str, Tensor], Tensor]:
+        """Inputs (B, T) and targets (B,): int64 class ids or float32 numbers."""
+        texts = [rows[name] for name in self._cfg.text]
+        encoded = encode(self._tokenizer, *texts, max_length=max_length)
+        fill = {"input_ids": pad_id(self._tokenizer), "token_type_ids": self._tokenizer.pad_token_type_id}
+        inputs = {name: pad_rows(ids, fill.get(name, 0)) for name, ids in encoded.items()}
+        return inputs, torch.tensor(rows[self.answer], dtype=torch.float32 if self._regression else torch.int64)
+
+    def losses(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """One loss term for each sample."""
+        return squared_losses(logits, targets) if self._regression else class_losses(logits, targets)
+
+    def predict(self, module: Any, batch: Batch, *, synced: bool) -> list[Any]:
+        """The likeliest class ids, or the numbers. One forward: ranks need no further synchronising."""
+        with torch.no_grad():
+            logits = module(**batch.inputs).logits.float()
+        answers: list[Any] = (logits.squeeze(-1) if self._regression else logits.argmax(dim=-1)).tolist()
+        return answers
+
+    def preview(self, rows: Rows) -> list[str]:
+        """The text, or both with a bar between them."""
+        return [" | ".join(texts) for texts in zip(*(rows[name] for name in self._cfg.text), strict=True)]
