@@ -73,7 +73,7 @@ class PerSampleGradients:
 
     Attributes:
         batchless: name of the first module that was called with an input without the batch's dimension and could
-            not be given it (see :mod:`~tsqlora_scale.quality.gradients.batchless`); None while there was none. Its output
+            not be given it (see :mod:`.batchless`); None while there was none. Its output
             gradient
             arrives summed over the batch, so :meth:`per_sample` is then wrong for this model and only :meth:`total`
             may be used.
