@@ -266,7 +266,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
         {"resize__grow_init": "gradient", "sensitivity__estimator": "adapter"},
         "'resize.grow_init: gradient' needs the gradients of the base's weights",
     ),
-    ({"scoring__enabled": False}, "'sampling.selector: quality' needs 'scoring.enabled: true'"),
+    ({"scoring__enabled": False}, "'sampling.selector: quality' needs scores"),
 ]
 
 
@@ -274,7 +274,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
 def test_contradictions(changes: dict[str, Any], words: str) -> None:
     text = message(tree(**changes))
     assert words in text
-    for remedy in ("'scoring.enabled: true'; to switch", "does not see; choose"):
+    for remedy in ("needs scores; to switch", "does not see; choose"):
         text = text.replace(remedy, "")
     assert ";" not in text  # one fault, one message
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.printing import shown
+from tsqlora_scale.config.presets import PRESET_KEYS
 from tsqlora_scale.config.schema import Config
 from tsqlora_scale.config.yaml_tree import check_strings, read_tree
 
@@ -20,7 +21,13 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     Raises:
         UserError: naming the file or key, the value, and the remedy.
     """
-    return parse_config(read_tree(Path(path), overrides or [], sections=list(Config.model_fields)), where=str(path))
+    tree = read_tree(
+        Path(path),
+        overrides or [],
+        sections=list(Config.model_fields),
+        resets={"adapter.method": PRESET_KEYS},
+    )
+    return parse_config(tree, where=str(path))
 
 
 def parse_config(tree: dict[str, Any], where: str = "config") -> Config:

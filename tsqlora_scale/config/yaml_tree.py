@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,14 @@ MOST_NODES = 20_000
 MOST_LEVELS = 30
 
 
-def read_tree(path: Path, overrides: Sequence[str], *, sections: Sequence[str]) -> dict[str, Any]:
+def read_tree(
+    path: Path, overrides: Sequence[str], *, sections: Sequence[str], resets: Mapping[str, Sequence[str]] | None = None
+) -> dict[str, Any]:
     """The file's mappings with the overrides in them, interpolations resolved.
 
     Args:
         sections: names of the top-level mappings, for messages.
+        resets: keys of the file that an override of the given key takes out, as it stands for them.
 
     Raises:
         UserError: naming the file or the override, the place, and the remedy.
@@ -45,6 +48,8 @@ def read_tree(path: Path, overrides: Sequence[str], *, sections: Sequence[str]) 
         if not _is_text(override):
             raise UserError(f"{where}: not UTF-8 text; check the terminal's encoding")
         _check_size(value, where)
+        for reset in (resets or {}).get(key.strip(), ()):
+            _remove(tree, reset, kept=overrides)
         try:
             tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([override]))
         except Exception as error:
@@ -58,6 +63,14 @@ def read_tree(path: Path, overrides: Sequence[str], *, sections: Sequence[str]) 
         raise UserError(f"{path}: an interpolation ${{...}} leads back to itself; write the value out") from None
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
+
+
+def _remove(tree: Any, key: str, *, kept: Sequence[str]) -> None:
+    """Take ``section.name`` out, unless an override sets it."""
+    section, name = key.split(".")
+    values = OmegaConf.select(tree, section)
+    if OmegaConf.is_dict(values) and name in values and not any(o.partition("=")[0].strip() == key for o in kept):
+        del values[name]
 
 
 def check_strings(tree: Any) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tsqlora_scale.common.errors import UserError
-from tsqlora_scale.config.schema import ScheduleConfig, as_steps
+from tsqlora_scale.config.fields import as_steps
+from tsqlora_scale.config.schema import ScheduleConfig
 
 
 @dataclass(frozen=True)

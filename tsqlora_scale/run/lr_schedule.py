@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from tsqlora_scale.config.schema import TrainConfig, as_steps
+from tsqlora_scale.config.fields import as_steps
+from tsqlora_scale.config.schema import TrainConfig
 
 
 def learning_rate(train: TrainConfig, step: int, total_steps: int) -> float:

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.launcher import launched_rank, launched_size
 from tsqlora_scale.common.printing import shown
+from tsqlora_scale.config.fields import LARGEST, as_steps
 from tsqlora_scale.config.locations import resolve
-from tsqlora_scale.config.schema import LARGEST, Config, as_steps
+from tsqlora_scale.config.schema import Config
 from tsqlora_scale.model.describe import check_adapter_fits, check_architecture, check_weights, load_descriptions
 from tsqlora_scale.run.temporary_space import check_room
 

@@ -1,0 +1,64 @@
+"""The frozen base, and the adapter on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from tsqlora_scale.config.fields import Below1, PositiveFloat, PositiveInt, Section
+
+
+class ModelConfig(Section):
+    """The frozen base model."""
+
+    #: A hub name, a folder, or ``package:NAME/sub/folder`` (a folder inside an installed package).
+    name_or_path: Annotated[str, Field(min_length=1)]
+    revision: str | None = None
+    #: Storage and compute type of the base; the LoRA factors are float32 in any case.
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    quantization: Literal["none", "nf4"] = "none"
+    #: Storage type of packed 4-bit weights; a float type lets sharding engines treat them as ordinary tensors.
+    quant_storage: Literal["uint8", "bf16", "fp32"] = "uint8"
+    gradient_checkpointing: bool = False
+    #: One value for every dropout of the base; none leaves the model's own.
+    dropout: Below1 | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class AdapterTraits:
+    """What a run may do with an adapter type.
+
+    Attributes:
+        scored: its trained parameters are linear modules, whose per-sample gradients are exact.
+        resized: its ranks may change while it trains.
+    """
+
+    scored: bool
+    resized: bool
+
+
+#: DoRA's magnitudes are no linear modules, and follow the factors' norms; rsLoRA's scaling follows the rank.
+ADAPTER_TRAITS = {
+    "lora": AdapterTraits(scored=True, resized=True),
+    "rslora": AdapterTraits(scored=True, resized=False),
+    "dora": AdapterTraits(scored=False, resized=False),
+}
+
+
+class AdapterConfig(Section):
+    """What is trained: the adapter's type, its ranks at the start, and its layers."""
+
+    #: A name for three keys that are independent of one another: this section's ``type``, ``sampling.selector`` and
+    #: ``allocation.policy``. Those that are not set take the method's values; none sets nothing.
+    method: Literal["tsqlora", "lora", "rslora", "dora"] | None = "tsqlora"
+    #: PEFT's own layers.
+    type: Literal["lora", "rslora", "dora"] = "lora"
+    r: PositiveInt = 8
+    #: The scaling s = alpha / r stays constant when ranks change: rescaling harms (docs/method.md).
+    alpha: PositiveFloat = 16.0
+    dropout: Below1 = 0.0
+    #: Module-name suffixes, or ``auto``: every linear layer of attention and feed-forward blocks.
+    target_modules: list[str] | Literal["auto"] = "auto"

@@ -1,0 +1,69 @@
+"""Methods as presets over the keys that they stand for, and the keys of release 0.1."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+#: The keys that ``adapter.method`` stands for.
+PRESET_KEYS = ("adapter.type", "sampling.selector", "allocation.policy")
+#: Their values, by method.
+PRESETS = {
+    "tsqlora": ("lora", "quality", "tsqlora"),
+    "lora": ("lora", "full", "fixed"),
+    "rslora": ("rslora", "full", "fixed"),
+    "dora": ("dora", "full", "fixed"),
+}
+
+
+def with_preset(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A config's mapping with the keys of its method spelled out; those that it sets itself win."""
+    method = _get(tree, "adapter.method", "tsqlora")
+    values = PRESETS.get(method) if isinstance(method, str) else None
+    out = dict(tree)
+    for key, value in zip(PRESET_KEYS, values or (), strict=False):
+        if _get(out, key) is None:
+            _set(out, key, value)
+    return out
+
+
+def from_0_1(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A config of release 0.1 in the keys of today; any other one as it is.
+
+    There the halves of the method had switches, ``scoring.enabled`` and ``sensitivity.enabled``, which every
+    ``config.yaml`` of a run spells out, and the plain methods drew evenly whatever ``sampling.selector`` said.
+
+    Raises:
+        ValueError: the switch contradicts the selector, as it did there.
+    """
+    out = dict(tree)
+    switches = {name: _get(out, f"{name}.enabled") for name in ("scoring", "sensitivity")}
+    if not any(isinstance(value, bool) for value in switches.values()):
+        return out
+    plain = _get(out, "adapter.method", "tsqlora") != "tsqlora" and _get(out, "adapter.type") is None
+    if plain:
+        _set(out, "sampling.selector", "full")
+    for name, value in switches.items():
+        if isinstance(value, bool):
+            out[name] = {key: entry for key, entry in out[name].items() if key != "enabled"}
+    if switches["sensitivity"] is False:
+        _set(out, "allocation.policy", "fixed")
+    if switches["scoring"] is False and _get(out, "sampling.selector", "quality") == "quality":
+        raise ValueError(
+            "'scoring.enabled' is no key any more, and 'sampling.selector: quality' needs scores; "
+            "to switch quality off set 'sampling.selector: full'"
+        )
+    return out
+
+
+def _get(tree: Mapping[str, Any], key: str, otherwise: Any = None) -> Any:
+    section, name = key.split(".")
+    values = tree.get(section)
+    found = values.get(name) if isinstance(values, Mapping) else getattr(values, name, None)
+    return otherwise if found is None else found
+
+
+def _set(tree: dict[str, Any], key: str, value: Any) -> None:
+    section, name = key.split(".")
+    if isinstance(tree.get(section, {}), Mapping):
+        tree[section] = {**tree.get(section, {}), name: value}

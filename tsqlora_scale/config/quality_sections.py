@@ -1,0 +1,102 @@
+"""Which data (paper 2.1): scores, and the draws by them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from tsqlora_scale.config.fields import (
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    StepsOrFraction,
+    UnitInterval,
+    name_or_extension,
+)
+
+
+class ScoringConfig(Section):
+    """Per-sample quality scores (paper 2.1, Eq. 1 and 2)."""
+
+    #: Optimizer steps on uniform samples before the pool is scored: at step 0, B = 0 and scores are blind.
+    warmup_steps: StepsOrFraction = 0.1
+    #: ``paper`` is Eq. 1 with equal weights, to the letter; ``aligned`` leads with the convergence term.
+    preset: Literal["paper", "aligned"] = "aligned"
+    #: (alpha_1, alpha_2, alpha_3) for gradient norm, loss reduction, convergence; overrides ``preset``.
+    weights: Annotated[list[Annotated[float, Field(allow_inf_nan=False)]], Field(min_length=3, max_length=3)] | None = (
+        None
+    )
+    #: Step size of the loss reduction; none means ``train.lr``.
+    eta: PositiveFloat | None = None
+    delta_loss: Literal["exact", "first_order"] = "exact"
+    convergence: Literal["alignment", "loss_trend", "target"] = "alignment"
+    #: The direction of ``alignment``: the mean of the samples' gradients, or of their gradients scaled to unit length,
+    #: in which large ones have no larger say. ``auto`` is unit, but for ``preset: paper``, which is to the letter.
+    mean_gradient: Literal["auto", "plain", "unit"] = "auto"
+    #: ``linear``: the more a sample's gradient agrees with the others, the better. ``gate``: samples that pull against
+    #: the others are worse, the others equal. ``auto`` is gate, but for ``preset: paper`` and for ``loss_trend``.
+    convergence_form: Literal["auto", "linear", "gate"] = "auto"
+    sketch_dim: Annotated[int, Field(ge=16, le=2**20)] = 512
+    #: Samples per rank and forward. ``auto`` measures what fits; after an allocation failure it goes on with half.
+    batch_size: PositiveInt | Literal["auto"] = "auto"
+    #: Samples after which the numbers of a pass are written, so that a killed pass goes on from there.
+    shard_size: PositiveInt = 4096
+    #: Leave the raw numbers and the sketches of the last pass (4 sketch_dim bytes a sample) in ``scores/parts``.
+    keep_sketches: bool = False
+    #: Score a uniform subsample and give the rest the mean score.
+    max_samples: PositiveInt | None = None
+    max_length: PositiveInt | None = None
+    #: A smaller model that scores the pool in the place of the one that is trained: a hub name or folder, as
+    #: ``model.name_or_path``. It scores once, before training, and needs ``refresh: none``.
+    proxy_model: Annotated[str, Field(min_length=1)] | None = None
+    #: When scores are taken anew: never, at every schedule event, or at every N-th.
+    refresh: Literal["none", "every_event"] | PositiveInt = "every_event"
+    #: Share of S that a refresh scores; the rest keep their last score.
+    refresh_fraction: UnitInterval = 0.1
+    #: Count the head's gradient among theta.
+    include_head: bool = False
+
+    @model_validator(mode="after")
+    def _proxy_scores_once(self) -> ScoringConfig:
+        if self.proxy_model is not None and self.refresh != "none":
+            raise ValueError(
+                f"'proxy_model' scores once, before training, and 'refresh' is {self.refresh!r}; set 'refresh: none'"
+            )
+        return self
+
+    @property
+    def gates_convergence(self) -> bool:
+        """``convergence_form``, decided."""
+        if self.convergence_form == "auto":
+            return self.preset != "paper" and self.convergence != "loss_trend"
+        return self.convergence_form == "gate"
+
+    @property
+    def takes_unit_mean(self) -> bool:
+        """``mean_gradient``, decided."""
+        return self.mean_gradient == "unit" or (self.mean_gradient == "auto" and self.preset != "paper")
+
+
+class SamplingConfig(Section):
+    """Which samples are trained on, and how often (Algorithm 1, lines 4 and 9)."""
+
+    #: ``full``: the whole pool, evenly; ``random``: a random part of it, evenly; ``quality``: by Eq. 2; or a selector
+    #: of one's own, ``FILE.py:NAME`` or ``package.module:NAME``.
+    selector: name_or_extension("full", "random", "quality") = "quality"  # type: ignore[valid-type]
+    tau: PositiveFloat = 0.7
+    keep_fraction: UnitInterval = 1.0
+    replacement: bool = True
+    #: Classification: Eq. 2 within every label, so that each keeps its share of the draws. ``auto`` is yes, but for
+    #: ``scoring.preset: paper``, which is to the letter.
+    stratify: Literal["auto"] | bool = "auto"
+    #: p_i is divided by this power of the number of samples that teach the same as i, itself included. 0: by nothing.
+    redundancy: NonNegativeFloat = 0.0
+    #: Cosine of two samples' gradients from which on they teach the same.
+    similarity: UnitInterval = 0.98
+    #: Weigh the losses of drawn samples by 1 / (|S| p_i), normalised within the step: the objective is then the mean
+    #: loss over S, as with uniform draws, and p decides only which gradients estimate it.
+    unbiased: bool = False
+    #: Largest such weight; 1 is that of a sample drawn as often as by uniform draws.
+    max_weight: PositiveFloat = 10.0

@@ -1,0 +1,71 @@
+"""Where rank goes (paper 2.2 and 2.3): sensitivity, schedule, allocation, resizing."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from tsqlora_scale.config.fields import Below1, PositiveFloat, PositiveInt, Section, StepsOrFraction, name_or_extension
+
+
+class SensitivityConfig(Section):
+    """Layer sensitivity (paper 2.2, Eq. 3 and 4)."""
+
+    estimator: Literal["weight", "weight_per_sample", "fisher", "adapter"] = "weight"
+    #: Every how many optimizer steps one takes part in the statistic, counted back from an event …
+    every: PositiveInt = 1
+    #: … and how many steps before it at most; none: all of them.
+    window: PositiveInt | None = 10
+    #: Samples of such a step that enter the statistic at most, spaced evenly over the global batch; none: all.
+    #: ``resize.grow_init: gradient`` listens to all of them.
+    max_samples: PositiveInt | None = 8
+    beta: Below1 = 0.85
+    #: AdaLoRA's smoothing: S times the average of its own fluctuation, whose beta this is (AdaLoRA: 0.85). None: S.
+    uncertainty: Below1 | None = None
+    #: Samples whose gradients are summed before the absolute value. ``auto`` is 1, Eq. 3 to the letter: the one size
+    #: that every micro batch is a multiple of, so that accumulation never changes the ranks (and costs no more).
+    group_size: PositiveInt | Literal["auto"] = "auto"
+
+
+class ScheduleConfig(Section):
+    """When ranks change: every ``every`` steps from ``start`` to ``end``, in steps or fractions of the run."""
+
+    start: StepsOrFraction = 0.2
+    end: StepsOrFraction = 0.8
+    every: PositiveInt | Annotated[float, Field(gt=0, lt=1)] = 0.1
+
+
+class AllocationConfig(Section):
+    """How a rank budget is divided among layers (paper 2.3, Eq. 6)."""
+
+    #: ``tsqlora``: Eq. 6; ``fixed``: ranks stay as they are, and nothing is listened to; or a policy of one's own,
+    #: ``FILE.py:NAME`` or ``package.module:NAME``.
+    policy: name_or_extension("tsqlora", "fixed") = "tsqlora"  # type: ignore[valid-type]
+    #: 0 lets a layer lose its adapter altogether; it gets one again when its sensitivity earns it a rank (with
+    #: ``sensitivity.estimator: adapter``, which then hears nothing of it, only when all others are full).
+    r_min: Annotated[int, Field(ge=0)] = 1
+    #: None means 4 r.
+    r_max: PositiveInt | None = None
+    #: Most ranks that a layer may gain or lose at an event; none: any number.
+    max_change: PositiveInt | None = None
+    phi_min: PositiveFloat = 0.5
+    phi_max: PositiveFloat = 1.5
+    budget_unit: Literal["rank", "params"] = "rank"
+
+    @model_validator(mode="after")
+    def _bounds_in_order(self) -> AllocationConfig:
+        if self.r_max is not None and self.r_max < self.r_min:
+            raise ValueError(f"'r_max' ({self.r_max}) must not be below 'r_min' ({self.r_min})")
+        if self.phi_max < self.phi_min:
+            raise ValueError(f"'phi_max' ({self.phi_max}) must not be below 'phi_min' ({self.phi_min})")
+        return self
+
+
+class ResizeConfig(Section):
+    """How factors grow and shrink."""
+
+    #: New rows of A: orthogonal to the present ones; any; or, orthogonal to them too, the directions in which the
+    #: weight's gradient is largest.
+    grow_init: Literal["orthogonal", "gaussian", "gradient"] = "orthogonal"
+    shrink: Literal["svd", "importance"] = "svd"

@@ -1,0 +1,65 @@
+"""Where a run is written, and how it is optimized."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from tsqlora_scale.config.fields import (
+    LARGEST,
+    Below1,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    StepsOrFraction,
+)
+
+
+class RunConfig(Section):
+    """Where the run is written, and the seed that everything random derives from."""
+
+    name: Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
+    output_dir: str = "runs"
+    seed: Annotated[int, Field(ge=0, le=LARGEST)] = 0
+    #: How long ranks wait for one another, before a run with a rank that hangs ends.
+    timeout_minutes: PositiveFloat = 10.0
+
+
+class TrainConfig(Section):
+    """Optimization. ``batch_size`` is the global batch of one optimizer step."""
+
+    max_steps: PositiveInt | None = None
+    #: Passes over the samples trained on (S, not the pool).
+    epochs: PositiveFloat | None = None
+    batch_size: PositiveInt = 32
+    #: At most so many samples per rank and backward pass; none, or more than a rank's share, means
+    #: batch_size / ranks (no accumulation).
+    micro_batch_size: PositiveInt | None = None
+    eval_batch_size: PositiveInt = 64
+    lr: PositiveFloat = 5e-4
+    lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
+    lr_warmup: StepsOrFraction = 0
+    weight_decay: NonNegativeFloat = 0.0
+    betas: Annotated[list[Below1], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    eps: PositiveFloat = 1e-8
+    #: None disables clipping.
+    max_grad_norm: PositiveFloat | None = 1.0
+    #: A step whose loss or gradient is not finite is left out, and its samples are logged; more of them than this end
+    #: the run. Steps that fp16's loss scaler leaves out while it looks for its scale do not count.
+    max_nonfinite: Annotated[int, Field(ge=0)] = 10
+    checkpoint_every: PositiveInt | None = None
+    checkpoint_keep: PositiveInt = 2
+    #: Optimizer steps between evaluations; none evaluates before and after training only.
+    eval_every: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainConfig:
+        if (self.max_steps is None) == (self.epochs is None):
+            raise ValueError("needs exactly one of 'max_steps' and 'epochs'")
+        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"'batch_size' ({self.batch_size}) must be a multiple of 'micro_batch_size' ({self.micro_batch_size})"
+            )
+        return self
