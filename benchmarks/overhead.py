@@ -161,7 +161,7 @@ def adalora_step(run: Run, options: argparse.Namespace) -> Callable[[], None]:
     position = [0]
 
     def step() -> None:
-        batch = run.task.batch("train", run.sampler.draw(position[0])).to(run.engine.world.device)
+        batch = run.task.batch(run.sampler.draw(position[0])).to(run.engine.world.device)
         loss = model(**batch.inputs, labels=batch.targets).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

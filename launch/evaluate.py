@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""See tsqlora_scale.commands.cli.evaluate; ``python launch/evaluate.py --help``."""
+"""See tsqlora_scale.commands.evaluate; ``python launch/evaluate.py --help``."""
 
 import sys
 from pathlib import Path
@@ -7,7 +7,7 @@ from pathlib import Path
 # This folder would come first on the path, and its evaluate.py before the library of that name.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from tsqlora_scale.commands.cli import evaluate
+from tsqlora_scale.commands.evaluate import main
 
 if __name__ == "__main__":
-    sys.exit(evaluate())
+    sys.exit(main())

@@ -11,11 +11,10 @@ import yaml
 
 from tests.tiny import WORDS, tiny_model
 from tsqlora_scale.config.load import parse_config
-from tsqlora_scale.ranks import Policy
 from tsqlora_scale.run import preflight
 from tsqlora_scale.run.build import build_run
 from tsqlora_scale.run.training_run import Run
-from tsqlora_scale.training import train
+from tsqlora_scale.training import train_to_the_end
 
 GOOD = {"good", "great", "fine", "lovely", "strong"}
 
@@ -99,9 +98,8 @@ def result_of(run_dir: Path) -> dict[str, Any]:
     return result
 
 
-def go(tree: dict[str, Any], resume: str | None = None, policy: Policy | None = None) -> Run:
-    """A whole run in this process; ``policy`` in place of the run's own."""
+def go(tree: dict[str, Any], resume: str | None = None) -> Run:
+    """A whole run in this process."""
     run = build_run(preflight.check(parse_config(tree)), resume=resume)
-    run.policy = policy or run.policy
-    train(run)
+    train_to_the_end(run)
     return run

@@ -1,3 +1,47 @@
-"""TsqLoRA at scale: choose which data to learn from, and where to spend rank."""
+"""Fine-tuning that chooses which data to learn from and where to spend rank.
 
-__version__ = "0.1.0"
+The public interface: ``Config``, ``load_config``, ``train``, ``score``, ``evaluate``, ``export``, and the exceptions
+``UserError`` and ``Stopped``. Nothing heavy is imported before it is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tsqlora_scale.api import ScoreResult, TrainResult, evaluate, export, score, train
+    from tsqlora_scale.common.errors import Stopped, UserError
+    from tsqlora_scale.config.load import load_config
+    from tsqlora_scale.config.schema import Config
+
+__version__ = "0.2.0.dev0"
+__all__ = [
+    "Config",
+    "ScoreResult",
+    "Stopped",
+    "TrainResult",
+    "UserError",
+    "evaluate",
+    "export",
+    "load_config",
+    "score",
+    "train",
+]
+
+_HOMES = {
+    **dict.fromkeys(("ScoreResult", "TrainResult", "evaluate", "export", "score", "train"), "api"),
+    **dict.fromkeys(("Stopped", "UserError"), "common.errors"),
+    "Config": "config.schema",
+    "load_config": "config.load",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

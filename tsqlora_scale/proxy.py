@@ -1,4 +1,4 @@
-"""Scoring by a smaller model than the one trained (METHOD 1, cost control): ``scoring.proxy_model``.
+"""Scoring by a smaller model than the one trained: ``scoring.proxy_model``.
 
 The proxy gets an adapter of its own and the config's warm-up, scores the pool once, and is given up before the model
 that is trained is loaded. Its pass is an ordinary scoring run in a run folder of its own, and resumes like one.
@@ -14,12 +14,25 @@ import torch
 
 from tsqlora_scale.config.schema import Config
 from tsqlora_scale.quality import ScoreTable
+from tsqlora_scale.quality.selectors.by_quality import QualitySelector
 from tsqlora_scale.report.record import RunRecord
 from tsqlora_scale.run.build import build_run
 from tsqlora_scale.run.preemption import StopRequest
 from tsqlora_scale.run.preflight import Preflight, naming_the_proxy
 from tsqlora_scale.run.resume import has_checkpoint
-from tsqlora_scale.scoring import warm_up_and_score
+from tsqlora_scale.run.training_run import Run
+from tsqlora_scale.training import warm_up_and_score
+
+
+def take_scores(run: Run, scores: ProxyScores) -> bool:
+    """Draw by a proxy's scores; whether a checkpoint holds them. A collective."""
+    assert isinstance(run.selector, QualitySelector)
+    run.record.seconds["scoring"] = run.record.seconds.get("scoring", 0.0) + scores.seconds
+    run.selector.adopt(scores.table, run.step)
+    run.note_scores()
+    if not run.metrics_before:  # here, or a run killed between this checkpoint and the next would do it again
+        run.metrics_before = run.evaluate()
+    return run.save_checkpoint()
 
 
 @dataclass(frozen=True)
@@ -58,8 +71,8 @@ def score_by_proxy(preflight: Preflight, *, resume: str | None, stop: StopReques
     run.write_on_main(f"{str(record.folder)!r}", lambda: record.prepare(preflight.config.to_yaml()))
     with naming_the_proxy(preflight.config):
         warm_up_and_score(run)
-    assert run.scorer is not None and run.scorer.table is not None
-    table = run.scorer.table
+    table = run.selector.table
+    assert table is not None
     run.engine.close()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 
+from tsqlora_scale.common.random_streams import seed_dropout
+
 if TYPE_CHECKING:
     from tsqlora_scale.engine.collectives import World
     from tsqlora_scale.engine.engine import Engine
-    from tsqlora_scale.ranks.sensitivity import SensitivityTracker
-    from tsqlora_scale.tasks import Task
+    from tsqlora_scale.tasks import Batch, Task
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,28 @@ def micro_batches(indices: np.ndarray, micro_batch_size: int, rank: int, world_s
     return list(parts[rank::world_size])
 
 
+class StepListener(Protocol):
+    """Told of a step's passes, so that it can hear gradients in them: the rank half of a run."""
+
+    def start_step(self, step: int, *, loss_scale: float) -> None:
+        """The step that follows ``step`` finished ones begins; ``loss_scale`` is the engine's ``gradient_scale``."""
+        ...
+
+    def start_micro_batch(self, size: int, position: int) -> None:
+        """A forward and backward pass over ``size`` samples, of the global batch from ``position`` on, begins."""
+        ...
+
+    def end_step(self, *, taken: bool) -> None:
+        """The step's last backward pass is over; ``taken`` says whether the optimizer has stepped."""
+        ...
+
+
 def optimizer_step(
     engine: Engine,
     task: Task,
-    tracker: SensitivityTracker | None,
-    indices: np.ndarray,
+    rows: np.ndarray,
     *,
+    listener: StepListener,
     step: int,
     lr: float,
     micro_batch_size: int,
@@ -72,44 +88,40 @@ def optimizer_step(
     to all ranks, and all leave the step out: parameters, moments and sensitivity stay as they are.
 
     Args:
-        indices: pool rows of the global batch, (batch_size,).
-        weights: of their losses, (batch_size,), up to a constant; none: all equal.
+        rows: of the pool, the global batch, (batch_size,).
+        listener: told of every pass.
+        step: optimizer steps finished.
+        lr: learning rate.
+        weights: of the rows' losses, (batch_size,), up to a constant; none: all equal.
         stop: whether this rank was asked to stop; the result says whether any was.
         beat: called after every micro-batch.
     """
     world = engine.world
-    weights = np.ones(len(indices)) if weights is None else weights
-    parts = micro_batches(indices, micro_batch_size, world.rank, world.size)
+    weights = np.ones(len(rows)) if weights is None else weights
+    parts = micro_batches(rows, micro_batch_size, world.rank, world.size)
     shares = [
         torch.from_numpy(part).float() for part in micro_batches(weights, micro_batch_size, world.rank, world.size)
     ]
-    batches = [task.batch("train", part).to(world.device) for part in parts]
-    counts = [
-        (task.loss_terms(batch).cpu() * share).sum().double() for batch, share in zip(batches, shares, strict=True)
-    ]
-    terms = world.sum(torch.stack(counts).sum())
+    batches = [task.batch(part).to(world.device) for part in parts]
+    terms = count_terms(world, task, batches, shares)
     loss_sum = torch.zeros((), dtype=torch.float64)
-    grad_norm = None
     losses: list[torch.Tensor] = []
-    if tracker is not None:
-        tracker.start_step(step, loss_scale=engine.gradient_scale)
+    listener.start_step(step, loss_scale=engine.gradient_scale)
     for number, (batch, share) in enumerate(zip(batches, shares, strict=True)):
         place = number * world.size + world.rank
         seed_dropout(seed, step, place)
-        if tracker is not None:
-            tracker.start_micro_batch(batch.size, place * micro_batch_size)
+        listener.start_micro_batch(batch.size, place * micro_batch_size)
         with engine.micro_batch():
-            sums, _ = task.losses(engine.forward(**batch.inputs), batch)
+            sums, _ = task.loss_sums(engine.forward(**batch.inputs), batch)
             sums = sums * share.to(sums)
             losses.append(sums.detach())
             loss_sum += sums.detach().double().sum().cpu()
             finite = 1.0 if loss_sum.isfinite() else math.nan
-            grad_norm = engine.backward(sums.sum() / terms.to(sums) * finite, lr)
+            engine.backward(sums.sum() / terms.to(sums) * finite)
         beat()
-    assert grad_norm is not None, "the last micro-batch of a step must be an accumulation boundary"
+    grad_norm = engine.step(lr)
     taken = math.isfinite(grad_norm)
-    if tracker is not None:
-        tracker.end_step(taken=taken)
+    listener.end_step(taken=taken)
     loss_sum, asked = world.sum(torch.stack([loss_sum, loss_sum.new_tensor(float(stop))]))
     loss = float(loss_sum / terms)
     return StepResult(
@@ -122,6 +134,19 @@ def optimizer_step(
     )
 
 
+def count_terms(world: World, task: Task, batches: Sequence[Batch], shares: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Loss terms of the whole step, each counted by its sample's weight: a float64 scalar. A collective.
+
+    Args:
+        batches: this rank's micro-batches.
+        shares: weights of their samples, (micro_batch_size,) each.
+    """
+    counts = [
+        (task.loss_terms(batch).cpu() * share).sum().double() for batch, share in zip(batches, shares, strict=True)
+    ]
+    return world.sum(torch.stack(counts).sum())
+
+
 def not_finite(world: World, parts: list[np.ndarray], losses: list[torch.Tensor]) -> tuple[int, ...]:
     """Pool rows of the samples whose loss is not finite, of all ranks. A collective.
 
@@ -131,13 +156,3 @@ def not_finite(world: World, parts: list[np.ndarray], losses: list[torch.Tensor]
     """
     mine = [part[~loss.isfinite().cpu().numpy()] for part, loss in zip(parts, losses, strict=True)]
     return tuple(sorted({int(row) for row in np.concatenate(world.gather_objects(np.concatenate(mine)))}))
-
-
-def seed_dropout(seed: int, step: int, micro_batch: int) -> None:
-    """Seed the global generator, from which dropout draws.
-
-    Masks are a function of the step and the micro-batch's place in the global batch: a resumed run repeats them, and
-    so does any number of ranks with the same micro_batch_size.
-    """
-    digest = hashlib.sha256(f"{seed}/dropout/{step}/{micro_batch}".encode()).digest()
-    torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)

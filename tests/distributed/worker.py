@@ -5,25 +5,25 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from tsqlora_scale.commands.cli import _prepare_environment
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.failures import leave_group
+from tsqlora_scale.common.quiet import prepare_environment
 from tsqlora_scale.config.load import load_config
 from tsqlora_scale.run import preflight
 
 
 def main() -> int:
-    _prepare_environment()
+    prepare_environment()
     configs = [load_config(path) for path in sys.argv[1:]]
     # every check before the first process group exists, as in a run of its own
     checked = [preflight.check(config) for config in configs]
     from tsqlora_scale.run.build import build_run
-    from tsqlora_scale.training import train
+    from tsqlora_scale.training import train_to_the_end
 
     for one in checked:
         try:
             run = build_run(one)
-            train(run)
+            train_to_the_end(run)
             run.engine.close()
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)

@@ -32,7 +32,7 @@ def mapped_files(folder: Path) -> int:
 
 @pytest.mark.parametrize("kind", [bool, np.int32, np.int64, np.float64])
 def test_a_large_column_is_an_array_in_a_file_that_goes_with_it(kind, on_disk):
-    column = disk_arrays.allocate(10_000, kind)
+    column = disk_arrays.new_array(10_000, kind)
     assert type(column) is np.ndarray
     assert (column.shape, column.dtype) == ((10_000,), np.dtype(kind))
     assert column.flags.writeable
@@ -50,7 +50,7 @@ def test_a_large_column_is_an_array_in_a_file_that_goes_with_it(kind, on_disk):
 
 def test_the_room_is_reserved(on_disk):
     """A file with holes would take the room when it is written to, and end the process where there is none."""
-    column = disk_arrays.allocate(100_000, np.float64)
+    column = disk_arrays.new_array(100_000, np.float64)
     held = []
     for link in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(OSError):  # closed meanwhile
@@ -61,11 +61,11 @@ def test_the_room_is_reserved(on_disk):
 
 def test_small_columns_stay_in_memory(on_disk, monkeypatch):
     monkeypatch.setattr(disk_arrays, "IN_MEMORY", 80)
-    kept = disk_arrays.allocate(10, np.float64)
+    kept = disk_arrays.new_array(10, np.float64)
     assert mapped_files(on_disk) == 0
-    other = disk_arrays.allocate(11, np.float64)
+    other = disk_arrays.new_array(11, np.float64)
     assert mapped_files(on_disk) == 1
-    assert len(disk_arrays.allocate(0, np.float64)) == 0
+    assert len(disk_arrays.new_array(0, np.float64)) == 0
     del kept, other
 
 
@@ -77,7 +77,7 @@ def test_a_full_disk_is_said_at_once(on_disk):
             UserError,
             match=rf"TMPDIR='{on_disk}': 0\.008 GB more of the scores .*cannot be written there \(File too large\)",
         ):
-            disk_arrays.allocate(10**6, np.float64)
+            disk_arrays.new_array(10**6, np.float64)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert mapped_files(on_disk) == 0

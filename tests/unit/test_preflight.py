@@ -97,7 +97,7 @@ def test_evaluation_asks_nothing_of_the_training_batch_and_data(
     (tmp_path / "data-classification" / "train.jsonl").unlink()
     described = preflight.check_evaluation(config, "adapter")
     assert len(described.task.train) == 0
-    assert len(described.task.batch("dev", [0, 1]).targets) == 2
+    assert len(described.task.batch([0, 1], split="dev").targets) == 2
 
 
 @pytest.mark.parametrize(("source", "key"), [("file", "dev_file"), ("hub", "dev_split")])

@@ -45,7 +45,7 @@ def test_weights_of_the_losses_are_normalised_over_the_step(tmp_path: Path, mode
     run = build_run(preflight.check(parse_config(tree)))
     indices, weights = np.arange(12), np.linspace(0.5, 3, 12)
     module = run.engine.module.train()
-    sums, counts = run.task.losses(module(**(batch := run.task.batch("train", indices)).inputs), batch)
+    sums, counts = run.task.losses(module(**(batch := run.task.batch(indices)).inputs), batch)
     expected = (sums * torch.from_numpy(weights).float()).sum() / weights.sum()
     wanted = torch.autograd.grad(expected, [p for _, p in sorted(module.named_parameters()) if p.requires_grad])
     result = optimizer_step(

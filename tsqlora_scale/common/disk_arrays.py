@@ -51,7 +51,7 @@ def temporary_file(what: str) -> Iterator[IO[bytes]]:
         ) from None
 
 
-def allocate(size: int, kind: DTypeLike) -> np.ndarray:
+def new_array(size: int, kind: DTypeLike) -> np.ndarray:
     """An array (size,) of any content: in memory up to :data:`IN_MEMORY` bytes, else mapped to a temporary file.
 
     The file has no name, and is gone when the array is, or the process, also a killed one. Its room is reserved: a full
@@ -76,14 +76,14 @@ def allocate(size: int, kind: DTypeLike) -> np.ndarray:
 
 def filled(size: int, kind: DTypeLike, value: float) -> np.ndarray:
     """A column (size,) of one value."""
-    column = allocate(size, kind)
+    column = new_array(size, kind)
     column[:] = value
     return column
 
 
 def counted(size: int) -> np.ndarray:
     """The column 0, 1, 2, ..., (size,) int64."""
-    column = allocate(size, np.int64)
+    column = new_array(size, np.int64)
     for block in blocks(size):
         column[block] = np.arange(block.start, block.stop)
     return column
@@ -91,14 +91,14 @@ def counted(size: int) -> np.ndarray:
 
 def copied(values: np.ndarray) -> np.ndarray:
     """A column of the same type and values."""
-    column = allocate(len(values), values.dtype)
+    column = new_array(len(values), values.dtype)
     column[:] = values
     return column
 
 
 def taken(values: np.ndarray, member: np.ndarray) -> np.ndarray:
     """``values[member]`` for a column of bool ``member``."""
-    column = allocate(int(np.count_nonzero(member)), values.dtype)
+    column = new_array(int(np.count_nonzero(member)), values.dtype)
     end = 0
     for block in blocks(len(values)):
         some = values[block][member[block]]
@@ -109,7 +109,7 @@ def taken(values: np.ndarray, member: np.ndarray) -> np.ndarray:
 
 def positions(member: np.ndarray) -> np.ndarray:
     """Where a column of bool is true, ascending, int64."""
-    column = allocate(int(np.count_nonzero(member)), np.int64)
+    column = new_array(int(np.count_nonzero(member)), np.int64)
     end = 0
     for block in blocks(len(member)):
         some = np.flatnonzero(member[block])

@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
+import warnings
 from typing import Any
+
+
+def prepare_environment() -> None:
+    """Before the heavy libraries are imported: no messages that help nobody, no sums that depend on threads."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # the same products on any number of threads, at no cost
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # DeepSpeed sets its logger's level at import; a filter stays
+    logging.getLogger("DeepSpeed").addFilter(_only_errors)
+
+
+def _only_errors(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 @contextlib.contextmanager
 def quiet_libraries() -> Any:
     """Silence what libraries print while a model loads; errors still raise."""
-    import logging
-    import warnings
-
     from transformers.utils import logging as transformers_logging
 
     verbosity = transformers_logging.get_verbosity()

@@ -1,14 +1,37 @@
-"""Counter-based random streams: a function of their name and counter, never of what was drawn before."""
+"""Every random stream of the package: functions of their names and counters, never of what was drawn before.
+
+==========================  =====================================  =========================================
+stream                      who draws from it                      depends on, beside ``run.seed``
+==========================  =====================================  =========================================
+``philox "draw"``           minibatches with replacement           the step
+``philox "epoch from S"``   minibatches without replacement        the sampler's first step S, the epoch
+``philox "select"``         the subset S, and a random part        nothing more
+``philox "subsample"``      ``scoring.max_samples``                nothing more
+``philox "refresh"``        the share that a refresh scores        the pass
+``philox "sketch/NAME"``    offset, pitch and signs of sketches    the parameter's name
+``philox "simhash"``        hyperplanes for similar gradients      the table
+``generator_for`` "head"    a new head's weights                   nothing more
+``generator_for`` "adapter" A of the adapted layers                nothing more
+``generator_for`` "gradient sketch"  projections of gradients      the layer
+``layer_generator``         rows of A of a layer that grows        the step, the layer
+``seed_dropout``            dropout masks                          the step, the micro-batch's place
+``subset_rows``             ``max_train_samples`` and the like     the split
+``seed_libraries``          what libraries draw and we do not      nothing more
+                            draw anew
+==========================  =====================================  =========================================
+"""
 
 from __future__ import annotations
 
 import hashlib
-import math
-from fractions import Fraction
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tsqlora_scale.common.disk_arrays import allocate
+from tsqlora_scale.common.disk_arrays import new_array
+
+if TYPE_CHECKING:
+    import torch
 
 
 def philox(seed: int, purpose: str, counter: int = 0) -> np.random.Generator:
@@ -25,7 +48,7 @@ def philox(seed: int, purpose: str, counter: int = 0) -> np.random.Generator:
 
 def uniform(generator: np.random.Generator, size: int) -> np.ndarray:
     """Uniform numbers from [0, 1), a column (size,) float64."""
-    numbers = allocate(size, np.float64)
+    numbers = new_array(size, np.float64)
     generator.random(out=numbers)
     return numbers
 
@@ -40,6 +63,42 @@ def gumbel(generator: np.random.Generator, size: int) -> np.ndarray:
     return numbers
 
 
-def share_of(fraction: float, total: int) -> int:
-    """``ceil(fraction * total)`` with the fraction as written: 0.07 of 100 is 7, though 0.07 * 100 > 7 in floats."""
-    return math.ceil(Fraction(repr(float(fraction))) * total)
+def generator_for(seed: int, *purpose: object) -> torch.Generator:
+    """A CPU generator that depends on the seed and the purpose alone, the same on every rank."""
+    import torch
+
+    digest = hashlib.sha256("/".join(map(str, (seed, *purpose))).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def layer_generator(seed: int, step: int, layer: str) -> torch.Generator:
+    """The generator of a layer's resize after ``step`` finished steps: the same on every process and every engine."""
+    import torch
+
+    digest = hashlib.sha256(f"resize/{seed}/{step}/{layer}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def seed_dropout(seed: int, step: int, micro_batch: int) -> None:
+    """Seed the global generator, from which dropout draws.
+
+    Masks are a function of the step and the micro-batch's place in the global batch: a resumed run repeats them, and
+    so does any number of ranks with the same micro_batch_size.
+    """
+    import torch
+
+    digest = hashlib.sha256(f"{seed}/dropout/{step}/{micro_batch}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def seed_libraries(seed: int) -> None:
+    """Seed the global generator before a model is built, for whatever libraries draw and we do not draw anew."""
+    import torch
+
+    torch.manual_seed(seed)
+
+
+def subset_rows(size: int, limit: int, *, seed: int, split: str) -> np.ndarray:
+    """``limit`` of ``size`` rows of a split, drawn evenly, ascending. A smaller subset is part of a larger one."""
+    generator = np.random.default_rng([seed, *f"{split} subset".encode()])
+    return np.sort(generator.permutation(size)[:limit])

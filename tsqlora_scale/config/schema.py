@@ -136,6 +136,16 @@ class Config(Section):
             }
         )
 
+    def for_scoring(self) -> Config:
+        """The same run up to its first pass over the pool, whose raw numbers stay; nothing else happens in it."""
+        return self.model_copy(
+            update={
+                "scoring": self.scoring.model_copy(update={"keep_sketches": True}),
+                "allocation": self.allocation.model_copy(update={"policy": "fixed"}),
+                "train": self.train.model_copy(update={"checkpoint_every": None, "eval_every": None}),
+            }
+        )
+
     @property
     def scores_data(self) -> bool:
         """Whether the data half of the method is on."""

@@ -34,3 +34,9 @@ def read_parameter(param: nn.Parameter) -> torch.Tensor:
 
     with deepspeed.zero.GatheredParameters([param]):
         return param.detach().clone()
+
+
+def whole_shape(param: nn.Parameter) -> torch.Size:
+    """The shape of a parameter's whole value."""
+    shape: torch.Size = getattr(param, "ds_shape", param.shape)
+    return shape

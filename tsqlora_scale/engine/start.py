@@ -11,12 +11,18 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType, GradientAccumulationPlugin
 
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.launcher import launched, launched_size
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.DEEPSPEED)
+
+
+def is_deepspeed(accelerator: Accelerator) -> bool:
+    """Whether DeepSpeed drives the optimizer."""
+    return bool(accelerator.distributed_type == DistributedType.DEEPSPEED)
 
 
 def start_accelerator(*, accumulation: int, mixed_precision: str = "no", timeout_minutes: float) -> Accelerator:
@@ -32,6 +38,9 @@ def start_accelerator(*, accumulation: int, mixed_precision: str = "no", timeout
             did not come about.
     """
     handlers: list[Any] = []
+    if not launched():  # a notebook that trains again, perhaps otherwise: Accelerate's state is the process's
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     # cpu=True is what makes Accelerate wrap a model in DDP without a GPU, and what silently disables DeepSpeed
     cpu = launched() and not deepspeed and not torch.cuda.is_available()
@@ -61,7 +70,7 @@ def start_accelerator(*, accumulation: int, mixed_precision: str = "no", timeout
             f"distributed_type {accelerator.distributed_type.value!r} is not supported; "
             "use DDP or DeepSpeed ZeRO-2/3 (configs/accelerate/)"
         )
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+    if is_deepspeed(accelerator):
         stage = accelerator.state.deepspeed_plugin.zero_stage
         if stage not in (1, 2, 3):
             raise UserError(f"zero_stage={stage} is not supported; use 2 or 3")

@@ -1,286 +1,79 @@
-"""All that the project knows about DeepSpeed: gather, tear down and restore under ZeRO-1/2/3."""
+"""DeepSpeed ZeRO-1, 2 and 3."""
 
 from __future__ import annotations
 
-import gc
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from tsqlora_scale.engine.numerics import rounded_norm
-from tsqlora_scale.engine.train_state import ParamState, TrainState
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-#: Closures on a destroyed engine that ``engine.destroy()`` leaves on every module; with them in place the next
-#: ZeRO-3 backward fails in the old engine's parameter trace (deepspeed 0.19).
-STALE_ATTRIBUTES = ("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt", "ds_grads_remaining")
+from tsqlora_scale.engine import zero_internals
+from tsqlora_scale.engine.base_engine import BaseEngine, trainable
+from tsqlora_scale.engine.train_state import TrainState
 
 
-def configure(accelerator: Any, *, micro_batch_size: int, max_grad_norm: float | None, trainable_numel: int) -> None:
-    """Fill the DeepSpeed config with what the run decides.
+class ZeroEngine(BaseEngine):
+    """A model whose optimizer state, and with ZeRO-3 whose parameters, are sharded over the ranks.
 
-    ``gradient_clipping`` is always set: its default changed between releases. Buckets are sized by the trainable
-    parameters, not by DeepSpeed's default of 5e8 elements, which would allocate 2 GB for an adapter.
+    See :class:`~tsqlora_scale.engine.engine.Engine`.
     """
-    if accelerator.state.deepspeed_plugin.zero_stage == 3:
-        _linear_as_elsewhere()
-        _no_gathered_weight_waits()
-    plugin = accelerator.state.deepspeed_plugin
-    config = plugin.deepspeed_config
-    _auto_again(plugin)
-    config["train_micro_batch_size_per_gpu"] = micro_batch_size
-    config["gradient_accumulation_steps"] = accelerator.gradient_accumulation_steps
-    config["train_batch_size"] = micro_batch_size * accelerator.gradient_accumulation_steps * accelerator.num_processes
-    config["gradient_clipping"] = max_grad_norm or 0.0
-    zero = config["zero_optimization"]
-    zero.pop("compute_grad_norm", None)  # without the norm, a step on a gradient that is not finite would be taken
-    for key in ("reduce_bucket_size", "allgather_bucket_size"):
-        if zero.get(key, "auto") == "auto":  # twice the adapter leaves room for it to grow
-            zero[key] = max(2 * trainable_numel, 1_000_000)
 
+    @property
+    def name(self) -> str:
+        """``zero1``, ``zero2`` or ``zero3``."""
+        return f"zero{self.accelerator.state.deepspeed_plugin.zero_stage}"
 
-def _auto_again(plugin: Any) -> None:
-    """Make ``auto`` again what was filled in for another model (a proxy) or for other ranks."""
-    zero = plugin.deepspeed_config["zero_optimization"]
-    if not hasattr(plugin, "tsqlora_auto"):
-        plugin.tsqlora_auto = [key for key, value in zero.items() if value == "auto"]
-    zero.update(dict.fromkeys(plugin.tsqlora_auto, "auto"))
+    @property
+    def module(self) -> nn.Module:
+        """The unwrapped model."""
+        module: nn.Module = self._wrapped.module
+        return module
 
+    @property
+    def gradient_scale(self) -> float:
+        """The number of ranks, times the loss scaler's factor."""
+        return self.world.size * float(self._wrapped.optimizer.loss_scale)
 
-def _linear_as_elsewhere() -> None:
-    """Let ZeRO-3's linear function round as torch's does.
+    @property
+    def overflow_is_normal(self) -> bool:
+        """Whether there is a loss scaler that scales."""
+        return float(self._wrapped.optimizer.loss_scale) > 1
 
-    ZeRO-3 replaces ``torch.nn.functional.linear`` by a function that keeps no gathered weight for the backward pass,
-    and that adds the bias after the product instead of with it.
-    """
-    from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3
+    def backward(self, loss: torch.Tensor) -> None:
+        """Backward of one micro-batch's share of the step's loss.
 
-    LinearFunctionForZeroStage3.forward = staticmethod(torch.ops.aten.linear)
+        Not by :meth:`accelerate.Accelerator.backward`, which steps, too.
+        """
+        self._wrapped.set_gradient_accumulation_boundary(is_boundary=self.accelerator.sync_gradients)
+        self._wrapped.backward(loss * self.loss_scale)
 
+    def step(self, lr: float) -> float:
+        """See :class:`~tsqlora_scale.engine.engine.Engine`. Gradients exist between the last backward and this."""
+        assert self.accelerator.sync_gradients, "the last micro-batch of a step must be an accumulation boundary"
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._wrapped.step()
+        return float(self._wrapped.get_global_grad_norm() or 0.0)
 
-def _no_gathered_weight_waits() -> None:
-    """Let 4-bit layers keep their parameter for the backward pass, not a view of it.
+    def gather(self) -> TrainState:
+        """Every trainable parameter and its moments, whole, on every rank. A collective."""
+        return zero_internals.gather(self._wrapped)
 
-    ZeRO-3 empties a parameter after the forward pass and fills it again for the backward pass. bitsandbytes keeps a
-    view in between, and with it everything that was gathered: by the end of a forward pass the whole 4-bit base, on
-    every rank, checkpointed activations or not.
-    """
-    functions = sys.modules.get("bitsandbytes.autograd._functions")  # there, if the base has 4-bit layers
-    if functions is None or hasattr(functions.MatMul4Bit, "keeps_view"):
-        return
-    keeps_view = functions.MatMul4Bit.forward
+    def _release(self) -> None:
+        zero_internals.release(self.accelerator, self._wrapped, self._optimizer)
 
-    def forward(ctx: Any, inputs: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
-        output: torch.Tensor = keeps_view(ctx, inputs, weight, *rest)
-        param = weight._base
-        if hasattr(param, "ds_id") and getattr(ctx, "tensors", (None, None))[1] is not None:
-            ctx.tensors = (None, param)
-        return output
-
-    functions.MatMul4Bit.keeps_view = staticmethod(keeps_view)
-    functions.MatMul4Bit.forward = staticmethod(forward)
-
-
-@contextmanager
-def preparing(module: nn.Module, *, sends_base: bool) -> Iterator[None]:
-    """Around ``prepare``.
-
-    ``deepspeed.initialize`` formats all its arguments, every parameter among them, for a message that it does not
-    print; at a rank event that was a third of its time.
-    """
-    from torch._tensor_str import printoptions  # the public function cannot tell what was set before
-
-    with printoptions(threshold=0, edgeitems=1), nullcontext() if sends_base else _base_stays(module):
-        yield
-
-
-@contextmanager
-def _base_stays(module: nn.Module) -> Iterator[None]:
-    """Around a second ``prepare`` of the same model: ZeRO-1/2 send only what trains from rank 0 to all ranks.
-
-    ``deepspeed.initialize`` broadcasts every parameter, and no option prevents it. It leaves out those with this mark,
-    which DeepSpeed's own LoRA layers put on their frozen base; should it forget the mark, the base is sent, no more.
-    ZeRO-3 sends new parameters only.
-    """
-    frozen: list[Any] = [p for p in module.parameters() if not p.requires_grad]
-    for param in frozen:
-        param.ds_optim_param = True
-    try:
-        yield
-    finally:
-        for param in frozen:
-            del param.ds_optim_param
-
-
-def clip_by_rounded_norm(engine: Any) -> None:
-    """See :func:`tsqlora_scale.engine.numerics.rounded_norm`; the norm that is reported keeps its digits.
-
-    DeepSpeed leaves a step out where the norm is not finite, under all types since 0.19.
-    """
-    clip = engine.optimizer.unscale_and_clip_grads
-
-    def rounded(gradients: Any, norm: torch.Tensor) -> None:
-        assert norm.isfinite() and norm >= 0, "DeepSpeed steps on a gradient that is not finite; use a newer one"
-        clip(gradients, rounded_norm(norm))
-
-    engine.optimizer.unscale_and_clip_grads = rounded
-
-
-def shards_while_loading() -> bool:
-    """Whether ``from_pretrained`` builds the model under ``zero.Init`` (it then refuses a ``device_map``)."""
-    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-
-    return bool(is_deepspeed_zero3_enabled())
-
-
-@contextmanager
-def loading_as(dtype: torch.dtype) -> Iterator[None]:
-    """Around ``from_pretrained``: under ZeRO-3 the base's shards are stored in ``dtype``.
-
-    ``zero.Init`` takes the type from DeepSpeed's config alone, where bf16 is off because the factors train in float32.
-    """
-    from transformers.integrations.deepspeed import deepspeed_config, is_deepspeed_zero3_enabled
-
-    section = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
-    if section is None or not is_deepspeed_zero3_enabled():
-        yield
-        return
-    config: dict[str, Any] = deepspeed_config()
-    before = config.get(section)
-    config[section] = {"enabled": True}
-    try:
-        yield
-    finally:
-        config.pop(section) if before is None else config.update({section: before})
-
-
-def is_sharded(param: Any) -> bool:
-    """Whether ZeRO-3 keeps only a part of the parameter on this rank (above the persistence threshold).
-
-    Between its uses, that is: recently used parameters may be whole for a while.
-    """
-    return hasattr(param, "ds_id") and bool(not param.ds_persist and param.ds_tensor.numel() < param.ds_numel)
-
-
-def held_part(param: Any) -> torch.Tensor:
-    """What this rank holds of a parameter between its uses: its shard (of one rank: the whole), or all of it."""
-    part: torch.Tensor = param.ds_tensor if hasattr(param, "ds_id") and not param.ds_persist else param.data
-    return part
-
-
-def gather(engine: Any) -> TrainState:
-    """Every trainable parameter with its moments, whole, on every rank. A collective."""
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-    state = TrainState(optimizer_steps=_optimizer_steps(engine))
-    for name, param in sorted(engine.module.named_parameters()):
-        if not param.requires_grad:
-            continue
-        value = safe_get_full_fp32_param(param).detach().float().cpu().clone()
-        entry = ParamState.fresh(value)
-        if state.optimizer_steps:
-            for key in MOMENTS:
-                moment = safe_get_full_optimizer_state(param, key)
-                setattr(entry, key, moment.detach().float().cpu().reshape(value.shape).clone())
-        state.params[name] = entry
-    return state
-
-
-def restore_moments(engine: Any, state: TrainState) -> None:
-    """Give a freshly prepared engine the moments and the step count of ``state``; values are already in the module.
-
-    Optimizer state is lazy after ``prepare``: it is filled in first, for Adam-type optimizers.
-    """
-    if not state.optimizer_steps:
-        return
-    zero_optimizer = engine.optimizer
-    inner = zero_optimizer.optimizer
-    for flat in _flat_partitions(zero_optimizer):
-        step: Any = torch.tensor(float(state.optimizer_steps))
-        if type(inner).__name__ == "DeepSpeedCPUAdam":  # the one optimizer here whose step is a plain int
-            step = state.optimizer_steps
-        inner.state[flat] = {
-            "step": step,
-            "exp_avg": torch.zeros_like(flat.data),
-            "exp_avg_sq": torch.zeros_like(flat.data),
-        }
-    if hasattr(zero_optimizer, "_lazy_init_hp_params_optimizer_state"):
-        zero_optimizer._lazy_init_hp_params_optimizer_state()  # ZeRO-1/2: link the slices to their parameters
-    for name, param in sorted(engine.module.named_parameters()):
-        if param.requires_grad:
-            for key in MOMENTS:
-                _set_moment(param, getattr(state.params[name], key), key)
-
-
-def _set_moment(param: Any, value: torch.Tensor, key: str) -> None:
-    from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
-
-    if not hasattr(param, "ds_id"):
-        safe_set_full_optimizer_state(param, value.to(param.device), key)
-        return
-    # ZeRO-3's setter of whole tensors fails where the world size does not divide the size: set the padded shard.
-    shard = param.ds_tensor.numel()
-    world, rank = dist.get_world_size(), dist.get_rank()
-    padded = torch.zeros(shard * world)
-    padded[: value.numel()] = value.flatten()
-    safe_set_local_optimizer_state(param, padded[rank * shard : (rank + 1) * shard].to(param.device), key)
-
-
-def _flat_partitions(zero_optimizer: Any) -> list[torch.Tensor]:
-    """The flat float32 tensors that the inner optimizer steps: one per group (ZeRO-1/2) or sub-group (ZeRO-3)."""
-    for attribute in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups"):
-        if hasattr(zero_optimizer, attribute):
-            return list(getattr(zero_optimizer, attribute))
-    raise AssertionError(f"unknown ZeRO optimizer {type(zero_optimizer).__name__}")
-
-
-def _optimizer_steps(engine: Any) -> int:
-    for flat in _flat_partitions(engine.optimizer):
-        entry = engine.optimizer.optimizer.state.get(flat, {})
-        if "step" in entry:
-            return int(entry["step"])
-    return 0
-
-
-def release(accelerator: Any, engine: Any, optimizer: Any) -> None:
-    """Destroy the engine and everything that it left on the module, so that ``prepare`` can be called again."""
-    module = engine.module
-    for hook in (engine.module_forward_pre_hook, engine.module_forward_post_hook):
-        if hook is not None:
-            hook.remove()  # destroy() leaves these two, and each rebuild would add two more
-    accelerator.free_memory(engine, optimizer)
-    for submodule in module.modules():
-        for name in STALE_ATTRIBUTES:
-            submodule.__dict__.pop(name, None)
-    _forget_in_caches()
-    gc.collect()
-
-
-def forget_replaced(module: nn.Module) -> None:
-    """Before a second ``prepare``: drop what modules note about parameters that are no longer the model's.
-
-    ZeRO-3 notes on a module every parameter that it uses and another module owns (LoRA factors on PEFT's layers). A
-    replaced factor would stay there with its destroyed engine, and would still be gathered for that module.
-    """
-    present = {id(param) for param in module.parameters()}
-    for submodule in module.modules():
-        noted: dict[int, Any] = submodule.__dict__.get("_external_params", {})
-        for key in [key for key, param in noted.items() if id(param) not in present]:
-            del noted[key]
-
-
-def _forget_in_caches() -> None:
-    """Empty the cache of ZeRO-3's coordinator: it belongs to the class, its keys hold every coordinator that ever was,
-    and so every destroyed engine with its buffers and its parameters' shards (deepspeed 0.19)."""
-    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
-
-    for method in vars(PartitionedParameterCoordinator).values():
-        # the cached function lies inside of a decorator that does not say what it wraps
-        for cell in getattr(method, "__closure__", None) or ():
-            if hasattr(cell.cell_contents, "cache_clear"):
-                cell.cell_contents.cache_clear()
+    def _wrap(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState, *, sends_base: bool
+    ) -> tuple[Any, Any]:
+        zero_internals.forget_replaced(module)
+        zero_internals.configure(
+            self.accelerator,
+            micro_batch_size=self._micro_batch_size,
+            max_grad_norm=self._train.max_grad_norm,
+            trainable_numel=sum(p.numel() for p in trainable(module)),
+        )
+        with zero_internals.preparing(module, sends_base=sends_base):
+            wrapped, prepared = self.accelerator.prepare(module, optimizer)
+        zero_internals.clip_by_rounded_norm(wrapped)
+        zero_internals.restore_moments(wrapped, state)
+        return wrapped, prepared

@@ -90,12 +90,12 @@ def check_adapter_fits(config: Config, model_config: Any, adapter: str | Path) -
     Raises:
         UserError: naming the folder, the file or the tensor.
     """
-    from tsqlora_scale.model.adapters.lora import skeleton
+    from tsqlora_scale.model.base_model import skeleton
     from tsqlora_scale.tasks import auto_class_of
 
     if not Path(adapter).is_dir():
         raise UserError(f"--adapter {str(adapter)!r} is no folder; give the adapter folder that a run wrote")
-    auto_class = auto_class_of(config.task.type)
+    auto_class = auto_class_of(config.task)
     check_fits(Path(adapter), skeleton(auto_class, model_config, trust_remote_code=config.model.trust_remote_code))
 
 
@@ -127,10 +127,10 @@ def check_architecture(config: Config, model_config: Any, tokenizer: Any) -> lis
     Returns:
         The linear layers outside the repeated blocks.
     """
-    from tsqlora_scale.model.adapters.lora import heads_of, resolve_targets, skeleton
+    from tsqlora_scale.model.base_model import heads_of, resolve_targets, skeleton
     from tsqlora_scale.tasks import auto_class_of, check_lengths
 
-    auto_class = auto_class_of(config.task.type)
+    auto_class = auto_class_of(config.task)
     try:
         bare = skeleton(auto_class, model_config, trust_remote_code=config.model.trust_remote_code)
     except Exception as error:  # whatever a wrong number in config.json leads to

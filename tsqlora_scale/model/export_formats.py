@@ -14,10 +14,10 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 
 from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.common.random_streams import generator_for
 from tsqlora_scale.config.locations import resolve
 from tsqlora_scale.config.schema import Config
-from tsqlora_scale.engine.engine import generator_for
-from tsqlora_scale.model.adapters.lora import load_base
+from tsqlora_scale.model.base_model import load_base
 from tsqlora_scale.model.describe import check_adapter_fits, check_architecture, check_weights, load_descriptions
 from tsqlora_scale.model.weight_files import DESCRIPTION, WEIGHTS, check_adapter
 from tsqlora_scale.tasks import auto_class_of
@@ -116,7 +116,7 @@ def _merge(adapter: Path, out: Path, config: Config) -> list[str]:
     base, _ = load_base(
         path,
         config.model,
-        auto_class=auto_class_of(config.task.type),
+        auto_class=auto_class_of(config.task),
         model_config=model_config,
         unquantised=unquantised,
         generator=generator_for(config.run.seed, "head"),

@@ -5,8 +5,9 @@ Paper 2.1, Eq. 1 and 2; Algorithm 1, lines 2, 4 and 9.
 
 from tsqlora_scale.quality.draws.batch_sampler import BatchSampler
 from tsqlora_scale.quality.draws.subset import importance_weights, select_subset
-from tsqlora_scale.quality.gradients.per_sample import BatchLike, PerSampleGradients
+from tsqlora_scale.quality.gradients.per_sample import PerSampleGradients
 from tsqlora_scale.quality.gradients.sketch import Sketch
+from tsqlora_scale.quality.pool import BatchLike, Pool
 from tsqlora_scale.quality.scores.score_table import ScoreTable
 from tsqlora_scale.quality.scores.scorer import PassReport, QualityScorer
 
@@ -15,6 +16,7 @@ __all__ = [
     "BatchSampler",
     "PassReport",
     "PerSampleGradients",
+    "Pool",
     "QualityScorer",
     "ScoreTable",
     "Sketch",

@@ -1,4 +1,4 @@
-"""Eq. 6: divide a rank budget among layers in proportion to their sensitivity (METHOD section 3).
+"""Eq. 6: divide a rank budget among layers in proportion to their sensitivity.
 
 Exact rational arithmetic throughout (:class:`fractions.Fraction`; a float is a rational number), so that the
 result is a function of the inputs to the bit: no tolerance decides who gets the last rank. A few hundred
@@ -29,8 +29,6 @@ class Allocation:
     share: dict[str, float]
     ranks: dict[str, int]
     limits: dict[str, Limit]
-    #: Cost of ``ranks``. Equals the budget in unit costs whenever the bounds allow it.
-    spent: int
 
 
 def allocate(
@@ -92,7 +90,6 @@ def allocate(
             n: _limit(x, lo, hi, bounds)
             for n, x, lo, hi, bounds in zip(names, share, low, high, zip(lowest, widest, strict=True), strict=True)
         },
-        spent=sum(c * r for c, r in zip(cost, ranks, strict=True)),
     )
 
 

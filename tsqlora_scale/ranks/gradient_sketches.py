@@ -1,4 +1,4 @@
-"""Where a layer asks for capacity: a small random sketch of its weight gradient (METHOD section 4, ``gradient``).
+"""Where a layer asks for capacity: a small random sketch of its weight gradient (``resize.grow_init: gradient``).
 
 With G (d_out, d_in) the gradient of an optimizer step's loss and Omega (k, d_out) a fixed random matrix, Omega G
 (k, d_in) is linear in G: over tokens, micro-batches, processes and steps it adds up without G ever being formed, and
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tsqlora_scale.engine.engine import generator_for
+from tsqlora_scale.common.random_streams import generator_for
 
 #: Rows k of a sketch: the most directions that an event can take from it, less some for accuracy.
 SKETCH_ROWS = 16

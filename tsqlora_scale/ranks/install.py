@@ -9,11 +9,12 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.common.random_streams import layer_generator
 from tsqlora_scale.config.schema import ResizeConfig
 from tsqlora_scale.engine.train_state import ParamState, TrainState
 from tsqlora_scale.model.adapters.lora import ADAPTER, has_factors, lora_layers
 from tsqlora_scale.ranks.policies.policy import Plan
-from tsqlora_scale.ranks.resize import component_importance, layer_generator, resize_layer
+from tsqlora_scale.ranks.resize import component_importance, resize_layer
 
 
 def factor_names(layer: str) -> tuple[str, str]:

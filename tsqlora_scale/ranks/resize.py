@@ -1,4 +1,4 @@
-"""Grow and shrink one LoRA layer together with its Adam moments (METHOD section 4).
+"""Grow and shrink one LoRA layer together with its Adam moments.
 
 Pure tensor algebra, in float64 within and float32 outside. With dW = B A, A (r, d_in) and B (d_out, r):
 
@@ -22,18 +22,12 @@ as b2 v0 + (1 - b2) g^2 >= (1 - b1)^2 g^2, that is v0 >= 0.009 g^2 for Adam's us
 times the typical one. A layer that comes back from rank 0 has no components to ask: the caller gives the size of
 its second moments, by what other layers have. Of these only B's matters at first, as A's gradient is zero while B is.
 
-Where new rows of A point, measured (benchmarks/growth.py: a pretrained MiniLM, one event of the method after step 40,
-batches of 8, constant rate; mean loss of the 50 steps after it, less that of ``orthogonal`` 0.581, three seeds):
-``gaussian`` -0.016, -0.004, +0.000, which is noise; ``gradient`` +0.039, +0.031, +0.041, although it is ahead by 0.006
-in the first ten steps. So ``orthogonal`` is the default. There a fresh optimizer (moments and step count forgotten) had
-a loss 0.011 to 0.040 *lower* than transported moments, presumably because its first updates are larger, which helps
-early in training. After step 200 (SST-2, batches of 8, rate 2e-4, loss 0.456) nothing of this is left: ``gaussian``
-differs by 0.0001, ``gradient`` by -0.004, +0.001, +0.001, a fresh optimizer by -0.017, +0.015, -0.009.
+Where new rows of A point made no difference that lasts, nor whether moments are kept (docs/results.md, "Growth");
+``orthogonal`` is the default.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -140,12 +134,6 @@ def _one_component(like: _Factors, usual_sq: tuple[float, float]) -> _Factors:
     """A component of zeros with the given second moments."""
     a, b = like.a.new_zeros(1, like.a.shape[1]), like.b.new_zeros(1, like.b.shape[1])
     return _Factors(a, a, a + usual_sq[0], b, b, b + usual_sq[1])
-
-
-def layer_generator(seed: int, step: int, layer: str) -> torch.Generator:
-    """A generator that depends on these three alone: the same on every process and under every engine."""
-    digest = hashlib.sha256(f"resize/{seed}/{step}/{layer}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def _shrink_svd(old: _Factors, rank: int) -> tuple[_Factors, float]:

@@ -1,4 +1,4 @@
-"""When ranks change: warm up, adjust, stabilise (METHOD section 5)."""
+"""When ranks change: warm up, adjust, stabilise."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Schedule:
                 f"schedule.start={cfg.start}, schedule.end={cfg.end}, schedule.every={cfg.every} (steps {start} to "
                 f"{end}, every {every}) put no event inside the run of {total_steps} optimizer steps: an event needs "
                 f"start <= end and falls after steps 1 to {total_steps - 1}; change the schedule, train longer, or "
-                "set sensitivity.enabled=false to keep ranks fixed (and scoring.refresh=none to keep scores)"
+                "set allocation.policy=fixed to keep ranks (and scoring.refresh=none to keep scores)"
             )
         return cls(events)
 

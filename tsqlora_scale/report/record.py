@@ -43,7 +43,6 @@ class RunRecord:
         self._waiting: dict[str, list[str]] = defaultdict(list)
         #: Files whose lines wait, as has been said.
         self._full: set[str] = set()
-        self._started = time.perf_counter()
 
     def __enter__(self) -> RunRecord:
         return self
@@ -104,10 +103,6 @@ class RunRecord:
                 ]
                 with written_whole(path) as partial:
                     partial.write_text("".join(f"{text}\n" for text in lines))
-
-    def wall_seconds(self) -> float:
-        """Seconds since the record was made."""
-        return time.perf_counter() - self._started
 
     def result(self, result: dict[str, Any]) -> None:
         """Write ``result.json``, whole or not at all."""

@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from accelerate.utils import DistributedType
 
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.failures import Watchdog
 from tsqlora_scale.common.quiet import quiet_libraries
+from tsqlora_scale.common.random_streams import generator_for, seed_libraries
 from tsqlora_scale.config.schema import Config
 from tsqlora_scale.engine.collectives import World
-from tsqlora_scale.engine.engine import Engine, generator_for
+from tsqlora_scale.engine.engine import start_engine
 from tsqlora_scale.engine.sharded import write_parameter
-from tsqlora_scale.engine.start import start_accelerator
+from tsqlora_scale.engine.start import is_deepspeed, start_accelerator
 from tsqlora_scale.engine.train_state import TrainState
-from tsqlora_scale.model.adapters.lora import add_adapter, load_adapter, load_base, read_adapter
-from tsqlora_scale.quality import QualityScorer
-from tsqlora_scale.ranks import SensitivityTracker, TsqLoraPolicy, set_ranks
+from tsqlora_scale.model.adapters.adapter_type import adapter_type
+from tsqlora_scale.model.base_model import load_base
+from tsqlora_scale.quality.selectors.registry import selector_class
+from tsqlora_scale.quality.selectors.selector import Selector, SelectorContext
+from tsqlora_scale.ranks import set_ranks
+from tsqlora_scale.ranks.controller import AdaptiveRanks, FixedRanks, RankController
+from tsqlora_scale.ranks.policies.registry import policy_class
 from tsqlora_scale.report.progress import Progress
 from tsqlora_scale.report.record import RunRecord
 from tsqlora_scale.run.checkpoint import drop_after, read_checkpoint
+from tsqlora_scale.run.old_checkpoints import of_today
+from tsqlora_scale.run.plan import RunPlan
 from tsqlora_scale.run.preemption import StopRequest
-from tsqlora_scale.run.preflight import Described, Preflight, RunPlan, resumes_in
+from tsqlora_scale.run.preflight import Described, Preflight, resumes_in
 from tsqlora_scale.run.resume import find_checkpoint, same_checkpoint, same_data, same_method
 from tsqlora_scale.run.training_run import Run
-from tsqlora_scale.tasks import Task
 from tsqlora_scale.tasks.evaluation import evaluate
 
 
@@ -52,59 +55,70 @@ def build_run(
     )
     watchdog = Watchdog(minutes=config.run.timeout_minutes, acts=accelerator.device.type == "cpu")
     record = RunRecord(config.run_dir, writes=accelerator.is_main_process)
-    checkpoint = find_checkpoint(config.run_dir, resume) if resume else None
     with record.phase("load"), quiet_libraries():
-        task = preflight.task
-        same_checkpoint(checkpoint, World.current(accelerator.device))
-        state, tree = read_checkpoint(checkpoint, verified=resume == "auto") if checkpoint else (TrainState(), None)
-        if tree is not None:
-            same_method(config, tree["config"], checkpoint)
-            same_data(task.digest("train"), tree["data"], checkpoint)
+        state, tree = find_state(preflight, resume, World.current(accelerator.device))
         model = build_model(preflight, device=accelerator.device)
-        tracker = None
-        if config.adapts_ranks:
-            tracker = SensitivityTracker(
-                config.sensitivity,
-                batch_size=config.train.batch_size,
-                micro_batch_size=plan.micro_batch_size,
-                sketch_seed=config.run.seed if config.resize.grow_init == "gradient" else None,
-                events=plan.schedule.events if plan.schedule else (),
-            )
+        ranks = build_controller(config, plan)
         if tree is not None:
             set_ranks(model, tree["ranks"])
             write_values(model, {name: entry.value for name, entry in state.params.items()})
         elif adapter is not None:
-            ranks, values = read_adapter(model, Path(adapter))
-            set_ranks(model, ranks)
+            saved_ranks, values = adapter_type(config.adapter.type).read(model, Path(adapter))
+            set_ranks(model, saved_ranks)
             write_values(model, values)
-        engine = Engine(
+        engine = start_engine(
             accelerator,
             model,
             train=config.train,
             micro_batch_size=plan.micro_batch_size,
-            before_prepare=tracker.attach if tracker else None,
+            before_prepare=ranks.attach,
             state=state,
         )
         run = Run(
             config=config,
             plan=plan,
             engine=engine,
-            task=task,
+            task=preflight.task,
             record=record,
-            tracker=tracker,
-            scorer=build_scorer(config, plan, engine, task, stop, watchdog) if config.scores_data else None,
-            policy=TsqLoraPolicy(config.allocation) if tracker else None,
+            selector=build_selector(preflight, engine.world, stop, watchdog),
+            ranks=ranks,
             stop=stop,
             watchdog=watchdog,
         )
-        if tree is None or not resumes_in(config, str(resume)):
-            run.write_on_main(f"{str(record.folder)!r}", lambda: record.prepare(config.to_yaml()))
-        if tree is not None:
-            run.load_state_dict(tree)
-            run.write_on_main(f"{str(record.folder)!r}", lambda: drop_after(record.folder / "checkpoints", run.step))
-            if not resumes_in(config, str(resume)):
-                run.best = run.best_kept = None  # their checkpoints lie in the other folder
+        open_folder(run, tree, resume)
     return run
+
+
+def find_state(preflight: Preflight, resume: str | None, world: World) -> tuple[TrainState, dict[str, Any] | None]:
+    """Parameters and moments, and the rest of the run, of the checkpoint that is resumed; nothing, and None, without.
+    A collective.
+
+    Raises:
+        UserError: on every rank, when the ranks find different checkpoints, or one of another run.
+    """
+    config = preflight.config
+    checkpoint = find_checkpoint(config.run_dir, resume) if resume else None
+    same_checkpoint(checkpoint, world)
+    if checkpoint is None:
+        return TrainState(), None
+    state, tree = read_checkpoint(checkpoint, verified=resume == "auto")
+    tree = of_today(tree)
+    same_method(config, tree["config"], checkpoint)
+    same_data(preflight.task.digest(), tree["data"], checkpoint)
+    return state, tree
+
+
+def open_folder(run: Run, tree: dict[str, Any] | None, resume: str | None) -> None:
+    """Make the run folder new, or go on in it from the checkpoint's state ``tree``. A collective."""
+    folder = run.record.folder
+    continues = tree is not None and resumes_in(run.config, str(resume))
+    if not continues:
+        run.write_on_main(f"{str(folder)!r}", lambda: run.record.prepare(run.config.to_yaml()))
+    if tree is not None:
+        run.load_state_dict(tree)
+        run.write_on_main(f"{str(folder)!r}", lambda: drop_after(folder / "checkpoints", run.step))
+        if not continues:
+            run.best = run.checkpoints.best = None  # their checkpoints lie in the other folder
 
 
 def write_values(model: torch.nn.Module, values: dict[str, torch.Tensor]) -> None:
@@ -131,9 +145,9 @@ def build_base(described: Described, *, device: torch.device) -> tuple[torch.nn.
 def build_model(preflight: Preflight, *, device: torch.device) -> Any:
     """The base with a fresh adapter, the same on every rank and engine."""
     config, task, seed = preflight.config, preflight.task, preflight.config.run.seed
-    torch.manual_seed(seed)  # whatever the libraries draw and we do not redraw
+    seed_libraries(seed)
     base, new_modules = build_base(preflight, device=device)
-    return add_adapter(
+    return adapter_type(config.adapter.type).build(
         base,
         config.adapter,
         task_type=task.peft_task_type,
@@ -143,52 +157,35 @@ def build_model(preflight: Preflight, *, device: torch.device) -> Any:
     )
 
 
-def build_scorer(
-    config: Config, plan: RunPlan, engine: Engine, task: Task, stop: StopRequest, watchdog: Watchdog
-) -> QualityScorer:
-    """The scorer, given the task's batches and per-sample losses as callables."""
-    device = engine.world.device
-    limit = config.scoring.max_length
-    with engine.world.together():  # a pool's columns may not find room on one rank alone
-        lengths = task.lengths("train")
-        strata = task.strata("train") if config.stratifies else None
+def build_controller(config: Config, plan: RunPlan) -> RankController:
+    """The rank half: a null object where it is off."""
+    if not config.adapts_ranks:
+        return FixedRanks()
+    assert plan.schedule is not None
+    policy = policy_class(config.allocation.policy)(config.allocation)
+    return AdaptiveRanks(config, policy, schedule=plan.schedule, micro_batch_size=plan.micro_batch_size)
 
-    def batch_of(indices: np.ndarray) -> Any:
-        return task.batch("train", indices, max_length=limit).to(device)
 
-    def losses(module: torch.nn.Module, batch: Any) -> torch.Tensor:
-        sums, counts = task.losses(module(**batch.inputs), batch)
-        return sums / counts
-
-    bar = Progress("scoring", shows=engine.world.is_main, beat=watchdog.beat)
+def build_selector(preflight: Preflight, world: World, stop: StopRequest, watchdog: Watchdog) -> Selector:
+    """The data half: one that scores nothing where it is off."""
+    config, plan = preflight.config, preflight.plan
+    bar = Progress("scoring", shows=world.is_main, beat=watchdog.beat)
 
     def progress(done: int, total: int) -> None:
         bar(done, total)
-        stop.during_scoring(engine.world)
+        stop.during_scoring(world)
 
-    def target_batches() -> Iterable[Any]:
-        assert task.dev is not None
-        size = 32 if config.scoring.batch_size == "auto" else config.scoring.batch_size
-        for start in range(0, len(task.dev), size):
-            rows = np.arange(start, min(start + size, len(task.dev)))
-            yield task.batch("dev", rows, max_length=limit).to(device)
-
-    return QualityScorer(
-        config.scoring,
-        config.sampling,
-        seed=config.run.seed,
-        eta=config.scoring.eta or config.train.lr,
-        sample_ids=task.train["sample_id"],
-        content=task.digest("train"),
-        world=engine.world,
-        batch_of=batch_of,
-        losses=losses,
-        target_batches=target_batches if config.scoring.convergence == "target" else None,
+    context = SelectorContext(
+        config=config,
+        pool=preflight.task,
+        theta=adapter_type(config.adapter.type).theta,
+        world=world,
+        scoring_step=plan.scoring_step,
+        events=plan.schedule.events if plan.schedule else (),
         progress=progress,
-        length_of=lambda indices: lengths[indices],
-        strata=strata,
         parts_folder=config.run_dir / "scores" / "parts",
     )
+    return selector_class(config.sampling.selector)(context)
 
 
 def evaluate_adapter(preflight: Described, adapter: str) -> tuple[dict[str, float], bool]:
@@ -196,13 +193,15 @@ def evaluate_adapter(preflight: Described, adapter: str) -> tuple[dict[str, floa
     config = preflight.config
     folder = Path(adapter)
     accelerator = start_accelerator(accumulation=1, timeout_minutes=config.run.timeout_minutes)
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+    if is_deepspeed(accelerator):
         raise UserError("evaluation of a saved adapter runs without DeepSpeed; launch it plainly or with DDP")
     world = World.current(accelerator.device)
     with quiet_libraries():
         task = preflight.task
         base, _ = build_base(preflight, device=accelerator.device)
-        model = load_adapter(base, folder, dtype=config.model.dtype).to(accelerator.device).eval()
+        model = (
+            adapter_type(config.adapter.type).load(base, folder, dtype=config.model.dtype).to(accelerator.device).eval()
+        )
     with Progress("evaluating", shows=world.is_main) as bar:
         metrics = evaluate(model, task, world, batch_size=config.train.eval_batch_size, progress=bar)
     return metrics, world.is_main

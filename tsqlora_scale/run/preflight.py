@@ -8,52 +8,20 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.launcher import launched_rank, launched_size
 from tsqlora_scale.common.printing import shown
-from tsqlora_scale.config.fields import LARGEST, as_steps
 from tsqlora_scale.config.locations import resolve
 from tsqlora_scale.config.schema import Config
 from tsqlora_scale.model.describe import check_adapter_fits, check_architecture, check_weights, load_descriptions
 from tsqlora_scale.run.temporary_space import check_room
 
 if TYPE_CHECKING:
-    from tsqlora_scale.ranks.schedule import Schedule
+    from tsqlora_scale.run.plan import RunPlan
     from tsqlora_scale.tasks import Data, Task
-
-
-@dataclass(frozen=True)
-class RunPlan:
-    """The numbers of a run: sizes in samples, times in optimizer steps."""
-
-    pool_size: int
-    subset_size: int
-    total_steps: int
-    #: The pool is scored after this many steps; none when the data half is off.
-    scoring_step: int | None
-    schedule: Schedule | None
-    micro_batch_size: int
-    accumulation: int
-    world_size: int
-
-    def lines(self) -> list[str]:
-        """What will happen when, for people."""
-        lines = [
-            f"pool: {self.pool_size} samples, trained on: {self.subset_size}",
-            f"steps: {self.total_steps}, each of {self.micro_batch_size} samples x {self.accumulation} micro-batches "
-            f"x {self.world_size} ranks",
-        ]
-        if self.scoring_step is not None:
-            warm_up = f"after step {self.scoring_step}, on uniform samples until then"
-            lines.append(f"scoring: {warm_up if self.scoring_step else 'before the first step'}")
-        if self.schedule is not None:
-            events = self.schedule.events
-            lines.append(f"events of the schedule: {len(events)}, after steps {', '.join(map(str, events))}")
-        return lines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,15 +57,12 @@ def check(config: Config, *, data: Data | None = None) -> Preflight:
         UserError: naming the key, the value and the remedy.
     """
     check_machine(config)
+    from tsqlora_scale.run.plan import plan_run
     from tsqlora_scale.tasks import load_data
 
     data = data or load_data(config.task, seed=config.run.seed)
+    check_extensions(config)
     plan = plan_run(config, len(data.train), launched_size())
-    if data.dev is None and config.train.eval_every:
-        raise UserError(
-            f"train.eval_every={config.train.eval_every} but there is nothing to evaluate on; "
-            "set task.dataset.dev_file, or dev_split of a hub dataset"
-        )
     check_room(config, plan.pool_size)
     described = describe(config, data)
     check_scoring(config, described.task)
@@ -153,25 +118,32 @@ def naming_the_proxy(config: Config) -> Iterator[None]:
         raise UserError(f"scoring.proxy_model={config.scoring.proxy_model!r}: {error}") from None
 
 
-def check_scoring(config: Config, task: Task) -> None:
-    """What the scoring pass needs of the data and of its shorter texts.
+def check_extensions(config: Config) -> None:
+    """Code of a user's own that the config names.
 
     Raises:
         UserError: naming the key.
     """
-    scoring = config.scoring
-    if not config.scores_data:
-        return
-    if scoring.convergence == "target" and task.dev is None:
-        raise UserError(
-            "scoring.convergence='target' needs a held-out set; "
-            "set task.dataset.dev_file (dev_split of a hub dataset), or scoring.convergence=alignment"
-        )
-    if scoring.max_length is not None:
+    from tsqlora_scale.quality.selectors.registry import selector_class
+    from tsqlora_scale.ranks.policies.registry import policy_class
+
+    selector_class(config.sampling.selector)
+    if config.adapts_ranks:
+        policy_class(config.allocation.policy)
+
+
+def check_scoring(config: Config, task: Task) -> None:
+    """What the scoring pass needs of its shorter texts.
+
+    Raises:
+        UserError: naming the key.
+    """
+    limit = config.scoring.max_length
+    if config.scores_data and limit is not None:
         try:
-            task.batch("train", [0], max_length=scoring.max_length)
+            task.batch([0], max_length=limit)
         except UserError as error:
-            raise UserError(f"scoring.max_length={scoring.max_length}: {error}") from None
+            raise UserError(f"scoring.max_length={limit}: {error}") from None
 
 
 def check_machine(config: Config) -> None:
@@ -183,56 +155,6 @@ def check_machine(config: Config) -> None:
 
         if not torch.cuda.is_available():
             raise UserError("model.dtype='fp16' needs a GPU; use bf16 or fp32 on a CPU")
-
-
-def plan_run(config: Config, pool_size: int, world_size: int) -> RunPlan:
-    """Steps, batches and events.
-
-    Raises:
-        UserError: when the batch does not divide, the schedule never fires, or scoring comes after the end.
-    """
-    from tsqlora_scale.common.random_streams import share_of
-    from tsqlora_scale.ranks.schedule import Schedule
-
-    train = config.train
-    share = train.batch_size // world_size  # of a rank; more than that it never takes at once
-    micro = min(train.micro_batch_size or share, share)
-    if micro == 0 or train.batch_size % (micro * world_size):
-        raise UserError(
-            f"train.batch_size={train.batch_size} must be a multiple of micro_batch_size x ranks = "
-            f"{max(micro, 1)} x {world_size}; change one of them"
-        )
-    group = config.sensitivity.group_size
-    if isinstance(group, int) and micro % group:
-        raise UserError(f"sensitivity.group_size={group} must divide the micro batch of {micro} samples")
-    subset = pool_size
-    if config.adapter.method == "tsqlora" and config.sampling.selector != "full":
-        subset = share_of(config.sampling.keep_fraction, pool_size)
-    total = train.max_steps or ceil(min((train.epochs or 0) * subset / train.batch_size, 10 * LARGEST))
-    if total > LARGEST:
-        raise UserError(f"train.epochs={train.epochs} is a run of {total:.3g} steps; lower it, or set train.max_steps")
-    scoring_step = None
-    if config.scores_data:
-        scoring_step = as_steps(config.scoring.warmup_steps, total)
-        if scoring_step >= total:
-            raise UserError(
-                f"scoring.warmup_steps={config.scoring.warmup_steps} leaves no step to train on the scores "
-                f"(the run has {total}); lower it or set sampling.selector: full"
-            )
-        if config.scoring.proxy_model is not None:  # the warm-up is the proxy's
-            scoring_step = 0
-    moves = config.adapts_ranks or config.refreshes_scores
-    schedule = Schedule.from_config(config.schedule, total) if moves else None
-    return RunPlan(
-        pool_size=pool_size,
-        subset_size=subset,
-        total_steps=total,
-        scoring_step=scoring_step,
-        schedule=schedule,
-        micro_batch_size=micro,
-        accumulation=train.batch_size // (micro * world_size),
-        world_size=world_size,
-    )
 
 
 def resumes_in(config: Config, resume: str) -> bool:

@@ -1,107 +1,196 @@
-"""A run in progress: the parts that Algorithm 1 moves, and how they are saved and restored together."""
+"""A run in progress: its parts, its records, and how all of it is saved and restored together."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from tsqlora_scale.common.disk_arrays import counted, filled, positions
-from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.common.disk_arrays import filled
+from tsqlora_scale.common.errors import Stopped, UserError
 from tsqlora_scale.common.failures import Watchdog
 from tsqlora_scale.common.files import WRITE_ERRORS
 from tsqlora_scale.config.schema import Config
 from tsqlora_scale.engine.engine import Engine
-from tsqlora_scale.engine.train_state import TrainState
-from tsqlora_scale.model.adapters.lora import save_adapter
-from tsqlora_scale.quality import BatchSampler, QualityScorer, ScoreTable, importance_weights, select_subset
-from tsqlora_scale.ranks import Policy, SensitivityTracker, current_ranks
+from tsqlora_scale.model.adapters.adapter_type import adapter_type
+from tsqlora_scale.quality.selectors.selector import Selector
+from tsqlora_scale.ranks import current_ranks
+from tsqlora_scale.ranks.controller import RankController, RankEvent
 from tsqlora_scale.report.progress import Progress
 from tsqlora_scale.report.record import RunRecord
-from tsqlora_scale.run.checkpoint import checkpoint_dir, complete_checkpoints, prune, write_checkpoint
+from tsqlora_scale.run.checkpoint import checkpoint_dir
+from tsqlora_scale.run.lr_schedule import learning_rate
 from tsqlora_scale.run.nonfinite import NonFiniteSteps
+from tsqlora_scale.run.plan import RunPlan
 from tsqlora_scale.run.preemption import StopRequest
-from tsqlora_scale.run.preflight import RunPlan
+from tsqlora_scale.run.run_checkpoints import RunCheckpoints
 from tsqlora_scale.tasks import Task
 from tsqlora_scale.tasks.evaluation import evaluate
+
+if TYPE_CHECKING:
+    from tsqlora_scale.step import StepResult
 
 log = logging.getLogger("tsqlora_scale")
 
 
 @dataclass
 class Run:
-    """Everything that a run owns. Built by :func:`build_run`; :mod:`tsqlora_scale.training` moves it."""
+    """Everything that a run owns. Built by :func:`.build_run`; :mod:`tsqlora_scale.training` moves it.
+
+    It decides nothing: draws and scores are the selector's, ranks the controller's.
+    """
 
     config: Config
     plan: RunPlan
     engine: Engine
     task: Task
     record: RunRecord
-    tracker: SensitivityTracker | None
-    scorer: QualityScorer | None
-    policy: Policy | None
+    selector: Selector
+    ranks: RankController
     stop: StopRequest
     watchdog: Watchdog
     #: Optimizer steps done.
     step: int = 0
-    #: Events of the schedule done.
-    events: int = 0
-    sampler: BatchSampler = field(init=False)
-    #: Weights of the samples' losses, (N,); none: all equal. A function of the scores in force.
-    importance: np.ndarray | None = None
-    first_quality: float | None = None
     #: Which pool rows have been trained on, (N,) bool.
     seen: np.ndarray = field(init=False)
     best: dict[str, Any] | None = None
-    #: Name of the best step's checkpoint, or of the best before it if that could not be written. Known on rank 0.
-    best_kept: str | None = None
-    #: Name of the newest checkpoint there was when one was last to be written.
-    newest_checkpoint: str | None = None
+    checkpoints: RunCheckpoints = field(init=False)
     nonfinite: NonFiniteSteps = field(init=False)
     initial_ranks: dict[str, int] = field(default_factory=dict)
     metrics_before: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.nonfinite = NonFiniteSteps(self.config.train.max_nonfinite)
+        self.checkpoints = RunCheckpoints(self.record.folder / "checkpoints", keep=self.config.train.checkpoint_keep)
         self.initial_ranks = current_ranks(self.engine.module)
         with self.engine.world.together():
             self.seen = filled(self.plan.pool_size, bool, False)
-            pool = counted(self.plan.pool_size)
-            if self.config.adapter.method == "tsqlora" and self.config.sampling.selector == "random":
-                chosen = select_subset(self.plan.pool_size, None, self.config.sampling, seed=self.config.run.seed)
-                pool = positions(chosen)
-            self.use_samples(pool, None)
 
     @property
     def is_main(self) -> bool:
         """Whether this process writes and prints."""
         return self.engine.world.is_main
 
-    def use_samples(self, indices: np.ndarray, probabilities: np.ndarray | None) -> None:
-        """Draw from ``indices`` by ``probabilities`` (none: uniformly) from the next step on."""
-        self.sampler = BatchSampler(
-            indices,
-            probabilities,
-            batch_size=self.config.train.batch_size,
-            seed=self.config.run.seed,
-            replacement=self.config.sampling.replacement and probabilities is not None,
-            start=self.step,
-        )
-
-    def draw(self) -> np.ndarray:
-        """The next global batch, (batch_size,) pool rows: a function of the seed and the step alone."""
-        return self.sampler.draw(self.step)
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next step."""
+        return learning_rate(self.config.train, self.step, self.plan.total_steps)
 
     def progress(self, what: str) -> Progress:
         """Progress shown by rank 0."""
         return Progress(what, shows=self.is_main, beat=self.watchdog.beat)
+
+    @contextmanager
+    def scoring(self) -> Iterator[None]:
+        """Around a pass of the selector's: a checkpoint before the first one, and the scores on disk after it."""
+        # a pass that is killed goes on with exactly these weights, on any number of ranks
+        self.stop.interrupts_scoring = self.selector.table is None and self.save_checkpoint()
+        with self.record.phase("scoring"):
+            yield
+            self.note_scores()
+        self.stop.interrupts_scoring = False
+
+    @contextmanager
+    def stepping(self) -> Iterator[None]:
+        """Around the draw and the optimizer step."""
+        warms_up = self.plan.scoring_step is not None and self.selector.table is None
+        with self.record.phase("warmup" if warms_up else "training"):
+            self._step_started = time.perf_counter()
+            yield
+
+    def note_step(self, rows: np.ndarray, result: StepResult) -> None:
+        """Count a step on the pool's ``rows``, and write its line.
+
+        Raises:
+            UserError: on every rank, when too many steps had no finite loss or gradient.
+        """
+        lr = self.lr
+        self.step += 1
+        self.stop.agreed = result.stop
+        if result.taken:
+            self.seen[rows] = True
+        outcome: dict[str, Any] = {"loss": result.loss}
+        if result.failed:
+            ids = self.task.sample_ids
+            outcome = self.nonfinite.add(result, [ids[i] for i in rows.tolist()], [ids[i] for i in result.culprits])
+        self.record.metrics(
+            step=self.step,
+            **outcome,
+            lr=lr,
+            grad_norm=result.grad_norm if result.taken else None,
+            samples_seen=self.step * self.config.train.batch_size,
+            total_rank=sum(current_ranks(self.engine.module).values()),
+            seconds=round(time.perf_counter() - self._step_started, 6),
+        )
+        if result.failed:
+            self.nonfinite.report(self.step, outcome, warns=self.is_main)
+
+    def note_event(self, event: RankEvent) -> None:
+        """Write the line of a rank event."""
+        self.record.event(
+            step=self.step,
+            phi=event.plan.phi,
+            budget=event.plan.budget,
+            quality=event.quality,
+            sensitivity=event.plan.sensitivity,
+            ranks=event.plan.ranks,
+            reasons=event.plan.reasons,
+            shrink_error=event.shrink_error,
+            seconds=round(event.seconds, 6),
+        )
+
+    def note_scores(self) -> None:
+        """Write the selector's scores; on rank 0."""
+        if self.is_main:
+            try:
+                self.write_scores()
+            except WRITE_ERRORS as error:  # for people; the run has it in its checkpoints
+                log.warning("the scores cannot be written (%s); the run goes on", error)
+
+    def write_scores(self) -> None:
+        """Write the selector's table to ``scores/``, if it has one. On rank 0."""
+        if self.selector.table is not None:
+            self.selector.table.write(self.record.folder / "scores", self.task.sample_ids)
+
+    def after_step(self) -> None:
+        """Evaluate, save and stop, as far as any of these is due. A collective.
+
+        Raises:
+            Stopped: on every rank, when any was asked to stop.
+            UserError: on every rank, when the state of a run that is to stop cannot be written.
+        """
+        train = self.config.train
+        evaluates = due(train.eval_every, self.step) and self.step < self.plan.total_steps
+        is_best = evaluates and self.note_best(self.evaluate())
+        if due(train.checkpoint_every, self.step) or is_best:
+            self.save_checkpoint()
+
+    def stop_if_asked(self) -> None:
+        """Leave a checkpoint and end, if any rank was asked to stop before the last step. A collective.
+
+        Raises:
+            Stopped: on every rank.
+            UserError: on every rank, when the checkpoint cannot be written: the run's state is lost.
+        """
+        if not self.stop.agreed or self.step >= self.plan.total_steps:
+            return
+        place = f"stopped on request after step {self.step} of {self.plan.total_steps}"
+        if self.save_checkpoint():
+            raise Stopped(place)
+        newest = self.checkpoints.newest
+        lost = f"all after checkpoint {newest}" if newest else "all, as there is no checkpoint,"
+        raise UserError(
+            f"{place}, but the checkpoint cannot be written "
+            f"to {str(self.record.folder)!r}: {lost} is lost; make room there, then resume (--resume)"
+        )
 
     def evaluate(self) -> dict[str, float]:
         """Metrics on the development split; empty without one."""
@@ -137,38 +226,13 @@ class Run:
         """Write ``checkpoints/step-…``; whether one of this step is there. A collective; rank 0 writes."""
         with self.record.phase("checkpointing"):
             state = self.engine.gather()
-            if self.tracker is not None:
-                self.tracker.synchronize(self.engine.world)
+            self.ranks.synchronize(self.engine.world)
             if self.is_main:
                 self.record.flush()  # the lines up to this step are what a run that resumes from it does not write
-                self._write_checkpoint(state)
-                newest = complete_checkpoints(self.record.folder / "checkpoints")
-                self.newest_checkpoint = newest[-1].name if newest else None
-            self.newest_checkpoint = self.engine.world.broadcast(self.newest_checkpoint)
-        return self.newest_checkpoint == checkpoint_dir(Path(), self.step).name
-
-    def _write_checkpoint(self, state: TrainState) -> None:
-        """Write a checkpoint and prune the others; on rank 0. Where it cannot be written, the run goes on without."""
-        root = self.record.folder / "checkpoints"
-        best_kept = self.best_kept
-        if self.best is not None and self.best["step"] == self.step:
-            self.best_kept = Path(self.best["checkpoint"]).name
-        try:
-            write_checkpoint(checkpoint_dir(root, self.step), state, self.state_dict())
-        except WRITE_ERRORS as error:
-            self.best_kept = best_kept
-            newest = complete_checkpoints(root)
-            log.warning(
-                "the checkpoint of step %d cannot be written (%s); the run goes on, its newest checkpoint is %s",
-                self.step,
-                error,
-                newest[-1].name if newest else "none",
-            )
-            return
-        try:
-            prune(root, keep=self.config.train.checkpoint_keep, protect={self.best_kept} if self.best_kept else set())
-        except OSError as error:
-            log.warning("older checkpoints cannot be removed (%s)", error)
+                is_best = self.best is not None and self.best["step"] == self.step
+                self.checkpoints.write(self.step, state, self.state_dict(), is_best=is_best)
+            self.checkpoints.newest = self.engine.world.broadcast(self.checkpoints.newest)
+        return self.checkpoints.newest == checkpoint_dir(Path(), self.step).name
 
     def write_on_main(self, what: str, write: Callable[[], object]) -> None:
         """Let rank 0 write. A collective.
@@ -189,9 +253,10 @@ class Run:
         """Write ``adapter/``, plain PEFT. A collective; rank 0 writes."""
         folder = self.record.folder / "adapter"
         values = {name: entry.value for name, entry in self.engine.gather().params.items()}
+        kind = adapter_type(self.config.adapter.type)
 
         def write() -> None:
-            save_adapter(self.engine.module, values, folder, base_name=self.config.model.name_or_path)
+            kind.save(self.engine.module, values, folder, base_name=self.config.model.name_or_path)
             self.task.tokenizer.save_pretrained(str(folder))
 
         self.write_on_main(f"the adapter, {str(folder)!r},", write)
@@ -201,101 +266,36 @@ class Run:
         """All that changes during a run, beside parameters and moments: JSON values and tensors."""
         return {
             "step": self.step,
-            "events": self.events,
-            "sampler": self.sampler.state_dict(),
+            "selector": self.selector.state_dict(),
+            "controller": self.ranks.state_dict(),
             "ranks": current_ranks(self.engine.module),
             "initial_ranks": self.initial_ranks,
-            "first_quality": self.first_quality,
             "best": self.best,
-            "best_kept": self.best_kept,
+            "best_kept": self.checkpoints.best,
             "nonfinite": self.nonfinite.count,
             "loss_scaler": self.engine.scaler_state(),
             "metrics_before": self.metrics_before,
             "seen": torch.from_numpy(self.seen.view(np.uint8)),
-            "tracker": self.tracker.state_dict() if self.tracker else None,
-            "scorer": self.scorer.state_dict() if self.scorer else None,
             "config": self.config.model_dump(mode="json"),
-            "data": self.task.digest("train"),
+            "data": self.task.digest(),
             "seconds": dict(self.record.seconds),
         }
 
     def load_state_dict(self, tree: dict[str, Any]) -> None:
         """Continue from a checkpoint; parameters, moments and ranks are already in the engine."""
-        self.step = tree["sampler"]["start"]
         self.seen[:] = tree["seen"].numpy()
-        if self.scorer is not None and tree["scorer"]["table"] is not None:
-            with self.engine.world.together():
-                self.scorer.load_state_dict(tree["scorer"])
-            self.draw_by_scores()
-        self.sampler.load_state_dict(tree["sampler"])
-        self.step, self.events = tree["step"], tree["events"]
-        self.first_quality, self.best, self.best_kept = tree["first_quality"], tree["best"], tree["best_kept"]
+        self.selector.load_state_dict(tree["selector"])
+        self.ranks.load_state_dict(tree["controller"])
+        self.step, self.best, self.checkpoints.best = tree["step"], tree["best"], tree["best_kept"]
         self.nonfinite.count = tree["nonfinite"]
         self.engine.load_scaler_state(tree["loss_scaler"])
         self.metrics_before, self.initial_ranks = tree["metrics_before"], tree["initial_ranks"]
-        if self.tracker is not None:
-            self.tracker.load_state_dict(tree["tracker"])
         self.record.seconds.update(tree["seconds"])
         self.write_on_main(
             f"{str(self.record.folder)!r}", lambda: self.record.rewind(self.step, last_step=self.plan.total_steps)
         )
 
-    def score(self, *, refresh: bool = False) -> ScoreTable:
-        """Score the pool, or a share of S, and draw by the new scores from the next step on. A collective."""
-        assert self.scorer is not None
-        with self.record.phase("scoring"):
-            table = self.scorer.score(self.engine.module, refresh=refresh, model_key=self.model_key())
-            self._use_scores(table)
-        return table
 
-    def take_scores(self, table: ScoreTable, seconds: float) -> bool:
-        """Draw by the scores of another model's pass, which took ``seconds``; whether a checkpoint holds them. A
-        collective."""
-        assert self.scorer is not None
-        self.scorer.adopt(table)
-        self.first_quality = table.mean_quality()
-        self.record.seconds["scoring"] = self.record.seconds.get("scoring", 0.0) + seconds
-        self._use_scores(table)
-        if not self.metrics_before:  # here, or a run killed between this checkpoint and the next would do it again
-            self.metrics_before = self.evaluate()
-        return self.save_checkpoint()
-
-    def _use_scores(self, table: ScoreTable) -> None:
-        """Draw by the scorer's new table, and write it."""
-        assert self.scorer is not None
-        self.draw_by_scores()
-        if self.is_main:
-            try:
-                self.write_scores()
-            except WRITE_ERRORS as error:  # for people; the run has it in its checkpoints
-                log.warning("the scores cannot be written (%s); the run goes on", error)
-
-    def write_scores(self) -> None:
-        """Write the scorer's table to ``scores/``. On rank 0."""
-        assert self.scorer is not None and self.scorer.table is not None
-        self.scorer.table.write(self.record.folder / "scores", self.scorer.sample_ids)
-
-    def model_key(self) -> str:
-        """Says which weights the model has: the base by its name, what is trained by a digest. A collective."""
-        digest = hashlib.sha256()
-        for name, entry in sorted(self.engine.gather().params.items()):
-            digest.update(name.encode())
-            digest.update(entry.value.numpy().tobytes())
-        model = self.config.model
-        return f"{model.name_or_path} {model.dtype} {model.quantization} {digest.hexdigest()}"
-
-    def draw_by_scores(self) -> None:
-        """Draw from S by p, as the scores in force say (Algorithm 1, lines 4 and 9). A collective.
-
-        Raises:
-            UserError: the disk of TMPDIR has no room, on any rank.
-        """
-        assert self.scorer is not None
-        with self.engine.world.together():
-            del self.sampler  # large pools have room on disk for one
-            self.importance = None
-            chosen, weights = self.scorer.draws()
-            self.use_samples(chosen, weights)
-            if self.config.sampling.unbiased:
-                self.importance = filled(self.plan.pool_size, np.float64, 1.0)
-                self.importance[chosen] = importance_weights(weights, self.config.sampling.max_weight)
+def due(every: int | None, step: int) -> bool:
+    """Whether something that happens every ``every`` steps happens after ``step``."""
+    return every is not None and step % every == 0

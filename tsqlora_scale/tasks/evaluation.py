@@ -43,7 +43,7 @@ def evaluate(
         for number in range(per_rank):
             start = (number * world.size + world.rank) * batch_size
             indices = order[start : start + batch_size] if start < total else order[:1]
-            predicted = task.predict(module, task.batch("dev", indices).to(world.device), synced=world.size > 1)
+            predicted = task.predict(module, task.batch(indices, split="dev").to(world.device), synced=world.size > 1)
             if start < total:
                 rows.append(indices)
                 predictions.extend(predicted)
@@ -53,4 +53,4 @@ def evaluate(
     mine = (np.concatenate(rows) if rows else np.empty(0, dtype=np.int64), predictions)
     everything = {int(i): p for ids, preds in world.gather_objects(mine) for i, p in zip(ids, preds, strict=True)}
     rows_in_order = range(total)
-    return task.metrics([everything[i] for i in rows_in_order], task.references("dev", rows_in_order))
+    return task.metrics([everything[i] for i in rows_in_order], task.references(rows_in_order, split="dev"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import datasets
@@ -12,8 +12,9 @@ import pyarrow.compute as pc
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from tsqlora_scale.common.disk_arrays import allocate, blocks, counts
+from tsqlora_scale.common.disk_arrays import blocks, counts, new_array
 from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.config.extensions import load_extension
 from tsqlora_scale.config.schema import TaskConfig
 from tsqlora_scale.tasks.batch import Batch
 from tsqlora_scale.tasks.losses import loss_terms
@@ -34,6 +35,9 @@ ROWS = 2**16
 class Task:
     """Rows in, batches and per-sample losses out; predictions in, metrics out. Holds no state that changes.
 
+    Its training split is the :class:`~tsqlora_scale.quality.pool.Pool` that a selector chooses from, and what every
+    method takes where no other split is named.
+
     Attributes:
         train: the pool, memory-mapped, with a ``sample_id`` column.
         dev: the held-out set, likewise, or None.
@@ -49,15 +53,20 @@ class Task:
         if data.dev is not None:
             self._views["dev"] = data.dev.select_columns(objective.columns)
 
+    def __len__(self) -> int:
+        """Samples of the pool."""
+        return len(self.train)
+
+    @property
+    def sample_ids(self) -> Sequence[str]:
+        """Names of the pool's samples, in order, read as they are asked for."""
+        ids: Sequence[str] = self.train["sample_id"]
+        return ids
+
     @property
     def auto_class(self) -> Any:
         """The transformers auto class that loads the model."""
         return self._objective.auto_class
-
-    @property
-    def model_kwargs(self) -> dict[str, Any]:
-        """Arguments of ``from_pretrained`` that the task decides: size and kind of the head, class names."""
-        return self._objective.model_kwargs
 
     @property
     def peft_task_type(self) -> str:
@@ -74,29 +83,40 @@ class Task:
         """Whether more of :attr:`best_metric` is better."""
         return METRICS[self.best_metric].higher_is_better
 
-    def batch(self, split: SplitName, indices: Indices, *, max_length: int | None = None) -> Batch:
+    def batch(self, rows: Indices, *, split: SplitName = "train", max_length: int | None = None) -> Batch:
         """Tokenise rows and pad them to the longest.
 
         Args:
+            rows: B >= 1 rows of the split, in any order, repeats allowed.
             split: ``train`` or ``dev``.
-            indices: B >= 1 rows of the split, in any order, repeats allowed.
             max_length: a limit in tokens in place of ``task.max_length``, if smaller.
         """
         limit = self._cfg.max_length if max_length is None else min(max_length, self._cfg.max_length)
-        inputs, targets = self._objective.collate(self._rows(split, indices), limit)
-        return Batch(inputs, targets, np.array(indices, dtype=np.int64))
+        inputs, targets = self._objective.collate(self._rows(split, rows), limit)
+        return Batch(inputs, targets, np.array(rows, dtype=np.int64))
 
-    def losses(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    def held_out_batches(self, size: int, *, max_length: int | None = None) -> Iterator[Batch]:
+        """The development split in batches of ``size``, in order; nothing without one."""
+        total = 0 if self.dev is None else len(self.dev)
+        for start in range(0, total, size):
+            yield self.batch(np.arange(start, min(start + size, total)), split="dev", max_length=max_length)
+
+    def losses(self, module: Any, batch: Batch) -> Tensor:
+        """Every sample's own mean loss, (B,) float32, with a graph: a forward of ``module`` on the batch."""
+        sums, counts = self.loss_sums(module(**batch.inputs), batch)
+        return sums / counts
+
+    def loss_sums(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         """Summed loss and number of loss terms of every sample, (B,) float32 each.
 
         The loss of sample i is their ratio: cross-entropy, squared error, or mean cross-entropy over its own
-        target tokens (METHOD 0). Their sums over an optimizer step, divided, are the step's loss, however the
+        target tokens (docs/method.md). Their sums over an optimizer step, divided, are the step's loss, however the
         step is cut into batches.
         """
         return self._objective.losses(outputs.logits, batch.targets)
 
     def loss_terms(self, batch: Batch) -> Tensor:
-        """Number of loss terms of every sample (B,) float32, as :meth:`losses` counts them, before any forward."""
+        """Number of loss terms of every sample (B,) float32, as :meth:`loss_sums` counts them, before any forward."""
         return loss_terms(batch.targets)
 
     def predict(self, module: Any, batch: Batch, *, synced: bool) -> list[Any]:
@@ -110,18 +130,18 @@ class Task:
         """
         return self._objective.predict(module, batch, synced=synced)
 
-    def references(self, split: SplitName, indices: Indices) -> list[Any]:
+    def references(self, rows: Indices, *, split: SplitName = "train") -> list[Any]:
         """The right answers of some rows: class ids, numbers or texts (whole, however short the targets are cut)."""
-        return self._rows(split, indices)[self._objective.answer]
+        return self._rows(split, rows)[self._objective.answer]
 
-    def answer(self, split: SplitName, index: int) -> str:
+    def answer(self, row: int, *, split: SplitName = "train") -> str:
         """The right answer of a row, for tables: a class's name, a number, or the target text."""
-        (answer,) = self.references(split, [index])
+        (answer,) = self.references([row], split=split)
         if isinstance(self._cfg.labels, list):
             return self._cfg.labels[int(answer)]
         return " ".join(str(answer).split())
 
-    def digest(self, split: SplitName) -> str:
+    def digest(self, split: SplitName = "train") -> str:
         """A digest of every row's text and answer, in order. Taken once."""
         if split in self._digests:
             return self._digests[split]
@@ -137,22 +157,23 @@ class Task:
         """``task.metrics`` of all predictions of a split, as fractions (not times 100)."""
         return compute_metrics(self._cfg.metrics, predictions, references, num_labels=self._cfg.num_labels)
 
-    def lengths(self, split: SplitName) -> np.ndarray:
+    def lengths(self, split: SplitName = "train") -> np.ndarray:
         """Characters of input text of every row of a split, (N,) int32: enough to put rows of a length together."""
         names = [name for key, name in text_columns(self._cfg).items() if key != "task.target"]
         view = self._views[split].select_columns(names).with_format("arrow")
-        lengths = allocate(len(view), np.int32)
+        lengths = new_array(len(view), np.int32)
         for block in blocks(len(view), ROWS):
             table = view[block]
             lengths[block] = np.stack([pc.utf8_length(table[name]).to_numpy() for name in names]).sum(axis=0)
         return lengths
 
-    def strata(self, split: SplitName) -> np.ndarray:
-        """The class of every row of a split as numbers from 0 without gaps, (N,) int32; classification only."""
-        assert self._cfg.type == "classification", self._cfg.type
+    def strata(self) -> np.ndarray | None:
+        """The class of every sample of the pool as numbers from 0 without gaps, (N,) int32; None without classes."""
+        if self._cfg.type != "classification":
+            return None
         answer = self._objective.answer
-        view = self._views[split].select_columns([answer]).with_format("arrow")
-        labels = allocate(len(view), np.int32)
+        view = self._views["train"].select_columns([answer]).with_format("arrow")
+        labels = new_array(len(view), np.int32)
         for block in blocks(len(view), ROWS):
             labels[block] = view[block][answer].to_numpy()
         present = np.flatnonzero(counts(labels))
@@ -160,9 +181,9 @@ class Task:
             labels[block] = np.searchsorted(present, labels[block])
         return labels
 
-    def preview(self, split: SplitName, index: int) -> str:
+    def preview(self, row: int, *, split: SplitName = "train") -> str:
         """One sample's text on one line, for tables."""
-        (text,) = self._objective.preview(self._rows(split, [index]))
+        (text,) = self._objective.preview(self._rows(split, [row]))
         return " ".join(text.split())
 
     def _rows(self, split: SplitName, indices: Indices) -> Rows:
@@ -178,16 +199,29 @@ def build_task(cfg: TaskConfig, data: Data, tokenizer: PreTrainedTokenizerBase, 
     Raises:
         UserError: the model cannot do the task, or takes fewer tokens than its lengths say.
     """
-    objective = objective_class(cfg.type)(cfg, tokenizer, model_config)
+    objective = objective_class(cfg)(cfg, tokenizer, model_config)
     check_lengths(cfg, tokenizer, model_config)
     return Task(cfg, data, tokenizer, objective)
 
 
-def objective_class(task_type: str) -> Any:
-    """The implementation of :class:`Objective` for a task type."""
-    return {"seq2seq": Seq2SeqObjective, "causal": CausalObjective}.get(task_type, LabelObjective)
+def objective_class(cfg: TaskConfig) -> Any:
+    """The implementation of :class:`.Objective`: ``task.objective``, or that of the task's type.
+
+    Raises:
+        UserError: an extension that cannot be imported, or is no objective.
+    """
+    if cfg.objective is None:
+        return {"seq2seq": Seq2SeqObjective, "causal": CausalObjective}.get(cfg.type, LabelObjective)
+    found = load_extension(cfg.objective, key="task.objective")
+    missing = [m for m in ("auto_class", "peft_task_type", "collate", "losses", "predict") if not hasattr(found, m)]
+    if missing:
+        raise UserError(
+            f"task.objective={cfg.objective!r}: is no objective, it lacks {', '.join(missing)}; derive it from one of "
+            "tsqlora_scale.tasks.objectives"
+        )
+    return found
 
 
-def auto_class_of(task_type: str) -> Any:
-    """The transformers auto class that loads models for a task type."""
-    return objective_class(task_type).auto_class
+def auto_class_of(cfg: TaskConfig) -> Any:
+    """The transformers auto class that loads models for a task."""
+    return objective_class(cfg).auto_class

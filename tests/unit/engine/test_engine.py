@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from tests.tiny import tiny_model
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.schema import AdapterConfig, ModelConfig, TrainConfig
-from tsqlora_scale.engine.engine import Engine, generator_for
+from tsqlora_scale.common.random_streams import generator_for
+from tsqlora_scale.engine.engine import Engine
 from tsqlora_scale.engine.start import start_accelerator
 from tsqlora_scale.engine.train_state import ParamState, TrainState
 from tsqlora_scale.model.adapters.lora import add_adapter, heads_of, load_base, lora_layers, resolve_targets, skeleton

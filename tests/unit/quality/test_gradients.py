@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from tests.reference.quality import score_one_by_one
-from tests.unit.quality.toys import KINDS, Batch, Pool, lora_model
-from tsqlora_scale.model.adapters.lora import lora_layers
-from tsqlora_scale.quality.gradients.per_sample import PerSampleGradients, theta_modules
+from tests.unit.quality.toys import KINDS, Batch, RandomPool, lora_model
+from tsqlora_scale.model.adapters.lora import lora_layers, theta_modules
+from tsqlora_scale.quality.gradients.per_sample import PerSampleGradients
 from tsqlora_scale.ranks import current_ranks, set_ranks
 
 ALL = np.arange(5)
@@ -33,8 +33,8 @@ def assert_same_gradients(found, expected, rtol=1e-4):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_batched_gradients_equal_autograd(kind, tiny_folder):
-    model, pool = lora_model(kind, tiny_folder), Pool(kind, 5)
-    with PerSampleGradients(model) as gradients:
+    model, pool = lora_model(kind, tiny_folder), RandomPool(kind, 5)
+    with PerSampleGradients(model, theta_modules(model)) as gradients:
         losses, found = gradients.per_sample(pool.losses, pool.batch(ALL))
     expected = reference(model, pool)
     assert gradients.batchless is None
@@ -46,7 +46,7 @@ def test_batched_gradients_equal_autograd(kind, tiny_folder):
 @pytest.mark.parametrize("kind", ["bert", "deberta", "bart"])
 def test_layers_of_rank_0_have_no_gradient_and_change_no_other(kind, removed, tiny_folder):
     """The first layers among them, and one or the other of DeBERTa's query and key, which see the positions."""
-    model, pool = lora_model(kind, tiny_folder), Pool(kind, 5)
+    model, pool = lora_model(kind, tiny_folder), RandomPool(kind, 5)
     set_ranks(model, {name: 3 * (i % 3 != removed) for i, name in enumerate(current_ranks(model))})
     torch.manual_seed(0)
     for layer in lora_layers(model).values():
@@ -54,7 +54,7 @@ def test_layers_of_rank_0_have_no_gradient_and_change_no_other(kind, removed, ti
             for linear in factors.values():
                 nn.init.normal_(linear.weight, std=0.1)
     expected = reference(model, pool)
-    with PerSampleGradients(model) as gradients:
+    with PerSampleGradients(model, theta_modules(model)) as gradients:
         losses, found = gradients.per_sample(pool.losses, pool.batch(ALL))
         assert gradients.batchless is None
         with gradients.stepped(found, 0.1):
@@ -65,28 +65,28 @@ def test_layers_of_rank_0_have_no_gradient_and_change_no_other(kind, removed, ti
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "mpnet"])  # which has no checkpointing
 def test_gradient_checkpointing_changes_nothing(kind, tiny_folder):
-    model, pool = lora_model(kind, tiny_folder), Pool(kind, 5)
+    model, pool = lora_model(kind, tiny_folder), RandomPool(kind, 5)
     expected = reference(model, pool)
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    with PerSampleGradients(model) as gradients:
+    with PerSampleGradients(model, theta_modules(model)) as gradients:
         assert_same_gradients(gradients.per_sample(pool.losses, pool.batch(ALL))[1], expected)
 
 
 @pytest.mark.parametrize("kind", ["mpnet", "bert", "deberta"])
 def test_head_is_included_on_demand(kind, tiny_folder):
-    model, pool = lora_model(kind, tiny_folder), Pool(kind, 5)
+    model, pool = lora_model(kind, tiny_folder), RandomPool(kind, 5)
     expected = reference(model, pool, include_head=True)
     assert any("modules_to_save" in name and name.endswith("bias") for name in expected.shapes)
-    with PerSampleGradients(model, include_head=True) as gradients:
+    with PerSampleGradients(model, theta_modules(model, include_head=True)) as gradients:
         assert_same_gradients(gradients.per_sample(pool.losses, pool.batch(ALL))[1], expected)
 
 
 def test_positions_without_the_batch_get_it(tiny_folder):
-    model, pool = lora_model("deberta", tiny_folder), Pool("deberta", 5)
+    model, pool = lora_model("deberta", tiny_folder), RandomPool("deberta", 5)
     positions = []
     query = model.base_model.model.deberta.encoder.layer[0].attention.self.query_proj
     handle = query.register_forward_hook(lambda _, args, output: positions.append((args[0].shape[0], len(output))))
-    with PerSampleGradients(model) as gradients:
+    with PerSampleGradients(model, theta_modules(model)) as gradients:
         gradients.per_sample(pool.losses, pool.batch(ALL))
         assert gradients.batchless is None
         whole = gradients.total(pool.losses, pool.batch(ALL))[1]
@@ -114,17 +114,17 @@ def test_a_batchless_call_of_another_kind_is_recognised():
 
     model = get_peft_model(Table(), LoraConfig(r=2, target_modules=["proj"], init_lora_weights=False))
     batch = Batch({"ids": torch.arange(6).reshape(3, 2)}, torch.zeros(3))
-    with PerSampleGradients(model) as gradients:
+    with PerSampleGradients(model, theta_modules(model)) as gradients:
         gradients.per_sample(lambda m, b: m(**b.inputs), batch)
     assert "proj" in gradients.batchless
 
 
 @pytest.mark.parametrize("kind", ["bert", "deberta", "t5"])
 def test_each_sample_sees_its_own_step(kind, tiny_folder):
-    model, pool = lora_model(kind, tiny_folder), Pool(kind, 5)
+    model, pool = lora_model(kind, tiny_folder), RandomPool(kind, 5)
     before = copy.deepcopy(model.state_dict())
     batch = pool.batch(ALL)
-    with PerSampleGradients(model, include_head=kind != "t5") as gradients:
+    with PerSampleGradients(model, theta_modules(model, include_head=kind != "t5")) as gradients:
         losses, found = gradients.per_sample(pool.losses, batch)
         with gradients.stepped(found, 0.1):
             after = pool.losses(model, batch)
@@ -156,7 +156,7 @@ def test_calls_of_one_module_are_summed_and_unused_factors_left_out():
         model = get_peft_model(TwoCalls(), LoraConfig(r=2, target_modules=["proj", "unused"], init_lora_weights=False))
         x = torch.randn(4, 5, 6)
     batch = Batch({"x": x}, torch.zeros(4))
-    with PerSampleGradients(model) as gradients:
+    with PerSampleGradients(model, theta_modules(model)) as gradients:
         _, found = gradients.per_sample(lambda m, b: m(**b.inputs), batch)
     assert found
     assert not any("unused" in name for name in found)
@@ -177,7 +177,7 @@ def snapshot(model):
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_module_is_left_as_it_was(fails, tiny_folder):
-    model, pool = lora_model("bert", tiny_folder), Pool("bert", 5)
+    model, pool = lora_model("bert", tiny_folder), RandomPool("bert", 5)
     model.base_model.model.bert.pooler.eval()  # mixed modes come back as they were
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -192,10 +192,10 @@ def test_the_module_is_left_as_it_was(fails, tiny_folder):
         return pool.losses(module, batch)
 
     if fails:
-        with pytest.raises(ArithmeticError), PerSampleGradients(model) as gradients:
+        with pytest.raises(ArithmeticError), PerSampleGradients(model, theta_modules(model)) as gradients:
             gradients.per_sample(losses, pool.batch(ALL))
     else:
-        with torch.no_grad(), PerSampleGradients(model) as gradients:
+        with torch.no_grad(), PerSampleGradients(model, theta_modules(model)) as gradients:
             gradients.per_sample(losses, pool.batch(ALL))
     after = snapshot(model)
     assert before[:2] == after[:2]
@@ -207,10 +207,10 @@ def test_the_module_is_left_as_it_was(fails, tiny_folder):
 
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.bfloat16, 0.1), (torch.float16, 0.02)])
 def test_half_precision_bases(dtype, rtol, tiny_folder):
-    pool = Pool("llama", 5)
+    pool = RandomPool("llama", 5)
     model = lora_model("llama", tiny_folder, dtype=dtype)
     tiny_loss = 1e-4  # of float16's smallest numbers: without a scale the gradients would vanish
-    with PerSampleGradients(model) as gradients:
+    with PerSampleGradients(model, theta_modules(model)) as gradients:
         _, found = gradients.per_sample(lambda m, b: pool.losses(m, b).float() * tiny_loss, pool.batch(ALL))
         assert gradients.rounding == torch.finfo(dtype).eps
     expected = reference(model, pool)
@@ -227,9 +227,9 @@ def test_four_bit_base(tiny_folder):
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32,
         llm_int8_skip_modules=["classifier", "pooler"],
     )  # fmt: skip
-    model, pool = lora_model("bert", tiny_folder, quantization_config=quantization), Pool("bert", 5)
+    model, pool = lora_model("bert", tiny_folder, quantization_config=quantization), RandomPool("bert", 5)
     batch = pool.batch(ALL)
-    with PerSampleGradients(model) as gradients:
+    with PerSampleGradients(model, theta_modules(model)) as gradients:
         _, found = gradients.per_sample(pool.losses, batch)
     assert found.keys() == {f"{name}.weight" for name in theta_modules(model)}
     model.eval()

@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.reference import pools
-from tests.unit.quality.toys import Pool, lora_model, scorer
+from tests.unit.quality.toys import RandomPool, lora_model, scorer
 from tests.unit.quality.world_worker import train_a_little
 from tsqlora_scale.common import disk_arrays
-from tsqlora_scale.common.random_streams import gumbel, philox, share_of
+from tsqlora_scale.quality.draws.subset import share_of
+from tsqlora_scale.common.random_streams import gumbel, philox
 from tsqlora_scale.config.schema import SamplingConfig
 from tsqlora_scale.engine.collectives import World
 from tsqlora_scale.quality import BatchSampler, ScoreTable, importance_weights, select_subset
@@ -64,16 +65,17 @@ def assert_identical(one: ScoreTable, other: ScoreTable, rtol: float = 0) -> Non
 )
 def test_passes_tables_and_draws(scoring, sampling, strata, block, large, tiny_folder, tmp_path):
     """To the bit; in blocks up to the last bit of Q, whose product with the weights is rounded by a row's place."""
-    model, pool = lora_model("bert", tiny_folder), Pool("bert", 40)
+    model, pool = lora_model("bert", tiny_folder), RandomPool("bert", 40)
     moved, ids = train_a_little(model), [f"sample {i}" for i in range(40)]
+    pool.ids = ids
     with_nan = train_a_little(model)
 
     def life(folder: Path) -> tuple:
-        made = scorer(pool, sampling=sampling, ids=ids, **{"shard_size": 9, "refresh_fraction": 0.6} | scoring)
+        made = scorer(pool, sampling=sampling, **{"shard_size": 9, "refresh_fraction": 0.6} | scoring)
         made.strata = None if strata is None else np.resize(strata, 40).astype(np.int32)
         first = made.score(model)
         second = made.score(moved, refresh=True)
-        again = scorer(pool, sampling=sampling, ids=ids, **{"shard_size": 9, "refresh_fraction": 0.6} | scoring)
+        again = scorer(pool, sampling=sampling, **{"shard_size": 9, "refresh_fraction": 0.6} | scoring)
         again.strata = made.strata
         again.load_state_dict(made.state_dict())
         third = again.score(with_nan, refresh=True)
@@ -100,7 +102,7 @@ def test_passes_tables_and_draws(scoring, sampling, strata, block, large, tiny_f
 
 
 def test_a_sample_that_is_not_finite(large, tiny_folder):
-    model, pool = lora_model("bert", tiny_folder), Pool("bert", 25)
+    model, pool = lora_model("bert", tiny_folder), RandomPool("bert", 25)
     bad = 7
     pool.tokens = [np.where(tokens == bad, 5, tokens) for tokens in pool.tokens]
     for sample in (2, 6, 7, 20, 24):
@@ -186,7 +188,7 @@ def test_constants_are_the_same_however_the_rows_are_cut(size, block, seed):
 def test_a_disk_without_room_is_named(large, tiny_folder, tmp_path, monkeypatch):
     from tsqlora_scale.common.errors import UserError
 
-    model, pool = lora_model("bert", tiny_folder), Pool("bert", 9)
+    model, pool = lora_model("bert", tiny_folder), RandomPool("bert", 9)
     large()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
     with pytest.raises(UserError, match="TMPDIR"):

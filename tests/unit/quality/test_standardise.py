@@ -18,7 +18,7 @@ from tsqlora_scale.config.schema import ScoringConfig
 from tsqlora_scale.engine.collectives import World
 from tsqlora_scale.quality.scores import equations
 from tsqlora_scale.quality.scores.equations import (
-    PRESETS,
+    TERM_WEIGHTS,
     Standardisation,
     log_probabilities,
     log_sum_exp,
@@ -127,11 +127,11 @@ def test_a_term_without_spread_counts_zero_until_it_spreads():
 
 
 def test_presets_keep_all_three_terms_and_weights_override_them():
-    for name, preset in PRESETS.items():
+    for name, preset in TERM_WEIGHTS.items():
         assert all(weight > 0 for weight in preset)
         assert sum(preset) == pytest.approx(1)
         assert term_weights(ScoringConfig(preset=name)).tolist() == list(preset)
-    assert PRESETS["paper"] == (1 / 3, 1 / 3, 1 / 3)
+    assert TERM_WEIGHTS["paper"] == (1 / 3, 1 / 3, 1 / 3)
     assert term_weights(ScoringConfig(preset="paper", weights=[1, -2, 0])).tolist() == [1, -2, 0]
 
 
@@ -144,3 +144,19 @@ def test_the_gate_counts_only_against():
     np.testing.assert_allclose(found[:, :2], linear.z(terms)[:, :2])
     np.testing.assert_allclose(found[:, 2], np.array([0, 0, -0.2, -0.4]) / terms[:, 2].std())
     assert (Standardisation(gate=True).z(terms) == 0).all(), "nothing is known before the first pass"
+
+
+@settings(max_examples=50)
+@given(st.integers(2, 40), st.integers(0, 2**31), st.floats(0.05, 5.0))
+def test_the_equations_to_the_letter(size: int, seed: int, tau: float) -> None:
+    """Of one pass, one stratum and one rank, without a gate, quality and log p are Eq. 1 and 2 as they are written."""
+    generator = np.random.default_rng(seed)
+    terms, weights = generator.normal(size=(size, 3)), generator.normal(size=3)
+    constants = Standardisation()
+    constants.fit(lambda: [terms])
+    found = equations.quality(terms, constants, weights)
+    np.testing.assert_allclose(found, equations.equation_1(terms, weights), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(found, quality(terms, weights), rtol=1e-12, atol=1e-12)
+    p = np.exp(log_probabilities(found, tau, World()))
+    np.testing.assert_allclose(p, equations.equation_2(found, tau), rtol=1e-9)
+    np.testing.assert_allclose(p, probabilities(found, tau), rtol=1e-9)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelF
 from tests.tiny import VOCAB, tiny_model
 from tsqlora_scale.config.schema import SamplingConfig, ScoringConfig
 from tsqlora_scale.engine.collectives import World
+from tsqlora_scale.model.adapters.lora import theta_modules
 from tsqlora_scale.quality import QualityScorer
 
 TARGETS = {
@@ -42,8 +45,11 @@ class Batch:
     def size(self) -> int:
         return len(self.labels)
 
+    def to(self, device: object) -> Batch:
+        return self
 
-class Pool:
+
+class RandomPool:
     """``size`` random samples of 3 to 12 tokens, padded per batch, for a model ``kind``."""
 
     def __init__(self, kind: str, size: int, seed: int = 0) -> None:
@@ -54,14 +60,29 @@ class Pool:
         self.targets = [generator.integers(5, VOCAB, generator.integers(2, 7)) for _ in range(size)]
         self.labels = generator.integers(0, 2, size)
         self.ids = [f"sample-{i}" for i in range(size)]
+        #: Of ``convergence: target``.
+        self.held_out: list[Batch] = []
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def lengths(self, indices: np.ndarray) -> np.ndarray:
-        return np.array([len(self.tokens[i]) for i in indices])
+    @property
+    def sample_ids(self) -> list[str]:
+        return self.ids
 
-    def batch(self, indices: np.ndarray) -> Batch:
+    def digest(self) -> str:
+        return ""
+
+    def lengths(self) -> np.ndarray:
+        return np.array([len(tokens) for tokens in self.tokens])
+
+    def strata(self) -> np.ndarray:
+        return self.labels
+
+    def held_out_batches(self, size: int, *, max_length: int | None = None) -> Iterator[Batch]:
+        return iter(self.held_out)
+
+    def batch(self, indices: np.ndarray, *, max_length: int | None = None) -> Batch:
         tokens = _pad([self.tokens[i] for i in indices], 0)
         mask = _pad([np.ones_like(self.tokens[i]) for i in indices], 0)
         inputs = {"input_ids": tokens, "attention_mask": mask}
@@ -112,30 +133,24 @@ def lora_model(kind: str, folder: Path, *, r: int = 3, **options: object) -> nn.
 
 
 def scorer(
-    pool: Pool,
+    pool: RandomPool,
     *,
     world: World | None = None,
     seed: int = 0,
     eta: float = 0.1,
     sampling: dict | None = None,
-    ids: list[str] | None = None,
-    target: list[Batch] | None = None,
     parts_folder: Path | None = None,
-    refuses_parts: bool = False,
     **scoring: object,
 ) -> QualityScorer:
     """A scorer of ``pool`` with small defaults."""
+    section = ScoringConfig(**{"batch_size": 4, "sketch_dim": 64} | scoring)
     return QualityScorer(
-        ScoringConfig(**{"batch_size": 4, "sketch_dim": 64} | scoring),
+        section,
         SamplingConfig(**sampling or {}),
+        pool=pool,
+        theta=partial(theta_modules, include_head=section.include_head),
+        world=world or World(),
         seed=seed,
         eta=eta,
-        sample_ids=ids or pool.ids,
-        world=world or World(),
-        batch_of=pool.batch,
-        losses=pool.losses,
-        target_batches=None if target is None else lambda: target,
-        length_of=pool.lengths,
         parts_folder=parts_folder,
-        refuses_parts=refuses_parts,
     )

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tests.unit.quality.toys import Pool, lora_model, scorer
+from tests.unit.quality.toys import RandomPool, lora_model, scorer
 from tsqlora_scale.common import disk_arrays
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.engine.collectives import World
@@ -42,9 +42,10 @@ def train_a_little(model: nn.Module, scale: float = 0.05) -> nn.Module:
 def tables(case: str, folder: Path, world: World) -> list[ScoreTable]:
     """The table of a full pass and of a refresh."""
     kind, size, options = CASES[case]
-    model, pool, held_out = lora_model(kind, folder), Pool(kind, size), Pool(kind, 5, seed=1)
+    model, pool, held_out = lora_model(kind, folder), RandomPool(kind, size), RandomPool(kind, 5, seed=1)
     target = [held_out.batch(np.arange(5)[i : i + 2]) for i in (0, 2, 4)]
-    made = scorer(pool, world=world, sampling={"keep_fraction": 0.6}, refresh_fraction=0.5, target=target, **options)
+    pool.held_out = target
+    made = scorer(pool, world=world, sampling={"keep_fraction": 0.6}, refresh_fraction=0.5, **options)
     return [made.score(model), made.score(train_a_little(model), refresh=True)]
 
 
@@ -76,7 +77,7 @@ def run_rank_without_room(rank: int, size: int, folder: Path) -> None:
     os.posix_fallocate = reserved
     meeting = dist.FileStore(str(folder / f"store-{size}"), size)
     dist.init_process_group("gloo", store=meeting, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=20))
-    model, pool = lora_model("bert", folder), Pool("bert", 5)
+    model, pool = lora_model("bert", folder), RandomPool("bert", 5)
     ends: list[str] = []
     for fills_in in ("first", "refresh"):
         count = 0

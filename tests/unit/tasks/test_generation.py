@@ -39,8 +39,8 @@ def test_the_target_is_not_seen(kind: str, make_task: Make, models: Callable[[st
     texts = []
     for targets in (TARGETS, OTHERS):
         task, model = build(kind, targets, make_task, models)
-        texts.append(task.predict(model, task.batch("dev", range(3)), synced=False))
-        assert task.references("dev", range(3)) == [t.strip() if t != OTHERS[0] else t for t in targets]
+        texts.append(task.predict(model, task.batch(range(3), split="dev"), synced=False))
+        assert task.references(range(3), split="dev") == [t.strip() if t != OTHERS[0] else t for t in targets]
     assert texts[0] == texts[1]
     assert any(texts[0])
 
@@ -48,14 +48,14 @@ def test_the_target_is_not_seen(kind: str, make_task: Make, models: Callable[[st
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_changes_nothing(kind: str, make_task: Make, models: Callable[[str], Path]) -> None:
     task, model = build(kind, TARGETS, make_task, models)
-    together = task.predict(model, task.batch("dev", [1, 2, 0]), synced=False)
-    one_by_one = [task.predict(model, task.batch("dev", [i]), synced=False)[0] for i in (1, 2, 0)]
+    together = task.predict(model, task.batch([1, 2, 0], split="dev"), synced=False)
+    one_by_one = [task.predict(model, task.batch([i], split="dev"), synced=False)[0] for i in (1, 2, 0)]
     assert together == one_by_one
 
 
 def test_causal_prompts_move_to_the_right(make_task: Make, models: Callable[[str], Path]) -> None:
     task, _ = build("llama", TARGETS, make_task, models)
-    batch = task.batch("dev", range(3))
+    batch = task.batch(range(3), split="dev")
     assert isinstance(task._objective, CausalObjective)
     prompts = task._objective.prompts_only(batch)
     for i in range(3):
@@ -69,7 +69,7 @@ def test_causal_prompts_move_to_the_right(make_task: Make, models: Callable[[str
 
 def test_one_beam_is_greedy_search(make_task: Make, models: Callable[[str], Path]) -> None:
     task, model = build("llama", TARGETS, make_task, models, num_beams=1)
-    batch = task.batch("dev", range(3))
+    batch = task.batch(range(3), split="dev")
     expected = []
     for i in range(3):
         length = int((batch.targets[i] != IGNORED).int().argmax())
@@ -86,7 +86,7 @@ def test_the_models_own_settings_do_not_interfere(
     kind: str, own: dict[str, Any], make_task: Make, models: Callable[[str], Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     task, model = build(kind, TARGETS, make_task, models, num_beams=1)
-    batch = task.batch("dev", range(3))
+    batch = task.batch(range(3), split="dev")
     expected = task.predict(model, batch, synced=False)
     model.generation_config.update(**own)
     transformers.utils.logging.enable_propagation()
@@ -103,7 +103,7 @@ def test_the_models_own_settings_do_not_interfere(
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_peft_model_generates_too(kind: str, make_task: Make, models: Callable[[str], Path]) -> None:
     task, model = build(kind, TARGETS, make_task, models)
-    batch = task.batch("dev", range(3))
+    batch = task.batch(range(3), split="dev")
     expected = task.predict(model, batch, synced=False)
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", task_type=task.peft_task_type))
     assert task.predict(adapted.eval(), batch, synced=False) == expected  # B is zero
@@ -112,5 +112,5 @@ def test_a_peft_model_generates_too(kind: str, make_task: Make, models: Callable
 def test_answers_are_no_longer_than_asked(make_task: Make, models: Callable[[str], Path]) -> None:
     for kind in KINDS:
         task, model = build(kind, TARGETS, make_task, models, max_target_length=3)
-        texts = task.predict(model, task.batch("dev", range(3)), synced=False)
+        texts = task.predict(model, task.batch(range(3), split="dev"), synced=False)
         assert all(len(text.split()) <= 3 for text in texts)

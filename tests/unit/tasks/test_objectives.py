@@ -73,14 +73,14 @@ class TestLosses:
     def test_do_not_depend_on_the_batch(self, kind: str, make_task: Make, models: Callable[[str], Path]) -> None:
         task, model = build(kind, make_task, models)
         rows = np.array([2, 0, 1, 2])
-        together = sample_losses(task, model, task.batch("train", rows))
-        one_by_one = torch.cat([sample_losses(task, model, task.batch("train", [i])) for i in rows])
+        together = sample_losses(task, model, task.batch(rows))
+        one_by_one = torch.cat([sample_losses(task, model, task.batch([i])) for i in rows])
         torch.testing.assert_close(together, one_by_one, atol=1e-5, rtol=1e-5)
 
     def test_sum_to_the_models_own_loss(self, kind: str, make_task: Make, models: Callable[[str], Path]) -> None:
         """Same rows repeated: nothing is padded, and the model's own mean is over all terms of the batch."""
         task, model = build(kind, make_task, models)
-        batch = task.batch("train", [0, 0, 0])
+        batch = task.batch([0, 0, 0])
         with torch.no_grad():
             sums, counts = task.losses(model(**batch.inputs), batch)
             inputs = {n: t for n, t in batch.inputs.items() if n != "decoder_input_ids"}
@@ -89,7 +89,7 @@ class TestLosses:
 
     def test_have_gradients(self, kind: str, make_task: Make, models: Callable[[str], Path]) -> None:
         task, model = build(kind, make_task, models)
-        batch = task.batch("train", [0, 1])
+        batch = task.batch([0, 1])
         sums, _ = task.losses(model(**batch.inputs), batch)
         inputs, labels = alone(batch, 1)
         own = model(**inputs, labels=labels).loss * task.loss_terms(batch)[1]
@@ -104,7 +104,7 @@ class TestLosses:
         self, kind: str, make_task: Make, models: Callable[[str], Path]
     ) -> None:
         task, model = build(kind, make_task, models)
-        batch = task.batch("train", [0, 1])
+        batch = task.batch([0, 1])
         outputs = model(**batch.inputs)
         outputs.logits = outputs.logits.detach().bfloat16()
         rounded, _ = task.losses(outputs, batch)
@@ -116,7 +116,7 @@ class TestLosses:
 @pytest.mark.parametrize("kind", KINDS)
 def test_batches(kind: str, make_task: Make, models: Callable[[str], Path]) -> None:
     task, _ = build(kind, make_task, models)
-    batch = task.batch("train", np.array([2, 0]))
+    batch = task.batch(np.array([2, 0]))
     assert batch.size == 2
     assert batch.indices.tolist() == [2, 0]
     assert "labels" not in batch.inputs
@@ -130,10 +130,10 @@ def test_batches(kind: str, make_task: Make, models: Callable[[str], Path]) -> N
 
 def test_classes(make_task: Make, models: Callable[[str], Path]) -> None:
     task, model = build("bert", make_task, models)
-    batch = task.batch("dev", [0, 1, 2])
+    batch = task.batch([0, 1, 2], split="dev")
     assert batch.targets.tolist() == [1, 0, 1]
     assert batch.targets.dtype == torch.int64
-    assert task.references("dev", [2, 1]) == [1, 0]
+    assert task.references([2, 1], split="dev") == [1, 0]
     with torch.no_grad():
         logits = model(**batch.inputs).logits
     assert task.predict(model, batch, synced=False) == logits.argmax(-1).tolist()
@@ -145,34 +145,34 @@ def test_classes(make_task: Make, models: Callable[[str], Path]) -> None:
 
 def test_numbers(make_task: Make, models: Callable[[str], Path]) -> None:
     task, model = build("mpnet", make_task, models)
-    batch = task.batch("train", [0, 1])
+    batch = task.batch([0, 1])
     assert batch.targets.tolist() == [4.5, -0.25]
     assert batch.targets.dtype == torch.float32
     predicted = task.predict(model, batch, synced=False)
     assert all(type(value) is float for value in predicted)
     sums, _ = task.losses(model(**batch.inputs), batch)
     assert sums.tolist() == pytest.approx([(p - t) ** 2 for p, t in zip(predicted, [4.5, -0.25], strict=True)])
-    assert task.references("train", [1]) == [-0.25]
+    assert task.references([1]) == [-0.25]
     assert model.config.problem_type == "regression"
     assert model.config.num_labels == 1
 
 
 def test_pairs_are_told_apart(make_task: Make, models: Callable[[str], Path]) -> None:
     task, _ = build("deberta", make_task, models)
-    ids = task.batch("train", [1]).inputs["input_ids"][0].tolist()
+    ids = task.batch([1]).inputs["input_ids"][0].tolist()
     assert task.tokenizer.decode(ids) == "<s> bad </s> awful and dull plot </s>"
-    assert task.preview("train", 1) == "bad | awful and dull plot"
+    assert task.preview(1) == "bad | awful and dull plot"
 
 
 def test_sources_and_targets(make_task: Make, models: Callable[[str], Path]) -> None:
     task, _ = build("t5", make_task, models)
-    batch = task.batch("train", [2, 1])
+    batch = task.batch([2, 1])
     decode = task.tokenizer.decode
     assert decode(batch.inputs["input_ids"][0]).startswith("<s> story of a lovely scene </s>")
     assert decode(batch.targets[0][batch.targets[0] != IGNORED]) == "<s> lovely </s>"
     assert decode(batch.inputs["decoder_input_ids"][0]).split()[:3] == ["<pad>", "<s>", "lovely"]
-    assert task.references("train", [2, 1]) == ["lovely", "bad plot with a weak ending and dull music"]
-    assert task.preview("train", 2) == "a lovely scene -> lovely"
+    assert task.references([2, 1]) == ["lovely", "bad plot with a weak ending and dull music"]
+    assert task.preview(2) == "a lovely scene -> lovely"
     assert task.peft_task_type == "SEQ_2_SEQ_LM"
 
 
@@ -188,7 +188,7 @@ def test_a_class_head_on_a_decoder_gets_a_pad_id(
     task = build_task(cfg, load_data(cfg, seed=0), tokenizer, config)
     assert task.model_kwargs["pad_token_id"] == tokenizer.eos_token_id
     model = task.auto_class.from_config(AutoConfig.from_pretrained(models("llama"), **task.model_kwargs)).eval()
-    batch = task.batch("train", range(4))
+    batch = task.batch(range(4))
     torch.testing.assert_close(sample_losses(task, model, batch), mean_losses(model, batch), atol=1e-5, rtol=1e-5)
 
 
@@ -197,10 +197,10 @@ def test_lengths(kind: str, make_task: Make) -> None:
     limits = {"max_length": 12, "max_target_length": 5}
     task = make_task(kind, KINDS[kind][0] | limits, KINDS[kind][1].replace("the ", "the the the the the the the the "))
     rows = range(len(task.train))
-    assert task.batch("train", rows).inputs["input_ids"].shape[1] == 12
-    assert task.batch("train", rows, max_length=8).inputs["input_ids"].shape[1] == 8
-    assert task.batch("train", rows, max_length=99).inputs["input_ids"].shape[1] == 12
-    targets = task.batch("train", rows).targets
+    assert task.batch(rows).inputs["input_ids"].shape[1] == 12
+    assert task.batch(rows, max_length=8).inputs["input_ids"].shape[1] == 8
+    assert task.batch(rows, max_length=99).inputs["input_ids"].shape[1] == 12
+    targets = task.batch(rows).targets
     if targets.dim() == 2:
         assert (targets != IGNORED).sum(1).tolist() == [min(5, int(n)) for n in (targets != IGNORED).sum(1)]
         assert (targets != IGNORED).any(1).all()
@@ -252,4 +252,4 @@ def test_no_dev_split(tmp_path: Path, models: Callable[[str], Path], make_task: 
     task = build_task(cfg, load_data(cfg, seed=0), tokenizer, AutoConfig.from_pretrained(models("bert")))
     assert task.dev is None
     with pytest.raises(UserError, match=r"task.dataset.dev_file is not set"):
-        task.batch("dev", [0])
+        task.batch([0], split="dev")

@@ -1,4 +1,4 @@
-"""Minibatches of S as a pure function of the step (METHOD 1; Algorithm 1, line 9)."""
+"""Minibatches of S as a pure function of the step (Algorithm 1, lines 4 and 9)."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tsqlora_scale.common.disk_arrays import allocate, blocks
+from tsqlora_scale.common.disk_arrays import blocks, new_array
 
 #: Attempts of a draw within its class; each fails with probability at most 1/2.
 ATTEMPTS = 40
@@ -36,9 +36,9 @@ class DyadicClasses:
         self._sizes = np.array([counts[exponent] for exponent in descending], dtype=np.int64)
         self._starts = np.cumsum(self._sizes) - self._sizes
         total = int(self._sizes.sum())
-        self._members = allocate(total, np.int64)
+        self._members = new_array(total, np.int64)
         # the weight relative to its class's upper end, in [1/2, 1)
-        self._accept = allocate(total, np.float64)
+        self._accept = new_array(total, np.float64)
         ends = dict(zip(descending, self._starts.tolist(), strict=True))
         sums = dict.fromkeys(descending, 0.0)
         for block in blocks(len(weights)):

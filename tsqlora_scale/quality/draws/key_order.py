@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from tsqlora_scale.common.disk_arrays import BLOCK, allocate, blocks
+from tsqlora_scale.common.disk_arrays import BLOCK, blocks, new_array
 
 #: Bins that :class:`Order` counts keys in, as a power of two, and samples that it sorts at once.
 BITS, WINDOW = 20, 2 * BLOCK
@@ -67,7 +67,7 @@ def smallest(keys: np.ndarray, count: int) -> np.ndarray:
 
 def _members(keys: np.ndarray, last: np.ndarray, left: np.ndarray, strata: np.ndarray | None) -> np.ndarray:
     """Keys before ``last`` of their stratum, and the first ``left`` of those that are equal to it."""
-    member = allocate(len(keys), bool)
+    member = new_array(len(keys), bool)
     for block in blocks(len(keys)):
         numbers, of = descending(keys[block]), stratum_of(strata, block)
         member[block] = numbers < last[of]

@@ -1,13 +1,14 @@
-"""Which samples of the pool are trained on (METHOD 1; Algorithm 1, line 4)."""
+"""Which samples of the pool are trained on (Algorithm 1, line 4)."""
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 
 import numpy as np
 
-from tsqlora_scale.common.disk_arrays import allocate, blocks, counts, filled
-from tsqlora_scale.common.random_streams import gumbel, philox, share_of
+from tsqlora_scale.common.disk_arrays import blocks, counts, filled, new_array
+from tsqlora_scale.common.random_streams import gumbel, philox
 from tsqlora_scale.config.schema import SamplingConfig
 from tsqlora_scale.quality.draws.key_order import largest, stratum_of
 
@@ -39,6 +40,11 @@ def select_subset(
     return largest(keys, quotas(sizes, share_of(sampling.keep_fraction, size)), strata)
 
 
+def share_of(fraction: float, total: int) -> int:
+    """``ceil(fraction * total)`` with the fraction as written: 0.07 of 100 is 7, though 0.07 * 100 > 7 in floats."""
+    return math.ceil(Fraction(repr(float(fraction))) * total)
+
+
 def quotas(sizes: np.ndarray, total: int) -> np.ndarray:
     """``total`` places among strata of ``sizes`` by their shares, largest remainders first, ties to the earlier."""
     exact = [Fraction(int(size) * total, int(sizes.sum())) for size in sizes]
@@ -55,7 +61,7 @@ def renormalised(weights: np.ndarray, strata: np.ndarray | None, sizes: np.ndarr
         strata: of the samples, (n,); None is one group.
         sizes: samples of the pool in every stratum.
     """
-    scaled = allocate(len(weights), np.float64)
+    scaled = new_array(len(weights), np.float64)
     if strata is None:
         np.divide(weights, weights.sum(), out=scaled)
         return scaled
@@ -77,7 +83,7 @@ def importance_weights(probabilities: np.ndarray, cut: float) -> np.ndarray:
     Args:
         probabilities: of the samples drawn from, (n,), of sum 1.
     """
-    weights = allocate(len(probabilities), np.float64)
+    weights = new_array(len(probabilities), np.float64)
     np.multiply(probabilities, len(probabilities), out=weights)
     with np.errstate(divide="ignore"):
         np.divide(1.0, weights, out=weights)

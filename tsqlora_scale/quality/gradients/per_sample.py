@@ -1,4 +1,4 @@
-"""Exact per-sample gradients of the LoRA factors, a batch at a time (METHOD 1).
+"""Exact per-sample gradients of the LoRA factors, a batch at a time.
 
 For a linear module the gradient of sample ``i`` is ``sum_t delta_it x_it^T``, with ``x`` the module's input and
 ``delta`` the gradient of its output. Both are seen by hooks on the adapter's own small modules; no weight is ever
@@ -10,54 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal
 
 import torch
-from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from tsqlora_scale.model.adapters.lora import ADAPTER, has_factors, lora_layers
 from tsqlora_scale.quality.gradients.batchless import NoSecondBatch, give_batch, same_mark
-
-
-class BatchLike(Protocol):
-    """What scoring needs to know of a batch."""
-
-    @property
-    def size(self) -> int:
-        """Number of samples."""
-        ...
-
-
-Batch = TypeVar("Batch", bound=BatchLike)
-#: ``losses(module, batch) -> (batch.size,)``: every sample's own mean loss, with a graph.
-LossFn = Callable[[nn.Module, Batch], Tensor]
+from tsqlora_scale.quality.pool import BatchT, LossFn
 
 #: half-precision gradients underflow below 6e-8; a power of two costs no digits
 FP16_LOSS_SCALE = 2.0**10
-
-
-def theta_modules(module: nn.Module, *, include_head: bool = False) -> dict[str, nn.Linear]:
-    """The linear modules whose parameters make theta, by name, sorted.
-
-    The two factors of every adapted layer and, with ``include_head``, the linear modules inside PEFT's
-    ``modules_to_save`` copies (weights and biases).
-    """
-    found: dict[str, nn.Module] = {}
-    for name, layer in lora_layers(module).items():
-        if has_factors(layer):
-            found[f"{name}.lora_A.{ADAPTER}"] = layer.lora_A[ADAPTER]
-            found[f"{name}.lora_B.{ADAPTER}"] = layer.lora_B[ADAPTER]
-    if include_head:
-        for name, wrapper in module.named_modules():
-            if isinstance(wrapper, ModulesToSaveWrapper) and ADAPTER in wrapper.modules_to_save:
-                for inner, part in wrapper.modules_to_save[ADAPTER].named_modules():
-                    if isinstance(part, nn.Linear):
-                        found[".".join(filter(None, (name, "modules_to_save", ADAPTER, inner)))] = part
-    assert found, "no adapted layer to take gradients of"
-    linear = {name: part for name, part in sorted(found.items()) if isinstance(part, nn.Linear)}
-    assert linear.keys() == found.keys(), f"not linear: {sorted(found.keys() - linear.keys())}"
-    return linear
 
 
 class PerSampleGradients:
@@ -71,6 +33,10 @@ class PerSampleGradients:
 
     Memory: ``batch * |theta|`` float32 numbers.
 
+    Args:
+        module: the model.
+        theta: its linear modules whose parameters make theta, by name, sorted.
+
     Attributes:
         batchless: name of the first module that was called with an input without the batch's dimension and could
             not be given it (see :mod:`.batchless`); None while there was none. Its output
@@ -79,13 +45,13 @@ class PerSampleGradients:
             may be used.
     """
 
-    def __init__(self, module: nn.Module, *, include_head: bool = False) -> None:
+    def __init__(self, module: nn.Module, theta: Mapping[str, nn.Linear]) -> None:
         engine = isinstance(module, nn.parallel.DistributedDataParallel) or type(module).__name__ == "DeepSpeedEngine"
         assert not engine, "scoring goes through the unwrapped model, never through the engine"
         self.module = module
         self.batchless: str | None = None
         self._early: bool | None = None  # whether the model has batchless calls; not known before the first batch
-        self._theta = theta_modules(module, include_head=include_head)
+        self._theta = theta
         self._mode: Literal["idle", "collect", "shift"] = "idle"
         self._size = 0
         self._gradients: dict[str, Tensor] = {}
@@ -125,7 +91,7 @@ class PerSampleGradients:
             self._undo.pop()()
         self._gradients = {}
 
-    def per_sample(self, losses: LossFn[Batch], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def per_sample(self, losses: LossFn[BatchT], batch: BatchT) -> tuple[Tensor, dict[str, Tensor]]:
         """Losses (B,) and every sample's own gradient, by parameter name in sorted order, float32.
 
         Weights have shape (B, d_out, d_in), which is (B, r, d_in) for ``lora_A`` and (B, d_out, r) for ``lora_B``;
@@ -134,7 +100,7 @@ class PerSampleGradients:
         """
         return self._run(losses, batch, batch.size)
 
-    def total(self, losses: LossFn[Batch], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def total(self, losses: LossFn[BatchT], batch: BatchT) -> tuple[Tensor, dict[str, Tensor]]:
         """Losses (B,) and the gradient of their sum, shapes as in :meth:`per_sample` with 1 for B.
 
         Right for every model; for a batch of one it is that sample's gradient.
@@ -165,7 +131,7 @@ class PerSampleGradients:
             yield
         self._early = bool(self._early)
 
-    def _run(self, losses: LossFn[Batch], batch: Batch, rows: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def _run(self, losses: LossFn[BatchT], batch: BatchT, rows: int) -> tuple[Tensor, dict[str, Tensor]]:
         assert self._undo, "use inside 'with'"
         self._mode, self._size, self._gradients = "collect", rows, {}
         self._held.clear()

@@ -1,4 +1,4 @@
-"""A random projection of per-sample gradients that keeps inner products (METHOD 1)."""
+"""A random projection of per-sample gradients that keeps inner products."""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""From three raw terms to one quality score and a sampling probability (paper 2.1, Eq. 1 and 2)."""
+"""Eq. 1 and 2 of the paper: from three raw terms to one quality, and from that to a sampling probability (2.1).
+
+:func:`equation_1` and :func:`equation_2` say what is meant; :func:`quality` and :func:`log_probabilities` compute it
+over a pool of any size, in blocks, on any number of ranks, with constants that are kept from pass to pass.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tsqlora_scale.common.disk_arrays import allocate, blocks, counts
+from tsqlora_scale.common.disk_arrays import blocks, counts, new_array
 from tsqlora_scale.config.schema import ScoringConfig
 from tsqlora_scale.engine.collectives import World
 from tsqlora_scale.quality.draws.key_order import stratum_of
@@ -16,38 +20,9 @@ from tsqlora_scale.quality.draws.key_order import stratum_of
 #: (alpha_1, alpha_2, alpha_3) of gradient norm, loss reduction and convergence.
 #:
 #: ``paper`` is Eq. 1 with equal weights. ``aligned``, the default, leads with the convergence term, because norm and
-#: loss reduction are large on mislabelled samples and nearly one term (correlation 0.90 to 0.98). Measured on
-#: movie_snippets with 20 % of the labels flipped (MiniLM, r 8, lr 1e-3, batch 32, tau 0.7, 960 samples, draws
-#: stratified by label, two seeds): sampling mass on the flipped ones, whose share is 0.22,
-#:
-#: ===============  =============  ==============  ===============
-#: weights          mean gradient  after 60 steps  after 150 steps
-#: ===============  =============  ==============  ===============
-#: paper            plain          0.39, 0.29      0.40, 0.41
-#: paper            unit           0.31, 0.28      0.29, 0.29
-#: (0.1, 0.1, 0.8)  plain          0.16, 0.12      0.33, 0.31
-#: (0.1, 0.1, 0.8)  unit           0.10, 0.10      0.10, 0.09
-#: (0, 0, 1)        plain          0.12, 0.08      0.30, 0.27
-#: (0, 0, 1)        unit           0.07, 0.07      0.07, 0.06
-#: ===============  =============  ==============  ===============
-#:
-#: 150 steps are more than one pass over that pool. By then the clean samples' gradients have shrunk and the flipped
-#: ones dominate the plain mean; in the mean of gradients of unit length they stay a minority.
-#:
-#: Little mass on wrong labels is not yet a better model. Preferring what agrees with the mean leaves fewer samples in
-#: effect (900 to 2,700 of 4,000) and takes hard ones out with the wrong ones. So by default the term is a gate: it
-#: counts against samples that pull against the mean, and is equal for all others (2,800 to 3,500 in effect). Accuracy
-#: on 1,000 sentences, movie_snippets, 4,000 samples, 160 steps, ranks fixed, first-order scores refreshed six times,
-#: two seeds (``benchmarks/noise.py train``):
-#:
-#: ============================  =====================  =====================
-#: draws                         clean labels           20 % flipped
-#: ============================  =====================  =====================
-#: uniform (``method: lora``)    0.821 (0.828, 0.813)   0.802 (0.804, 0.799)
-#: (0.1, 0.1, 0.8), linear       0.802 (0.799, 0.805)   0.757 (0.770, 0.744)
-#: (0.1, 0.1, 0.8), gate         0.828 (0.825, 0.831)   0.780 (0.778, 0.781)
-#: ============================  =====================  =====================
-PRESETS: dict[str, tuple[float, float, float]] = {"paper": (1 / 3, 1 / 3, 1 / 3), "aligned": (0.1, 0.1, 0.8)}
+#: loss reduction are large on mislabelled samples and nearly one term (correlation 0.90 to 0.98); see
+#: docs/results.md, "Weights of the terms".
+TERM_WEIGHTS: dict[str, tuple[float, float, float]] = {"paper": (1 / 3, 1 / 3, 1 / 3), "aligned": (0.1, 0.1, 0.8)}
 
 CLIP = 3.0
 #: values that are summed up at once
@@ -58,7 +33,37 @@ NO_SPREAD = 1e-6
 
 def term_weights(scoring: ScoringConfig) -> np.ndarray:
     """(alpha_1, alpha_2, alpha_3): ``scoring.weights``, or those of ``scoring.preset``."""
-    return np.asarray(PRESETS[scoring.preset] if scoring.weights is None else scoring.weights, dtype=np.float64)
+    return np.asarray(TERM_WEIGHTS[scoring.preset] if scoring.weights is None else scoring.weights, dtype=np.float64)
+
+
+def equation_1(terms: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Eq. 1 to the letter: ``Q_i = alpha_1 z(G_i) + alpha_2 z(dL_i) + alpha_3 z(dC_i)``, (n,) float64.
+
+    The reference of :class:`Standardisation` and :func:`quality`, of one pass without a gate, in memory.
+
+    Args:
+        terms: gradient norm, loss reduction and convergence of the samples, (n, 3), finite.
+        weights: (alpha_1, alpha_2, alpha_3).
+    """
+    z = (terms - terms.mean(axis=0)) / terms.std(axis=0)
+    scores: np.ndarray = np.clip(z, -CLIP, CLIP) @ weights
+    return scores
+
+
+def equation_2(qualities: np.ndarray, tau: float) -> np.ndarray:
+    """Eq. 2 to the letter: ``p_i = exp(Q_i / tau) / sum_j exp(Q_j / tau)``, (n,) float64.
+
+    The reference of :func:`log_probabilities`, of one stratum, on one rank, in memory.
+    """
+    scores = np.exp(qualities / tau)
+    shares: np.ndarray = scores / scores.sum()
+    return shares
+
+
+def quality(terms: np.ndarray, standardisation: Standardisation, weights: np.ndarray) -> np.ndarray:
+    """Q (n,) of raw terms (n, 3): Eq. 1 with the constants of the first pass, and with the gate if there is one."""
+    scores: np.ndarray = standardisation.z(terms) @ weights
+    return scores
 
 
 class Standardisation:
@@ -87,8 +92,8 @@ class Standardisation:
         from block to block, so the constants are the same to the bit however the rows are cut.
         """
         mean = mean_of(terms())
-        variance = mean_of((some - mean) ** 2 for some in terms())
-        largest = np.max([np.abs(some).max(axis=0, initial=0) for some in terms()], axis=0)
+        variance = mean_of((block - mean) ** 2 for block in terms())
+        largest = np.max([np.abs(block).max(axis=0, initial=0) for block in terms()], axis=0)
         std = np.sqrt(variance)
         fresh = (self.std == 0) & (std > NO_SPREAD * largest)
         self.mean = np.where(fresh, mean, self.mean)
@@ -115,9 +120,9 @@ def mean_of(rows: Iterable[np.ndarray]) -> np.ndarray:
     """Mean (k,) of rows that are given in blocks (n, k); ``np.mean(..., axis=0)`` of all of them, to the bit."""
     total: np.ndarray | None = None
     size = 0
-    for some in rows:  # the rows are added one after another, as numpy does along the first axis
-        total = np.add.reduce(some if total is None else np.concatenate([total[None], some]), axis=0)
-        size += len(some)
+    for block in rows:  # the rows are added one after another, as numpy does along the first axis
+        total = np.add.reduce(block if total is None else np.concatenate([total[None], block]), axis=0)
+        size += len(block)
     assert total is not None and size > 0
     mean: np.ndarray = total / size
     return mean
@@ -145,8 +150,8 @@ def log_sum_exp(values: np.ndarray, strata: np.ndarray | None, count: int, world
     peaks = world.max(torch.from_numpy(peaks)).numpy()
     sums = np.zeros((len(cut), count))
     for number in mine:
-        of = stratum_of(strata, cut[number])
-        sums[number] = np.bincount(of, np.exp(values[cut[number]] - peaks[of]), minlength=count)
+        group = stratum_of(strata, cut[number])
+        sums[number] = np.bincount(group, np.exp(values[cut[number]] - peaks[group]), minlength=count)
     sums = world.sum(torch.from_numpy(sums)).numpy()
     with np.errstate(divide="ignore"):  # an empty stratum: log 0
         total: np.ndarray = peaks + np.log(sums.sum(axis=0))
@@ -167,7 +172,7 @@ def log_probabilities(quality: np.ndarray, tau: float, world: World, strata: np.
     """
     sizes = np.array([len(quality)]) if strata is None else counts(strata)
     with world.together():
-        log_p = allocate(len(quality), np.float64)
+        log_p = new_array(len(quality), np.float64)
     np.divide(quality, tau, out=log_p)
     shifts = np.log(sizes / len(quality)) - log_sum_exp(log_p, strata, len(sizes), world)
     for block in blocks(len(log_p)):

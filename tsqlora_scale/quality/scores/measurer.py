@@ -1,4 +1,4 @@
-"""One scoring pass: loss, gradient norm, loss reduction and sketch of every sample (METHOD 1)."""
+"""One scoring pass: loss, gradient norm, loss reduction and sketch of every sample (paper 2.1)."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ from tsqlora_scale.quality.gradients.batch_memory import (
     is_out_of_memory,
     reuse_freed_memory,
 )
-from tsqlora_scale.quality.gradients.per_sample import Batch, LossFn, PerSampleGradients
+from tsqlora_scale.quality.gradients.per_sample import PerSampleGradients
 from tsqlora_scale.quality.gradients.sketch import Sketch
-from tsqlora_scale.quality.scores.score_parts import Rows
+from tsqlora_scale.quality.pool import BatchT, Pool
+from tsqlora_scale.quality.scores.score_parts import PassPart
 
 log = logging.getLogger("tsqlora_scale")
 
@@ -36,7 +37,7 @@ NOISE_ROUNDINGS = 16
 PROBE = 4
 
 
-class Measurer(Generic[Batch]):
+class Measurer(Generic[BatchT]):
     """Measures the samples of a pass, shard by shard.
 
     A shard is cut into batches that do not depend on the number of ranks; the ranks take them in turn, so that every
@@ -57,17 +58,18 @@ class Measurer(Generic[Batch]):
         self,
         scoring: ScoringConfig,
         *,
+        pool: Pool[BatchT],
+        theta: Callable[[nn.Module], dict[str, nn.Linear]],
         seed: int,
         eta: float,
         world: World,
-        batch_of: Callable[[np.ndarray], Batch],
-        losses: LossFn[Batch],
     ) -> None:
         self.scoring = scoring
         self.eta = eta
         self.world = world
-        self.batch_of = batch_of
-        self.losses = losses
+        self.pool = pool
+        self.losses = pool.losses
+        self._theta = theta
         self.one_at_a_time: bool | None = None
         self.batch_size: int | None = None if scoring.batch_size == "auto" else scoring.batch_size
         self._sketch = Sketch(scoring.sketch_dim, seed=seed)
@@ -80,7 +82,7 @@ class Measurer(Generic[Batch]):
         """Around the shards of a pass: ``module`` is in evaluation mode and no parameter requires grad."""
         if self.world.device.type == "cpu":
             reuse_freed_memory()
-        with PerSampleGradients(module, include_head=self.scoring.include_head) as gradients:
+        with PerSampleGradients(module, self._theta(module)) as gradients:
             self._gradients = gradients
             try:
                 yield
@@ -89,7 +91,7 @@ class Measurer(Generic[Batch]):
 
     def measure(
         self, indices: np.ndarray, *, exact: bool, progress: Callable[[int], None] | None = None
-    ) -> Rows | None:
+    ) -> PassPart | None:
         """Measure the samples at pool ``indices``. Collective; rank 0 gets the rows, in that order, others None.
 
         ``exact`` takes the loss reduction by a second forward, otherwise it is ``eta * grad_norm**2``.
@@ -108,7 +110,7 @@ class Measurer(Generic[Batch]):
             rows = self._shard(gradients, indices, exact, progress)
         return rows
 
-    def mean_sketch(self, batches: Iterable[Batch]) -> Tensor:
+    def mean_sketch(self, batches: Iterable[BatchT]) -> Tensor:
         """Sketch (sketch_dim,) float64 of the mean gradient over ``batches``, the same on every rank. Collective.
 
         Every rank gets the same batches and takes every world-size-th. A batch whose gradient is not finite is
@@ -122,7 +124,9 @@ class Measurer(Generic[Batch]):
         total = torch.zeros(self.scoring.sketch_dim + 1, dtype=torch.float64)
         iterator = iter(batches)
         while group := list(islice(iterator, self.world.size)):
-            mine = group[min(self.world.rank, len(group) - 1)]  # the same number of forwards on every rank
+            mine = group[min(self.world.rank, len(group) - 1)].to(
+                self.world.device
+            )  # the same number of forwards on every rank
             sketch = self._sketch(gradients.total(self.losses, mine)[1])[0].double().cpu()
             if self.world.rank < len(group) and bool(sketch.isfinite().all()):
                 total[:-1] += sketch
@@ -134,6 +138,10 @@ class Measurer(Generic[Batch]):
                 "give a development set or set scoring.convergence=alignment"
             )
         return total[:-1] / total[-1]
+
+    def _batch(self, rows: np.ndarray) -> BatchT:
+        batch: BatchT = self.pool.batch(rows, max_length=self.scoring.max_length).to(self.world.device)
+        return batch
 
     def state_dict(self) -> dict[str, Any]:
         """The decisions."""
@@ -149,7 +157,7 @@ class Measurer(Generic[Batch]):
         indices: np.ndarray,
         exact: bool,
         progress: Callable[[int], None] | None,
-    ) -> Rows | None:
+    ) -> PassPart | None:
         size = 1 if self.one_at_a_time else self.batch_size
         assert size is not None
         batches = [indices[start : start + size] for start in range(0, len(indices), size)]
@@ -168,7 +176,7 @@ class Measurer(Generic[Batch]):
         of_batches = [batch for rank in found for batch in rank]
         drawn, values, sketches = (np.concatenate(column) for column in zip(*of_batches, strict=True))
         order = np.argsort(drawn, kind="stable")[np.argsort(np.argsort(indices, kind="stable"), kind="stable")]
-        return Rows(drawn[order], values[order], sketches[order], gradients.rounding, size)
+        return PassPart(drawn[order], values[order], sketches[order], gradients.rounding, size)
 
     def _within_memory(self, gradients: PerSampleGradients, chunk: np.ndarray, exact: bool) -> tuple[Tensor, Tensor]:
         """:meth:`_chunk`, in smaller pieces once an allocation has failed on this rank."""
@@ -191,7 +199,7 @@ class Measurer(Generic[Batch]):
 
     def _chunk(self, gradients: PerSampleGradients, chunk: np.ndarray, exact: bool) -> tuple[Tensor, Tensor]:
         """(B, 3) float64 of loss, norm and loss reduction, and sketches (B, sketch_dim), on the CPU."""
-        batch = self.batch_of(chunk)
+        batch = self._batch(chunk)
         before, of_theta = gradients.per_sample(self.losses, batch)
         assert of_theta, "the loss does not depend on any adapter"
         norms = [torch.linalg.vector_norm(g, dim=tuple(range(1, g.dim()))) for g in of_theta.values()]
@@ -207,7 +215,7 @@ class Measurer(Generic[Batch]):
 
     def _fitting_batch_size(self, gradients: PerSampleGradients, indices: np.ndarray) -> int:
         """``scoring.batch_size: auto``: what the longest samples of the shard leave room for. Collective."""
-        probe = self.batch_of(indices[-PROBE:])  # a shard is sorted by length
+        probe = self._batch(indices[-PROBE:])  # a shard is sorted by length
         of_theta: dict[str, Tensor] = {}
         kept = bytes_kept(gradients.module, lambda: of_theta.update(gradients.per_sample(self.losses, probe)[1]))
         own = sum(g.numel() * g.element_size() for g in of_theta.values())
@@ -223,7 +231,7 @@ class Measurer(Generic[Batch]):
         if min(self.batch_size, len(indices)) == 1:
             return None
         chunk = indices[[0, -1]]  # the shortest and the longest
-        gradients.per_sample(self.losses, self.batch_of(chunk))
+        gradients.per_sample(self.losses, self._batch(chunk))
         batchless, gradients.batchless = gradients.batchless, None
         if self._on_any_rank(batchless is not None):
             if self.world.is_main:

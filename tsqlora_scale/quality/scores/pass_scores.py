@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tsqlora_scale.common.disk_arrays import allocate, blocks, taken
-from tsqlora_scale.quality.scores.equations import Standardisation, mean_of
+from tsqlora_scale.common.disk_arrays import blocks, new_array, taken
+from tsqlora_scale.quality.scores.equations import Standardisation, mean_of, quality
 from tsqlora_scale.quality.scores.measurer import NOISE_ROUNDINGS
 from tsqlora_scale.quality.scores.score_table import NEVER, ScoreTable
 
@@ -104,13 +104,13 @@ class PassScores:
         Args:
             before: the table of the earlier passes.
         """
-        quality = self.table.quality
+        qualities = self.table.quality
         worst = np.inf if before is None else before.quality.min()
         for block, inside in self.blocks():
-            quality[block][inside] = standardisation.z(self.terms(block, inside)) @ weights
-            worst = np.minimum(worst, quality[block][finite[block]].min(initial=np.inf))
+            qualities[block][inside] = quality(self.terms(block, inside), standardisation, weights)
+            worst = np.minimum(worst, qualities[block][finite[block]].min(initial=np.inf))
         for block, inside in self.blocks():
-            quality[block][inside[~finite[block][inside]]] = worst
+            qualities[block][inside[~finite[block][inside]]] = worst
 
     def give_rest_the_mean(self, finite: np.ndarray) -> None:
         """Let samples that no pass has scored carry the means of the ``finite`` ones.
@@ -130,7 +130,7 @@ class PassScores:
 
     def _where(self, names: tuple[str, ...]) -> np.ndarray:
         """Which samples the pass has scored with finite numbers in all columns ``names``, (N,) bool."""
-        found = allocate(len(self.table), bool)
+        found = new_array(len(self.table), bool)
         for block in blocks(len(self.table)):
             found[block] = self.table.scoring_pass[block] == self.number
             for name in names:

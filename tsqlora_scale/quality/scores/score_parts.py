@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.files import written_whole
 
 log = logging.getLogger(__name__)
@@ -25,7 +24,7 @@ _METADATA = b"tsqlora_scale"
 
 
 @dataclass
-class Rows:
+class PassPart:
     """The samples of one shard.
 
     Attributes:
@@ -52,23 +51,19 @@ class Parts:
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
-        self._memory: list[Rows] = []
+        self._memory: list[PassPart] = []
         self._fingerprint: dict[str, Any] = {}
         self._count = 0
         #: Whether the folder cannot be used.
         self._barred = False
 
-    def open(self, fingerprint: dict[str, Any], *, refuse: bool) -> int:
+    def open(self, fingerprint: dict[str, Any]) -> int:
         """Number of parts that are there already, in order from the first. Parts of other passes are removed.
 
         Where the folder cannot be made or cleared, all parts stay in memory, after a warning.
 
         Args:
             fingerprint: what the numbers depend on, JSON values; two that are equal give equal numbers.
-            refuse: what to do with parts of another fingerprint: refuse them, or remove them.
-
-        Raises:
-            UserError: the parts that are there were made with another fingerprint, or are none.
         """
         self._fingerprint = json.loads(json.dumps(fingerprint))
         self._memory.clear()
@@ -77,13 +72,13 @@ class Parts:
         if self.folder is None:
             return 0
         try:
-            self._count = self._found(self.folder, refuse=refuse)
+            self._count = self._found(self.folder)
         except OSError as error:
             self._barred = True
             log.warning("%s cannot be written (%s); the scoring pass goes on in memory", self.folder, error)
         return self._count
 
-    def _found(self, folder: Path, *, refuse: bool) -> int:
+    def _found(self, folder: Path) -> int:
         if folder.parent.exists():
             for other in folder.parent.iterdir():
                 if other != folder:
@@ -91,24 +86,20 @@ class Parts:
         folder.mkdir(parents=True, exist_ok=True)
         count = 0
         while self._path(count).exists():
-            try:
-                self._check(self._path(count))
-            except UserError:
-                if refuse:
-                    raise
+            if not self._is_of_this_pass(self._path(count)):
                 shutil.rmtree(folder)
                 folder.mkdir()
                 return 0
             count += 1
         return count
 
-    def append(self, rows: Rows) -> None:
+    def append(self, rows: PassPart) -> None:
         """Keep the next part, whole or not at all; in memory from the first on that cannot be written."""
         if self.folder is None or self._barred or self._memory or not self._written(rows):
             self._memory.append(rows)
         self._count += 1
 
-    def _written(self, rows: Rows) -> bool:
+    def _written(self, rows: PassPart) -> bool:
         path = self._path(self._count)
         try:
             _write(path, rows, self._fingerprint)
@@ -120,13 +111,13 @@ class Parts:
     def __len__(self) -> int:
         return self._count
 
-    def __getitem__(self, number: int) -> Rows:
+    def __getitem__(self, number: int) -> PassPart:
         if not 0 <= number < self._count:
             raise IndexError(number)
         on_disk = self._count - len(self._memory)
         return _read(self._path(number)) if number < on_disk else self._memory[number - on_disk]
 
-    def __iter__(self) -> Iterator[Rows]:
+    def __iter__(self) -> Iterator[PassPart]:
         return (self[number] for number in range(self._count))
 
     def discard(self) -> None:
@@ -140,23 +131,18 @@ class Parts:
         assert self.folder is not None
         return self.folder / f"{number:06d}.parquet"
 
-    def _check(self, path: Path) -> None:
+    def _is_of_this_pass(self, path: Path) -> bool:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         try:
             found = json.loads((pq.read_schema(path).metadata or {})[_METADATA])["fingerprint"]
         except (OSError, KeyError, ValueError, pa.ArrowInvalid):
-            raise UserError(f"{path}: not a part of a scoring pass; remove {path.parent}") from None
-        for key, value in self._fingerprint.items():
-            if found.get(key) != value:
-                raise UserError(
-                    f"{path.parent}: was scored with {key}={found.get(key)!r}, now it is {value!r}; "
-                    "give the run another folder, or remove this one to score again"
-                )
+            return False
+        return all(found.get(key) == value for key, value in self._fingerprint.items())
 
 
-def _write(path: Path, rows: Rows, fingerprint: dict[str, Any]) -> None:
+def _write(path: Path, rows: PassPart, fingerprint: dict[str, Any]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -172,7 +158,7 @@ def _write(path: Path, rows: Rows, fingerprint: dict[str, Any]) -> None:
         pq.write_table(table, partial, compression="none")
 
 
-def _read(path: Path) -> Rows:
+def _read(path: Path) -> PassPart:
     import pyarrow.parquet as pq
 
     table = pq.read_table(path)
@@ -183,4 +169,4 @@ def _read(path: Path) -> Rows:
         flat = table["sketch"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
         sketches = flat.reshape(len(indices), -1).copy()  # torch wants memory that it may write to
     note = json.loads(table.schema.metadata[_METADATA])
-    return Rows(indices, values, sketches, note["rounding"], note["batch_size"])
+    return PassPart(indices, values, sketches, note["rounding"], note["batch_size"])

@@ -1,4 +1,4 @@
-"""Quality scores of the pool: the passes, what is kept between them, and the table that they give (METHOD 1)."""
+"""Quality scores of the pool: the passes, what is kept between them, and the table that they give (paper 2.1)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic
@@ -17,18 +17,19 @@ from torch import Tensor, nn
 
 from tsqlora_scale.common.disk_arrays import blocks, copied, counted, counts, positions, taken
 from tsqlora_scale.common.errors import UserError
-from tsqlora_scale.common.random_streams import philox, share_of, uniform
+from tsqlora_scale.common.random_streams import philox, uniform
 from tsqlora_scale.config.schema import SamplingConfig, ScoringConfig
 from tsqlora_scale.engine.collectives import World
+from tsqlora_scale.engine.sharded import read_parameter
 from tsqlora_scale.quality.draws.key_order import smallest
 from tsqlora_scale.quality.draws.redundancy import neighbours, similar_pairs
-from tsqlora_scale.quality.draws.subset import renormalised, select_subset
-from tsqlora_scale.quality.gradients.per_sample import Batch, LossFn
+from tsqlora_scale.quality.draws.subset import renormalised, select_subset, share_of
 from tsqlora_scale.quality.gradients.sketch import cosines
+from tsqlora_scale.quality.pool import BatchT, Pool
 from tsqlora_scale.quality.scores.equations import Standardisation, log_probabilities, term_weights
 from tsqlora_scale.quality.scores.measurer import Measurer
 from tsqlora_scale.quality.scores.pass_scores import PassScores
-from tsqlora_scale.quality.scores.score_parts import Parts, Rows
+from tsqlora_scale.quality.scores.score_parts import Parts, PassPart
 from tsqlora_scale.quality.scores.score_table import ScoreTable, pool_fingerprint
 
 log = logging.getLogger("tsqlora_scale")
@@ -45,30 +46,30 @@ class PassReport:
     not_finite: int
 
 
-class QualityScorer(Generic[Batch]):
+class QualityScorer(Generic[BatchT]):
     """Scores a pool, once in full and then by light refreshes.
 
     Args:
         scoring, sampling: the config sections.
+        pool: the samples.
+        theta: the linear modules of a model whose parameters are scored, by name (an adapter type's ``theta``).
+        world: the ranks. They score disjoint shares and all hold the whole table.
         seed: of the run; sketches, subsamples and the draw of S derive from it.
         eta: step size of the loss reduction.
-        sample_ids: of the pool, in order; they are named in warnings.
-        content: a digest of the pool's content, which with the ids ties checkpoints and parts to it.
-        world: the ranks. They score disjoint shares and all hold the whole table.
-        batch_of: samples at the given pool indices, on the device.
-        losses: ``(module, batch) -> (batch.size,)`` losses of the samples, each its own mean, with a graph.
-        target_batches: the held-out set of ``convergence: target``, the same batches on every rank.
+        stratify: whether the pool's strata each keep their share of the draws.
+        model_name: says which base the model has; parts of a killed pass are taken up only under the same name and
+            the same trained weights.
         progress: told (samples done, samples of the pass).
         parts_folder: where the numbers of a pass are kept while it runs; None keeps them in memory.
-        refuses_parts: whether parts of other data, weights or settings in that folder are an error, or are removed.
-        length_of: lengths of the samples at the given indices; batches then hold samples of similar length.
-        strata: groups of the pool, (N,) numbers from 0, that each keep their share of the draws; None is one group.
 
     Attributes:
         table: the last table; None before the first pass.
         report: what the last pass cost.
         neighbours: samples that teach the same as each, (N,), from the first pass; None without ``redundancy``.
         parts: rank 0's raw numbers and sketches of the last pass, until :meth:`discard_parts`.
+
+    Raises:
+        UserError: the disk of TMPDIR has no room, on any rank.
     """
 
     def __init__(
@@ -76,54 +77,40 @@ class QualityScorer(Generic[Batch]):
         scoring: ScoringConfig,
         sampling: SamplingConfig,
         *,
+        pool: Pool[BatchT],
+        theta: Callable[[nn.Module], dict[str, nn.Linear]],
+        world: World,
         seed: int,
         eta: float,
-        sample_ids: Sequence[str],
-        content: str = "",
-        world: World,
-        batch_of: Callable[[np.ndarray], Batch],
-        losses: LossFn[Batch],
-        target_batches: Callable[[], Iterable[Batch]] | None = None,
+        stratify: bool = False,
+        model_name: str = "",
         progress: Callable[[int, int], None] | None = None,
-        length_of: Callable[[np.ndarray], np.ndarray] | None = None,
-        strata: np.ndarray | None = None,
         parts_folder: Path | None = None,
-        refuses_parts: bool = False,
     ) -> None:
-        if sampling.redundancy and scoring.convergence == "loss_trend":
-            raise UserError(
-                "sampling.redundancy compares gradients, and scoring.convergence='loss_trend' keeps none; "
-                "set scoring.convergence=alignment or sampling.redundancy=0"
-            )
-        if scoring.convergence == "target" and target_batches is None:
-            raise UserError(
-                "scoring.convergence='target' needs a held-out set; "
-                "give task.dataset a development set or set scoring.convergence=alignment"
-            )
-        assert len(sample_ids) > 0, "an empty pool"
+        assert len(pool) > 0, "an empty pool"
         self.scoring = scoring
         self.sampling = sampling
         self.seed = seed
         self.eta = eta
-        self.sample_ids = sample_ids
-        self.pool = f"{pool_fingerprint(sample_ids)} {content}".strip()
+        self.pool = pool
+        self.pool_key = f"{pool_fingerprint(pool.sample_ids)} {pool.digest()}".strip()
         self.world = world
-        self.target_batches = target_batches
-        self.length_of = length_of
-        self.strata = strata
+        with world.together():  # a pool's columns may not find room on one rank alone
+            self._lengths = pool.lengths()
+            self.strata = pool.strata() if stratify else None
         self.table: ScoreTable | None = None
         self.report: PassReport | None = None
         self.neighbours: np.ndarray | None = None
         self.passes = 0
         self.progress = progress
-        self.refuses_parts = refuses_parts
+        self._model_name = model_name
         self._parts_folder = parts_folder
         self.parts = Parts(None)
-        self._measurer = Measurer(scoring, seed=seed, eta=eta, world=world, batch_of=batch_of, losses=losses)
+        self._measurer = Measurer(scoring, pool=pool, theta=theta, seed=seed, eta=eta, world=world)
         self._standardisation = Standardisation(gate=scoring.gates_convergence)
         self._first_order = scoring.delta_loss == "first_order"
 
-    def score(self, module: nn.Module, *, refresh: bool = False, model_key: str = "") -> ScoreTable:
+    def score(self, module: nn.Module, *, refresh: bool = False) -> ScoreTable:
         """Score the pool or, with ``refresh``, ``refresh_fraction`` of S. Collective; equal on every rank.
 
         The first pass fixes S and the standardisation constants. A refresh replaces the scores of the samples that
@@ -133,17 +120,17 @@ class QualityScorer(Generic[Batch]):
         Args:
             module: the unwrapped model, never a DDP or DeepSpeed engine; it is left as it was.
             refresh: a light pass; needs a full one before it.
-            model_key: says which weights ``module`` has; parts of a killed pass are taken up only under the same key.
 
         Raises:
-            UserError: no sample has a finite loss and gradient; the parts folder holds those of another pass; the disk
-                of TMPDIR has no room for the columns of a large pool, on any rank.
+            UserError: no sample has a finite loss and gradient; the disk of TMPDIR has no room for the columns of a
+                large pool, on any rank.
         """
         started = time.perf_counter()
         assert self.table is not None or not refresh, "a refresh needs a full pass before it"
         with self.world.together():
             indices = self._refreshed() if refresh else self._subsample()
-            table = ScoreTable.empty(len(self.sample_ids)) if self.table is None else self.table.copy()
+            table = ScoreTable.empty(len(self.pool)) if self.table is None else self.table.copy()
+        model_key = self._model_key(module)
         with self._measurer.on(module):
             self._measure(indices, model_key)
             direction = self._target_direction()
@@ -165,7 +152,7 @@ class QualityScorer(Generic[Batch]):
 
     def adopt(self, table: ScoreTable) -> None:
         """Take the table of a pass over the same pool with another model; this model makes no refresh of it."""
-        assert len(table) == len(self.sample_ids)
+        assert len(table) == len(self.pool)
         self.table = table
         self.passes = 1
 
@@ -186,7 +173,7 @@ class QualityScorer(Generic[Batch]):
     def state_dict(self) -> dict[str, Any]:
         """Table, constants and decisions; without the sketches."""
         return {
-            "pool": self.pool,
+            "pool": self.pool_key,
             "passes": self.passes,
             "measurer": self._measurer.state_dict(),
             "first_order": self._first_order,
@@ -201,7 +188,7 @@ class QualityScorer(Generic[Batch]):
         Raises:
             UserError: it belongs to another pool.
         """
-        if state["pool"] != self.pool:
+        if state["pool"] != self.pool_key:
             raise UserError(
                 "the checkpoint's scores belong to another pool of samples; "
                 "resume with the task.dataset of the run that wrote it"
@@ -215,7 +202,7 @@ class QualityScorer(Generic[Batch]):
 
     def _subsample(self) -> np.ndarray:
         """The whole pool, or ``scoring.max_samples`` of it, the same ones in every full pass."""
-        size, limit = len(self.sample_ids), self.scoring.max_samples
+        size, limit = len(self.pool), self.scoring.max_samples
         if limit is None or limit >= size:
             return counted(size)
         return positions(smallest(uniform(philox(self.seed, "subsample"), size), limit))
@@ -228,9 +215,7 @@ class QualityScorer(Generic[Batch]):
         return taken(members, smallest(keys, count))
 
     def _ordered(self, indices: np.ndarray) -> np.ndarray:
-        if self.length_of is None:
-            return indices
-        return indices[np.argsort(self.length_of(indices), kind="stable")]
+        return indices[np.argsort(self._lengths[indices], kind="stable")]
 
     def _shards(self, indices: np.ndarray, first: int = 0) -> Iterator[np.ndarray]:
         """What is measured together, from the ``first`` on."""
@@ -241,21 +226,21 @@ class QualityScorer(Generic[Batch]):
         """Fill :attr:`parts` on rank 0, from where a killed pass stopped. Collective."""
         folder = self._parts_folder / f"pass-{self.passes:03d}" if self._parts_folder is not None else None
         self.parts = Parts(folder)
-        there, batch_size = 0, None
+        kept, batch_size = 0, None
         with self.world.together():
             if self.world.is_main:
-                there = self.parts.open(self._fingerprint(indices, model_key), refuse=self.refuses_parts)
-                batch_size = self.parts[0].batch_size if there else None
-        there, batch_size = self.world.broadcast((there, batch_size))
+                kept = self.parts.open(self._fingerprint(indices, model_key))
+                batch_size = self.parts[0].batch_size if kept else None
+        kept, batch_size = self.world.broadcast((kept, batch_size))
         if batch_size is not None:  # of a killed pass: its batches again, to the bit
             self._measurer.batch_size = batch_size
-        done = min(there * self.scoring.shard_size, len(indices))
+        done = min(kept * self.scoring.shard_size, len(indices))
 
         def show(more: int) -> None:
             if self.progress is not None:
                 self.progress(done + more, len(indices))
 
-        for shard in self._shards(indices, there):
+        for shard in self._shards(indices, kept):
             rows = self._measurer.measure(shard, exact=not self._first_order, progress=show)
             if rows is not None:
                 self.parts.append(rows)
@@ -263,21 +248,33 @@ class QualityScorer(Generic[Batch]):
 
     def _fingerprint(self, indices: np.ndarray, model_key: str) -> dict[str, Any]:
         """What the raw numbers of a pass depend on."""
-        kept = ("delta_loss", "convergence", "sketch_dim", "batch_size", "shard_size", "max_length", "include_head")
-        settings = self.scoring.model_dump(mode="json", include=set(kept))
+        keys = ("delta_loss", "convergence", "sketch_dim", "batch_size", "shard_size", "max_length", "include_head")
+        settings = self.scoring.model_dump(mode="json", include=set(keys))
         return {
-            "pool": self.pool,
+            "pool": self.pool_key,
             "samples": hashlib.sha256(indices.data).hexdigest(),
             "model": model_key,
             "seed": self.seed,
             "eta": self.eta,
-            **{f"scoring.{key}": settings[key] for key in kept},
+            **{f"scoring.{key}": settings[key] for key in keys},
         }
 
     def _target_direction(self) -> Tensor | None:
-        if self.scoring.convergence != "target" or self.target_batches is None:
+        if self.scoring.convergence != "target":
             return None
-        return self._measurer.mean_sketch(self.target_batches())
+        size = 32 if self.scoring.batch_size == "auto" else self.scoring.batch_size
+        return self._measurer.mean_sketch(self.pool.held_out_batches(size, max_length=self.scoring.max_length))
+
+    def _model_key(self, module: nn.Module) -> str:
+        """Says which weights the model has: the base by its name, what is trained by a digest. Collective."""
+        if self._parts_folder is None:
+            return ""
+        digest = hashlib.sha256()
+        for name, param in sorted(module.named_parameters()):
+            if param.requires_grad:
+                digest.update(name.encode())
+                digest.update(read_parameter(param).float().cpu().numpy().tobytes())
+        return f"{self._model_name} {digest.hexdigest()}"
 
     def _collect(self, scores: PassScores, indices: np.ndarray, direction: Tensor | None) -> float:
         """Enter the raw numbers of the samples at ``indices``, on every rank; the forward's rounding. Collective.
@@ -302,7 +299,7 @@ class QualityScorer(Generic[Batch]):
         return rounding
 
     @staticmethod
-    def _rows(part: Rows, direction: Tensor | None) -> np.ndarray:
+    def _rows(part: PassPart, direction: Tensor | None) -> np.ndarray:
         """(n, 6): pool index, loss, norm, loss reduction, convergence, rounding."""
         aligned = np.zeros(len(part.indices))
         if direction is not None:
@@ -363,12 +360,12 @@ class QualityScorer(Generic[Batch]):
             log.warning(
                 "%d samples have a loss or gradient that is not finite and get the lowest quality; first ids: %s",
                 count,
-                ", ".join(str(self.sample_ids[i]) for i in first),
+                ", ".join(str(self.pool.sample_ids[i]) for i in first),
             )
 
     def _count_neighbours(self) -> np.ndarray:
         """How many samples of the pass teach the same as each of the pool, itself included, (N,). Collective."""
-        counts = np.ones(len(self.sample_ids), dtype=np.int64)
+        counts = np.ones(len(self.pool), dtype=np.int64)
         if self.world.is_main:
             rows = np.concatenate([part.indices for part in self.parts])
             sketches = np.concatenate([part.sketches for part in self.parts])
@@ -380,13 +377,13 @@ class QualityScorer(Generic[Batch]):
         first = self.table is None
         if first and self.sampling.redundancy:
             self.neighbours = self._count_neighbours()
-        worth = table.quality
+        discounted = table.quality
         if self.neighbours is not None:
             with self.world.together():
-                worth = copied(worth)
-            for block in blocks(len(worth)):
-                worth[block] -= self.sampling.tau * self.sampling.redundancy * np.log(self.neighbours[block])
-        log_p = log_probabilities(worth, self.sampling.tau, self.world, self.strata)
+                discounted = copied(discounted)
+            for block in blocks(len(discounted)):
+                discounted[block] -= self.sampling.tau * self.sampling.redundancy * np.log(self.neighbours[block])
+        log_p = log_probabilities(discounted, self.sampling.tau, self.world, self.strata)
         np.exp(log_p, out=table.probability)
         if first:
             with self.world.together():

@@ -50,11 +50,6 @@ class CausalObjective:
         self.columns = [cfg.source, cfg.target]
         self._limits(cfg.max_length)
 
-    @property
-    def model_kwargs(self) -> dict[str, Any]:
-        """Nothing: there is no head to size."""
-        return {}
-
     def collate(self, rows: Rows, max_length: int) -> tuple[dict[str, Tensor], Tensor]:
         """Prompt and answer, padded on the right (B, T); targets (B, T) at the answers' own positions."""
         prompt_limit, answer_limit = self._limits(max_length)

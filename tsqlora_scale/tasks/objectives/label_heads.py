@@ -31,21 +31,6 @@ class LabelObjective:
         self.columns = [*cfg.text, cfg.label]
         self.answer = cfg.label
 
-    @property
-    def model_kwargs(self) -> dict[str, Any]:
-        """Size and kind of the head, class names, and a pad id where the model's config lacks one.
-
-        Decoder-only models find a sequence's last token by the pad id, and fail on batches without it.
-        """
-        kind = "regression" if self._regression else "single_label_classification"
-        kwargs: dict[str, Any] = {"num_labels": self._cfg.num_labels, "problem_type": kind}
-        if isinstance(self._cfg.labels, list) and not self._regression:
-            kwargs["id2label"] = dict(enumerate(self._cfg.labels))
-            kwargs["label2id"] = {name: i for i, name in enumerate(self._cfg.labels)}
-        if self._model_config.pad_token_id is None:
-            kwargs["pad_token_id"] = pad_id(self._tokenizer)
-        return kwargs
-
     def collate(self, rows: Rows, max_length: int) -> tuple[dict[str, Tensor], Tensor]:
         """Inputs (B, T) and targets (B,): int64 class ids or float32 numbers."""
         texts = [rows[name] for name in self._cfg.text]

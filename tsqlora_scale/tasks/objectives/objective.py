@@ -29,10 +29,6 @@ class Objective(Protocol):
     def auto_class(self) -> Any:
         """The transformers auto class that loads the model."""
 
-    @property
-    def model_kwargs(self) -> dict[str, Any]:
-        """Arguments of ``from_pretrained`` that the task decides."""
-
     def collate(self, rows: Rows, max_length: int) -> tuple[dict[str, Tensor], Tensor]:
         """Model inputs and targets of some rows, padded to the longest."""
 

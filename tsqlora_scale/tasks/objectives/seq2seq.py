@@ -42,11 +42,6 @@ class Seq2SeqObjective:
         self.columns = [cfg.source, cfg.target]
         self._source, self.answer = cfg.source, cfg.target
 
-    @property
-    def model_kwargs(self) -> dict[str, Any]:
-        """Nothing: there is no head to size."""
-        return {}
-
     def collate(self, rows: Rows, max_length: int) -> tuple[dict[str, Tensor], Tensor]:
         """Inputs with ``decoder_input_ids`` (B, T), and targets (B, T)."""
         sources = [self._cfg.prefix + text for text in rows[self._source]]

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tsqlora_scale.common.disk_arrays import allocate
+from tsqlora_scale.common.disk_arrays import new_array
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.printing import shown
 from tsqlora_scale.tasks.rows.row_ids import row_numbers
@@ -53,7 +53,7 @@ def check_text(dataset: datasets.Dataset, name: str, *, where: str, may_be_empty
     column = dataset.data.column(name)
     if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
         raise UserError(f"{where}: column {name!r} holds {column.type} values; it must hold text")
-    found = allocate(len(column), bool)
+    found = new_array(len(column), bool)
     row = 0
     for chunk in column.chunks:  # chunk by chunk: the column may be larger than memory
         try:

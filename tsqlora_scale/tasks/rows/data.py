@@ -10,9 +10,10 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from tsqlora_scale.common.disk_arrays import allocate
+from tsqlora_scale.common.disk_arrays import new_array
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.printing import printable
+from tsqlora_scale.common.random_streams import subset_rows
 from tsqlora_scale.config.schema import TaskConfig
 from tsqlora_scale.tasks.metrics import check_metrics
 from tsqlora_scale.tasks.rows.column_checks import SAMPLE_ID, check_text, require_columns, sample_ids
@@ -94,7 +95,7 @@ def _load_split(cfg: TaskConfig, split: SplitName, seed: int) -> datasets.Datase
         wanted["task.dataset.id_column"] = id_column
     require_columns(raw, wanted, where=where)
     drop = cfg.dataset.drop_empty
-    filled = allocate(len(raw), bool)
+    filled = new_array(len(raw), bool)
     filled[:] = True
     for name in texts.values():
         filled &= check_text(raw, name, where=where, may_be_empty=drop)
@@ -116,7 +117,8 @@ def _load_split(cfg: TaskConfig, split: SplitName, seed: int) -> datasets.Datase
     limit = cfg.dataset.max_train_samples if split == "train" else cfg.dataset.max_dev_samples
     if limit is None or limit >= len(dataset):
         return dataset
-    return dataset.select(_subset(len(dataset), limit, seed=seed, split=split))
+    # files are often sorted, so a head is no sample
+    return dataset.select(subset_rows(len(dataset), limit, seed=seed, split=split))
 
 
 def _targets(cfg: TaskConfig, raw: datasets.Dataset, label: str, where: str) -> np.ndarray:
@@ -127,12 +129,6 @@ def _targets(cfg: TaskConfig, raw: datasets.Dataset, label: str, where: str) -> 
     feature = raw.features[label]
     names = feature.names if isinstance(feature, datasets.ClassLabel) else None
     return class_ids(column, cfg.labels, where=where, name=label, names=names)
-
-
-def _subset(size: int, limit: int, *, seed: int, split: SplitName) -> np.ndarray:
-    """``limit`` of ``size`` rows, drawn uniformly (files are often sorted, so a head is no sample), in order."""
-    rng = np.random.default_rng([seed, *f"{split} subset".encode()])
-    return np.sort(rng.permutation(size)[:limit])
 
 
 def _check_declared_labels(cfg: TaskConfig) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tsqlora_scale.common.disk_arrays import allocate, blocks
+from tsqlora_scale.common.disk_arrays import blocks, new_array
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.printing import shown
 
@@ -133,7 +133,7 @@ def _parsed(
     """``parse`` of every cell, (N,) of ``kind``, called once per distinct cell of a block."""
     if not any(is_kind(column.type) for is_kind in _KINDS):
         raise UserError(f"{where}: column {name!r} holds {column.type} values; a label must be text or a number")
-    parsed = allocate(len(column), kind)
+    parsed = new_array(len(column), kind)
     for block in blocks(len(column)):
         some = column.slice(block.start, block.stop - block.start)
         distinct = pc.unique(some)

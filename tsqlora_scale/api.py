@@ -1,0 +1,234 @@
+"""Train, score, evaluate and export from Python: what the commands do, without a process around it.
+
+A user's mistake raises :class:`~tsqlora_scale.common.errors.UserError`, a request to stop
+:class:`~tsqlora_scale.common.errors.Stopped`; nothing ends the process. Under a launcher every rank makes the same
+calls.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.common.quiet import prepare_environment
+from tsqlora_scale.config.schema import Config
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run has given.
+
+    Attributes:
+        folder: the run folder.
+        adapter: the adapter in it; ``peft.PeftModel.from_pretrained`` opens it.
+        metrics: on the held-out set, at the end; empty without one.
+        metrics_before: the same before the first step.
+        ranks: of every adapted layer, at the end.
+        seconds: wall seconds by phase.
+        record: all that ``result.json`` holds.
+    """
+
+    folder: Path
+    adapter: Path
+    metrics: dict[str, float]
+    metrics_before: dict[str, float]
+    ranks: dict[str, int]
+    seconds: dict[str, float]
+    record: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ScoreResult:
+    """What a scored pool looks like.
+
+    Attributes:
+        folder: where the scores lie, as parquet; :meth:`.ScoreTable.read` reads them.
+        summary: distribution of the terms, best and worst samples, groups of similar ones, as ``summary.json`` in the
+            folder holds it; empty on other ranks than 0.
+    """
+
+    folder: Path
+    summary: dict[str, Any]
+
+
+def train(config: Config, *, resume: str | Path | None = None, overwrite: bool = False) -> TrainResult:
+    """Train as a config says. A collective, under a launcher.
+
+    Args:
+        resume: ``"auto"``, to go on from the newest complete checkpoint of the run folder if there is one, or a
+            checkpoint's folder.
+        overwrite: start anew where another run has been.
+
+    Raises:
+        UserError: a mistake in the config, the data, the model or the folders; nothing is loaded where it can be seen
+            before.
+        Stopped: SIGTERM or SIGUSR1 has come, and the run's state is in a checkpoint.
+    """
+    prepare_environment()
+    if resume is not None and not str(resume):
+        raise UserError("resume: names nothing; give 'auto' or a checkpoint folder, or leave it out")
+    from tsqlora_scale.run import preflight
+
+    place = None if resume is None else str(resume)
+    preflight.check_run_dir(config, overwrite=overwrite, resume=place)
+    checked = preflight.check(config)
+    from tsqlora_scale.proxy import discard_parts, score_by_proxy, take_scores
+    from tsqlora_scale.run.build import build_run
+    from tsqlora_scale.run.preemption import StopRequest
+    from tsqlora_scale.training import train_to_the_end
+
+    with StopRequest() as stop:
+        scores = score_by_proxy(checked, resume=place, stop=stop)
+        run = build_run(checked, resume=place, stop=stop)
+        are_kept = scores is None or take_scores(run, scores)
+        if run.is_main and are_kept:
+            discard_parts(config)
+        record = train_to_the_end(run)
+    if run.is_main:
+        discard_parts(config)
+    run.engine.close()
+    return TrainResult(
+        folder=config.run_dir,
+        adapter=Path(record["adapter"]),
+        metrics=record["metrics"],
+        metrics_before=record["metrics_before"],
+        ranks=record["ranks_end"],
+        seconds=record["seconds"],
+        record=record,
+    )
+
+
+def score(
+    config: Config,
+    *,
+    adapter: str | Path | None = None,
+    top: int = 5,
+    similarity: float = 0.98,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> ScoreResult:
+    """Score a pool without training on the scores. A collective, under a launcher.
+
+    Args:
+        adapter: a trained adapter's folder to score with; without it a fresh one warms up first, as at step 0 scores
+            are blind.
+        top: samples of each list of the summary, and groups of similar ones.
+        similarity: cosine of two gradients from which on two samples are said to teach the same.
+        resume: go on with a pass that was killed.
+        overwrite: start anew where another run has been.
+
+    Raises:
+        UserError: as :func:`train`, or there is nothing to score, or the scores cannot be written.
+        Stopped: SIGTERM or SIGUSR1 has come; ``resume=True`` goes on.
+    """
+    prepare_environment()
+    config = _for_scoring(config)
+    if top < 1:
+        raise UserError(f"top={top}: must be 1 or more")
+    if not 0 < similarity <= 1:
+        raise UserError(f"similarity={similarity:g}: must be above 0 and at most 1")
+    from tsqlora_scale.model.describe import check_adapter_fits
+    from tsqlora_scale.run import preflight
+
+    place = "auto" if resume else None
+    preflight.check_run_dir(config, overwrite=overwrite, resume=place)
+    checked = preflight.check(config)
+    if adapter is not None:
+        check_adapter_fits(config, checked.model_config, adapter)
+    from tsqlora_scale.report.score_summary import write_summary
+    from tsqlora_scale.run.build import build_run
+    from tsqlora_scale.run.preemption import StopRequest
+    from tsqlora_scale.training import warm_up_and_score
+
+    folder = config.run_dir / "scores"
+    with StopRequest() as stop:
+        run = build_run(checked, resume=place, adapter=None if adapter is None else str(adapter), stop=stop)
+        warm_up_and_score(run, warm_up=adapter is None)
+        summary: dict[str, Any] = {}
+        if run.is_main:
+            summary = _summary(run, top=top, similarity=similarity)
+
+        def write() -> None:
+            run.write_scores()  # again: where the pass could not, no checkpoint holds them
+            write_summary(summary, folder)
+
+        run.write_on_main(f"the scores, {str(folder)!r},", write)
+    run.engine.close()
+    return ScoreResult(folder, summary)
+
+
+def _summary(run: Any, *, top: int, similarity: float) -> dict[str, Any]:
+    from tsqlora_scale.report.score_summary import summarise
+
+    return summarise(
+        run.selector.scorer, run.task, top=top, similarity=similarity, steps=run.step, seconds=run.record.seconds
+    )
+
+
+def _for_scoring(config: Config) -> Config:
+    """The config of a run that warms up and scores: nothing else happens meanwhile.
+
+    Raises:
+        UserError: the config scores nothing, or by a proxy.
+    """
+    if config.scoring.proxy_model is not None:
+        raise UserError(
+            f"scoring.proxy_model={config.scoring.proxy_model!r} is for training; to score with it, set "
+            "model.name_or_path to it and scoring.proxy_model=null"
+        )
+    if not config.scores_data:
+        raise UserError(
+            f"there is nothing to score: sampling.selector is {config.sampling.selector!r}; set it to 'quality'"
+        )
+    return config.for_scoring()
+
+
+def evaluate(config: Config, adapter: str | Path) -> dict[str, float]:
+    """Metrics of a saved adapter on the config's held-out set; the training file need not be there. A collective.
+
+    Raises:
+        UserError: naming the key, the file or the tensor.
+    """
+    prepare_environment()
+    from tsqlora_scale.run import preflight
+
+    checked = preflight.check_evaluation(config, adapter)
+    from tsqlora_scale.run.build import evaluate_adapter
+
+    metrics, _ = evaluate_adapter(checked, str(adapter))
+    return metrics
+
+
+def export(
+    adapter: str | Path,
+    form: Literal["peft", "padded", "merged"],
+    out: str | Path,
+    *,
+    config: Config | None = None,
+    overwrite: bool = False,
+) -> list[str]:
+    """Write a trained adapter in another form, whole or not at all.
+
+    Args:
+        form: as it is, with one rank everywhere, or merged into its base.
+        out: the folder to write.
+        config: of the run; needed to merge.
+        overwrite: replace what is there.
+
+    Returns:
+        What is worth saying about it, line by line.
+
+    Raises:
+        UserError: no adapter there, no config to merge by, or something at ``out`` already.
+    """
+    prepare_environment()
+    from tsqlora_scale.common.quiet import quiet_libraries
+    from tsqlora_scale.model.export_formats import FORMATS
+    from tsqlora_scale.model.export_formats import export as write
+
+    if form not in FORMATS:
+        raise UserError(f"form={form!r}: is none of {', '.join(map(repr, FORMATS))}")
+    with quiet_libraries():
+        return write(Path(adapter), form, Path(out), config=config, overwrite=overwrite)

@@ -1,0 +1,31 @@
+"""``launch/export.py``: a saved adapter as PEFT, with one rank everywhere, or merged into its base."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from tsqlora_scale.api import export
+from tsqlora_scale.commands.arguments import Parser, add_overrides
+from tsqlora_scale.commands.guard import guard
+from tsqlora_scale.common.printing import printable
+from tsqlora_scale.config.load import load_config
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; its exit code."""
+    parser = Parser(prog="export", description="Write a trained adapter in another form.")
+    parser.add_argument("--adapter", required=True, metavar="DIR", help="the adapter folder that a run wrote")
+    parser.add_argument("--format", required=True, choices=["peft", "padded", "merged"], help="the form")
+    parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
+    parser.add_argument("--config", metavar="FILE", help="the run's config.yaml, to merge by")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+    add_overrides(parser)
+    options = parser.parse_intermixed_args(argv)
+    return guard(lambda: _export(options))
+
+
+def _export(options: argparse.Namespace) -> None:
+    config = load_config(options.config, options.overrides) if options.config else None
+    notes = export(options.adapter, options.format, options.out, config=config, overwrite=options.overwrite)
+    print("\n".join([*notes, f"written: {printable(options.out)}"]))

@@ -1,0 +1,154 @@
+"""What the engines share: how they start, rebuild and end."""
+
+from __future__ import annotations
+
+import gc
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from tsqlora_scale.config.schema import TrainConfig
+from tsqlora_scale.engine import zero_internals
+from tsqlora_scale.engine.collectives import World
+from tsqlora_scale.engine.numerics import fix_summation_order
+from tsqlora_scale.engine.train_state import TrainState
+
+
+class BaseEngine(ABC):
+    """An :class:`~tsqlora_scale.engine.engine.Engine` but for what the kinds do each in their own way."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        module: nn.Module,
+        *,
+        train: TrainConfig,
+        micro_batch_size: int,
+        before_prepare: Callable[[nn.Module], None] | None,
+        state: TrainState,
+    ) -> None:
+        self.accelerator = accelerator
+        self.world = World.current(accelerator.device)
+        self._train = train
+        self._micro_batch_size = micro_batch_size
+        self._before_prepare = before_prepare
+        if self.name != "zero3":
+            fix_summation_order(module)
+        # Rebuilding collects garbage, which takes a time that grows with the objects that are looked at. Those of
+        # libraries and model, half a million, stay: looking at them twice took 0.5 s of an event's 0.6 s.
+        gc.unfreeze()
+        gc.collect()
+        gc.freeze()
+        self._prepare(module, state, sends_base=True)
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What the engine really is."""
+
+    @abstractmethod
+    def gather(self) -> TrainState:
+        """Every trainable parameter and its moments, whole, on every rank. A collective."""
+
+    @property
+    @abstractmethod
+    def module(self) -> nn.Module:
+        """The unwrapped model."""
+
+    @abstractmethod
+    def _release(self) -> None:
+        """Let go of the wrapped model and the optimizer."""
+
+    @abstractmethod
+    def _wrap(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState, *, sends_base: bool
+    ) -> tuple[Any, Any]:
+        """The wrapped model and the optimizer, with the moments of ``state``."""
+
+    @property
+    def distributed_type(self) -> str:
+        """Accelerate's name of the engine."""
+        return str(self.accelerator.distributed_type.value)
+
+    @property
+    def loss_scale(self) -> float:
+        """The factor that undoes the engine's averaging over ranks and micro-batches.
+
+        A step's loss is normalised over the whole step; each micro-batch contributes a plain sum.
+        """
+        return float(self.world.size * self.accelerator.gradient_accumulation_steps)
+
+    def forward(self, **inputs: torch.Tensor) -> Any:
+        """The training forward."""
+        return self._wrapped(**inputs)
+
+    @contextmanager
+    def micro_batch(self) -> Iterator[None]:
+        """Around one micro-batch's forward and backward: no gradient exchange before the last of the step."""
+        with self.accelerator.accumulate(self._wrapped):
+            yield
+
+    def scaler_state(self) -> dict[str, Any] | None:
+        """State of fp16's loss scaler. None without one; DeepSpeed's own starts anew after every rebuild and resume."""
+        scaler = self.accelerator.scaler
+        return None if scaler is None else scaler.state_dict()
+
+    def load_scaler_state(self, state: dict[str, Any] | None) -> None:
+        """Continue from a :meth:`scaler_state`, also where there was or is no scaler."""
+        if self.accelerator.scaler is not None and state:
+            self.accelerator.scaler.load_state_dict(state)
+
+    def rebuild(self, change: Callable[[nn.Module, TrainState], TrainState]) -> None:
+        """See :class:`~tsqlora_scale.engine.engine.Engine`."""
+        state = self.gather()
+        module = self.module
+        self._take_down()
+        state = self._agreed(module, change(module, state))
+        self._prepare(module, state, sends_base=False)
+
+    def _agreed(self, module: nn.Module, state: TrainState) -> TrainState:
+        """``state`` and the module's trainable parameters, the same on every rank, where the engine sees to it."""
+        return state
+
+    def close(self) -> None:
+        """Take the engine down; the module stays. A collective."""
+        self._take_down()
+        gc.unfreeze()
+
+    def _take_down(self) -> None:
+        self._release()
+        del self._wrapped, self._optimizer
+        gc.collect()
+
+    def frozen_parameters(self) -> dict[str, Any]:
+        """See :class:`~tsqlora_scale.engine.engine.Engine`."""
+        frozen = [p for p in self.module.parameters() if not p.requires_grad]
+        held: dict[str, int] = {}
+        for param in frozen:
+            tensor = zero_internals.held_part(param)
+            kind = str(tensor.dtype).removeprefix("torch.")
+            held[kind] = held.get(kind, 0) + tensor.numel() * tensor.element_size()
+        return {"sharded": sum(zero_internals.is_sharded(p) for p in frozen), "all": len(frozen), "bytes": held}
+
+    def _prepare(self, module: nn.Module, state: TrainState, *, sends_base: bool) -> None:
+        if self._before_prepare is not None:
+            self._before_prepare(module)
+        optimizer = torch.optim.AdamW(
+            trainable(module),
+            lr=self._train.lr,
+            betas=(self._train.betas[0], self._train.betas[1]),
+            eps=self._train.eps,
+            weight_decay=self._train.weight_decay,
+        )
+        self._wrapped, self._optimizer = self._wrap(module, optimizer, state, sends_base=sends_base)
+        self._wrapped.train()
+
+
+def trainable(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters that train, in the order of their names."""
+    return [p for _, p in sorted(module.named_parameters()) if p.requires_grad]

@@ -1,0 +1,124 @@
+"""One process, and DDP."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import nn
+
+from tsqlora_scale.engine.base_engine import BaseEngine, trainable
+from tsqlora_scale.engine.numerics import clip_gradients
+from tsqlora_scale.engine.train_state import ParamState, TrainState
+
+
+@dataclass
+class _DdpKwargs(DistributedDataParallelKwargs):
+    """Accelerate's, with the argument of DDP that it does not name: whether all of the model is sent to all ranks."""
+
+    init_sync: bool = True
+
+
+class DdpEngine(BaseEngine):
+    """A model on one process, or the same model on several. See :class:`~tsqlora_scale.engine.engine.Engine`."""
+
+    @property
+    def name(self) -> str:
+        """``plain`` or ``ddp``."""
+        return "plain" if self.world.size == 1 else "ddp"
+
+    @property
+    def module(self) -> nn.Module:
+        """The unwrapped model."""
+        module: nn.Module = self._wrapped.module if self.world.size > 1 else self._wrapped
+        return module
+
+    @property
+    def gradient_scale(self) -> float:
+        """The number of ranks, times the loss scaler's factor."""
+        scaler = self.accelerator.scaler
+        return self.world.size * (scaler.get_scale() if scaler is not None else 1.0)
+
+    @property
+    def overflow_is_normal(self) -> bool:
+        """Whether there is a loss scaler that scales."""
+        scaler = self.accelerator.scaler
+        return scaler is not None and scaler.get_scale() > 1
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Backward of one micro-batch's share of the step's loss."""
+        self.accelerator.backward(loss * self.loss_scale)
+
+    def step(self, lr: float) -> float:
+        """See :class:`~tsqlora_scale.engine.engine.Engine`."""
+        assert self.accelerator.sync_gradients, "the last micro-batch of a step must be an accumulation boundary"
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self.accelerator.unscale_gradients(self._optimizer)
+        params = trainable(self.module)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+        if norm.isfinite():
+            if self._train.max_grad_norm is not None:
+                clip_gradients(params, norm, self._train.max_grad_norm)
+            self._optimizer.step()
+        elif self.accelerator.scaler is not None:
+            self.accelerator.scaler.update()  # which step() would do
+        self._optimizer.zero_grad()
+        return float(norm)
+
+    def gather(self) -> TrainState:
+        """Every trainable parameter and its moments."""
+        inner = self._optimizer.optimizer.state
+        state = TrainState()
+        for name, param in sorted(self.module.named_parameters()):
+            if not param.requires_grad:
+                continue
+            entry = ParamState.fresh(param.detach().float().cpu().clone())
+            if param in inner:
+                entry.exp_avg = inner[param]["exp_avg"].detach().cpu().clone()
+                entry.exp_avg_sq = inner[param]["exp_avg_sq"].detach().cpu().clone()
+                state.optimizer_steps = int(inner[param]["step"])
+            state.params[name] = entry
+        return state
+
+    def _agreed(self, module: nn.Module, state: TrainState) -> TrainState:
+        """Trainable parameters and moments of rank 0: what every rank computed for itself may differ in the last bits
+        where machines do, and DDP never looks again."""
+        if self.world.size == 1:
+            return state
+        params = dict(module.named_parameters())
+        entries = [entry for _, entry in sorted(state.params.items())]
+        tensors = [tensor for e in entries for tensor in (e.value, e.exp_avg, e.exp_avg_sq)]
+        flat = self.world.broadcast_tensor(torch.cat([t.flatten() for t in tensors]))
+        for tensor, received in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(received.view_as(tensor))
+        with torch.no_grad():
+            for name, entry in state.params.items():
+                params[name].copy_(entry.value)
+        return state
+
+    def _release(self) -> None:
+        self.accelerator.free_memory(self._wrapped, self._optimizer)
+
+    def _wrap(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState, *, sends_base: bool
+    ) -> tuple[Any, Any]:
+        _restore_moments(optimizer, module, state)
+        self.accelerator.ddp_handler = _DdpKwargs(init_sync=sends_base)
+        wrapped, prepared = self.accelerator.prepare(module, optimizer)
+        return wrapped, prepared
+
+
+def _restore_moments(optimizer: torch.optim.Optimizer, module: nn.Module, state: TrainState) -> None:
+    if not state.optimizer_steps:
+        return
+    for name, param in module.named_parameters():
+        if param.requires_grad:
+            entry = state.params[name]
+            optimizer.state[param] = {
+                "step": torch.tensor(float(state.optimizer_steps)),
+                "exp_avg": entry.exp_avg.to(param.device, copy=True),
+                "exp_avg_sq": entry.exp_avg_sq.to(param.device, copy=True),
+            }

@@ -1,0 +1,188 @@
+"""The frozen base: which of its layers can be adapted, how it is loaded, how its forward computes."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.config.schema import ModelConfig
+from tsqlora_scale.engine.sharded import whole_shape, write_parameter
+from tsqlora_scale.engine.zero_internals import loading_as, shards_while_loading
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def skeleton(auto_class: Any, model_config: Any, *, trust_remote_code: bool = False) -> nn.Module:
+    """The model's modules without weights (meta device): names and shapes for checks before anything is loaded."""
+    with torch.device("meta"):
+        bare: nn.Module = auto_class.from_config(model_config, trust_remote_code=trust_remote_code)
+    return bare
+
+
+def resolve_targets(model: nn.Module, targets: list[str] | str) -> list[str]:
+    """Full names of the linear layers to adapt.
+
+    ``auto`` is every linear layer inside the repeated blocks (attention and feed-forward), which for BERT-like
+    models is the paper's choice: query, key, value, attention output, intermediate, output. A list holds name
+    suffixes; inside the blocks they win over the same names outside (``dense`` is not the pooler's).
+
+    Raises:
+        UserError: when a suffix matches no linear layer.
+    """
+    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    blocks = [n for n in linears if re.search(r"\.\d+\.", n)]
+    if targets == "auto":
+        if not blocks:
+            raise UserError(
+                "adapter.target_modules='auto' found no linear layer inside repeated blocks of "
+                f"{type(model).__name__}; name the layers"
+            )
+        return blocks
+    chosen: list[str] = []
+    for target in targets:
+        for names in (blocks, linears):
+            matches = [n for n in names if n == target or n.endswith(f".{target}")]
+            if matches:
+                break
+        else:
+            known = sorted({n.rsplit(".", 1)[-1] for n in linears})
+            raise UserError(
+                f"adapter.target_modules: {target!r} matches no linear layer of {type(model).__name__}; "
+                f"known: {', '.join(known)}"
+            )
+        chosen += matches
+    return sorted(set(chosen))
+
+
+def heads_of(model: nn.Module) -> list[str]:
+    """Linear layers outside the repeated blocks (classifier, pooler, lm_head): never quantised."""
+    return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not re.search(r"\.\d+\.", n)]
+
+
+def _is_the_files_fault(error: Exception) -> bool:
+    """Whether weights could not be loaded for what is in their files."""
+    if isinstance(error, RuntimeError):
+        return "mismatch" in str(error)
+    # the last is what torch.load says of anything but tensors; its class would have to be imported from pickle
+    return isinstance(error, (OSError, ValueError, SafetensorError)) or type(error).__name__ == "UnpicklingError"
+
+
+def load_base(
+    name_or_path: str,
+    model: ModelConfig,
+    *,
+    auto_class: Any,
+    model_config: Any,
+    unquantised: list[str],
+    generator: torch.Generator,
+    device: torch.device | None = None,
+) -> tuple[nn.Module, list[str]]:
+    """Load the frozen base. Layers that the checkpoint lacks (a new head) are drawn from ``generator``, so that every
+    engine starts from the same values.
+
+    Args:
+        unquantised: modules that a 4-bit base keeps in floating point (:func:`heads_of`); PEFT's modules_to_save
+            cannot train packed weights.
+
+    Returns:
+        The model, and the top-level modules that hold newly initialised parameters.
+    """
+    kwargs: dict[str, Any] = {"config": model_config, "dtype": DTYPES[model.dtype], "revision": model.revision}
+    if model.quantization == "nf4":
+        kwargs["quantization_config"] = _nf4_config(model, unquantised)
+        if device is not None and device.type == "cuda" and not shards_while_loading():
+            kwargs["device_map"] = {"": device}
+    try:
+        with loading_as(DTYPES[model.dtype]):
+            loaded, info = auto_class.from_pretrained(
+                name_or_path,
+                output_loading_info=True,
+                trust_remote_code=model.trust_remote_code,
+                weights_only=True,
+                **kwargs,
+            )
+    except Exception as error:
+        if not _is_the_files_fault(error):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"model.name_or_path={name_or_path!r}: its weights cannot be loaded ({reason}); "
+            "give a complete model whose config.json and model.safetensors belong together"
+        ) from None
+    for module in loaded.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # Left on, an evaluation forward repacks the 4-bit weight and the next training step fails.
+            module.support_avx512bf16_for_cpu = False
+    new = sorted(info["missing_keys"])
+    initialise_new(loaded, new, std=getattr(model_config, "initializer_range", 0.02), generator=generator)
+    if model.gradient_checkpointing:
+        loaded.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if getattr(loaded.config, "use_cache", None):
+        loaded.config.use_cache = False
+    return loaded, sorted({_new_module(loaded, key) for key in new})
+
+
+def _new_module(model: nn.Module, key: str) -> str:
+    """The module that trains as a whole because the checkpoint lacks its weight ``key``: a head, or a pooler.
+
+    Raises:
+        UserError: the weight is not a head's.
+    """
+    parts = key.split(".")
+    inside = parts[0] == getattr(model, "base_model_prefix", None) and len(parts) > 2
+    module = ".".join(parts[: 2 if inside else 1])
+    if re.search(r"\.\d+\.", key) or "embed" in module:
+        raise UserError(
+            f"the model's checkpoint has no {key}, which is not a new head; "
+            "give model.name_or_path a complete checkpoint of this architecture"
+        )
+    return module
+
+
+def initialise_new(model: nn.Module, names: Iterable[str], *, std: float, generator: torch.Generator) -> None:
+    """Draw newly initialised parameters in name order: normal weights, zero biases. Works on ZeRO-3's shards."""
+    params = dict(model.named_parameters())
+    for name in sorted(names):
+        if name not in params:
+            continue
+        shape = whole_shape(params[name])
+        value = torch.zeros(shape)
+        if len(shape) > 1:
+            value.normal_(0.0, std, generator=generator)
+        elif "norm" in name.lower() and name.endswith("weight"):
+            value.fill_(1.0)
+        write_parameter(params[name], value)
+
+
+def use_autocast(model: Any, dtype: str) -> None:
+    """Run the innermost model's forward under autocast, on whatever path it is called."""
+    if dtype != "bf16":
+        return
+    inner: Any = model.base_model.model
+    forward = inner.forward
+
+    @functools.wraps(forward)
+    def autocast_forward(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(next(inner.parameters()).device.type, dtype=DTYPES[dtype]):
+            return forward(*args, **kwargs)
+
+    inner.forward = autocast_forward
+
+
+def _nf4_config(model: ModelConfig, unquantised: list[str]) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=DTYPES[model.dtype],
+        bnb_4bit_quant_storage={"uint8": torch.uint8, **DTYPES}[model.quant_storage],
+        llm_int8_skip_modules=unquantised,
+    )

@@ -1,0 +1,1 @@
+"""Who chooses the samples of a step: one file a selector, chosen by ``sampling.selector``."""

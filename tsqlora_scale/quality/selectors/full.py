@@ -1,0 +1,85 @@
+"""``sampling.selector: full``: every sample of the pool, evenly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from tsqlora_scale.common.disk_arrays import counted
+from tsqlora_scale.quality.draws.batch_sampler import BatchSampler
+from tsqlora_scale.quality.scores.score_table import ScoreTable
+from tsqlora_scale.quality.selectors.selector import SelectorContext
+
+
+class FullSelector:
+    """Draws from the whole pool, each sample once an epoch, and scores nothing.
+
+    See :class:`~tsqlora_scale.quality.selectors.selector.Selector`. Other selectors build on it: what they do before
+    they know better is this.
+
+    Raises:
+        UserError: the disk of TMPDIR has no room, on any rank.
+    """
+
+    def __init__(self, context: SelectorContext) -> None:
+        self.context = context
+        self.config = context.config
+        self.pool = context.pool
+        with context.world.together():
+            self._sampler = self._make_sampler(self.subset(), None, start=0)
+
+    def subset(self) -> np.ndarray:
+        """The rows that are drawn from at first, (n,) int64."""
+        return counted(len(self.pool))
+
+    def _make_sampler(self, rows: np.ndarray, probabilities: np.ndarray | None, *, start: int) -> BatchSampler:
+        """Draws from ``rows`` by ``probabilities`` (None: evenly) from the step ``start`` on."""
+        return BatchSampler(
+            rows,
+            probabilities,
+            batch_size=self.config.train.batch_size,
+            seed=self.config.run.seed,
+            replacement=self.config.sampling.replacement and probabilities is not None,
+            start=start,
+        )
+
+    @property
+    def table(self) -> ScoreTable | None:
+        """None: nothing is scored."""
+        return None
+
+    def due(self, step: int) -> bool:
+        """Never."""
+        return False
+
+    def score(self, module: nn.Module, step: int) -> None:
+        """Nothing to do."""
+
+    def draw(self, step: int) -> np.ndarray:
+        """See :class:`~tsqlora_scale.quality.draws.batch_sampler.BatchSampler`."""
+        return self._sampler.draw(step)
+
+    def weights(self, rows: np.ndarray) -> np.ndarray | None:
+        """All equal."""
+        return None
+
+    def quality(self) -> float | None:
+        """None: nothing is scored."""
+        return None
+
+    def finish(self) -> None:
+        """Nothing to do."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the draws depend on."""
+        return {"sampler": self._sampler.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Check that the draws go on as they were.
+
+        Raises:
+            UserError: with other samples, weights or settings they would not.
+        """
+        self._sampler.load_state_dict(state["sampler"])

@@ -1,0 +1,17 @@
+"""``sampling.selector: random``: a random part of the pool, evenly. What a choice by quality has to beat."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tsqlora_scale.common.disk_arrays import positions
+from tsqlora_scale.quality.draws.subset import select_subset
+from tsqlora_scale.quality.selectors.full import FullSelector
+
+
+class RandomSelector(FullSelector):
+    """Draws from ``ceil(keep_fraction * N)`` samples, drawn once by the seed."""
+
+    def subset(self) -> np.ndarray:
+        """The part."""
+        return positions(select_subset(len(self.pool), None, self.config.sampling, seed=self.config.run.seed))

@@ -1,0 +1,54 @@
+"""What ``result.json`` says of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tsqlora_scale.model.adapters.lora import short_name
+from tsqlora_scale.ranks import current_ranks
+from tsqlora_scale.report.record import peak_memory_bytes
+from tsqlora_scale.report.result_table import versions
+from tsqlora_scale.run.training_run import Run
+
+
+def build_result(run: Run, metrics: dict[str, float], adapter: Path) -> dict[str, Any]:
+    """Everything that the run is judged by. A collective (peak memory of every rank)."""
+    world = run.engine.world
+    seconds = {name: round(value, 3) for name, value in sorted(run.record.seconds.items())}
+    stepping = seconds.get("warmup", 0.0) + seconds.get("training", 0.0)
+    whole = sum(seconds.values())
+    state = run.engine.gather()
+    return {
+        "name": run.config.run.name,
+        "method": run.config.adapter.method,
+        "engine": run.engine.name,
+        "world_size": world.size,
+        "distributed_type": run.engine.distributed_type,
+        "frozen_parameters": run.engine.frozen_parameters(),
+        "steps": run.step,
+        "metrics_before": run.metrics_before,
+        "metrics": metrics,
+        "best": _best(run),
+        "pool_size": run.plan.pool_size,
+        "subset_size": run.plan.subset_size,
+        "distinct_samples_seen": int(run.seen.sum()),
+        "samples_drawn": run.step * run.config.train.batch_size,
+        "trainable_parameters": sum(entry.value.numel() for entry in state.params.values()),
+        "ranks_start": {short_name(n): r for n, r in run.initial_ranks.items()},
+        "ranks_end": {short_name(n): r for n, r in current_ranks(run.engine.module).items()},
+        "seconds": seconds,
+        "wall_seconds": round(whole, 3),
+        "samples_per_second": round(run.step * run.config.train.batch_size / stepping, 2) if stepping else None,
+        "share_of_run": {k: round(seconds.get(k, 0.0) / whole, 4) for k in ("scoring", "resizing")} if whole else {},
+        "peak_memory_bytes": world.gather_objects(peak_memory_bytes(world.device)),
+        "adapter": str(adapter),
+        "versions": versions(),
+    }
+
+
+def _best(run: Run) -> dict[str, Any] | None:
+    """The best evaluation; its checkpoint is none where that could not be written."""
+    if run.best is None or Path(run.best["checkpoint"]).name == run.checkpoints.best:
+        return run.best
+    return {**run.best, "checkpoint": None}

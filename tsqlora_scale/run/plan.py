@@ -1,0 +1,103 @@
+"""The numbers of a run: how many steps, of what, and when something happens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.config.fields import LARGEST, as_steps
+from tsqlora_scale.config.schema import Config
+from tsqlora_scale.quality.draws.subset import share_of
+from tsqlora_scale.ranks.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """The numbers of a run: sizes in samples, times in optimizer steps."""
+
+    pool_size: int
+    subset_size: int
+    total_steps: int
+    #: The pool is scored after this many steps; none when the data half is off.
+    scoring_step: int | None
+    schedule: Schedule | None
+    micro_batch_size: int
+    accumulation: int
+    world_size: int
+
+    def lines(self) -> list[str]:
+        """What will happen when, for people."""
+        lines = [
+            f"pool: {self.pool_size} samples, trained on: {self.subset_size}",
+            f"steps: {self.total_steps}, each of {self.micro_batch_size} samples x {self.accumulation} micro-batches "
+            f"x {self.world_size} ranks",
+        ]
+        if self.scoring_step is not None:
+            warm_up = f"after step {self.scoring_step}, on uniform samples until then"
+            lines.append(f"scoring: {warm_up if self.scoring_step else 'before the first step'}")
+        if self.schedule is not None:
+            events = self.schedule.events
+            lines.append(f"events of the schedule: {len(events)}, after steps {', '.join(map(str, events))}")
+        return lines
+
+
+def plan_run(config: Config, pool_size: int, world_size: int) -> RunPlan:
+    """Steps, batches and events.
+
+    Raises:
+        UserError: when the batch does not divide, the schedule never fires, or scoring comes after the end.
+    """
+    micro = _micro_batch_size(config, world_size)
+    subset = pool_size
+    if config.sampling.selector != "full":
+        subset = share_of(config.sampling.keep_fraction, pool_size)
+    total = _total_steps(config, subset)
+    moves = config.adapts_ranks or config.refreshes_scores
+    return RunPlan(
+        pool_size=pool_size,
+        subset_size=subset,
+        total_steps=total,
+        scoring_step=_scoring_step(config, total),
+        schedule=Schedule.from_config(config.schedule, total) if moves else None,
+        micro_batch_size=micro,
+        accumulation=config.train.batch_size // (micro * world_size),
+        world_size=world_size,
+    )
+
+
+def _micro_batch_size(config: Config, world_size: int) -> int:
+    train = config.train
+    share = train.batch_size // world_size  # of a rank; more than that it never takes at once
+    micro = min(train.micro_batch_size or share, share)
+    if micro == 0 or train.batch_size % (micro * world_size):
+        raise UserError(
+            f"train.batch_size={train.batch_size} must be a multiple of micro_batch_size x ranks = "
+            f"{max(micro, 1)} x {world_size}; change one of them"
+        )
+    group = config.sensitivity.group_size
+    if config.adapts_ranks and isinstance(group, int) and micro % group:
+        raise UserError(
+            f"sensitivity.group_size={group} must divide the micro batch of {micro} samples; choose a divisor, or auto"
+        )
+    return micro
+
+
+def _total_steps(config: Config, subset: int) -> int:
+    train = config.train
+    total = train.max_steps or ceil(min((train.epochs or 0) * subset / train.batch_size, 10 * LARGEST))
+    if total > LARGEST:
+        raise UserError(f"train.epochs={train.epochs} is a run of {total:.3g} steps; lower it, or set train.max_steps")
+    return total
+
+
+def _scoring_step(config: Config, total: int) -> int | None:
+    if config.sampling.selector in ("full", "random"):
+        return None
+    step = as_steps(config.scoring.warmup_steps, total)
+    if step >= total:
+        raise UserError(
+            f"scoring.warmup_steps={config.scoring.warmup_steps} leaves no step to train on the scores "
+            f"(the run has {total}); lower it or set sampling.selector: full"
+        )
+    return 0 if config.scores_by_proxy else step  # the warm-up is the proxy's
