@@ -84,9 +84,9 @@ def make_model(folder: Path, hidden: int, layers: int) -> None:
 
 def train(folder: Path, base: str, *, checkpointing: bool = False) -> None:
     """One row, in the processes that the launcher started; rank 0 prints it as JSON."""
-    from tsqlora_scale.commands.cli import _prepare_environment
+    from tsqlora_scale.common.quiet import prepare_environment
 
-    _prepare_environment()
+    prepare_environment()
     from tsqlora_scale import training as loop
     from tsqlora_scale.config.load import parse_config
     from tsqlora_scale.run import preflight

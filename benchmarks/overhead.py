@@ -40,7 +40,7 @@ import torch
 from traffic import bytes_sent
 
 from tsqlora_scale import training as loop
-from tsqlora_scale.commands.cli import _prepare_environment
+from tsqlora_scale.common.quiet import prepare_environment
 from tsqlora_scale.common.quiet import quiet_libraries
 from tsqlora_scale.config.load import parse_config
 from tsqlora_scale.ranks import SensitivityTracker, Statistics, TsqLoraPolicy, current_ranks, layer_dims
@@ -389,7 +389,7 @@ def main() -> None:
     parser.add_argument("--agreement-steps", type=int, default=160)
     parser.add_argument("--agreement-every", type=int, default=40)
     options = parser.parse_args()
-    _prepare_environment()
+    prepare_environment()
     if options.threads:
         torch.set_num_threads(options.threads)
     for model in options.model or [DEFAULT_MODEL]:

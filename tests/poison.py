@@ -44,7 +44,7 @@ def poisoned(*, loss: Places = (), gradient: Places = ()) -> Iterator[None]:
 
     After every step that was left out, asserts that parameters, moments and sensitivities are as they were.
     """
-    losses, seed_dropout, optimizer_step = Task.losses, step.seed_dropout, train.optimizer_step
+    losses, seed_dropout, optimizer_step = Task.loss_sums, step.seed_dropout, train.optimizer_step
     place: list[tuple[int, int] | None] = [None]
 
     def placed(seed: int, number: int, micro_batch: int) -> None:
@@ -59,10 +59,11 @@ def poisoned(*, loss: Places = (), gradient: Places = ()) -> Iterator[None]:
             sums = _Overflow.apply(sums)
         return sums, counts
 
-    def checked(engine: Any, task: Any, tracker: Any, indices: Any, **options: Any) -> Any:
+    def checked(engine: Any, task: Any, rows: Any, **options: Any) -> Any:
+        tracker = getattr(options["listener"], "tracker", None)
         before = engine.gather()
         heard = what_was_heard(tracker)
-        result = optimizer_step(engine, task, tracker, indices, **options)
+        result = optimizer_step(engine, task, rows, **options)
         place[0] = None
         after = engine.gather()
         same = [
@@ -78,7 +79,7 @@ def poisoned(*, loss: Places = (), gradient: Places = ()) -> Iterator[None]:
         return result
 
     with (
-        mock.patch.object(Task, "losses", worse),
+        mock.patch.object(Task, "loss_sums", worse),
         mock.patch.object(step, "seed_dropout", placed),
         mock.patch.object(train, "optimizer_step", checked),
     ):

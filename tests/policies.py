@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import ClassVar
 
+from tsqlora_scale.config.schema import AllocationConfig
 from tsqlora_scale.ranks import Plan, Statistics
 
 
@@ -17,6 +18,9 @@ class RemoveAndRestore:
     """Every third layer loses its adapter at one event and gets it back at the next; the others grow and shrink."""
 
     needs_components: ClassVar[bool] = False
+
+    def __init__(self, _: AllocationConfig) -> None:
+        pass
 
     def plan(self, stats: Statistics) -> Plan:
         """From the present ranks alone."""
@@ -31,11 +35,16 @@ class AdaLoraRule:
 
     needs_components: ClassVar[bool] = True
 
-    def __init__(self, final: int) -> None:
-        self.final = final
+    final = 16
+    #: What it was told, by all of its kind.
+    told: ClassVar[list[Statistics]] = []
+
+    def __init__(self, _: AllocationConfig) -> None:
+        self.told.clear()
 
     def plan(self, stats: Statistics) -> Plan:
         """A layer's rank is the number of its components among the b(t) best."""
+        self.told.append(stats)
         start = stats.initial_rank * len(stats.ranks)
         budget = round(self.final + (start - self.final) * (1 - stats.progress) ** 3)
         best = sorted((-s, name, k) for name, scores in stats.components.items() for k, s in enumerate(scores))[:budget]
@@ -48,8 +57,10 @@ class ElaLoraRule:
 
     needs_components: ClassVar[bool] = True
 
-    def __init__(self, b: int, k: int) -> None:
-        self.b, self.k = b, k
+    b, k = 6, 2
+
+    def __init__(self, _: AllocationConfig) -> None:
+        pass
 
     def plan(self, stats: Statistics) -> Plan:
         """The total stays; b falls as 1 - p^3."""
@@ -61,3 +72,17 @@ class ElaLoraRule:
         for _, name in pool[len(pool) - count :]:
             ranks[name] += 1
         return plan_of(ranks)
+
+
+class Scripted:
+    """Layers in turn: leave and come back, grow, or stay."""
+
+    needs_components: ClassVar[bool] = False
+
+    def __init__(self, _: AllocationConfig) -> None:
+        pass
+
+    def plan(self, stats: Statistics) -> Plan:
+        """From the present ranks alone."""
+        choices = (0, 4, 4) if 0 not in stats.ranks.values() else (4, 7, 4)
+        return plan_of({name: choices[i % 3] for i, name in enumerate(stats.ranks)})

@@ -68,7 +68,7 @@ def train(config: Config, *, resume: str | Path | None = None, overwrite: bool =
     """
     prepare_environment()
     if resume is not None and not str(resume):
-        raise UserError("resume: names nothing; give 'auto' or a checkpoint folder, or leave it out")
+        raise UserError("--resume '' (resume) names nothing; give auto or a checkpoint folder, or leave it out")
     from tsqlora_scale.run import preflight
 
     place = None if resume is None else str(resume)
@@ -126,9 +126,9 @@ def score(
     prepare_environment()
     config = _for_scoring(config)
     if top < 1:
-        raise UserError(f"top={top}: must be 1 or more")
+        raise UserError(f"--top {top} (top): must be 1 or more")
     if not 0 < similarity <= 1:
-        raise UserError(f"similarity={similarity:g}: must be above 0 and at most 1")
+        raise UserError(f"--similarity {similarity:g} (similarity): must be above 0 and at most 1")
     from tsqlora_scale.model.describe import check_adapter_fits
     from tsqlora_scale.run import preflight
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from tsqlora_scale.run.outcome import build_result
 from tsqlora_scale.run.training_run import Run
-from tsqlora_scale.step import optimizer_step
+from tsqlora_scale.step import StepResult, optimizer_step
 
 
 def train_to_the_end(run: Run) -> dict[str, Any]:
@@ -22,13 +22,17 @@ def train_to_the_end(run: Run) -> dict[str, Any]:
         return finish(run)
 
 
-def take_steps(run: Run, *, until: int | None = None) -> None:
+def take_steps(run: Run, *, until: int | None = None) -> StepResult | None:
     """Algorithm 1, from the step that the run has reached to its end, or to ``until`` finished steps.
 
     The loop decides *when*; the selector, the engine and the controller know *what*. Line numbers are the paper's.
+
+    Returns:
+        What the last step did; None if there was none.
     """
     engine, task, selector, ranks = run.engine, run.task, run.selector, run.ranks
     last = run.plan.total_steps if until is None else until
+    result: StepResult | None = None
     with run.progress("training") as bar:
         while run.step < last:
             if selector.due(run.step):
@@ -57,6 +61,7 @@ def take_steps(run: Run, *, until: int | None = None) -> None:
             run.after_step()  # evaluation and checkpoint
             bar(run.step, last, f"loss {result.loss:.4f}")
             run.stop_if_asked()
+    return result
 
 
 def warm_up_and_score(run: Run, *, warm_up: bool = True) -> None:

@@ -77,7 +77,7 @@ VALUES = [
     settings("truth for a text", "run.name=True", "string", run={"name": True}),
     settings("truth for a size or auto", "scoring.batch_size=False", scoring={"batch_size": False}),
     settings("truth for a weight", "scoring.weights.0=True", scoring={"weights": [True, 1, 1]}),
-    settings("an integer for truth", "scoring.enabled=1", "boolean", scoring={"enabled": 1}),
+    settings("an integer for truth", "scoring.keep_sketches=1", "boolean", scoring={"keep_sketches": 1}),
     settings("an integer for truth or auto", "sampling.stratify=1", "auto", sampling={"stratify": 1}),
     settings("a word for truth", "model.gradient_checkpointing='yes'", model={"gradient_checkpointing": "yes"}),
     settings("a word for a number", "train.lr='fast'", "number", train={"lr": "fast"}),

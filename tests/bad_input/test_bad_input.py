@@ -13,7 +13,7 @@ from tests.bad_input import configs, data, folders, models
 from tests.bad_input.place import Case, Place, assert_refused, listing
 from tests.distributed.launch import ROOT, run_launched
 from tests.runs import go
-from tsqlora_scale.commands import cli
+from tsqlora_scale.commands import main as cli
 
 CASES: dict[str, Case] = {
     f"{module.__name__.rsplit('.', 1)[-1]}: {case.name}": case

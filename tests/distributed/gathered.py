@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from tsqlora_scale.commands.cli import _prepare_environment
+from tsqlora_scale.common.quiet import prepare_environment
 from tsqlora_scale.config.load import load_config
 from tsqlora_scale.run import preflight
 
@@ -23,9 +23,9 @@ def packed_bytes() -> int:
 
 
 def main() -> int:
-    _prepare_environment()
+    prepare_environment()
     checked = preflight.check(load_config(sys.argv[1]))
-    from tsqlora_scale import training as train
+    from tests.steps import take_step
     from tsqlora_scale.run.build import build_run
 
     run = build_run(checked)
@@ -36,7 +36,7 @@ def main() -> int:
         return backward(*args)
 
     run.engine.backward = watched
-    train.train_step(run)  # DeepSpeed's first: later it may leave parameters whole until they are used again
+    take_step(run)  # DeepSpeed's first: later it may leave parameters whole until they are used again
     weights = [p for p in run.engine.module.parameters() if p.dtype.is_floating_point is False]
     if run.is_main:
         whole = sum(p.ds_numel for p in weights)

@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from benchmarks.traffic import bytes_sent
-from tsqlora_scale.commands.cli import _prepare_environment
+from tsqlora_scale.common.quiet import prepare_environment
 from tsqlora_scale.config.load import load_config
 from tsqlora_scale.run import preflight
 
@@ -45,9 +45,9 @@ def holdings(module) -> dict[str, int]:
 
 
 def main() -> int:
-    _prepare_environment()
+    prepare_environment()
     checked = preflight.check(load_config(sys.argv[1]))
-    from tsqlora_scale import training as train
+    from tests.steps import take_step
     from tsqlora_scale.ranks import Plan, current_ranks
     from tsqlora_scale.run.build import build_run
 
@@ -55,10 +55,10 @@ def main() -> int:
     plan = Plan(ranks=current_ranks(run.engine.module), phi=1.0, budget=0, sensitivity={}, reasons={})
     lines, losses = [], []
     for number in range(int(sys.argv[3])):
-        losses.append(train.train_step(run))
+        losses.append(take_step(run))
         ranks = {layer: RANKS[(number + place) % len(RANKS)] for place, layer in enumerate(plan.ranks)}
         sent = bytes_sent()
-        train.resize(run, replace(plan, ranks=ranks))
+        run.ranks.carry_out(replace(plan, ranks=ranks), run.engine, run.step)
         sent = bytes_sent() - sent
         lines.append(holdings(run.engine.module) | {"sent_bytes": sent})
     world = run.engine.world

@@ -16,28 +16,26 @@ pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 FAILING = """
 import os, signal, sys, time
 sys.path.insert(0, {root!r})
-from tsqlora_scale.commands import cli
-from tsqlora_scale import training as loop
+from tests.steps import before_steps
+from tsqlora_scale import training
+from tsqlora_scale.commands.train import main
 from tsqlora_scale.common.errors import UserError
-
-original = loop.train_step
 
 def a_slow_disk():
     time.sleep(10_000)
 
 def hang_between_forward_and_backward():
     from tsqlora_scale.tasks import Task
-    Task.losses = lambda *_: a_slow_disk()
+    Task.loss_sums = lambda *_: a_slow_disk()
 
-def train_step(run):
-    if run.step == 5:
-        open(os.environ["PIDS"] + str(run.engine.world.rank), "w").write(str(os.getpid()))
-        if run.engine.world.rank == 1:
+def in_step(step, engine):
+    if step == 5:
+        open(os.environ["PIDS"] + str(engine.world.rank), "w").write(str(os.getpid()))
+        if engine.world.rank == 1:
             {how}
-    return original(run)
 
-loop.train_step = train_step
-sys.exit(cli.train())
+training.optimizer_step = before_steps(in_step)
+sys.exit(main())
 """
 
 #: how rank 1 ends -> what is read in the launcher's closing words

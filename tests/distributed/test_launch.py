@@ -87,19 +87,13 @@ def test_a_proxy_on_every_engine(tmp_path: Path, models_dir: Path) -> None:
 SIGNALLED = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
-from tsqlora_scale.commands import cli
-from tsqlora_scale import training as loop
-
-original = loop.train_step
-
-def train_step(run):
-    if run.step == 5 and run.engine.world.rank == 1:
-        os.kill(os.getpid(), signal.SIGUSR1)
-    return original(run)
+from tests.steps import signalled_in_step
+from tsqlora_scale.commands.train import main
+from tsqlora_scale.quality import BatchSampler
 
 if "--resume" not in sys.argv:
-    loop.train_step = train_step
-sys.exit(cli.train())
+    BatchSampler.draw = signalled_in_step(5, signal.SIGUSR1, rank=1)
+sys.exit(main())
 """
 
 

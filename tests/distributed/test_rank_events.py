@@ -7,39 +7,26 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.launch import ROOT, launch, run_launched
+from tests.distributed.launch import ROOT, WORKER, launch, run_launched
 from tests.runs import losses_of, ranks_of, result_of, run_tree, write_config
 from tsqlora_scale.run.checkpoint import complete_checkpoints, verify_checkpoint
 
 # the first test makes the runs of all engines
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(3000)]
 
-#: A worker whose runs use another policy.
-SCRIPTED = """
-import sys
-sys.path.insert(0, {root!r})
-from tests.distributed import worker
-from tests.policies import RemoveAndRestore
-from tsqlora_scale.run import build
-
-build.TsqLoraPolicy = lambda config: RemoveAndRestore()
-sys.exit(worker.main())
-"""
-
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, models_dir: Path) -> dict[str, Path]:
     """Run folders by engine."""
     folder = tmp_path_factory.mktemp("resizing")
-    script = folder / "scripted.py"
-    script.write_text(SCRIPTED.format(root=str(ROOT)))
     found = {}
     for engine in ("plain", "ddp-2", "zero2-2", "zero3-2"):
         tree = run_tree(
             "deberta", folder / engine, models_dir, "run", schedule={"start": 4, "end": 12, "every": 4},
             resize={"grow_init": "gradient"}, sensitivity={"uncertainty": 0.85},
+            allocation={"policy": "tests.policies:RemoveAndRestore"},
         )  # fmt: skip
-        launch(engine, script, [str(write_config(folder / f"{engine}.yaml", tree))], folder)
+        launch(engine, WORKER, [str(write_config(folder / f"{engine}.yaml", tree))], folder)
         found[engine] = folder / engine / "runs" / "run"
     return found
 
@@ -59,7 +46,7 @@ def test_layers_leave_and_return_on_every_engine(runs: dict[str, Path], engine: 
 TAMPERED = """
 import sys
 sys.path.insert(0, {root!r})
-from tsqlora_scale.commands import cli
+from tsqlora_scale.commands.train import main
 from tsqlora_scale.ranks import SensitivityTracker
 
 reduce, events = SensitivityTracker.reduce, []
@@ -72,7 +59,7 @@ def tampered(tracker, world):
     return found
 
 SensitivityTracker.reduce = tampered
-sys.exit(cli.train())
+sys.exit(main())
 """
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from tests.runs import go, result_of, run_tree, write_config
 from tests.tiny import tiny_model
-from tsqlora_scale.commands import cli
+from tsqlora_scale.commands import main as cli
 
 
 def test_mpnet_opens_in_plain_peft(tmp_path: Path, models_dir: Path) -> None:

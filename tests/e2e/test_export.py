@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
 from tests.runs import go, run_tree, write_config
-from tsqlora_scale.commands import cli
+from tsqlora_scale.commands import main as cli
 from tsqlora_scale.run.training_run import Run
 
 AUTO: dict[str, Any] = {

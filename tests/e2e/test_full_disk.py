@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
@@ -17,25 +16,22 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.disks import full
 from tests.distributed.launch import run_launched
-from tests.e2e.test_preemption import signalled_in_step
 from tests.runs import go, losses_of, ranks_of, read_lines, result_of, run_tree, write_config
+from tests.steps import signalled_in_step
 from tests.tiny import tiny_model
-from tsqlora_scale import training as loop
-from tsqlora_scale.commands import cli
-from tsqlora_scale.common.errors import Stopped, UserError
-from tsqlora_scale.quality import ScoreTable
+from tsqlora_scale.commands import main as cli
+from tsqlora_scale.common.errors import Stopped
+from tsqlora_scale.quality import BatchSampler, ScoreTable
 from tsqlora_scale.quality.scores.measurer import Measurer
-from tsqlora_scale.quality.scores.score_parts import Parts, Rows
+from tsqlora_scale.quality.scores.score_parts import Parts, PassPart
+from tsqlora_scale.quality.selectors.by_quality import QualitySelector
 from tsqlora_scale.report.record import RunRecord
-from tsqlora_scale.run import checkpoint
-from tsqlora_scale.run import training_run as run_module
+from tsqlora_scale.run import checkpoint, run_checkpoints
 from tsqlora_scale.run.checkpoint import newest_checkpoint
+from tsqlora_scale.run.run_checkpoints import RunCheckpoints
 from tsqlora_scale.run.training_run import Run
-
-
-def full(*_: Any, **__: Any) -> Any:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @contextmanager
@@ -61,11 +57,11 @@ def test_a_checkpoint_that_cannot_be_written(
     changes: dict[str, Any] = {"checkpoint_every": 3, "checkpoint_keep": 1}
     go(run_tree("bert", tmp_path, models_dir, "whole", train=changes))
     caplog.clear()
-    write: Callable[..., None] = Run._write_checkpoint
+    write: Callable[..., None] = RunCheckpoints.write
     seen: dict[int, list[str]] = {}
 
-    def sometimes(run: Run, state: Any) -> None:
-        failing = run.step == 6
+    def sometimes(checkpoints: RunCheckpoints, step: int, *arguments: Any, **options: Any) -> None:
+        failing = step == 6
         with monkeypatch.context() as patch:
             if failing and where == "os.fsync":
                 patch.setattr(os, "fsync", full)
@@ -73,12 +69,12 @@ def test_a_checkpoint_that_cannot_be_written(
                 patch.setattr(checkpoint, where, full)
             if failing and where == "a real limit":
                 with small_files(20_000):
-                    write(run, state)
+                    write(checkpoints, step, *arguments, **options)
             else:
-                write(run, state)
-        seen[run.step] = sorted(path.name[-8:] for path in (run.record.folder / "checkpoints").iterdir())
+                write(checkpoints, step, *arguments, **options)
+        seen[step] = sorted(path.name[-8:] for path in checkpoints.root.iterdir())
 
-    monkeypatch.setattr(Run, "_write_checkpoint", sometimes)
+    monkeypatch.setattr(RunCheckpoints, "write", sometimes)
     go(run_tree("bert", tmp_path, models_dir, "run", train=changes))
     folder, reference = tmp_path / "runs" / "run", tmp_path / "runs" / "whole"
     assert losses_of(folder) == losses_of(reference)
@@ -101,15 +97,15 @@ def test_the_best_that_was_written_is_kept(tmp_path: Path, models_dir: Path, mon
     """Evaluations get better and better; the checkpoint of the last but one cannot be written."""
     changes: dict[str, Any] = {"checkpoint_every": 1, "checkpoint_keep": 1, "eval_every": 4}
     monkeypatch.setattr(Run, "evaluate", lambda run: {"accuracy": {4: 0.5, 8: 0.7, 12: 0.9}.get(run.step, 0.1)})
-    write = Run._write_checkpoint
+    write = RunCheckpoints.write
 
-    def sometimes(run: Run, state: Any) -> None:
+    def sometimes(checkpoints: RunCheckpoints, step: int, *arguments: Any, **options: Any) -> None:
         with monkeypatch.context() as patch:
-            if run.step == 12:
+            if step == 12:
                 patch.setattr(checkpoint, "save_file", full)
-            write(run, state)
+            write(checkpoints, step, *arguments, **options)
 
-    monkeypatch.setattr(Run, "_write_checkpoint", sometimes)
+    monkeypatch.setattr(RunCheckpoints, "write", sometimes)
     go(run_tree("bert", tmp_path, models_dir, "run", train=changes))
     folder = tmp_path / "runs" / "run"
     assert [path.name[-2:] for path in sorted((folder / "checkpoints").iterdir())] == ["08", "13"]
@@ -161,7 +157,7 @@ def test_lines_that_wait_are_written_before_a_checkpoint(
     tmp_path: Path, models_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run that resumes from it does not write them again."""
-    append, written = RunRecord._append, run_module.write_checkpoint
+    append, written = RunRecord._append, run_checkpoints.write_checkpoint
     seen: dict[int, int] = {}
 
     def waits(record: RunRecord, name: str, line: dict[str, Any]) -> None:
@@ -174,7 +170,7 @@ def test_lines_that_wait_are_written_before_a_checkpoint(
         written(folder, *arguments)
 
     monkeypatch.setattr(RunRecord, "_append", waits)
-    monkeypatch.setattr(run_module, "write_checkpoint", spy)
+    monkeypatch.setattr(run_checkpoints, "write_checkpoint", spy)
     go(run_tree("bert", tmp_path, models_dir, "run", train={"checkpoint_every": 6}))
     assert seen == {step: step for step in (2, 6, 12, 13)}
     assert len(ranks_of(tmp_path / "runs" / "run")) == 2
@@ -215,7 +211,7 @@ def test_an_end_that_cannot_be_written(
     config = write_config(tmp_path / "config.yaml", run_tree("bert", tmp_path, models_dir, "run"))
     with monkeypatch.context() as patch:
         if what == "the adapter":
-            patch.setattr("tsqlora_scale.run.training_run.save_adapter", full)
+            patch.setattr("tsqlora_scale.model.adapters.lora.LoraAdapter.save", full)
         else:
             patch.setattr(RunRecord, "result", full)
         assert cli.main(["train", "--config", str(config)]) == 2
@@ -249,7 +245,7 @@ def test_a_stop_that_loses_the_state_says_so(
     go(run_tree("bert", tmp_path, models_dir, "whole", train=changes))
     config = write_config(tmp_path / "config.yaml", run_tree("bert", tmp_path, models_dir, "run", train=changes))
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_step", signalled_in_step(step, signal.SIGTERM))
+        patch.setattr(BatchSampler, "draw", signalled_in_step(step, signal.SIGTERM))
         full_disk_from(patch, full_from)
         assert cli.main(["train", "--config", str(config)]) == 2
     said = capsys.readouterr()
@@ -263,7 +259,7 @@ def test_a_stop_that_loses_the_state_says_so(
 
 def full_disk_from(patch: pytest.MonkeyPatch, step: int, times: int = 0) -> None:
     """No checkpoint of ``step`` or a later one can be written, but for the first ``times`` of them."""
-    write = run_module.write_checkpoint
+    write = run_checkpoints.write_checkpoint
     tried: list[int] = []
 
     def sometimes(folder: Path, *arguments: Any) -> None:
@@ -273,7 +269,7 @@ def full_disk_from(patch: pytest.MonkeyPatch, step: int, times: int = 0) -> None
                 full()
         write(folder, *arguments)
 
-    patch.setattr(run_module, "write_checkpoint", sometimes)
+    patch.setattr(run_checkpoints, "write_checkpoint", sometimes)
 
 
 def test_a_stop_after_a_checkpoint_of_the_same_step_loses_nothing(
@@ -282,7 +278,7 @@ def test_a_stop_after_a_checkpoint_of_the_same_step_loses_nothing(
     tree = run_tree("bert", tmp_path, models_dir, "run", train={"checkpoint_every": 4})
     config = write_config(tmp_path / "config.yaml", tree)
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_step", signalled_in_step(3, signal.SIGTERM))
+        patch.setattr(BatchSampler, "draw", signalled_in_step(3, signal.SIGTERM))
         full_disk_from(patch, 4, times=1)
         assert cli.main(["train", "--config", str(config)]) == 0
     assert "requeue: stopped on request after step 4" in capsys.readouterr().out
@@ -322,8 +318,7 @@ def test_lines_that_are_lost_are_named_however_a_command_ends(
 ) -> None:
     """Here by a stop, in the warm-up."""
     config = write_config(tmp_path / "config.yaml", run_tree("bert", tmp_path, models_dir, "run"))
-    target = f"tsqlora_scale.{ {'train': 'training', 'score': 'scoring'}[command] }.train_step"
-    monkeypatch.setattr(target, signalled_in_step(0, signal.SIGTERM))
+    monkeypatch.setattr(BatchSampler, "draw", signalled_in_step(0, signal.SIGTERM))
     open_ = Path.open
 
     def sometimes(path: Path, *arguments: Any, **options: Any) -> Any:
@@ -345,21 +340,15 @@ def test_a_stop_that_loses_the_state_ends_every_rank(tmp_path: Path, models_dir:
         f"""
 import os, signal, sys
 sys.path.insert(0, {str(Path(__file__).resolve().parents[2])!r})
-from tests.e2e.test_full_disk import full
-from tsqlora_scale.commands import cli
-from tsqlora_scale.run import training_run as run
-from tsqlora_scale import training as train
+from tests.disks import full
+from tests.steps import signalled_in_step
+from tsqlora_scale.commands.train import main
+from tsqlora_scale.quality import BatchSampler
+from tsqlora_scale.run import run_checkpoints
 
-rank, step = int(os.environ["RANK"]), train.train_step
-run.write_checkpoint = full
-
-def signalled(it):
-    if rank == 1 and it.step == 1:
-        os.kill(os.getpid(), signal.SIGUSR1)
-    return step(it)
-
-train.train_step = signalled
-sys.exit(cli.main(["train", "--config", {str(config)!r}]))
+run_checkpoints.write_checkpoint = full
+BatchSampler.draw = signalled_in_step(1, signal.SIGUSR1, rank=1)
+sys.exit(main(["--config", {str(config)!r}]))
 """
     )
     done = run_launched("ddp-2", script, [], tmp_path)
@@ -382,7 +371,9 @@ def test_scores_that_cannot_be_written(
     """They are what scoring alone is for; the pass is not done again."""
     config = write_config(tmp_path / "config.yaml", run_tree("bert", tmp_path, models_dir, "run"))
     with monkeypatch.context() as patch:
-        patch.setattr(f"tsqlora_scale.{'quality' if where == 'ScoreTable.write' else 'scoring'}.{where}", full)
+        patch.setattr(
+            f"tsqlora_scale.{'quality' if where == 'ScoreTable.write' else 'report.score_summary'}.{where}", full
+        )
         assert cli.main(["score", "--config", str(config)]) == 2
     folder = tmp_path / "runs" / "run" / "scores"
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
@@ -401,10 +392,12 @@ def test_a_folder_of_parts_that_cannot_be_made(
 ) -> None:
     """The pass stays in memory, whatever lies there."""
     own, other = tmp_path / "parts" / "pass-001", tmp_path / "parts" / "pass-000"
-    rows = [Rows(np.arange(i, i + 2), np.full((2, 3), float(i)), np.ones((2, 4), np.float32), 1e-7, 2) for i in (0, 2)]
+    rows = [
+        PassPart(np.arange(i, i + 2), np.full((2, 3), float(i)), np.ones((2, 4), np.float32), 1e-7, 2) for i in (0, 2)
+    ]
     if where == "rmtree of its own":
         left = Parts(own)
-        left.open({"seed": 0}, refuse=False)
+        left.open({"seed": 0})
         left.append(rows[1])
     elif where == "unlink":
         other.parent.mkdir()
@@ -417,16 +410,13 @@ def test_a_folder_of_parts_that_cannot_be_made(
             patch.setattr(Path, where, full)
         else:
             patch.setattr(shutil, "rmtree", full)
-        assert parts.open({"seed": 1}, refuse=False) == 0
+        assert parts.open({"seed": 1}) == 0
         for one in rows:
             parts.append(one)
     assert [part.indices.tolist() for part in parts] == [[0, 1], [2, 3]]
     (said,) = warnings_of(caplog, "goes on in memory")
     assert str(own) in said
-    if where == "rmtree of its own":
-        with pytest.raises(UserError, match="was scored with seed=0"):
-            Parts(own).open({"seed": 1}, refuse=True)
-    assert parts.open({"seed": 1}, refuse=False) == 0
+    assert parts.open({"seed": 1}) == 0
     parts.append(rows[0])
     assert [path.name for path in own.iterdir()] == ["000000.parquet"], "there is room again"
 
@@ -444,12 +434,12 @@ def test_a_proxys_parts_stay_until_a_checkpoint_has_its_scores(
 
         def full_at_first(run: Run) -> bool:
             with monkeypatch.context() as inner:
-                if run.scorer is not None and run.step == 0:
-                    inner.setattr(run_module, "write_checkpoint", full)
+                if isinstance(run.selector, QualitySelector) and run.step == 0:
+                    inner.setattr(run_checkpoints, "write_checkpoint", full)
                 return save(run)
 
         patch.setattr(Run, "save_checkpoint", full_at_first)
-        patch.setattr(loop, "train_step", signalled_in_step(4, signal.SIGTERM))
+        patch.setattr(BatchSampler, "draw", signalled_in_step(4, signal.SIGTERM))
         assert cli.main(["train", "--config", str(config)]) == 2
     assert len(list(parts.glob("*/*.parquet"))) == 1
     with monkeypatch.context() as patch:

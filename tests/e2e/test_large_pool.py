@@ -13,6 +13,7 @@ from tests.runs import go, losses_of, ranks_of, run_tree
 from tsqlora_scale.common import disk_arrays
 from tsqlora_scale.quality import ScoreTable
 from tsqlora_scale.quality.draws import key_order
+from tsqlora_scale.quality.selectors.by_quality import QualitySelector
 from tsqlora_scale.run.training_run import Run
 from tsqlora_scale.tasks import task
 
@@ -40,20 +41,23 @@ def test_it_is_the_same_run(tmp_path: Path, models_dir: Path, monkeypatch: pytes
     monkeypatch.setattr(task, "ROWS", 7)
     large = go(tree("large"))
     resumed = go(tree("resumed"), resume=str(tmp_path / "runs" / "small" / "checkpoints" / "step-00000006"))
-    assert small.scorer is not None and small.scorer.table is not None and small.importance is not None
+    small_table, small_weights = small.selector.table, small.selector.weights(np.arange(small.plan.pool_size))
+    assert small_table is not None and small_weights is not None
 
     def agrees(run: Run, name: str, first: int) -> None:
-        assert run.scorer is not None and run.scorer.table is not None and run.importance is not None
+        selector = run.selector
+        assert isinstance(selector, QualitySelector) and selector.table is not None
+        assert selector._importance is not None
         folder = tmp_path / "runs" / name
         assert losses_of(folder) == pytest.approx(losses_of(tmp_path / "runs" / "small")[first:], rel=1e-6)
         assert ranks_of(folder) == ranks_of(tmp_path / "runs" / "small")[-len(ranks_of(folder)) :]
         assert (run.seen == small.seen).all()
-        assert (run.scorer.table.selected == small.scorer.table.selected).all()
-        assert (run.scorer.table.scoring_pass == small.scorer.table.scoring_pass).all()
-        np.testing.assert_allclose(run.scorer.table.probability, small.scorer.table.probability, rtol=1e-4)
-        np.testing.assert_allclose(run.importance, small.importance, rtol=1e-4)
-        held = {"seen": run.seen, "importance": run.importance, "indices": run.sampler.indices}
-        held |= {"strata": run.scorer.strata} | vars(run.scorer.table)
+        assert (selector.table.selected == small_table.selected).all()
+        assert (selector.table.scoring_pass == small_table.scoring_pass).all()
+        np.testing.assert_allclose(selector.table.probability, small_table.probability, rtol=1e-4)
+        np.testing.assert_allclose(selector._importance, small_weights, rtol=1e-4)
+        held = {"seen": run.seen, "importance": selector._importance, "indices": selector._sampler.indices}
+        held |= {"strata": selector.scorer.strata} | vars(selector.table)
         assert [name for name, column in held.items() if not is_mapped(column)] == []
 
     agrees(large, "large", 0)

@@ -9,7 +9,7 @@ import pytest
 
 from tests.poison import poisoned
 from tests.runs import go, losses_of, read_lines, run_tree, write_config
-from tsqlora_scale.commands import cli
+from tsqlora_scale.commands import main as cli
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.run.checkpoint import read_checkpoint
 

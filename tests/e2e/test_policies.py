@@ -2,48 +2,32 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 import torch
 
-from tests.policies import AdaLoraRule, ElaLoraRule
+from tests.policies import AdaLoraRule
 from tests.runs import go, losses_of, ranks_of, run_tree
 from tsqlora_scale.config.load import parse_config
-from tsqlora_scale.ranks import Plan, Policy, Statistics, current_ranks
+from tsqlora_scale.ranks import current_ranks
 from tsqlora_scale.ranks.install import factor_names
 from tsqlora_scale.run import preflight
 from tsqlora_scale.run.build import build_run
-from tsqlora_scale.training import adapt_ranks, train_step
-
-
-@dataclasses.dataclass
-class Spy:
-    """Another policy, and what it was told."""
-
-    needs_components: ClassVar[bool] = True
-
-    policy: Policy
-    seen: list[Statistics] = dataclasses.field(default_factory=list)
-
-    def plan(self, stats: Statistics) -> Plan:
-        self.seen.append(stats)
-        return self.policy.plan(stats)
+from tsqlora_scale.training import take_steps
 
 
 def test_adaloras_rule(tmp_path: Path, models_dir: Path) -> None:
     """Its budget is kept to the rank, layers may end without an adapter, and what stays is what it chose."""
     tree = run_tree("bert", tmp_path, models_dir, "run", resize={"shrink": "importance"})
     tree["schedule"] = {"start": 4, "end": 12, "every": 4}
-    spy = Spy(AdaLoraRule(final=16))
-    go(tree, policy=spy)
+    tree["allocation"] = {"policy": "tests.policies:AdaLoraRule"}
+    go(tree)
     events = ranks_of(tmp_path / "runs" / "run")
-    assert [stats.progress for stats in spy.seen] == [0.0, 0.5, 1.0]
+    assert [stats.progress for stats in AdaLoraRule.told] == [0.0, 0.5, 1.0]
     assert [sum(ranks.values()) for ranks in events] == [48, 20, 16]
     assert 0 in events[-1].values()
-    for stats, ranks in zip(spy.seen, events, strict=True):
+    for stats, ranks in zip(AdaLoraRule.told, events, strict=True):
         assert {name: len(scores) for name, scores in stats.components.items()} == stats.ranks
         kept = [s for n, scores in stats.components.items() for s in sorted(scores)[len(scores) - ranks[n] :]]
         lost = [s for n, scores in stats.components.items() for s in sorted(scores)[: len(scores) - ranks[n]]]
@@ -52,8 +36,8 @@ def test_adaloras_rule(tmp_path: Path, models_dir: Path) -> None:
 
 
 def test_elaloras_rule(tmp_path: Path, models_dir: Path) -> None:
-    spy = Spy(ElaLoraRule(b=6, k=2))
-    go(run_tree("bert", tmp_path, models_dir, "run", resize={"shrink": "importance"}), policy=spy)
+    sections = {"resize": {"shrink": "importance"}, "allocation": {"policy": "tests.policies:ElaLoraRule"}}
+    go(run_tree("bert", tmp_path, models_dir, "run", **sections))
     first, second = ranks_of(tmp_path / "runs" / "run")
     assert sum(first.values()) == sum(second.values()) == 48
     assert sum(abs(rank - 4) for rank in first.values()) > 0
@@ -65,26 +49,14 @@ def test_the_step_after_an_event_moves_nothing_by_more_than_the_learning_rate(
     tmp_path: Path, models_dir: Path, init: str
 ) -> None:
     """With the engine's own optimizer: components that are new, and layers that come back from rank 0."""
-
-    class Scripted:
-        needs_components: ClassVar[bool] = False
-
-        def plan(self, stats: Statistics) -> Plan:
-            choices = (0, 4, 4) if 0 not in stats.ranks.values() else (4, 7, 4)
-            ranks = {name: choices[i % 3] for i, name in enumerate(stats.ranks)}
-            return Plan(ranks=ranks, phi=1.0, budget=0, sensitivity={}, reasons={})
-
     tree = run_tree("bert", tmp_path, models_dir, "run", resize={"grow_init": init})
-    tree["sampling"], tree["scoring"] = {"selector": "full"}, {"enabled": False}
+    tree["sampling"], tree["allocation"] = {"selector": "full"}, {"policy": "tests.policies:Scripted"}
+    tree["schedule"] = {"start": 15, "end": 30, "every": 15}
     tree["train"]["max_steps"] = 40
     run = build_run(preflight.check(parse_config(tree)))
-    run.policy = Scripted()
-    for event in (15, 30):
-        while run.step < event:
-            train_step(run)
-        adapt_ranks(run)
+    take_steps(run, until=30)
     before = run.engine.gather()
-    train_step(run)
+    take_steps(run, until=31)
     after = run.engine.gather()
     assert after.optimizer_steps == 31, "Adam's count goes on"
     moved = []

@@ -6,35 +6,19 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.runs import go, losses_of, ranks_of, run_tree, write_config
-from tsqlora_scale import (
-    scoring,  # noqa: F401  takes train_step from the loop, and not while it is patched
-)
-from tsqlora_scale import training as loop
-from tsqlora_scale.commands import cli
-from tsqlora_scale.quality import ScoreTable
+from tests.steps import signalled_in_step
+from tsqlora_scale.commands import main as cli
+from tsqlora_scale.quality import BatchSampler, ScoreTable
 from tsqlora_scale.quality.scores.measurer import Measurer
-from tsqlora_scale.run.training_run import Run
+from tsqlora_scale.quality.selectors.by_quality import QualitySelector
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def signalled_in_step(step: int, number: int) -> Callable[[Run], float]:
-    """A ``train_step`` in which the process gets a signal."""
-    original = loop.train_step
-
-    def train_step(run: Run) -> float:
-        if run.step == step:
-            os.kill(os.getpid(), number)
-        return original(run)
-
-    return train_step
 
 
 @pytest.mark.parametrize("step", [0, 1, 3, 6, 11])
@@ -52,7 +36,7 @@ def test_a_signal_ends_the_run_after_the_step(
     config = write_config(tmp_path / "config.yaml", run_tree("bert", tmp_path, models_dir, "run"))
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_step", signalled_in_step(step, number))
+        patch.setattr(BatchSampler, "draw", signalled_in_step(step, number))
         assert cli.main(["train", "--config", str(config)]) == 0
     assert signal.getsignal(number) is before
     run_dir = tmp_path / "runs" / "run"
@@ -103,15 +87,15 @@ def test_a_signal_ends_the_first_pass_at_once(
 def test_a_refresh_is_finished_first(tmp_path: Path, models_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     go(run_tree("bert", tmp_path, models_dir, "whole"))
     config = write_config(tmp_path / "config.yaml", run_tree("bert", tmp_path, models_dir, "run"))
-    original = Run.score
+    score = QualitySelector.score
 
-    def score_(run: Run, *, refresh: bool = False) -> ScoreTable:
-        if refresh and run.step == 4:
+    def signalled(selector: QualitySelector, module: Any, step: int) -> None:
+        if step == 4:
             os.kill(os.getpid(), signal.SIGUSR1)
-        return original(run, refresh=refresh)
+        score(selector, module, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "score", score_)
+        patch.setattr(QualitySelector, "score", signalled)
         assert cli.main(["train", "--config", str(config)]) == 0
     run_dir = tmp_path / "runs" / "run"
     assert (run_dir / "checkpoints" / "step-00000005").is_dir(), "one step after the signal"

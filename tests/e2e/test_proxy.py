@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 from pathlib import Path
@@ -12,11 +11,10 @@ import numpy as np
 import pytest
 
 from tests.runs import losses_of, ranks_of, result_of, run_tree, write_config
+from tests.steps import signalled_in_step
 from tests.tiny import tiny_model
-from tsqlora_scale.commands import cli
-from tsqlora_scale.quality import ScoreTable
-from tsqlora_scale.run.training_run import Run
-from tsqlora_scale.training import train_step
+from tsqlora_scale.commands import main as cli
+from tsqlora_scale.quality import BatchSampler, ScoreTable
 
 
 def tree_with_proxy(tmp_path: Path, models_dir: Path, **train: Any) -> dict[str, Any]:
@@ -109,14 +107,8 @@ def test_a_proxy_that_is_stopped(tmp_path: Path, models_dir: Path, monkeypatch: 
     assert cli.main(["train", "--config", str(config)]) == 0
     run_dir = tmp_path / "runs" / "run"
     losses = losses_of(run_dir)
-    original = train_step
-
-    def signalled(run: Run) -> float:
-        os.kill(os.getpid(), signal.SIGTERM)
-        return original(run)
-
     with monkeypatch.context() as patch:
-        patch.setattr("tsqlora_scale.scoring.train_step", signalled)
+        patch.setattr(BatchSampler, "draw", signalled_in_step(0, signal.SIGTERM))
         assert cli.main(["train", "--config", str(config), "--overwrite"]) == 0
     assert not (run_dir / "checkpoints").exists()
     assert len(losses_of(tmp_path / "runs" / "run-proxy")) == 1

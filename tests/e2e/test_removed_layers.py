@@ -12,24 +12,27 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
-from tests.policies import RemoveAndRestore
 from tests.runs import go, losses_of, ranks_of, run_tree, write_config
+from tests.steps import Killed, killed_in_step
 from tsqlora_scale import training as loop
-from tsqlora_scale.commands import cli
+from tsqlora_scale.commands import main as cli
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.load import parse_config
-from tsqlora_scale.model.adapters.lora import read_adapter, short_name
+from tsqlora_scale.model.adapters.lora import LoraAdapter, short_name
 from tsqlora_scale.ranks import current_ranks
 from tsqlora_scale.run import preflight
 from tsqlora_scale.run.build import build_run
-from tsqlora_scale.run.training_run import Run
 
 AUTO: dict[str, Any] = {"bert": AutoModelForSequenceClassification, "bart": AutoModelForSeq2SeqLM}
 
 
+POLICY = "tests.policies:RemoveAndRestore"
+
+
 def tree_of(kind: str, tmp_path: Path, models_dir: Path, name: str, **sections: Any) -> dict[str, Any]:
     """Layers are removed after steps 4 and 12, and come back after step 8; scores are refreshed each time."""
-    return run_tree(kind, tmp_path, models_dir, name, schedule={"start": 4, "end": 12, "every": 4}, **sections)
+    sections |= {"schedule": {"start": 4, "end": 12, "every": 4}, "allocation": {"policy": POLICY}}
+    return run_tree(kind, tmp_path, models_dir, name, **sections)
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -45,7 +48,7 @@ def logits(model: Any) -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["bert", "bart"])
 def test_the_adapter_of_a_run_that_removed_layers(tmp_path: Path, models_dir: Path, kind: str) -> None:
     tree = tree_of(kind, tmp_path, models_dir, "run")
-    run = go(tree, policy=RemoveAndRestore())
+    run = go(tree)
     run_dir = tmp_path / "runs" / "run"
     removed = {short_name(name) for name, rank in current_ranks(run.engine.module).items() if not rank}
     assert len(removed) == -(-len(current_ranks(run.engine.module)) // 3)
@@ -79,18 +82,14 @@ def test_the_adapter_of_a_run_that_removed_layers(tmp_path: Path, models_dir: Pa
 
 def test_an_adapter_of_other_layers_is_still_refused(tmp_path: Path, models_dir: Path) -> None:
     """That a layer was removed must be said in its config; a missing one is a mistake."""
-    go(tree_of("bert", tmp_path, models_dir, "run"), policy=RemoveAndRestore())
+    go(tree_of("bert", tmp_path, models_dir, "run"))
     adapter = tmp_path / "runs" / "run" / "adapter"
     described = json.loads((adapter / "adapter_config.json").read_text())
     described["exclude_modules"] = described["exclude_modules"][1:]
     (adapter / "adapter_config.json").write_text(json.dumps(described))
     fresh = build_run(preflight.check(parse_config(tree_of("bert", tmp_path, models_dir, "fresh"))))
     with pytest.raises(UserError, match=r"has no .*lora_A"):
-        read_adapter(fresh.engine.module, adapter)
-
-
-class Killed(BaseException):
-    """What no handler may catch."""
+        LoraAdapter().read(fresh.engine.module, adapter)
 
 
 @pytest.mark.parametrize(
@@ -104,20 +103,13 @@ def test_a_run_with_removed_layers_resumes(
         "train": {"checkpoint_every": 5, "checkpoint_keep": 3},
         "resize": {"grow_init": grow_init},
     }
-    go(tree_of("bert", tmp_path, models_dir, "whole", **changes), policy=RemoveAndRestore())
+    go(tree_of("bert", tmp_path, models_dir, "whole", **changes))
     killed = tree_of("bert", tmp_path, models_dir, "killed", **changes)
-    step = loop.train_step
-
-    def dies(run: Run) -> float:
-        if run.step == killed_at:
-            raise Killed
-        return step(run)
-
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_step", dies)
+        patch.setattr(loop, "optimizer_step", killed_in_step(killed_at))
         with pytest.raises(Killed):
-            go(killed, policy=RemoveAndRestore())
-    go(killed, resume="auto", policy=RemoveAndRestore())
+            go(killed)
+    go(killed, resume="auto")
     whole, again = tmp_path / "runs" / "whole", tmp_path / "runs" / "killed"
     assert losses_of(again) == losses_of(whole)
     assert ranks_of(again) == ranks_of(whole)

@@ -11,20 +11,17 @@ import torch
 from safetensors.torch import load_file
 
 from tests.runs import go, read_lines, result_of, run_tree
+from tests.steps import Killed, killed_in_step
 from tsqlora_scale import training as loop
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.load import parse_config
 from tsqlora_scale.config.schema import Config
-from tsqlora_scale.quality.scores.score_parts import Parts, Rows
+from tsqlora_scale.quality.draws.batch_sampler import BatchSampler
+from tsqlora_scale.quality.scores.score_parts import Parts, PassPart
 from tsqlora_scale.run import checkpoint, preflight
 from tsqlora_scale.run.build import build_run
 from tsqlora_scale.run.preflight import check_run_dir
 from tsqlora_scale.run.resume import same_method
-from tsqlora_scale.run.training_run import Run
-
-
-class Killed(BaseException):
-    """What no handler may catch."""
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
@@ -36,14 +33,14 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 def draws(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[int]]:
     """The samples of each step that ran last, by step."""
     drawn: dict[int, list[int]] = {}
-    draw = Run.draw
+    draw = BatchSampler.draw
 
-    def spy(run: Run) -> np.ndarray:
-        indices = draw(run)
-        drawn[run.step] = indices.tolist()
-        return indices
+    def spy(sampler: BatchSampler, step: int) -> np.ndarray:
+        rows = draw(sampler, step)
+        drawn[step] = rows.tolist()
+        return rows
 
-    monkeypatch.setattr(Run, "draw", spy)
+    monkeypatch.setattr(BatchSampler, "draw", spy)
     return drawn
 
 
@@ -57,15 +54,8 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(
     expected_draws = dict(draws)
 
     killed = run_tree("llama", tmp_path, models_dir, "killed", train=changes)
-    step = loop.train_step
-
-    def dies(run: Run) -> float:
-        if run.step == 7:
-            raise Killed
-        return step(run)
-
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_step", dies)
+        patch.setattr(loop, "optimizer_step", killed_in_step(7))
         with pytest.raises(Killed):
             go(killed)
     folder, reference = tmp_path / "runs" / "killed", tmp_path / "runs" / "whole"
@@ -99,7 +89,7 @@ def test_a_run_killed_while_it_scores(
     killed = run_tree("bert", tmp_path, models_dir, "killed", **changes)
     append, written = Parts.append, []
 
-    def dies(parts: Parts, rows: Rows) -> None:
+    def dies(parts: Parts, rows: PassPart) -> None:
         append(parts, rows)
         written.append(len(rows.indices))
         if len(written) == number:
@@ -166,15 +156,8 @@ def test_a_run_that_went_back_is_not_resumed_from_the_future_it_left(
     tree = run_tree("bert", tmp_path, models_dir, "run", train={"checkpoint_every": 2, "checkpoint_keep": 9})
     go(tree)
     checkpoints = tmp_path / "runs" / "run" / "checkpoints"
-    step = loop.train_step
-
-    def dies(run: Run) -> float:
-        if run.step == 7:
-            raise Killed
-        return step(run)
-
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_step", dies)
+        patch.setattr(loop, "optimizer_step", killed_in_step(7))
         with pytest.raises(Killed):
             go(tree, resume=str(checkpoints / "step-00000004"))
     assert [folder.name[-2:] for folder in sorted(checkpoints.iterdir())] == ["02", "04", "06"]

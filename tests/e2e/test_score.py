@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from tests.runs import go, read_lines, run_tree, write_config
-from tsqlora_scale.commands import cli
+from tsqlora_scale.commands import main as cli
 from tsqlora_scale.quality import ScoreTable
+from tsqlora_scale.quality.selectors.by_quality import QualitySelector
 
 
 def copies(folder: Path) -> None:
@@ -62,8 +63,8 @@ def test_scoring_by_a_trained_adapter(tmp_path: Path, models_dir: Path, capsys: 
     config = write_config(tmp_path / "config.yaml", tree)
     assert cli.main(["score", "--config", str(config), "--adapter", str(adapter)]) == 0
     table, _ = ScoreTable.read(tmp_path / "runs" / "scored" / "scores")
-    assert run.scorer is not None
-    expected = run.scorer.score(run.engine.module)
+    assert isinstance(run.selector, QualitySelector)
+    expected = run.selector.scorer.score(run.engine.module)
     np.testing.assert_allclose(table.loss, expected.loss, atol=1e-6)
     np.testing.assert_allclose(table.grad_norm, expected.grad_norm, rtol=1e-4)
     tree["run"]["name"], tree["adapter"]["alpha"] = "other", 9

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from tests.runs import go, read_lines, result_of, run_tree
+from tests.steps import take_step
 from tsqlora_scale.config.load import load_config, parse_config
+from tsqlora_scale.quality.selectors.by_quality import QualitySelector
 from tsqlora_scale.ranks import current_ranks
 from tsqlora_scale.run import preflight
 from tsqlora_scale.run.build import build_run
-from tsqlora_scale.training import adapt_ranks, train_step
 
 
 def test_scoring_between_steps_leaves_no_trace(tmp_path: Path, models_dir: Path) -> None:
@@ -24,13 +25,11 @@ def test_scoring_between_steps_leaves_no_trace(tmp_path: Path, models_dir: Path)
         tree = run_tree("bert", tmp_path, models_dir, f"scored-{len(scored_before)}", scoring={"warmup_steps": 12})
         tree["adapter"]["dropout"] = 0.1
         run = build_run(preflight.check(parse_config(tree)))
-        assert run.scorer is not None
+        assert isinstance(run.selector, QualitySelector)
         for step in range(8):
             if step in scored_before:
-                run.scorer.score(run.engine.module)
-            train_step(run)
-            if run.step == 4:
-                adapt_ranks(run)
+                run.selector.scorer.score(run.engine.module)
+            take_step(run)
         outcomes.append((run.engine.gather(), current_ranks(run.engine.module)))
     (plain, plain_ranks), (scored, scored_ranks) = outcomes
     assert plain_ranks == scored_ranks

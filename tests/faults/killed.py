@@ -7,7 +7,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from tests.faults.killer import Killer
-from tsqlora_scale.commands import cli
+from tsqlora_scale.commands import main as cli
 
 if __name__ == "__main__":
     point, number, ranks, *arguments = sys.argv[1:]

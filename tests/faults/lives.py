@@ -26,7 +26,7 @@ import sklearn.metrics  # noqa: F401
 import torch
 
 import tests.faults.killer as killing
-from tsqlora_scale.commands import cli
+from tsqlora_scale.commands import main as cli
 from tsqlora_scale.run.training_run import Run
 
 #: Cases at a time.

@@ -19,7 +19,7 @@ from tests.tiny import AUTO, tiny_model
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.load import parse_config
 from tsqlora_scale.config.schema import ModelConfig
-from tsqlora_scale.model.adapters.lora import (
+from tsqlora_scale.model.base_model import (
     _new_module,
     heads_of,
     initialise_new,
@@ -122,7 +122,7 @@ def test_a_4_bit_base_on_a_gpu_under_zero_3(models_dir: Path, monkeypatch: pytes
             seen.update(kwargs)
             raise OSError("enough")
 
-    monkeypatch.setattr("tsqlora_scale.model.adapters.lora.shards_while_loading", lambda: sharded)
+    monkeypatch.setattr("tsqlora_scale.model.base_model.shards_while_loading", lambda: sharded)
     path = str(tiny_model("bert", models_dir))
     with pytest.raises(UserError, match="enough"):
         load_base(path, ModelConfig(name_or_path=path, quantization="nf4"), auto_class=Loader,

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.runs import losses_of, run_tree, write_config
-from tsqlora_scale.commands import cli
+from tsqlora_scale.commands import main as cli
 from tsqlora_scale.common.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,7 +37,7 @@ def test_an_interrupt_is_no_traceback(config: Path, monkeypatch: pytest.MonkeyPa
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "load_config", interrupted)
+    monkeypatch.setattr("tsqlora_scale.commands.train.load_config", interrupted)
     assert cli.train(["--config", str(config)]) == 130
 
 
@@ -126,8 +126,8 @@ def test_the_script_ends_with_2_before_torch(config: Path) -> None:
 
 PRODUCTS = """
 import hashlib
-from tsqlora_scale.commands import cli
-cli._prepare_environment()
+from tsqlora_scale.common.quiet import prepare_environment
+prepare_environment()
 import torch
 digest = hashlib.sha256()
 generator = torch.Generator().manual_seed(0)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.load import load_config, parse_config
 from tsqlora_scale.config.schema import Config
-from tsqlora_scale.run.preflight import plan_run
+from tsqlora_scale.run.plan import plan_run
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 ACCELERATE = sorted((CONFIGS / "accelerate").glob("*.yaml"))

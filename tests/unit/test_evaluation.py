@@ -31,7 +31,7 @@ class Task:
     def lengths(self, split: str) -> np.ndarray:
         return np.random.default_rng(0).integers(1, 9, len(self.dev))
 
-    def batch(self, split: str, indices: np.ndarray) -> Batch:
+    def batch(self, indices: np.ndarray, *, split: str) -> Batch:
         return Batch(indices)
 
     def predict(self, module: nn.Module, batch: Batch, *, synced: bool) -> list[int]:
@@ -39,7 +39,7 @@ class Task:
         self.batches.append(batch.rows.tolist())
         return [10 * int(row) for row in batch.rows]
 
-    def references(self, split: str, rows: range) -> list[int]:
+    def references(self, rows: range, *, split: str) -> list[int]:
         return list(rows)
 
     def metrics(self, predictions: list[int], references: list[int]) -> dict[str, Any]:

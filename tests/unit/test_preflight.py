@@ -19,6 +19,7 @@ from tsqlora_scale.config.load import parse_config
 from tsqlora_scale.config.schema import Config
 from tsqlora_scale.model.describe import load_descriptions
 from tsqlora_scale.run import preflight
+from tsqlora_scale.run.plan import plan_run
 
 
 def config_of(tmp_path: Path, models_dir: Path, **sections: dict[str, Any]) -> Config:
@@ -33,7 +34,7 @@ def test_a_step_is_the_global_batch_or_an_error(
     models.mkdir(exist_ok=True)
     config = config_of(models, models, train={"micro_batch_size": micro})
     try:
-        plan = preflight.plan_run(config, 48, world)
+        plan = plan_run(config, 48, world)
     except UserError as error:
         assert world > 12 or 12 % (min(micro or 12, 12 // world) * world)
         assert "train.batch_size=12" in str(error)  # noqa: PT017
@@ -56,15 +57,15 @@ def test_epochs(
     tmp_path: Path, models_dir: Path, sections: dict[str, Any], epochs: float, subset: int, steps: int
 ) -> None:
     changes = {"sensitivity": {"enabled": False}, "train": {"max_steps": None, "epochs": epochs}}
-    plan = preflight.plan_run(config_of(tmp_path, models_dir, **changes, **sections), 48, 1)
+    plan = plan_run(config_of(tmp_path, models_dir, **changes, **sections), 48, 1)
     assert (plan.subset_size, plan.total_steps) == (subset, steps)
 
 
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"scoring": {"convergence": "target"}}, r"scoring\.convergence='target' needs a held-out set"),
-        ({"train": {"eval_every": 4}}, r"train\.eval_every=4"),
+        ({"scoring": {"convergence": "target"}}, "'scoring.convergence: target' needs a held-out set"),
+        ({"train": {"eval_every": 4}}, "'train.eval_every' is 4"),
     ],
 )
 def test_what_needs_a_development_file(
@@ -73,7 +74,7 @@ def test_what_needs_a_development_file(
     tree = run_tree("bert", tmp_path, models_dir, "run", **sections)
     del tree["task"]["dataset"]["dev_file"]
     with pytest.raises(UserError, match=message):
-        preflight.check(parse_config(tree))
+        parse_config(tree)
 
 
 def test_a_scoring_length_that_leaves_no_prompt(tmp_path: Path, models_dir: Path) -> None:
@@ -122,7 +123,7 @@ def dataset_without_dev(folder: Path, tree: dict[str, Any], source: str) -> dict
 def test_evaluation_steps_need_a_held_out_set(tmp_path: Path, models_dir: Path, source: str) -> None:
     tree = run_tree("bert", tmp_path, models_dir, "run", train={"eval_every": 5})
     tree["task"]["dataset"] = dataset_without_dev(tmp_path, tree, source)
-    with pytest.raises(UserError, match=r"train\.eval_every=5.*task\.dataset\.dev_file, or dev_split"):
+    with pytest.raises(UserError, match=r"'train\.eval_every' is 5.*'task\.dataset\.dev_file', or 'dev_split'"):
         preflight.check(parse_config(tree))
     tree["train"]["eval_every"] = None
     assert preflight.check(parse_config(tree)).task.dev is None
@@ -174,12 +175,12 @@ def test_a_run_folder_that_is_a_file(tmp_path: Path, models_dir: Path) -> None:
 @pytest.mark.parametrize("family", ["bert", "deberta", "bart", "t5", "llama"])
 def test_one_dropout_for_the_whole_base(tmp_path: Path, models_dir: Path, family: str) -> None:
     """Every dropout of the built model has it, modules and functional ones; layer dropout is left alone."""
-    from tsqlora_scale.model.adapters.lora import skeleton
+    from tsqlora_scale.model.base_model import skeleton
     from tsqlora_scale.tasks import auto_class_of
 
     config = parse_config(run_tree(family, tmp_path, models_dir, "run", model={"dropout": 0.25}))
     described, _ = load_descriptions(config, str(config.model.name_or_path))
-    bare = skeleton(auto_class_of(config.task.type), described, trust_remote_code=False)
+    bare = skeleton(auto_class_of(config.task), described, trust_remote_code=False)
     modules = [part.p for part in bare.modules() if isinstance(part, torch.nn.Dropout)]
     functional = [value for part in bare.modules() for name, value in vars(part).items() if name.endswith("dropout")]
     found = [value for value in [*modules, *functional] if isinstance(value, float)]

@@ -19,7 +19,7 @@ from tsqlora_scale.config.load import parse_config
 from tsqlora_scale.config.schema import Config
 from tsqlora_scale.run import preflight, temporary_space
 from tsqlora_scale.run.build import build_run
-from tsqlora_scale.training import train
+from tsqlora_scale.training import train_to_the_end
 
 
 def config_of(tmp_path: Path, models_dir: Path, **sections: dict[str, Any]) -> Config:
@@ -71,7 +71,7 @@ def test_what_is_asked_for_is_what_a_run_takes(
     monkeypatch.setattr(Mapped, "most", 0)
     gc.disable()
     try:
-        train(build_run(checked))
+        train_to_the_end(build_run(checked))
     finally:
         gc.enable()
     taken = Mapped.most / checked.plan.pool_size

@@ -9,10 +9,13 @@ import pytest
 import torch
 
 from tests.runs import go, run_tree
+from tsqlora_scale.common.random_streams import seed_dropout
 from tsqlora_scale.config.load import parse_config
+from tsqlora_scale.quality.selectors.by_quality import QualitySelector
+from tsqlora_scale.ranks.controller import FixedRanks
 from tsqlora_scale.run import preflight
 from tsqlora_scale.run.build import build_run
-from tsqlora_scale.step import micro_batches, optimizer_step, seed_dropout
+from tsqlora_scale.step import micro_batches, optimizer_step
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
@@ -45,11 +48,19 @@ def test_weights_of_the_losses_are_normalised_over_the_step(tmp_path: Path, mode
     run = build_run(preflight.check(parse_config(tree)))
     indices, weights = np.arange(12), np.linspace(0.5, 3, 12)
     module = run.engine.module.train()
-    sums, counts = run.task.losses(module(**(batch := run.task.batch(indices)).inputs), batch)
+    sums, counts = run.task.loss_sums(module(**(batch := run.task.batch(indices)).inputs), batch)
     expected = (sums * torch.from_numpy(weights).float()).sum() / weights.sum()
     wanted = torch.autograd.grad(expected, [p for _, p in sorted(module.named_parameters()) if p.requires_grad])
     result = optimizer_step(
-        run.engine, run.task, None, indices, step=0, lr=0.0, micro_batch_size=6, seed=0, weights=weights * 7
+        run.engine,
+        run.task,
+        indices,
+        listener=FixedRanks(),
+        step=0,
+        lr=0.0,
+        micro_batch_size=6,
+        seed=0,
+        weights=weights * 7,
     )
     assert result.loss == pytest.approx(expected.item(), rel=1e-5)
     assert result.grad_norm == pytest.approx(torch.cat([g.flatten() for g in wanted]).norm().item(), rel=1e-4)
@@ -58,8 +69,9 @@ def test_weights_of_the_losses_are_normalised_over_the_step(tmp_path: Path, mode
 
 def test_an_unbiased_run_weighs_by_its_own_scores(tmp_path: Path, models_dir: Path) -> None:
     run = go(run_tree("bert", tmp_path, models_dir, "run", sampling={"unbiased": True, "max_weight": 1.5}))
-    assert run.scorer is not None
-    assert run.importance is not None
-    chosen, p = run.scorer.draws()
-    np.testing.assert_allclose(run.importance[chosen], np.minimum(1 / (len(chosen) * p), 1.5))
-    assert run.importance.max() == 1.5
+    assert isinstance(run.selector, QualitySelector)
+    chosen, p = run.selector.scorer.draws()
+    weights = run.selector.weights(np.arange(48))
+    assert weights is not None
+    np.testing.assert_allclose(weights[chosen], np.minimum(1 / (len(chosen) * p), 1.5))
+    assert weights.max() == 1.5

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from tests.runs import run_tree, write_config
-from tsqlora_scale.commands import cli
+from tsqlora_scale.commands import main as cli
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -57,7 +57,7 @@ def test_mistake(
     config: Path, words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "tsqlora_scale.model.adapters.lora.load_base", lambda *_, **__: pytest.fail("the model was loaded")
+        "tsqlora_scale.model.base_model.load_base", lambda *_, **__: pytest.fail("the model was loaded")
     )
     assert cli.train(["--config", str(config)]) == 2
     printed = capsys.readouterr()
@@ -142,7 +142,7 @@ def test_dry_run(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_config_error_needs_no_torch(config: Path) -> None:
     code = (
-        "import sys; from tsqlora_scale.commands import cli; "
+        "import sys; from tsqlora_scale.commands import main as cli; "
         f"code = cli.train(['--config', {json.dumps(str(config))}, 'train.lrr=1']); "
         "assert 'torch' not in sys.modules; sys.exit(code)"
     )

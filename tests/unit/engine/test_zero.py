@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from tsqlora_scale.engine import zero
+from tsqlora_scale.engine import zero_internals as zero
 
 
 def test_automatic_sizes_are_taken_anew_for_every_model() -> None:

@@ -247,4 +247,4 @@ def test_engines_are_refused(tiny_folder):
         pass
 
     with pytest.raises(AssertionError, match="unwrapped"):
-        PerSampleGradients(DeepSpeedEngine())
+        PerSampleGradients(DeepSpeedEngine(), {})

@@ -16,13 +16,12 @@ from tests.reference import pools
 from tests.unit.quality.toys import RandomPool, lora_model, scorer
 from tests.unit.quality.world_worker import train_a_little
 from tsqlora_scale.common import disk_arrays
-from tsqlora_scale.quality.draws.subset import share_of
 from tsqlora_scale.common.random_streams import gumbel, philox
 from tsqlora_scale.config.schema import SamplingConfig
 from tsqlora_scale.engine.collectives import World
 from tsqlora_scale.quality import BatchSampler, ScoreTable, importance_weights, select_subset
 from tsqlora_scale.quality.draws import key_order
-from tsqlora_scale.quality.draws.subset import quotas, renormalised
+from tsqlora_scale.quality.draws.subset import quotas, renormalised, share_of
 from tsqlora_scale.quality.scores.equations import Standardisation, log_probabilities, mean_of
 
 

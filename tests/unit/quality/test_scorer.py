@@ -238,9 +238,10 @@ def test_state_round_trip_continues_exactly(tiny_folder):
     expected, found = made.score(moved, refresh=True), restored.score(moved, refresh=True)
     assert_identical(expected, found)
     assert found.scoring_pass.max() == 1
+    pool.ids = pool.ids[::-1]
+    other = scorer(pool)
     with pytest.raises(UserError, match="another pool"):
-        pool.ids = pool.ids[::-1]
-        scorer(pool).load_state_dict(made.state_dict())
+        other.load_state_dict(made.state_dict())
 
 
 class Mixes(torch.nn.Module):
@@ -261,7 +262,7 @@ def test_numbers_that_differ_from_a_sample_alone_end_batching(caplog):
     model = get_peft_model(Mixes(), LoraConfig(r=2, target_modules=["proj"], init_lora_weights=False))
     pool = RandomPool("bert", 6)
     x = torch.randn(6, 4, 6, generator=torch.Generator().manual_seed(0))
-    pool.batch = lambda indices: Batch({"x": x[torch.as_tensor(indices)]}, torch.zeros(len(indices)))
+    pool.batch = lambda indices, **_: Batch({"x": x[torch.as_tensor(indices)]}, torch.zeros(len(indices)))
     pool.losses = lambda module, batch: module(**batch.inputs)
     made = scorer(pool, batch_size=3, delta_loss="first_order")
     with caplog.at_level(logging.WARNING, "tsqlora_scale"):

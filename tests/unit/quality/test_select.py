@@ -8,9 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.reference.quality import inclusion_probabilities
-from tsqlora_scale.quality.draws.subset import share_of
 from tsqlora_scale.config.schema import SamplingConfig
-from tsqlora_scale.quality.draws.subset import importance_weights, quotas, renormalised, select_subset
+from tsqlora_scale.quality.draws.subset import importance_weights, quotas, renormalised, select_subset, share_of
 
 TRIALS = 8000
 

@@ -6,7 +6,8 @@ import torch
 
 from tsqlora_scale.config.schema import AllocationConfig
 from tsqlora_scale.engine.collectives import World
-from tsqlora_scale.ranks.policies.policy import Plan, PlanMismatch, Statistics, TsqLoraPolicy, agree
+from tsqlora_scale.ranks.policies.policy import Plan, PlanMismatch, Statistics, agree
+from tsqlora_scale.ranks.policies.tsqlora import TsqLoraPolicy
 
 DIMS = {"a": (16, 16), "b": (16, 64), "c": (64, 16)}
 

@@ -5,8 +5,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.reference import ranks as reference
+from tsqlora_scale.common.random_streams import layer_generator
 from tsqlora_scale.engine.train_state import ParamState
-from tsqlora_scale.ranks.resize import INITIAL_ROW_NORM, Resized, layer_generator, resize_layer
+from tsqlora_scale.ranks.resize import INITIAL_ROW_NORM, Resized, resize_layer
 
 
 def factors(r: int, d_in: int, d_out: int, seed: int = 0) -> tuple[ParamState, ParamState]:

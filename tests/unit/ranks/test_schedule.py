@@ -37,7 +37,7 @@ def test_a_schedule_without_an_event_is_refused_with_its_numbers(start: int, end
     message = str(caught.value)
     for part in (f"schedule.start={start}", f"schedule.end={end}", f"schedule.every={every}", f"{total} optimizer"):
         assert part in message
-    assert "sensitivity.enabled=false" in message
+    assert "allocation.policy=fixed" in message
 
 
 @given(st.integers(0, 60), st.integers(0, 60), st.integers(1, 20), st.integers(1, 60))
