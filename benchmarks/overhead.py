@@ -40,8 +40,7 @@ import torch
 from traffic import bytes_sent
 
 from tsqlora_scale import training as loop
-from tsqlora_scale.common.quiet import prepare_environment
-from tsqlora_scale.common.quiet import quiet_libraries
+from tsqlora_scale.common.quiet import prepare_environment, quiet_libraries
 from tsqlora_scale.config.load import parse_config
 from tsqlora_scale.ranks import SensitivityTracker, Statistics, TsqLoraPolicy, current_ranks, layer_dims
 from tsqlora_scale.run import preflight

@@ -1,7 +1,7 @@
-"""Kill a training process with SIGKILL at the n-th crossing of a named point.
+"""Kill a training process with SIGKILL at the n-th crossing of a point in its code.
 
-Points lie around functions of the package and of the libraries that write for it; nothing in the package knows of them.
-``X: before`` and ``X: after`` are crossed around a call, ``X: within`` where half of what it writes is written.
+A point lies before or after a call of a function, or within it, where half of what it writes is written. It is named by
+that function itself, of the package or of a library that writes for it; nothing in the package knows of points.
 """
 
 from __future__ import annotations
@@ -11,93 +11,108 @@ import json
 import os
 import shutil
 import signal
+import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import peft
 import pyarrow.parquet as pq
-import safetensors.torch
-import transformers
+from safetensors.torch import save_file
 
-from tsqlora_scale import training as train
-from tsqlora_scale.engine.engine import Engine
-from tsqlora_scale.quality import ScoreTable
-from tsqlora_scale.quality.scores.measurer import Measurer
-from tsqlora_scale.quality.scores.score_parts import Parts
 from tsqlora_scale.report.record import RunRecord
-from tsqlora_scale.run import build, checkpoint
-from tsqlora_scale.run import training_run as run
-from tsqlora_scale.run.training_run import Run
 
-#: A point and which of its crossings, from 1.
-Crossing = tuple[str, int]
+Function = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Point:
+    """A moment of a function's calls; calls that take a path count only below the folder of the run."""
+
+    code: Function
+    moment: str
+
+    @property
+    def name(self) -> str:
+        """``module.qualified_name: moment``."""
+        return f"{self.code.__module__.rsplit('.', 1)[-1]}.{self.code.__qualname__}: {self.moment}"
+
+
+def before(code: Function) -> Point:
+    """Just before each call."""
+    return Point(code, "before")
+
+
+def after(code: Function) -> Point:
+    """Just after each call."""
+    return Point(code, "after")
+
+
+def within(code: Function) -> Point:
+    """Where half of what a call writes is written: one of :data:`HALVES`."""
+    assert code in HALVES, code
+    return Point(code, "within")
 
 
 class Killer:
     """Counts crossings, and dies in one of them.
 
     Args:
-        target: where to die; none: nowhere.
+        points: all there are.
+        target: name of the point to die in, and which of its crossings, from 1; none: nowhere.
         folder: calls that take a path are points only below it.
     """
 
-    def __init__(self, target: Crossing | None, folder: Path) -> None:
+    def __init__(self, points: Iterable[Point], target: tuple[str, int] | None, folder: Path) -> None:
         self.counts: Counter[str] = Counter()
+        self._points = set(points)
         self._target = target
         self._folder = str(folder)
 
-    def cross(self, point: str, on_target: Callable[[], None] | None = None) -> None:
+    def cross(self, point: Point, on_target: Callable[[], None] | None = None) -> None:
         """Count; on the target, do the last thing and die."""
-        self.counts[point] += 1
-        if (point, self.counts[point]) == self._target:
+        if point not in self._points:
+            return
+        self.counts[point.name] += 1
+        if (point.name, self.counts[point.name]) == self._target:
             if on_target is not None:
                 on_target()
             os.kill(os.getpid(), signal.SIGKILL)
 
     def install(self) -> None:
         """Put the points in place, for good: this process ends with the run."""
-        points = {
-            Run: "draw evaluate save_checkpoint score _use_scores save_adapter load_state_dict",
-            Engine: "backward _prepare _take_down gather",
-            RunRecord: "prepare rewind result",
-            Parts: "append discard",
-            ScoreTable: "write",
-            Measurer: "_chunk",
-            train: "optimizer_step resize_model",
-            run: "prune",
-            build: "drop_after read_checkpoint",
-            transformers.PreTrainedTokenizerBase: "save_pretrained",
-            checkpoint: "_sha256 fsync",
-        }
-        for owner, names in points.items():
-            for name in names.split():
-                self._wrap(owner, name)
-        self._wrap(checkpoint, "save_file", half_saved)
-        self._wrap(RunRecord, "_append", half_appended)
-        self._wrap(pq, "write_table", half_table)
-        self._wrap(peft.PeftModel, "save_pretrained", half_adapter)
-        self._wrap(Path, "write_text", half_text, below=True)
-        self._wrap(Path, "rename", below=True)
-        self._wrap(Path, "replace", below=True)
-        self._wrap(shutil, "rmtree", half_removed, below=True)
+        for code in {point.code for point in self._points}:
+            replace(code, self._wrapped(code))
 
-    def _wrap(self, owner: Any, name: str, half: Callable[..., None] | None = None, *, below: bool = False) -> None:
-        original = getattr(owner, name)
-        point = f"{owner.__name__.split('.')[-1]}.{name}"
+    def _wrapped(self, code: Function) -> Function:
+        half = HALVES.get(code)
 
         def wrapper(*args: Any, **options: Any) -> Any:
-            if below and not str(args[0]).startswith(self._folder):
-                return original(*args, **options)
-            self.cross(f"{point}: before")
+            if code in OF_PATHS and not str(args[0]).startswith(self._folder):
+                return code(*args, **options)
+            self.cross(Point(code, "before"))
             if half is not None:
-                self.cross(f"{point}: within", lambda: half(original, *args, **options))
-            result = original(*args, **options)
-            self.cross(f"{point}: after")
+                self.cross(Point(code, "within"), lambda: half(code, *args, **options))
+            result = code(*args, **options)
+            self.cross(Point(code, "after"))
             return result
 
-        setattr(owner, name, wrapper)
+        return wrapper
+
+
+def replace(code: Function, other: Function) -> None:
+    """Put ``other`` in the place of a method in its class, or of a function in every module that names it."""
+    *holder, name = code.__qualname__.split(".")
+    if holder:
+        owner = vars(sys.modules[code.__module__])[holder[0]]
+        assert vars(owner)[name] is code, code
+        setattr(owner, name, other)
+        return
+    for module in list(sys.modules.values()):
+        if vars(module).get(name) is code:
+            setattr(module, name, other)
 
 
 def cut(path: Path) -> None:
@@ -105,20 +120,20 @@ def cut(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
-def half_saved(original: Callable[..., Any], tensors: Any, path: Path) -> None:
+def half_saved(original: Function, tensors: Any, path: Path) -> None:
     """A tensor file cut short."""
     original(tensors, path)
     cut(path)
 
 
-def half_appended(_: Callable[..., Any], record: RunRecord, name: str, line: dict[str, Any]) -> None:
+def half_appended(_: Function, record: RunRecord, name: str, line: dict[str, Any]) -> None:
     """A line cut short."""
     text = json.dumps(line)
     with (record.folder / name).open("a") as file:
         file.write(text[: len(text) // 2])
 
 
-def half_table(original: Callable[..., Any], table: Any, where: Any, **options: Any) -> None:
+def half_table(original: Function, table: Any, where: Any, **options: Any) -> None:
     """A parquet file cut short."""
     whole = io.BytesIO()
     original(table, whole, **options)
@@ -130,18 +145,18 @@ def half_table(original: Callable[..., Any], table: Any, where: Any, **options: 
         where.flush()
 
 
-def half_adapter(original: Callable[..., Any], model: Any, folder: str, **options: Any) -> None:
+def half_adapter(original: Function, model: Any, folder: str, **options: Any) -> None:
     """An adapter whose weights are cut short."""
     original(model, folder, **options)
     cut(Path(folder) / "adapter_model.safetensors")
 
 
-def half_text(original: Callable[..., Any], path: Path, text: str, *args: Any, **options: Any) -> None:
+def half_text(original: Function, path: Path, text: str, *args: Any, **options: Any) -> None:
     """A text cut short."""
     original(path, text[: len(text) // 2], *args, **options)
 
 
-def half_removed(_: Callable[..., Any], folder: Path, **options: Any) -> None:
+def half_removed(_: Function, folder: Path, **options: Any) -> None:
     """A folder without its first file."""
     for path in sorted(Path(folder).rglob("*")):
         if path.is_file():
@@ -149,4 +164,12 @@ def half_removed(_: Callable[..., Any], folder: Path, **options: Any) -> None:
             return
 
 
-assert safetensors.torch.save_file is checkpoint.save_file
+HALVES: dict[Function, Callable[..., None]] = {
+    save_file: half_saved,
+    RunRecord._append: half_appended,
+    pq.write_table: half_table,
+    peft.PeftModel.save_pretrained: half_adapter,
+    Path.write_text: half_text,
+    shutil.rmtree: half_removed,
+}
+OF_PATHS = {Path.write_text, Path.rename, Path.replace, shutil.rmtree}

@@ -25,39 +25,39 @@ import scipy.stats  # noqa: F401
 import sklearn.metrics  # noqa: F401
 import torch
 
-import tests.faults.killer as killing
+from tests.faults.killer import Killer
+from tests.faults.points import POINTS
 from tsqlora_scale.commands import main as cli
-from tsqlora_scale.run.training_run import Run
+from tsqlora_scale.quality.selectors.full import FullSelector
 
 #: Cases at a time.
 JOBS = 2
 
 
-def live(config: str, folder: Path, life: int, target: killing.Crossing | None) -> int:
+def live(config: str, folder: Path, life: int, target: tuple[str, int] | None) -> int:
     """One life, in a process of its own; the exit code."""
     said = os.open(folder / "said.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(said, 1)
     os.dup2(said, 2)
-    draw = Run.draw
-
-    def noted(run: Run) -> Any:
-        step, indices = run.step, draw(run)
-        with (folder / "draws.jsonl").open("a") as file:
-            file.write(
-                json.dumps({"life": life, "run": run.config.run.name, "step": step, "indices": indices.tolist()}) + "\n"
-            )
-        return indices
-
-    Run.draw = noted  # type: ignore[method-assign]
-    killer = killing.Killer(target, folder)
+    killer = Killer(POINTS, target, folder)
     killer.install()
+    draw = FullSelector.draw
+
+    def noted(selector: FullSelector, step: int) -> Any:
+        rows = draw(selector, step)
+        line = {"life": life, "run": selector.config.run.name, "step": step, "indices": rows.tolist()}
+        with (folder / "draws.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        return rows
+
+    FullSelector.draw = noted  # type: ignore[method-assign]
     resume = ["--resume", "auto"] if life else []
     code = cli.main(["train", "--config", config, f"run.output_dir={folder}", *resume])
     (folder / f"crossings-{life}.json").write_text(json.dumps(killer.counts))
     return code
 
 
-def start(config: str, folder: Path, life: int, target: killing.Crossing | None) -> int:
+def start(config: str, folder: Path, life: int, target: tuple[str, int] | None) -> int:
     """Fork; the child's process id."""
     folder.mkdir(parents=True, exist_ok=True)
     child = os.fork()

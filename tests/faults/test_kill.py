@@ -10,39 +10,18 @@ from typing import Any
 
 import pytest
 
+from tests.faults.killer import Point
+from tests.faults.points import FIRST_DEATH, FIRST_LIFE, SECOND_LIFE, WITH_A_PROXY
 from tests.runs import read_lines, run_tree, write_config
 from tests.tiny import tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 LIVES = Path(__file__).with_name("lives.py")
 
-#: Points that the first life of this run crosses: warm-up, first pass of four shards, two events with refreshes,
-#: evaluations, checkpoints, and the end. The first and the last crossing of each is one to die in.
-POINTS = """
-RunRecord.prepare: after; Run.evaluate: before; Run.evaluate: after; Run.draw: after; Engine.backward: before;
-Engine.backward: after; train.optimizer_step: after; RunRecord._append: before; RunRecord._append: within;
-RunRecord._append: after; Run.score: before; Run.score: after; Measurer._chunk: after; Parts.append: after;
-parquet.write_table: within; ScoreTable.write: before; Run._use_scores: after; Engine._take_down: before;
-Engine._take_down: after; train.resize_model: after; Engine._prepare: before; Engine._prepare: after;
-Engine.gather: after; Run.save_checkpoint: before; Run.save_checkpoint: after; checkpoint.save_file: before;
-checkpoint.save_file: within; checkpoint._sha256: after; checkpoint.fsync: before; Path.write_text: within;
-Path.rename: before; Path.rename: after;
-Path.replace: before; Path.replace: after; shutil.rmtree: within; run.prune: before; Run.save_adapter: before;
-PeftModel.save_pretrained: within; PreTrainedTokenizerBase.save_pretrained: before; Run.save_adapter: after;
-Parts.discard: before; RunRecord.result: before; RunRecord.result: after
-"""
-#: Points of the second life, which resumes from step 6 after a death in step 8.
-AGAIN = """
-build.read_checkpoint: after; Run.load_state_dict: before; RunRecord.rewind: before; Path.write_text: within;
-Path.replace: before; Path.replace: after; RunRecord.rewind: after; build.drop_after: before; build.drop_after: after;
-Run.load_state_dict: after; train.optimizer_step: after; Run.score: after
-"""
-FIRST_DEATH = ("train.optimizer_step: before", 8)
 
-
-def chosen(crossings: dict[str, int], points: str) -> list[tuple[str, int]]:
+def chosen(crossings: dict[str, int], points: list[Point]) -> list[tuple[str, int]]:
     """The first and the last crossing of each point."""
-    names = [" ".join(name.split()) for name in points.split(";")]
+    names = [point.name for point in points]
     missing = [point for point in names if not crossings.get(point)]
     assert not missing, f"never crossed: {missing}, but {sorted(crossings)}"
     return sorted({(point, n) for point in names for n in (1, crossings[point])})
@@ -122,8 +101,8 @@ def test_killed_at_any_point(tmp_path: Path, models_dir: Path) -> None:
     first, second = (
         json.loads((out / name).read_text()) for name in ("whole/crossings-0.json", "once/crossings-1.json")
     )
-    cases = {f"{point} {n}": [(point, n)] for point, n in chosen(first, POINTS)}
-    cases |= {f"again {point} {n}": [FIRST_DEATH, (point, n)] for point, n in chosen(second, AGAIN)}
+    cases = {f"{point} {n}": [(point, n)] for point, n in chosen(first, FIRST_LIFE)}
+    cases |= {f"again {point} {n}": [FIRST_DEATH, (point, n)] for point, n in chosen(second, SECOND_LIFE)}
     assert len(cases) >= 60
     cases = {name.replace(": ", "-").replace(" ", "-"): kills for name, kills in cases.items()}
     live(config, out, cases)
@@ -140,11 +119,6 @@ def test_killed_with_a_proxy(tmp_path: Path, models_dir: Path) -> None:
         train={"max_steps": 9, "checkpoint_every": 4, "eval_every": 3, "micro_batch_size": 6},
     )  # fmt: skip
     config, out = write_config(tmp_path / "config.yaml", tree), tmp_path / "lives"
-    points = [
-        ("train.optimizer_step: after", 1), ("Parts.append: after", 2), ("Engine._prepare: before", 2),
-        ("RunRecord.prepare: after", 2), ("RunRecord.prepare: after", 3), ("Run.evaluate: after", 1),
-        ("Run.evaluate: after", 2), ("Run.draw: after", 3), ("Run.save_checkpoint: after", 2),
-    ]  # fmt: skip
-    cases = {f"{point} {n}".replace(": ", "-").replace(" ", "-"): [(point, n)] for point, n in points}
+    cases = {f"{point.name} {n}".replace(": ", "-").replace(" ", "-"): [(point.name, n)] for point, n in WITH_A_PROXY}
     live(config, out, {"whole": [], **cases})
     as_if_nothing_had_happened(out, list(cases), 9)

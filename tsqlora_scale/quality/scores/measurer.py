@@ -143,6 +143,12 @@ class Measurer(Generic[BatchT]):
         batch: BatchT = self.pool.batch(rows, max_length=self.scoring.max_length).to(self.world.device)
         return batch
 
+    def resume(self, batch_size: int, one_at_a_time: bool | None) -> None:
+        """Go on with a killed pass: its batches again, to the bit."""
+        self.one_at_a_time = one_at_a_time
+        if not one_at_a_time:
+            self.batch_size = batch_size
+
     def state_dict(self) -> dict[str, Any]:
         """The decisions."""
         return {"one_at_a_time": self.one_at_a_time, "batch_size": self.batch_size}
@@ -176,7 +182,7 @@ class Measurer(Generic[BatchT]):
         of_batches = [batch for rank in found for batch in rank]
         drawn, values, sketches = (np.concatenate(column) for column in zip(*of_batches, strict=True))
         order = np.argsort(drawn, kind="stable")[np.argsort(np.argsort(indices, kind="stable"), kind="stable")]
-        return PassPart(drawn[order], values[order], sketches[order], gradients.rounding, size)
+        return PassPart(drawn[order], values[order], sketches[order], gradients.rounding, size, self.one_at_a_time)
 
     def _within_memory(self, gradients: PerSampleGradients, chunk: np.ndarray, exact: bool) -> tuple[Tensor, Tensor]:
         """:meth:`_chunk`, in smaller pieces once an allocation has failed on this rank."""

@@ -33,6 +33,7 @@ class PassPart:
         sketches: (n, sketch_dim) float32; (n, 0) where the convergence term needs none.
         rounding: machine epsilon of the forward.
         batch_size: samples per forward.
+        one_at_a_time: what was decided about batches; None where batches hold one sample anyway.
     """
 
     indices: np.ndarray
@@ -40,6 +41,7 @@ class PassPart:
     sketches: np.ndarray
     rounding: float
     batch_size: int
+    one_at_a_time: bool | None = None
 
 
 class Parts:
@@ -152,7 +154,8 @@ def _write(path: Path, rows: PassPart, fingerprint: dict[str, Any]) -> None:
     if width:
         flat = pa.array(np.ascontiguousarray(rows.sketches, np.float32).reshape(-1))
         columns["sketch"] = pa.FixedSizeListArray.from_arrays(flat, width)
-    note = json.dumps({"fingerprint": fingerprint, "rounding": rows.rounding, "batch_size": rows.batch_size})
+    decided = {"rounding": rows.rounding, "batch_size": rows.batch_size, "one_at_a_time": rows.one_at_a_time}
+    note = json.dumps({"fingerprint": fingerprint, **decided})
     table = pa.table(columns).replace_schema_metadata({_METADATA: note})
     with written_whole(path) as partial:
         pq.write_table(table, partial, compression="none")
@@ -169,4 +172,4 @@ def _read(path: Path) -> PassPart:
         flat = table["sketch"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
         sketches = flat.reshape(len(indices), -1).copy()  # torch wants memory that it may write to
     note = json.loads(table.schema.metadata[_METADATA])
-    return PassPart(indices, values, sketches, note["rounding"], note["batch_size"])
+    return PassPart(indices, values, sketches, note["rounding"], note["batch_size"], note.get("one_at_a_time"))

@@ -226,14 +226,14 @@ class QualityScorer(Generic[BatchT]):
         """Fill :attr:`parts` on rank 0, from where a killed pass stopped. Collective."""
         folder = self._parts_folder / f"pass-{self.passes:03d}" if self._parts_folder is not None else None
         self.parts = Parts(folder)
-        kept, batch_size = 0, None
+        kept, decided = 0, None
         with self.world.together():
             if self.world.is_main:
                 kept = self.parts.open(self._fingerprint(indices, model_key))
-                batch_size = self.parts[0].batch_size if kept else None
-        kept, batch_size = self.world.broadcast((kept, batch_size))
-        if batch_size is not None:  # of a killed pass: its batches again, to the bit
-            self._measurer.batch_size = batch_size
+                decided = (self.parts[0].batch_size, self.parts[0].one_at_a_time) if kept else None
+        kept, decided = self.world.broadcast((kept, decided))
+        if decided is not None:
+            self._measurer.resume(*decided)
         done = min(kept * self.scoring.shard_size, len(indices))
 
         def show(more: int) -> None:
