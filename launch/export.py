@@ -4,7 +4,7 @@
 import sys
 from pathlib import Path
 
-# This folder would come first on the path, and its evaluate.py before the library of that name.
+# The repository in the place of this folder, whose evaluate.py would hide the library of that name from others.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from tsqlora_scale.commands.export import main

@@ -20,7 +20,6 @@ from typing import Any
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 # imported now, once for all
-import evaluate  # noqa: F401
 import scipy.stats  # noqa: F401
 import sklearn.metrics  # noqa: F401
 import torch

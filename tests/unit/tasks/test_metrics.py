@@ -1,4 +1,4 @@
-"""Metrics against scikit-learn, scipy and rouge_score called directly, and through ``evaluate.load``."""
+"""Metrics against scikit-learn, scipy and rouge_score called directly."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-import evaluate
 import numpy as np
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
@@ -15,7 +14,6 @@ from scipy import stats
 from sklearn import metrics as sk
 
 from tsqlora_scale.common.errors import UserError
-from tsqlora_scale.tasks import metrics as ours
 from tsqlora_scale.tasks.metrics import METRICS, check_metrics, compute_metrics
 
 RNG = np.random.default_rng(0)
@@ -90,7 +88,6 @@ def test_nothing_is_printed_or_left_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", str(tmp_path / "metrics"))
     monkeypatch.chdir(tmp_path)
     state = np.random.get_state()[1].copy()
     with caplog.at_level(logging.WARNING):
@@ -100,26 +97,6 @@ def test_nothing_is_printed_or_left_behind(
     assert capfd.readouterr() == ("", "")
     assert caplog.records == []
     assert (np.random.get_state()[1] == state).all()
-
-
-@pytest.fixture(scope="module")
-def module_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Where ``evaluate.load`` copies modules to; one for all, since it imports them as one package."""
-    with pytest.MonkeyPatch.context() as patch:
-        folder = str(tmp_path_factory.mktemp("modules"))
-        patch.setattr(evaluate.config, "HF_MODULES_CACHE", folder)
-        yield folder
-
-
-@pytest.mark.parametrize("module", sorted({spec.module for spec in METRICS.values()}))
-def test_evaluate_loads_the_modules_by_path(module: str, module_cache: str) -> None:
-    names = [name for name, spec in METRICS.items() if spec.module == module]
-    guess, true = (TEXTS, SUMMARIES) if module == "rouge" else (GUESS, TRUE)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of evaluate's own
-        metric = evaluate.load(str(Path(ours.__file__).parent / module), cache_dir=module_cache, keep_in_memory=True)
-    found = metric.compute(predictions=guess, references=true)
-    assert found == compute_metrics(names, guess, true, num_labels=2)
 
 
 def test_unknown_and_unfit_metrics() -> None:

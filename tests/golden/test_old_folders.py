@@ -1,0 +1,80 @@
+"""What release 0.1 has written still opens: configs, checkpoints, adapters and scores."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.runs import losses_of, ranks_of
+from tests.tiny import tiny_model
+from tsqlora_scale.commands.main import main
+from tsqlora_scale.config.load import load_config
+from tsqlora_scale.quality import ScoreTable
+
+WRITTEN = Path(__file__).with_name("written_by_0_1")
+#: run -> what its config says in today's keys: type, selector, policy
+RUNS = {
+    "old": ("lora", "quality", "tsqlora"),
+    "old-lora": ("lora", "full", "fixed"),
+    "old-ablation": ("lora", "random", "fixed"),
+}
+
+
+@pytest.fixture
+def place(tmp_path: Path, models_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the old folders, and the model beside them, as the configs' relative paths say."""
+    shutil.copytree(WRITTEN, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "folders").rename(tmp_path / "runs")
+    shutil.copytree(tiny_model("bert", models_dir), tmp_path / "models" / "bert")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_config_says_what_it_said(run: str, place: Path) -> None:
+    config = load_config(f"runs/{run}/config.yaml")
+    assert (config.adapter.type, config.sampling.selector, config.allocation.policy) == RUNS[run]
+    (place / "again.yaml").write_text(config.to_yaml())
+    assert load_config("again.yaml") == config, "in today's keys too"
+
+
+def test_a_method_on_the_command_line_wins_over_the_keys_of_the_file(place: Path) -> None:
+    """Over those that it stands for, and not over keys that are given beside it."""
+    resolved = place / "resolved.yaml"
+    resolved.write_text(load_config("runs/old/config.yaml").to_yaml())
+    config = load_config(resolved, ["adapter.method=rslora", "sampling.selector=random"])
+    assert (config.adapter.type, config.sampling.selector, config.allocation.policy) == ("rslora", "random", "fixed")
+
+
+@pytest.mark.parametrize("how", ["auto", "by name"])
+@pytest.mark.parametrize("run", RUNS)
+def test_a_checkpoint_goes_on(run: str, how: str, place: Path) -> None:
+    """To the losses and ranks that the old run had."""
+    folder = place / "runs" / run
+    expected: dict[str, Any] = {"losses": losses_of(folder), "ranks": ranks_of(folder) if run == "old" else []}
+    resume = "auto" if how == "auto" else str(folder / "checkpoints" / "step-00000005")
+    assert main(["train", "--config", f"runs/{run}/config.yaml", "--resume", resume]) == 0
+    assert losses_of(folder) == pytest.approx(expected["losses"], abs=1e-5)
+    if run == "old":
+        assert ranks_of(folder) == expected["ranks"]
+    state = json.loads((folder / "checkpoints" / "step-00000013" / "state.json").read_text())
+    assert state["config"]["allocation"]["policy"] == RUNS[run][2]
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_an_adapter_is_evaluated_and_exported(run: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter = f"runs/{run}/adapter"
+    assert main(["evaluate", "--config", f"runs/{run}/config.yaml", "--adapter", adapter]) == 0
+    metrics = json.loads((place / "runs" / run / "result.json").read_text())["metrics"]
+    assert f"accuracy: {metrics['accuracy']:.6f}" in capsys.readouterr().out
+    assert main(["export", "--adapter", adapter, "--format", "padded", "--out", "padded"]) == 0
+
+
+def test_scores_are_read(place: Path) -> None:
+    table, ids = ScoreTable.read("runs/old/scores")
+    assert len(table) == len(ids) == 48
+    assert table.selected.sum() == 36
