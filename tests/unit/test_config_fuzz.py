@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from tests.unit.test_configs import tree
+from tests.unit.config_trees import tree
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.load import load_config
 from tsqlora_scale.config.schema import Config

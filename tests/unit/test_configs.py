@@ -15,6 +15,7 @@ from accelerate.utils import DistributedType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.unit.config_trees import MINIMAL, message, tree
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.load import load_config, parse_config
 from tsqlora_scale.config.schema import Config
@@ -48,47 +49,6 @@ GLUE_METRICS = {
     "mrpc": ["accuracy", "f1"],
     "stsb": ["pearson", "spearman"],
 }
-
-MINIMAL = """\
-model: {name_or_path: some/model}
-task:
-  type: classification
-  dataset: {path: data, train_file: train.tsv}
-  text: [text]
-  label: label
-  labels: ['no', 'yes']
-  metrics: [accuracy]
-train: {max_steps: 10}
-"""
-
-
-def tree(**changes: Any) -> dict[str, Any]:
-    """A valid config as nested mappings, with dotted keys set (``section__key``)."""
-    base: dict[str, Any] = {
-        "model": {"name_or_path": "some/model"},
-        "task": {
-            "type": "classification",
-            "dataset": {"path": "data", "train_file": "train.tsv"},
-            "text": ["text"],
-            "label": "label",
-            "labels": ["no", "yes"],
-            "metrics": ["accuracy"],
-        },
-        "train": {"max_steps": 10},
-    }
-    for name, value in changes.items():
-        *parents, last = name.split("__")
-        node = base
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = value
-    return base
-
-
-def message(config: dict[str, Any]) -> str:
-    with pytest.raises(UserError) as caught:
-        parse_config(config)
-    return str(caught.value)
 
 
 @pytest.fixture

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
+from tests.worlds import run_on_ranks
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.engine.collectives import World
 
@@ -31,9 +29,8 @@ def test_a_world_of_one_needs_no_group() -> None:
         raise UserError("full")
 
 
-def _rank(rank: int, size: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
-    world = World.current()
+def collectives(world: World) -> dict[str, Any]:
+    rank = world.rank
     mine = torch.tensor([float(rank), -float(rank)], dtype=torch.float64)
     out: dict[str, Any] = {
         "place": (world.rank, world.size, world.is_main),
@@ -52,17 +49,15 @@ def _rank(rank: int, size: int, folder: str) -> None:
     except UserError as error:
         out["together"] = str(error)
     world.barrier()
-    torch.save(out, Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
+    return out
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_real_ranks_agree(tmp_path: Path) -> None:
+def test_real_ranks_agree() -> None:
     size = 3
-    mp.spawn(_rank, args=(size, str(tmp_path)), nprocs=size)
-    for rank in range(size):
-        assert torch.load(tmp_path / f"{rank}.pt") == {
+    for rank, found in enumerate(run_on_ranks(collectives, size)):
+        assert found == {
             "place": (rank, size, rank == 0),
             "sum": [3.0, -3.0],
             "max": [2.0, 0.0],

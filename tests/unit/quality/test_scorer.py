@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import logging
-import multiprocessing
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from tests.reference.quality import quality, score_one_by_one
 from tests.unit.quality import world_worker
 from tests.unit.quality.toys import KINDS, Batch, RandomPool, lora_model, scorer
 from tests.unit.quality.world_worker import train_a_little
+from tests.worlds import run_on_ranks
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.engine.collectives import World
 from tsqlora_scale.quality import ScoreTable
@@ -451,26 +451,11 @@ def test_auto_batch_fits_the_memory_that_is_free(tiny_folder, monkeypatch):
     assert made.state_dict()["measurer"]["batch_size"] == 32
 
 
-def run_worlds(target, sizes, folder):
-    """Worlds of several processes side by side."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([world_worker.__name__])  # the libraries are imported once, not by every rank
-    ranks = [
-        context.Process(target=target, args=(rank, size, folder), daemon=True) for size in sizes for rank in range(size)
-    ]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(120)
-        assert process.exitcode == 0
-
-
 @pytest.mark.distributed
 def test_two_and_three_processes_give_the_table_of_one(tiny_folder):
     alone = {case: world_worker.tables(case, tiny_folder, World()) for case in world_worker.CASES}
-    run_worlds(world_worker.run_rank, (2, 3), tiny_folder)
     for size in (2, 3):
-        worlds = [torch.load(tiny_folder / f"tables-{size}-{rank}.pt") for rank in range(size)]
+        worlds = run_on_ranks(world_worker.tables_of_rank, size, tiny_folder)
         for case, expected in alone.items():
             for number, table in enumerate(expected):
                 found = ScoreTable.from_state_dict(worlds[0][case][number])
@@ -485,8 +470,7 @@ def test_two_and_three_processes_give_the_table_of_one(tiny_folder):
 @pytest.mark.distributed
 def test_a_disk_that_is_full_for_one_rank_ends_all(tiny_folder):
     lora_model("bert", tiny_folder)  # written once, before the ranks read it
-    run_worlds(world_worker.run_rank_without_room, (2,), tiny_folder)
-    ends = [torch.load(tiny_folder / f"ends-2-{rank}.pt") for rank in range(2)]
+    ends = run_on_ranks(world_worker.ends_without_space, 2, tiny_folder, collective_timeout=20)
     assert ends[0] == ends[1]
     for fills_in in ("first", "refresh"):
         end = ends[0].index(f"{fills_in} done")

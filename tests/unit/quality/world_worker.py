@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import datetime
 import errno
 import os
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from tests.unit.quality.toys import RandomPool, lora_model, scorer
@@ -49,47 +47,36 @@ def tables(case: str, folder: Path, world: World) -> list[ScoreTable]:
     return [made.score(model), made.score(train_a_little(model), refresh=True)]
 
 
-def run_rank(rank: int, size: int, folder: Path) -> None:
-    """Join a world of ``size`` and write every case's tables to ``folder``."""
-    torch.set_num_threads(1)
-    if size == 3:  # as in a large pool, which changes nothing
+def tables_of_rank(world: World, folder: Path) -> dict[str, list[dict[str, torch.Tensor]]]:
+    """Every case's tables, as they are in a world of several ranks."""
+    if world.size == 3:  # as in a large pool, which changes nothing
         disk_arrays.IN_MEMORY = 0
-    meeting = dist.FileStore(str(folder / f"store-{size}"), size)
-    dist.init_process_group("gloo", store=meeting, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=60))
-    found = {case: [t.state_dict() for t in tables(case, folder, World.current())] for case in CASES}
-    torch.save(found, folder / f"tables-{size}-{rank}.pt")
-    dist.destroy_process_group()
+    return {case: [t.state_dict() for t in tables(case, folder, world)] for case in CASES}
 
 
-def run_rank_without_room(rank: int, size: int, folder: Path) -> None:
-    """Score with a disk of rank 1 that is full from its n-th column on, for every n; write how each pass ended."""
-    torch.set_num_threads(1)
+def ends_without_space(world: World, folder: Path) -> list[str]:
+    """How passes end with a disk of rank 1 that is full from its n-th column on, for every n."""
     disk_arrays.IN_MEMORY = 0
     left, reserve = 0, os.posix_fallocate
 
     def reserved(file: int, offset: int, length: int) -> None:
         nonlocal left
         left -= 1
-        if rank == 1 and left < 0:
+        if world.rank == 1 and left < 0:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         reserve(file, offset, length)
 
     os.posix_fallocate = reserved
-    meeting = dist.FileStore(str(folder / f"store-{size}"), size)
-    dist.init_process_group("gloo", store=meeting, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=20))
     model, pool = lora_model("bert", folder), RandomPool("bert", 5)
     ends: list[str] = []
     for fills_in in ("first", "refresh"):
         count = 0
         while not ends or ends[-1] != f"{fills_in} done":
-            made = scorer(
-                pool,
-                world=World.current(),
-                sampling={"keep_fraction": 0.6, "redundancy": 1.0},
-                delta_loss="first_order",
-            )
             left = count if fills_in == "first" else 10**6
             try:
+                made = scorer(
+                    pool, world=world, sampling={"keep_fraction": 0.6, "redundancy": 1.0}, delta_loss="first_order"
+                )
                 made.score(model)
                 left = count
                 if fills_in == "refresh":
@@ -98,5 +85,4 @@ def run_rank_without_room(rank: int, size: int, folder: Path) -> None:
             except UserError as error:
                 ends.append(str(error))
             count += 1
-    torch.save(ends, folder / f"ends-{size}-{rank}.pt")
-    dist.destroy_process_group()
+    return ends

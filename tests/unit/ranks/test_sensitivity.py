@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tests.reference import ranks as reference
 from tests.unit.ranks.models import Batch, adapted, padded_batch
+from tests.unit.ranks.trackers import SIZE, make_tracker, measure, on_two_ranks, split, train_step
 from tsqlora_scale.config.schema import ResizeConfig, SensitivityConfig
 from tsqlora_scale.engine.collectives import World
 from tsqlora_scale.engine.train_state import ParamState, TrainState
@@ -19,44 +20,11 @@ from tsqlora_scale.ranks.policies.policy import Plan
 from tsqlora_scale.ranks.sensitivity import SensitivityTracker
 
 ESTIMATORS = ["weight", "weight_per_sample", "fisher", "adapter"]
-SIZE = 8
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("models")
-
-
-def make_tracker(estimator: str = "weight", *, micro: int = SIZE, every: int = 1, beta: float = 0.0,
-                 group: int | str | None = None, samples: int | None = None, uncertainty: float | None = None,
-                 sketch_seed: int | None = None) -> SensitivityTracker:  # fmt: skip
-    """Groups of four samples, or fewer where the micro-batch is smaller."""
-    size = math.gcd(micro, 4) if group is None else group
-    cfg = SensitivityConfig(
-        estimator=estimator, every=every, beta=beta, group_size=size, max_samples=samples, uncertainty=uncertainty
-    )
-    return SensitivityTracker(cfg, batch_size=SIZE, micro_batch_size=micro, sketch_seed=sketch_seed)
-
-
-def train_step(tracker: SensitivityTracker, model: nn.Module, batches: list[Batch], step: int = 0, scale: float = 1.0):
-    tracker.start_step(step, loss_scale=scale)
-    for batch in batches:
-        tracker.start_micro_batch(len(batch))
-        (scale * batch.loss(model)).backward()
-    tracker.end_step()
-
-
-def measure(model: nn.Module, batches: list[Batch], estimator: str = "weight", **kwargs) -> dict[str, float]:
-    tracker = make_tracker(estimator, micro=len(batches[0]), **kwargs)
-    tracker.attach(model)
-    train_step(tracker, model, batches)
-    tracker.detach()
-    return tracker.reduce(World())
-
-
-def split(batch: Batch, parts: int) -> list[Batch]:
-    size = len(batch) // parts
-    return [batch[i * size : (i + 1) * size] for i in range(parts)]
 
 
 def expected(model: nn.Module, batch: Batch, estimator: str, group_size: int) -> dict[str, float]:
@@ -148,44 +116,6 @@ def test_of_whole_micro_batches_some_take_part(folder: Path) -> None:
     # one rank hears nothing
     for tracker in on_two_ranks(model, [batch], "weight", group=1, samples=2):
         assert_close(tracker.reduce(World()), one_rank, rel=1e-4)
-
-
-class Recorder(World):
-    """A rank that shows what it would send, and receives the mean that it is told."""
-
-    def __init__(self, answer: Tensor | None = None) -> None:
-        super().__init__()
-        self.sent: list[Tensor] = []
-        self._answer = answer
-
-    def mean(self, tensor: Tensor) -> Tensor:
-        self.sent.append(tensor)
-        return tensor if self._answer is None else self._answer
-
-
-def on_two_ranks(
-    model: nn.Module, batches: list[Batch], estimator: str, *, group: int = 2, **kwargs
-) -> list[SensitivityTracker]:
-    """Two ranks of two micro-batches each; the loss is scaled by ranks x accumulation, as engines do."""
-    sent, trackers = [], []
-    for rank in range(2):
-        tracker = make_tracker(estimator, micro=2, group=group, **kwargs)
-        tracker.attach(model)
-        for step, batch in enumerate(batches):
-            tracker.start_step(step, loss_scale=4.0)
-            for number, part in enumerate(split(batch, 4)[rank::2]):
-                tracker.start_micro_batch(2, 2 * (2 * number + rank))
-                (4.0 * part.loss(model)).backward()
-            tracker.end_step()
-        tracker.detach()
-        world = Recorder()
-        copy.deepcopy(tracker).synchronize(world)
-        assert len(world.sent) == 1, "one all-reduce for all layers"
-        sent.append(world.sent[0])
-        trackers.append(tracker)
-    results = [tracker.reduce(Recorder((sent[0] + sent[1]) / 2)) for tracker in trackers]
-    assert results[0] == results[1]
-    return trackers
 
 
 @pytest.mark.parametrize(

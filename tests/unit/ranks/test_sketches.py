@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.reference import ranks as reference
+from tests.unit.ranks.layers import factors, resize
 from tests.unit.ranks.models import Batch, adapted, padded_batch
-from tests.unit.ranks.test_resize import factors, resize
-from tests.unit.ranks.test_sensitivity import make_tracker, measure, on_two_ranks, split, train_step
+from tests.unit.ranks.trackers import make_tracker, measure, on_two_ranks, split, train_step
 from tsqlora_scale.common.random_streams import generator_for
 from tsqlora_scale.engine.collectives import World
 from tsqlora_scale.ranks.gradient_sketches import SKETCH_ROWS

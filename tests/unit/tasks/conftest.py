@@ -15,15 +15,8 @@ import pytest
 from transformers import AutoConfig, AutoTokenizer
 
 from tests.tiny import tiny_model
-from tsqlora_scale.config.schema import TaskConfig
+from tests.unit.tasks.cases import task_config
 from tsqlora_scale.tasks import Task, build_task, load_data
-
-TEXT = {"text": ["text"], "label": "label", "max_length": 48}
-CLASSES = TEXT | {"type": "classification", "labels": ["bad", "good"], "metrics": ["f1"]}
-NUMBERS = TEXT | {"type": "regression", "metrics": ["pearson"]}
-LENGTHS = {"max_length": 48, "max_target_length": 16}
-SUMMARIES = LENGTHS | {"type": "seq2seq", "source": "source", "target": "target", "metrics": ["rouge1"]}
-ANSWERS = SUMMARIES | {"type": "causal"}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -45,12 +38,6 @@ def write(tmp_path: Path) -> Callable[[str, str | bytes], Path]:
         return path
 
     return write
-
-
-def task_config(folder: Path, kind: dict[str, Any], /, **dataset: Any) -> TaskConfig:
-    """A task config on files of a folder; keys of ``kind`` are the task's, the rest the dataset's."""
-    files = {"path": str(folder), "train_file": "train.tsv"}
-    return TaskConfig.model_validate(kind | {"dataset": files | dataset})
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import datasets
 import numpy as np
 import pytest
 
-from tests.unit.tasks.conftest import CLASSES, NUMBERS, SUMMARIES, task_config
+from tests.unit.tasks.cases import CLASSES, NUMBERS, SUMMARIES, task_config
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.schema import TaskConfig
 from tsqlora_scale.tasks import load_data

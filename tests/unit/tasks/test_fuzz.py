@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from tests.unit.tasks.conftest import CLASSES, NUMBERS, SUMMARIES, task_config
+from tests.unit.tasks.cases import CLASSES, NUMBERS, SUMMARIES, task_config
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.tasks import load_data
 from tsqlora_scale.tasks.rows.readers import read_tables

@@ -13,7 +13,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 
 from tests.reference.tasks import alone, greedy
-from tests.unit.tasks.conftest import ANSWERS, SUMMARIES
+from tests.unit.tasks.cases import ANSWERS, SUMMARIES
 from tsqlora_scale.tasks import IGNORED, Task
 from tsqlora_scale.tasks.objectives.causal import CausalObjective
 

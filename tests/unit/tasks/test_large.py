@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from tests.unit.tasks.conftest import CLASSES, NUMBERS, task_config
+from tests.unit.tasks.cases import CLASSES, NUMBERS, task_config
 from tsqlora_scale.common import disk_arrays
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.tasks import Task, load_data, task

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from tests.unit.tasks.conftest import CLASSES
+from tests.unit.tasks.cases import CLASSES
 from tsqlora_scale.config import locations
 from tsqlora_scale.config.schema import TaskConfig
 from tsqlora_scale.tasks import Data, load_data

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoTokenizer, DebertaV2Config
 
 from tests.reference.tasks import alone, mean_losses
 from tests.tiny import tiny_tokenizer
-from tests.unit.tasks.conftest import ANSWERS, CLASSES, NUMBERS, SUMMARIES, task_config
+from tests.unit.tasks.cases import ANSWERS, CLASSES, NUMBERS, SUMMARIES, task_config
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.tasks import IGNORED, Batch, Task, build_task, check_lengths, load_data
 
