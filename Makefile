@@ -1,4 +1,4 @@
-# make demo | test | test-all | lint | clean. PYTHON chooses the interpreter that .venv is made from (3.10 or newer).
+# make demo | test | test-all | lint | format | docs | clean. PYTHON chooses the interpreter that .venv is made from (3.10 or newer).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,7 +13,7 @@ endif
 # a file at a time on two workers: tests of one file share runs that take minutes
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all lint format docs clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.demo
@@ -30,8 +30,15 @@ lint: $(VENV)/.dev
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
-	@$(BIN)/mypy --explicit-package-bases benchmarks launch
+	@$(BIN)/mypy --explicit-package-bases benchmarks examples launch
 	@$(BIN)/lint-imports --no-logo
+
+format: $(VENV)/.dev
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+docs: $(VENV)/.dev
+	@$(BIN)/python docs/make_config_reference.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -17,9 +17,8 @@ import shutil
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
@@ -31,20 +30,6 @@ VARIANTS = {
     "gradient": ("gradient", False),
     "orthogonal, moments reset": ("orthogonal", True),
 }
-
-
-@dataclass(frozen=True)
-class Doubled:
-    """A policy for growth alone: twice the rank everywhere."""
-
-    needs_components: ClassVar[bool] = False
-
-    def plan(self, stats: Any) -> Any:
-        """See the class."""
-        from tsqlora_scale.ranks import Plan
-
-        ranks = {name: 2 * rank for name, rank in stats.ranks.items()}
-        return Plan(ranks=ranks, phi=2.0, budget=sum(ranks.values()), sensitivity={}, reasons={})
 
 
 def forgetting(rebuild: Callable[[Any], None]) -> Callable[[Any], None]:
@@ -59,38 +44,39 @@ def forgetting(rebuild: Callable[[Any], None]) -> Callable[[Any], None]:
 
 def losses_after(options: argparse.Namespace, seed: int) -> dict[str, list[float]]:
     """The losses of the steps after the event, by variant."""
+    from benchmarks.steps import adapt, bare_step
     from tsqlora_scale.config.load import load_config
     from tsqlora_scale.config.schema import ResizeConfig
+    from tsqlora_scale.ranks.controller import AdaptiveRanks
     from tsqlora_scale.run.build import build_run
     from tsqlora_scale.run.checkpoint import checkpoint_dir
     from tsqlora_scale.run.preflight import check
-    from tsqlora_scale.training import adapt_ranks, train_step
 
     overrides = [
-        "scoring.enabled=false", "sampling.selector=full", "scoring.refresh=none", "train.lr_schedule=constant",
+        "sampling.selector=full", "scoring.refresh=none", "train.lr_schedule=constant",
         f"train.max_steps={options.event + options.steps + 1}", "schedule.start=1", "resize.grow_init=gradient",
         f"schedule.end={options.event}", f"schedule.every={options.event}", *options.overrides, f"run.seed={seed}",
         f"run.output_dir={options.out}", f"run.name=seed-{seed}",
+        *([f"allocation.policy={ROOT}/benchmarks/policies.py:Doubled"] if options.plan == "double" else []),
     ]  # fmt: skip
     config = load_config(options.config, overrides)
     shutil.rmtree(config.run_dir, ignore_errors=True)
     preflight = check(config)
     run = build_run(preflight)
     while run.step < options.event:
-        train_step(run)
+        bare_step(run)
     run.save_checkpoint()
     run.engine.close()
     found = {}
     for name, (grow_init, forgets) in VARIANTS.items():
         run = build_run(preflight, resume=str(checkpoint_dir(config.run_dir / "checkpoints", options.event)))
         resize = ResizeConfig(grow_init=grow_init, shrink=config.resize.shrink)  # type: ignore[arg-type]
-        run.config = config.model_copy(update={"resize": resize})
-        if options.plan == "double":
-            run.policy = Doubled()
+        assert isinstance(run.ranks, AdaptiveRanks)
+        run.ranks.resize = resize
         if forgets:
             run.engine.rebuild = forgetting(run.engine.rebuild)  # type: ignore[method-assign, assignment]
-        adapt_ranks(run)
-        found[name] = [train_step(run) for _ in range(options.steps)]
+        adapt(run)
+        found[name] = [bare_step(run) for _ in range(options.steps)]
         run.engine.close()
         print(f"seed {seed}, {name}: {statistics.mean(found[name]):.4f}", file=sys.stderr, flush=True)
     return found

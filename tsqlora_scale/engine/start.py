@@ -25,13 +25,16 @@ def is_deepspeed(accelerator: Accelerator) -> bool:
     return bool(accelerator.distributed_type == DistributedType.DEEPSPEED)
 
 
-def start_accelerator(*, accumulation: int, mixed_precision: str = "no", timeout_minutes: float) -> Accelerator:
+def start_accelerator(
+    *, accumulation: int, mixed_precision: str = "no", timeout_minutes: float, trains: bool = True
+) -> Accelerator:
     """Build the Accelerator of this process.
 
     Args:
         accumulation: micro-batches per optimizer step on each rank.
         mixed_precision: ``fp16`` hands loss scaling to Accelerate; with bf16, whose autocast is ours, it is ``no``.
         timeout_minutes: how long a collective may wait for a rank before the run ends.
+        trains: whether there will be an optimizer, without which DeepSpeed has nothing to do.
 
     Raises:
         UserError: when the launcher asked for an engine that is not supported, or for several processes that
@@ -70,6 +73,8 @@ def start_accelerator(*, accumulation: int, mixed_precision: str = "no", timeout
             f"distributed_type {accelerator.distributed_type.value!r} is not supported; "
             "use DDP or DeepSpeed ZeRO-2/3 (configs/accelerate/)"
         )
+    if is_deepspeed(accelerator) and not trains:
+        raise UserError("evaluation of a saved adapter runs without DeepSpeed; launch it plainly or with DDP")
     if is_deepspeed(accelerator):
         stage = accelerator.state.deepspeed_plugin.zero_stage
         if stage not in (1, 2, 3):

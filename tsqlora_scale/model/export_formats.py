@@ -52,9 +52,9 @@ def export(adapter: Path, form: str, out: Path, *, config: Config | None, overwr
         partial.mkdir(parents=True)
         if form == "merged":
             assert config is not None
-            said = _merge(adapter, partial, config)
+            notes = _merge(adapter, partial, config)
         else:
-            said = _copy(adapter, partial) if form == "peft" else _pad(adapter, partial)
+            notes = _copy(adapter, partial) if form == "peft" else _pad(adapter, partial)
         if out.exists():
             shutil.rmtree(out)
         partial.rename(out)
@@ -62,7 +62,7 @@ def export(adapter: Path, form: str, out: Path, *, config: Config | None, overwr
         raise UserError(f"--out {str(out)!r} cannot be written ({error.strerror}); choose another folder") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return said
+    return notes
 
 
 def _copy(adapter: Path, out: Path) -> list[str]:
@@ -111,7 +111,7 @@ def _merge(adapter: Path, out: Path, config: Config) -> list[str]:
     model_config, tokenizer = load_descriptions(config, path)
     unquantised = check_architecture(config, model_config, tokenizer)
     check_adapter_fits(config, model_config, adapter)
-    said = []
+    notes = []
     base: Any
     base, _ = load_base(
         path,
@@ -123,7 +123,7 @@ def _merge(adapter: Path, out: Path, config: Config) -> list[str]:
     )
     if config.model.quantization != "none":
         base = base.dequantize()
-        said.append(f"the base was dequantised to {config.model.dtype}; the file is as large as that, not 4-bit")
+        notes.append(f"the base was dequantised to {config.model.dtype}; the file is as large as that, not 4-bit")
     try:
         merged: Any = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload(safe_merge=True)
     except (RuntimeError, ValueError) as error:
@@ -132,4 +132,4 @@ def _merge(adapter: Path, out: Path, config: Config) -> list[str]:
     merged.config.use_cache = True
     merged.save_pretrained(str(out))
     tokenizer.save_pretrained(str(out))
-    return [*said, "a plain Transformers model: from_pretrained opens it, without PEFT"]
+    return [*notes, "a plain Transformers model: from_pretrained opens it, without PEFT"]

@@ -128,21 +128,21 @@ def check_fits(folder: Path, model: nn.Module) -> None:
         UserError: naming the first tensor that is missing, too much, or of another shape.
     """
     description = check_adapter(folder)
-    saved = tensor_shapes(folder / WEIGHTS)
+    tensors = tensor_shapes(folder / WEIGHTS)
     own: dict[str, Shape] = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     modules = dict(model.named_modules())
-    layers = _layers(saved)
+    layers = _layers(tensors)
     advice = "give the config, with the base model, that it was trained with"
     for layer in layers:
         size = own.get(f"{layer}.weight")
-        a, b = (saved[f"{PREFIX}{layer}.lora_{part}.weight"] for part in "AB")
+        a, b = (tensors[f"{PREFIX}{layer}.lora_{part}.weight"] for part in "AB")
         if size is None:
             raise UserError(f"adapter {str(folder)!r}: the model has no layer {layer}; {advice}")
         if (b[0], a[1]) != size and hasattr(modules[layer], "in_features"):
             raise UserError(
                 f"adapter {str(folder)!r}: {layer} is for a weight {(b[0], a[1])}, the model's is {size}; {advice}"
             )
-    for name, shape in saved.items():
+    for name, shape in tensors.items():
         inner = name.removeprefix(PREFIX)
         if ".lora_" not in inner and own.get(inner) != shape:
             has = f"the model's is {own[inner]}" if inner in own else "the model has none"
@@ -155,7 +155,7 @@ def check_fits(folder: Path, model: nn.Module) -> None:
         raise UserError(f"adapter {str(folder)!r}: the layer {min(wanted)} is missing in {WEIGHTS}; {advice}")
     for module in description.get("modules_to_save") or []:
         for name in own:
-            if re.search(rf"(^|\.){re.escape(module)}\.", name) and f"{PREFIX}{name}" not in saved:
+            if re.search(rf"(^|\.){re.escape(module)}\.", name) and f"{PREFIX}{name}" not in tensors:
                 raise UserError(f"adapter {str(folder)!r}: {name} is missing in {WEIGHTS}; {advice}")
 
 

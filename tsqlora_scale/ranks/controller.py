@@ -127,12 +127,14 @@ class AdaptiveRanks:
     Attributes:
         tracker: the sensitivities.
         policy: the rule.
+        resize: how factors grow and shrink.
     """
 
     changes_ranks = True
 
     def __init__(self, config: Config, policy: Policy, *, schedule: Schedule, micro_batch_size: int) -> None:
         self.policy = policy
+        self.resize = config.resize
         self._config = config
         self._schedule = schedule
         self._first_quality: float | None = None
@@ -204,7 +206,7 @@ class AdaptiveRanks:
                 module,
                 state,
                 plan,
-                cfg=self._config.resize,
+                cfg=self.resize,
                 seed=self._config.run.seed,
                 step=step,
                 sketches=sketches,

@@ -187,8 +187,8 @@ def component_importance(a: ParamState, b: ParamState) -> Tensor:
     return _importance(_rows_of(a, b))
 
 
-def _importance(of: _Factors) -> Tensor:
-    return (of.a * of.a_avg).abs().mean(1) + (of.b * of.b_avg).abs().mean(1)
+def _importance(factors: _Factors) -> Tensor:
+    return (factors.a * factors.a_avg).abs().mean(1) + (factors.b * factors.b_avg).abs().mean(1)
 
 
 def _product_norm(a: Tensor, b: Tensor) -> float:
@@ -226,14 +226,14 @@ def _directions(existing: Tensor, count: int, init: GrowInit, generator: torch.G
     """
     d_in = existing.shape[1]
     drawn = torch.randn(count, d_in, dtype=torch.float64, generator=generator) / math.sqrt(d_in)
-    room = min(count, max(d_in - existing.shape[0], 0))
-    if init == "gaussian" or room == 0:
+    free_directions = min(count, max(d_in - existing.shape[0], 0))
+    if init == "gaussian" or free_directions == 0:
         return drawn
     basis = qr(existing.T).Q  # (d_in, r)
-    leading = _leading(_without(wanted, basis), room, floor=WANTED_CUTOFF * float(matrix_norm(wanted)))
+    leading = _leading(_without(wanted, basis), free_directions, floor=WANTED_CUTOFF * float(matrix_norm(wanted)))
     basis = torch.cat([basis, leading.T], 1)
-    free = _without(drawn[: room - len(leading)], basis)
-    return torch.cat([leading, qr(free.T).Q.T, drawn[room:]])
+    free = _without(drawn[: free_directions - len(leading)], basis)
+    return torch.cat([leading, qr(free.T).Q.T, drawn[free_directions:]])
 
 
 def _without(rows: Tensor, basis: Tensor) -> Tensor:

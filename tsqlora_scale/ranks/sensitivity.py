@@ -207,14 +207,14 @@ class SensitivityTracker:
             step[site.layer] = step.get(site.layer, 0.0) + total
             self._heard[site.layer] += site.heard
         # an overflowing half-precision step says nothing
-        said = {name: value for name, value in step.items() if math.isfinite(value)}
+        usable = {name: value for name, value in step.items() if math.isfinite(value)}
         names, heard = sorted(self._ema), float(self._listener.samples)
-        values, counts = [said.get(name, 0.0) for name in names], [heard * (name in said) for name in names]
+        values, counts = [usable.get(name, 0.0) for name in names], [heard * (name in usable) for name in names]
         self._pending.append(torch.tensor([values, counts], dtype=torch.float64))
         if self._sketches is not None:
             share = self._scale / self._samples
             for site in sites:
-                if site.sketch is not None and site.layer in said:
+                if site.sketch is not None and site.layer in usable:
                     self._sketches.update(site.layer, share * site.sketch)
 
     def synchronize(self, world: World) -> None:

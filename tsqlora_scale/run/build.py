@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.failures import Watchdog
 from tsqlora_scale.common.quiet import quiet_libraries
 from tsqlora_scale.common.random_streams import generator_for, seed_libraries
@@ -15,15 +14,15 @@ from tsqlora_scale.config.schema import Config
 from tsqlora_scale.engine.collectives import World
 from tsqlora_scale.engine.engine import start_engine
 from tsqlora_scale.engine.sharded import write_parameter
-from tsqlora_scale.engine.start import is_deepspeed, start_accelerator
+from tsqlora_scale.engine.start import start_accelerator
 from tsqlora_scale.engine.train_state import TrainState
 from tsqlora_scale.model.adapters.adapter_type import adapter_type
 from tsqlora_scale.model.base_model import load_base
-from tsqlora_scale.quality.selectors.registry import selector_class
 from tsqlora_scale.quality.selectors.selector import Selector, SelectorContext
+from tsqlora_scale.quality.selectors.selector_names import selector_class
 from tsqlora_scale.ranks import set_ranks
 from tsqlora_scale.ranks.controller import AdaptiveRanks, FixedRanks, RankController
-from tsqlora_scale.ranks.policies.registry import policy_class
+from tsqlora_scale.ranks.policies.policy_names import policy_class
 from tsqlora_scale.report.progress import Progress
 from tsqlora_scale.report.record import RunRecord
 from tsqlora_scale.run.checkpoint import drop_after, read_checkpoint
@@ -192,9 +191,7 @@ def evaluate_adapter(preflight: Described, adapter: str) -> tuple[dict[str, floa
     """Metrics of a saved adapter on a fresh base, and whether this process should print them. A collective."""
     config = preflight.config
     folder = Path(adapter)
-    accelerator = start_accelerator(accumulation=1, timeout_minutes=config.run.timeout_minutes)
-    if is_deepspeed(accelerator):
-        raise UserError("evaluation of a saved adapter runs without DeepSpeed; launch it plainly or with DDP")
+    accelerator = start_accelerator(accumulation=1, timeout_minutes=config.run.timeout_minutes, trains=False)
     world = World.current(accelerator.device)
     with quiet_libraries():
         task = preflight.task

@@ -53,11 +53,11 @@ class NonFiniteSteps:
         Raises:
             UserError: on every rank, when there have been more than ``limit``.
         """
-        said = line["nonfinite"]
-        culprits = f" (not finite: {', '.join(said['culprits'])})" if said["culprits"] else ""
+        outcome = line["nonfinite"]
+        culprits = f" (not finite: {', '.join(outcome['culprits'])})" if outcome["culprits"] else ""
         message = (
-            f"step {step} has a loss of {said['loss']} and a gradient of norm {said['grad_norm']}, on the samples "
-            f"{', '.join(said['sample_ids'])}{culprits}"
+            f"step {step} has a loss of {outcome['loss']} and a gradient of norm {outcome['grad_norm']}, "
+            f"on the samples {', '.join(outcome['sample_ids'])}{culprits}"
         )
         if self.count > self.limit:
             raise UserError(

@@ -17,7 +17,7 @@ from tsqlora_scale.common.printing import shown
 from tsqlora_scale.config.locations import resolve
 from tsqlora_scale.config.schema import Config
 from tsqlora_scale.model.describe import check_adapter_fits, check_architecture, check_weights, load_descriptions
-from tsqlora_scale.run.temporary_space import check_room
+from tsqlora_scale.run.temporary_space import check_space
 
 if TYPE_CHECKING:
     from tsqlora_scale.run.plan import RunPlan
@@ -63,7 +63,7 @@ def check(config: Config, *, data: Data | None = None) -> Preflight:
     data = data or load_data(config.task, seed=config.run.seed)
     check_extensions(config)
     plan = plan_run(config, len(data.train), launched_size())
-    check_room(config, plan.pool_size)
+    check_space(config, plan.pool_size)
     described = describe(config, data)
     check_scoring(config, described.task)
     proxy = None
@@ -124,8 +124,8 @@ def check_extensions(config: Config) -> None:
     Raises:
         UserError: naming the key.
     """
-    from tsqlora_scale.quality.selectors.registry import selector_class
-    from tsqlora_scale.ranks.policies.registry import policy_class
+    from tsqlora_scale.quality.selectors.selector_names import selector_class
+    from tsqlora_scale.ranks.policies.policy_names import policy_class
 
     selector_class(config.sampling.selector)
     if config.adapts_ranks:

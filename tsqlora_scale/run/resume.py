@@ -49,7 +49,7 @@ def same_checkpoint(checkpoint: Path | None, world: World) -> None:
         )
 
 
-def same_method(config: Config, saved: dict[str, Any], checkpoint: Path | None) -> None:
+def same_method(config: Config, written: dict[str, Any], checkpoint: Path | None) -> None:
     """Refuse a checkpoint of another run: everything but lengths of time and places must be the same.
 
     Raises:
@@ -61,7 +61,7 @@ def same_method(config: Config, saved: dict[str, Any], checkpoint: Path | None) 
     free |= {"scoring.keep_sketches"}
     for section, values in now.items():
         for key, value in values.items():
-            old = saved.get(section, {}).get(key)
+            old = written.get(section, {}).get(key)
             if f"{section}.{key}" not in free and value != old:
                 raise UserError(
                     f"{checkpoint}: was written with {section}.{key}={old!r}, the config says {value!r}; "
@@ -69,13 +69,13 @@ def same_method(config: Config, saved: dict[str, Any], checkpoint: Path | None) 
                 )
 
 
-def same_data(digest: str, saved: str, checkpoint: Path | None) -> None:
+def same_data(digest: str, written: str, checkpoint: Path | None) -> None:
     """Refuse a checkpoint of other data behind the same config: draws and scores go by a row's place.
 
     Raises:
         UserError: naming the checkpoint.
     """
-    if digest != saved:
+    if digest != written:
         raise UserError(
             f"{checkpoint}: was written with other training data than task.dataset gives now, of the same place; "
             "give the same rows in the same order, or start a new run"

@@ -37,21 +37,21 @@ def score_bytes(config: Config, pool_size: int) -> int:
     """
     sampling, scoring = config.sampling, config.scoring
     kept = sampling.keep_fraction
-    worth = 8 if sampling.redundancy else 0
+    discounted = 8 if sampling.redundancy else 0
     sampler = (32 if sampling.replacement else 16) * kept
     importance = 8 if sampling.unbiased else 0
     pool = 8  # the uniform sampler of the warm-up
     scored = 8 * min(1.0, (scoring.max_samples or pool_size) / pool_size)
-    first = pool + scored + max(1 + 2 * scored, worth + 8 + 8 + 1)  # the rounding of terms; log p, keys and S
+    first = pool + scored + max(1 + 2 * scored, discounted + 8 + 8 + 1)  # the rounding of terms; log p, keys and S
     refreshed = 8 * kept * scoring.refresh_fraction
-    refresh = TABLE + sampler + importance + refreshed + max(1 + 2 * refreshed, worth + 8)
+    refresh = TABLE + sampler + importance + refreshed + max(1 + 2 * refreshed, discounted + 8)
     draw = max(28 * kept, sampler + (8 + 8 * kept if sampling.unbiased else 0))
     stratum = 4 if config.stratifies else 0
     most = max(first, draw, refresh if config.refreshes_scores else 0)
     return TABLE + ALWAYS + stratum + math.ceil(most)
 
 
-def check_room(config: Config, pool_size: int) -> None:
+def check_space(config: Config, pool_size: int) -> None:
     """Whether the scores of a pool that is too large for memory find room for temporary files.
 
     Rank 0 warns where these lie in memory after all.

@@ -46,12 +46,12 @@ def largest(keys: np.ndarray, quota: np.ndarray, strata: np.ndarray | None = Non
         width = min(width, 64 - known)
         counters = np.zeros((len(quota), 2**width), dtype=np.int64)
         for block in blocks(len(keys)):
-            numbers, of = descending(keys[block]), stratum_of(strata, block)
+            numbers, group = descending(keys[block]), stratum_of(strata, block)
             if known:
-                open_ = numbers >> np.uint64(64 - known) == last[of]
-                numbers, of = numbers[open_], of[open_]
+                open_ = numbers >> np.uint64(64 - known) == last[group]
+                numbers, group = numbers[open_], group[open_]
             digit = (numbers >> np.uint64(64 - known - width)).astype(np.int64) & (2**width - 1)
-            counters += np.bincount(of * 2**width + digit, minlength=counters.size).reshape(counters.shape)
+            counters += np.bincount(group * 2**width + digit, minlength=counters.size).reshape(counters.shape)
         sums = counters.cumsum(axis=1)
         digit = (sums < left[:, None]).sum(axis=1)
         left -= np.where(digit > 0, sums[groups, digit - 1], 0)
@@ -69,13 +69,13 @@ def _members(keys: np.ndarray, last: np.ndarray, left: np.ndarray, strata: np.nd
     """Keys before ``last`` of their stratum, and the first ``left`` of those that are equal to it."""
     member = new_array(len(keys), bool)
     for block in blocks(len(keys)):
-        numbers, of = descending(keys[block]), stratum_of(strata, block)
-        member[block] = numbers < last[of]
-        equal = np.flatnonzero(numbers == last[of])
-        equal = equal[np.argsort(of[equal], kind="stable")]
-        found = np.bincount(of[equal], minlength=len(left))
-        place = np.arange(len(equal)) - (np.cumsum(found) - found)[of[equal]]
-        member[block.start + equal[place < left[of[equal]]]] = True
+        numbers, group = descending(keys[block]), stratum_of(strata, block)
+        member[block] = numbers < last[group]
+        equal = np.flatnonzero(numbers == last[group])
+        equal = equal[np.argsort(group[equal], kind="stable")]
+        found = np.bincount(group[equal], minlength=len(left))
+        place = np.arange(len(equal)) - (np.cumsum(found) - found)[group[equal]]
+        member[block.start + equal[place < left[group[equal]]]] = True
         left = np.maximum(left - found, 0)
     return member
 
@@ -98,7 +98,7 @@ class Order:
         self._start = 0
         self._window = np.empty(0, dtype=np.int64)
         if size <= WINDOW:
-            self._window = np.argsort(np.concatenate([descending(some) for some in keys()]), kind="stable")
+            self._window = np.argsort(np.concatenate([descending(block) for block in keys()]), kind="stable")
             return
         self._last = 2**BITS - 1  # the bin of -inf and of nothing else
         first = next(iter(keys()))
@@ -108,8 +108,8 @@ class Order:
             scale = self._last / ((self._high - finite.min(initial=self._high)) or 1.0)
         self._scale = float(np.clip(scale, np.finfo(float).tiny, np.finfo(float).max))  # no product is 0 times inf
         found = np.zeros(2**BITS, dtype=np.int64)
-        for some in keys():
-            found += np.bincount(self._bins(some), minlength=len(found))
+        for block in keys():
+            found += np.bincount(self._bins(block), minlength=len(found))
         self._ends = found.cumsum()
 
     def part(self, start: int, stop: int) -> np.ndarray:
@@ -136,22 +136,22 @@ class Order:
             return
         last = max(int(np.searchsorted(self._ends, start + WINDOW, side="right")) - 1, first)
         held, found, begin = [], [], 0
-        for some in self._keys():
-            bins = self._bins(some)
+        for block in self._keys():
+            bins = self._bins(block)
             inside = np.flatnonzero((bins >= first) & (bins <= last))
             held.append(inside + begin)
-            found.append(descending(some[inside]))
-            begin += len(some)
+            found.append(descending(block[inside]))
+            begin += len(block)
         self._start = start
         self._window = np.concatenate(held)[np.argsort(np.concatenate(found), kind="stable")]
 
     def _collect_last(self, start: int, begin: int) -> None:
         """The window from place ``start`` of samples whose keys are ``-inf``; they begin at ``begin``, as they come."""
         held, place, sample = [], begin, 0
-        for some in self._keys():
-            inside = np.flatnonzero(some == -np.inf)
+        for block in self._keys():
+            inside = np.flatnonzero(block == -np.inf)
             held.append(inside[max(start - place, 0) : max(start + WINDOW - place, 0)] + sample)
             place += len(inside)
-            sample += len(some)
+            sample += len(block)
         self._start = start
         self._window = np.concatenate(held)

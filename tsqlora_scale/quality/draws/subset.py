@@ -67,9 +67,9 @@ def renormalised(weights: np.ndarray, strata: np.ndarray | None, sizes: np.ndarr
         return scaled
     found, masses = np.zeros(len(sizes), dtype=np.int64), np.zeros(len(sizes))
     for block in blocks(len(weights)):
-        of = stratum_of(strata, block)
-        found += np.bincount(of, minlength=len(sizes))
-        np.add.at(masses, of, weights[block])  # one after another, however the blocks are cut
+        group = stratum_of(strata, block)
+        found += np.bincount(group, minlength=len(sizes))
+        np.add.at(masses, group, weights[block])  # one after another, however the blocks are cut
     mass = np.where(found > 0, sizes, 0)  # a stratum without a place in S
     scale = mass / mass.sum() / np.maximum(masses, np.finfo(float).tiny)
     for block in blocks(len(weights)):

@@ -135,11 +135,11 @@ def _parsed(
         raise UserError(f"{where}: column {name!r} holds {column.type} values; a label must be text or a number")
     parsed = new_array(len(column), kind)
     for block in blocks(len(column)):
-        some = column.slice(block.start, block.stop - block.start)
-        distinct = pc.unique(some)
+        part = column.slice(block.start, block.stop - block.start)
+        distinct = pc.unique(part)
         cells = distinct.to_pylist()
         values = [parse(cell) for cell in cells]
-        codes = pc.index_in(some, value_set=distinct).to_numpy()
+        codes = pc.index_in(part, value_set=distinct).to_numpy()
         bad = [code for code, value in enumerate(values) if value is None]
         if bad:
             row = int(np.flatnonzero(np.isin(codes, bad))[0])

@@ -82,16 +82,16 @@ def test_of_every_rank_here(disk: Path, tmp_path: Path, models_dir: Path, monkey
     config = config_of(tmp_path, models_dir)
     each = temporary_space.score_bytes(config, 10**8) / 10
     assert 15 < each < 20
-    temporary_space.check_room(config, 10**8)
+    temporary_space.check_space(config, 10**8)
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "4")):
         monkeypatch.setenv(name, value)
-    temporary_space.check_room(config, 10**8)  # the other three may be elsewhere
+    temporary_space.check_space(config, 10**8)  # the other three may be elsewhere
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     needed = rf"{2 * each + 2.1:.3g} GB on the 2 ranks"
     with pytest.raises(UserError, match=rf"TMPDIR='{disk}': has 30 GB of room.*100000000 samples take {needed}"):
-        temporary_space.check_room(config, 10**8)
-    temporary_space.check_room(config, 10**7)
-    temporary_space.check_room(
+        temporary_space.check_space(config, 10**8)
+    temporary_space.check_space(config, 10**7)
+    temporary_space.check_space(
         config_of(tmp_path, models_dir, sampling={"selector": "full"}, scoring={"enabled": False}), 10**9
     )
 
@@ -101,11 +101,11 @@ def test_a_pool_that_is_small_for_a_rank_may_be_large_for_a_machine(
 ) -> None:
     config = config_of(tmp_path, models_dir)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**12, 0, 10**9))
-    temporary_space.check_room(config, 5 * 10**6)
+    temporary_space.check_space(config, 5 * 10**6)
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "8"), ("LOCAL_WORLD_SIZE", "8")):
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="on the 8 ranks here"):
-        temporary_space.check_room(config, 5 * 10**6)
+        temporary_space.check_space(config, 5 * 10**6)
 
 
 def test_no_folder_for_temporary_files(tmp_path: Path, models_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,9 +115,9 @@ def test_no_folder_for_temporary_files(tmp_path: Path, models_dir: Path, monkeyp
         raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
 
     monkeypatch.setattr(tempfile, "gettempdir", nowhere)
-    temporary_space.check_room(config, 1000)
+    temporary_space.check_space(config, 1000)
     with pytest.raises(UserError, match="TMPDIR: No usable temporary directory"):
-        temporary_space.check_room(config, 10**8)
+        temporary_space.check_space(config, 10**8)
 
 
 def test_files_that_lie_in_memory(
@@ -134,14 +134,14 @@ def test_files_that_lie_in_memory(
     assert temporary_space.file_system("/proc") in ("proc", None)
     for kind, lines in (("ext4", 0), (None, 0), ("tmpfs", 1)):
         monkeypatch.setattr(temporary_space, "file_system", lambda folder, kind=kind: kind)
-        temporary_space.check_room(config, 10**7)
+        temporary_space.check_space(config, 10**7)
         assert len(caplog.messages) == lines
     assert caplog.messages == [
         f"TMPDIR='{tmp_path}' lies in memory (tmpfs), and so will the scores of the pool; "
         "set TMPDIR to a folder on a disk"
     ]
-    temporary_space.check_room(config, 10**5)
+    temporary_space.check_space(config, 10**5)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    temporary_space.check_room(config, 10**7)
+    temporary_space.check_space(config, 10**7)
     assert len(caplog.messages) == 1, "small pools, and other ranks"
