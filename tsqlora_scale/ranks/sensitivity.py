@@ -62,13 +62,13 @@ class SensitivityTracker:
         *,
         batch_size: int,
         micro_batch_size: int,
-        events: Sequence[int] | None = None,
+        events: Sequence[int],
         sketch_seed: int | None = None,
     ) -> None:
         """Of a run of ``batch_size`` samples an optimizer step, over all processes.
 
         Args:
-            events: after how many finished steps S is wanted, ascending; none: after any.
+            events: after how many finished steps S is wanted, ascending.
             sketch_seed: of the random projections of :meth:`sketches`; none: no sketches are taken.
         """
         self.group_size = _group_size(cfg, micro_batch_size)
@@ -82,8 +82,8 @@ class SensitivityTracker:
             squared=cfg.estimator == "fisher",
             on_shared_call=self._shared_call,
         )
-        #: Samples of the step that this process has trained on, heard or not, and the place of the next.
-        self._samples = self._position = 0
+        #: Samples of the step that this process has trained on, heard or not.
+        self._samples = 0
         self._scale = 1.0
         self._listening = False
         assert sketch_seed is None or cfg.estimator != "adapter", "the adapter's gradients have no rows of the weight's"
@@ -146,26 +146,21 @@ class SensitivityTracker:
         """Optimizer step number ``step`` begins.
 
         Args:
-            step: how many steps are finished; where no events are known, any steady count.
+            step: how many steps are finished.
             loss_scale: how much larger the gradients within the backward pass are than those of the step's globally
                 normalised loss: the product of the factors put on the loss to make up for averaging over processes,
                 and of a mixed-precision loss scale. Factors that the engine divides by before the backward pass
                 (accumulation) do not count.
         """
         self._listening = self.listens(step)
-        self._samples = self._position = 0
+        self._samples = 0
         if self._listening:
             self._scale = self._batch_size / loss_scale
             self._listener.start(self._scale)
 
     def listens(self, step: int) -> bool:
-        """Whether that step is listened to: with events every ``sensitivity.every``-th, counted back from the next
-        event, as far as ``sensitivity.window``.
-
-        Without events, every so many steps and the first of all, so that S is always known.
-        """
-        if self._events is None:
-            return step % self._cfg.every == 0 or not (any(self._weight.values()) or self._pending)
+        """Whether that step is listened to: every ``sensitivity.every``-th, counted back from the next event, as far as
+        ``sensitivity.window``."""
         following = bisect_right(self._events, step)
         if following == len(self._events):
             return False
@@ -173,20 +168,18 @@ class SensitivityTracker:
         window = self._cfg.window
         return ahead % self._cfg.every == 0 and (window is None or ahead < window)
 
-    def start_micro_batch(self, size: int, position: int | None = None) -> None:
+    def start_micro_batch(self, size: int, position: int) -> None:
         """A forward and backward pass over ``size`` samples of this process begins.
 
         Args:
             size: of the micro-batch; the same for all.
-            position: of its first sample in the global batch; none: this process trains on all of it, in order.
+            position: of its first sample in the global batch.
         """
         if self._listening:
-            position = self._position if position is None else position
-            self._position = position + size
             self._samples += size
             self._listener.start_micro_batch(size, position)
 
-    def end_step(self, *, taken: bool = True) -> None:
+    def end_step(self, *, taken: bool) -> None:
         """The step's last backward pass is over. The one point where the host waits for the device.
 
         Args:

@@ -21,15 +21,18 @@ def make_tracker(estimator: str = "weight", *, micro: int = SIZE, every: int = 1
     cfg = SensitivityConfig(
         estimator=estimator, every=every, beta=beta, group_size=size, max_samples=samples, uncertainty=uncertainty
     )
-    return SensitivityTracker(cfg, batch_size=SIZE, micro_batch_size=micro, sketch_seed=sketch_seed)
+    events = range(1, 1000, every)  # so that steps 0, every, 2 every, ... are heard
+    return SensitivityTracker(cfg, batch_size=SIZE, micro_batch_size=micro, events=events, sketch_seed=sketch_seed)
 
 
 def train_step(tracker: SensitivityTracker, model: nn.Module, batches: list[Batch], step: int = 0, scale: float = 1.0):
     tracker.start_step(step, loss_scale=scale)
+    position = 0
     for batch in batches:
-        tracker.start_micro_batch(len(batch))
+        tracker.start_micro_batch(len(batch), position)
+        position += len(batch)
         (scale * batch.loss(model)).backward()
-    tracker.end_step()
+    tracker.end_step(taken=True)
 
 
 def measure(model: nn.Module, batches: list[Batch], estimator: str = "weight", **kwargs) -> dict[str, float]:
@@ -71,7 +74,7 @@ def on_two_ranks(
             for number, part in enumerate(split(batch, 4)[rank::2]):
                 tracker.start_micro_batch(2, 2 * (2 * number + rank))
                 (4.0 * part.loss(model)).backward()
-            tracker.end_step()
+            tracker.end_step(taken=True)
         tracker.detach()
         world = Recorder()
         copy.deepcopy(tracker).synchronize(world)
