@@ -66,7 +66,11 @@ def _correlation(correlate: Callable[..., Any], predictions: list[float], refere
 
 
 def _both_vary(predictions: list[Any], references: list[Any]) -> bool:
-    return len(set(predictions)) > 1 and len(set(references)) > 1
+    return _varies(predictions) and _varies(references)
+
+
+def _varies(values: list[Any]) -> bool:
+    return any(value != values[0] for value in values[1:])  # NaN differs from itself, so it is never called constant
 
 
 def rouge(names: Sequence[str], predictions: list[str], references: list[str]) -> dict[str, float]:
@@ -140,7 +144,7 @@ def compute_metrics(
         compute = METRICS[name].compute
         if compute is not None:
             results[name] = compute(predictions, references, num_labels)
-    of_texts = [name for name in names if METRICS[name].compute is None]
-    if of_texts:
-        results |= rouge(of_texts, predictions, references)
+    rouge_names = [name for name in names if METRICS[name].compute is None]
+    if rouge_names:
+        results |= rouge(rouge_names, predictions, references)
     return {name: results[name] for name in names}

@@ -197,9 +197,11 @@ def build_task(cfg: TaskConfig, data: Data, tokenizer: PreTrainedTokenizerBase, 
     """The task over its data.
 
     Raises:
-        UserError: the model cannot do the task, or takes fewer tokens than its lengths say.
+        UserError: the model cannot do the task, or takes fewer tokens than its lengths say; or an extension lacks
+            what an objective sets when it is built.
     """
     objective = objective_class(cfg)(cfg, tokenizer, model_config)
+    _check_members(cfg, objective, ("columns", "answer"))
     check_lengths(cfg, tokenizer, model_config)
     return Task(cfg, data, tokenizer, objective)
 
@@ -208,18 +210,25 @@ def objective_class(cfg: TaskConfig) -> Any:
     """The implementation of :class:`.Objective`: ``task.objective``, or that of the task's type.
 
     Raises:
-        UserError: an extension that cannot be imported, or is no objective.
+        UserError: an extension that cannot be imported, is no class, or is no objective.
     """
     if cfg.objective is None:
         return {"seq2seq": Seq2SeqObjective, "causal": CausalObjective}.get(cfg.type, LabelObjective)
     found = load_extension(cfg.objective, key="task.objective")
-    missing = [m for m in ("auto_class", "peft_task_type", "collate", "losses", "predict") if not hasattr(found, m)]
+    if not isinstance(found, type):
+        raise UserError(f"task.objective={cfg.objective!r}: is no class; name the class of an objective")
+    _check_members(cfg, found, ("auto_class", "peft_task_type", "collate", "losses", "predict", "preview"))
+    return found
+
+
+def _check_members(cfg: TaskConfig, objective: Any, members: Sequence[str]) -> None:
+    """``columns`` and ``answer`` follow the config: an instance has them, its class need not."""
+    missing = [member for member in members if not hasattr(objective, member)]
     if missing:
         raise UserError(
             f"task.objective={cfg.objective!r}: is no objective, it lacks {', '.join(missing)}; derive it from one of "
             "tsqlora_scale.tasks.objectives"
         )
-    return found
 
 
 def auto_class_of(cfg: TaskConfig) -> Any:

@@ -67,10 +67,10 @@ def test_lengths_labels_and_ids(large: None, make_task: Callable[..., Task]) -> 
     assert made.train["sample_id"][:] == [str(i) for i in range(40)]
     assert made.train["sample_id"][30:33] == ["30", "31", "32"]
     assert made.train["label"][:] == [1 + int(label == "good") for label in labels]
-    some = make_task("bert", CLASSES, rows(labels), max_train_samples=20)
-    ids = [int(i) for i in some.train["sample_id"][:]]
-    assert some.lengths("train").tolist() == [len(f"{WORDS[i % 6]} {i}") for i in ids]
-    assert some.strata().tolist() == [int(i % 3 == 0) for i in ids]
+    subset = make_task("bert", CLASSES, rows(labels), max_train_samples=20)
+    ids = [int(i) for i in subset.train["sample_id"][:]]
+    assert subset.lengths("train").tolist() == [len(f"{WORDS[i % 6]} {i}") for i in ids]
+    assert subset.strata().tolist() == [int(i % 3 == 0) for i in ids]
 
 
 def test_the_row_of_a_bad_label_in_a_later_block(large: None, write: Callable[..., Path], tmp_path: Path) -> None:

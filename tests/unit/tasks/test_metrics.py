@@ -81,7 +81,10 @@ def test_f1_without_any_positive() -> None:
 
 
 def test_a_diverged_model_is_not_hidden() -> None:
-    assert np.isnan(compute_metrics(["pearson"], [float("nan"), 1.0, 2.0], [1.0, 2.0, 3.0])["pearson"])
+    nan = float("nan")
+    for guess in ([nan, 1.0, 2.0], [nan, nan, nan], [1.0, 1.0, nan]):
+        found = compute_metrics(["pearson", "spearman"], guess, [1.0, 2.0, 3.0])
+        assert np.isnan(list(found.values())).all(), guess
 
 
 def test_nothing_is_printed_or_left_behind(

@@ -240,3 +240,25 @@ def test_no_dev_split(tmp_path: Path, models: Callable[[str], Path], make_task: 
     assert task.dev is None
     with pytest.raises(UserError, match=r"task.dataset.dev_file is not set"):
         task.batch([0], split="dev")
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("class Mine:\n    pass", "lacks auto_class, peft_task_type, collate, losses, predict, preview; derive"),
+        (
+            "class Mine:\n    auto_class, peft_task_type = Label.auto_class, 'SEQ_CLS'\n"
+            "    collate, losses, predict = Label.collate, Label.losses, Label.predict",
+            "lacks preview; derive",
+        ),
+        ("class Mine(Label):\n    def __init__(self, *_):\n        pass", "lacks columns, answer; derive"),
+        ("Mine = Label.losses", "is no class; name the class of an objective"),
+    ],
+)
+def test_an_objective_of_ones_own_has_every_member(body: str, words: str, make_task: Make, tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(f"from tsqlora_scale.tasks.objectives.label_heads import LabelObjective as Label\n{body}\n")
+    with pytest.raises(UserError) as error:
+        make_task("bert", CLASSES | {"objective": f"{path}:Mine"}, LABELLED)
+    assert str(error.value).startswith("task.objective=")
+    assert words in str(error.value)

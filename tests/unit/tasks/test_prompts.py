@@ -86,13 +86,13 @@ def test_a_template_that_rewrites_the_conversation() -> None:
 
 @settings(max_examples=60)
 @given(TEXTS, st.integers(1, 30), st.booleans())
-def test_a_long_source_loses_its_beginning_only(source: str, room: int, chat: bool) -> None:
+def test_a_long_source_loses_its_beginning_only(source: str, source_limit: int, chat: bool) -> None:
     made = tokenizer(TEMPLATE.replace("THOUGHT", "") if chat else None)
     form = PromptFormat(made, prefix="story ")
-    full, limit = form.prompts([source], 10_000)[0], form.overhead + room
+    full, limit = form.prompts([source], 10_000)[0], form.overhead + source_limit
     cut = form.prompts([source], limit)[0]
     words = made(source, add_special_tokens=False)["input_ids"]
-    kept = words[-room:]
+    kept = words[-source_limit:]
     before, after = (
         ([1, 4, *made("actor story", add_special_tokens=False)["input_ids"]], 3) if chat else ([1, full[1]], 0)
     )

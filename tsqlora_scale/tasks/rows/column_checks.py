@@ -19,18 +19,18 @@ from tsqlora_scale.tasks.rows.row_ids import row_numbers
 SAMPLE_ID = "sample_id"
 
 
-def require_columns(dataset: datasets.Dataset, wanted: Mapping[str, str], *, where: str) -> None:
+def require_columns(dataset: datasets.Dataset, required: Mapping[str, str], *, where: str) -> None:
     """Check that the columns exist.
 
     Args:
         dataset: a split.
-        wanted: config key -> column name.
+        required: config key -> column name.
         where: the file or dataset, for messages.
 
     Raises:
         UserError: naming the key, the missing column and the nearest one that exists.
     """
-    for key, name in wanted.items():
+    for key, name in required.items():
         if name in dataset.column_names:
             continue
         near = difflib.get_close_matches(name, dataset.column_names, 1, 0.6)

@@ -88,25 +88,27 @@ def _load_split(cfg: TaskConfig, split: SplitName, seed: int) -> datasets.Datase
     id_column = cfg.dataset.id_column
     if split == "dev" and id_column not in raw.column_names:
         id_column = None  # ids tell the samples of the pool apart; a held-out file often has none
-    wanted = dict(texts)
+    required = dict(texts)
     if labelled and cfg.label is not None:
-        wanted["task.label"] = cfg.label
+        required["task.label"] = cfg.label
     if id_column is not None:
-        wanted["task.dataset.id_column"] = id_column
-    require_columns(raw, wanted, where=where)
+        required["task.dataset.id_column"] = id_column
+    require_columns(raw, required, where=where)
     drop = cfg.dataset.drop_empty
     filled = new_array(len(raw), bool)
     filled[:] = True
     for name in texts.values():
         filled &= check_text(raw, name, where=where, may_be_empty=drop)
-    ours: dict[str, pa.Array | pa.ChunkedArray | np.ndarray] = {SAMPLE_ID: sample_ids(raw, id_column, where=where)}
+    own_columns: dict[str, pa.Array | pa.ChunkedArray | np.ndarray] = {
+        SAMPLE_ID: sample_ids(raw, id_column, where=where)
+    }
     if labelled and cfg.label is not None:
-        ours[cfg.label] = _targets(cfg, raw, cfg.label, where)
-    kept = raw.remove_columns([name for name in ours if name in raw.column_names])
+        own_columns[cfg.label] = _targets(cfg, raw, cfg.label, where)
+    kept = raw.remove_columns([name for name in own_columns if name in raw.column_names])
     # a fingerprint of its own, or one is taken of a copy of the table; the same on all ranks
-    made_of = repr((raw._fingerprint, id_column, cfg.type, cfg.label, cfg.labels))
-    fingerprint = hashlib.sha256(made_of.encode()).hexdigest()[:16]
-    added = datasets.Dataset(pa.table(ours), fingerprint=fingerprint)
+    identity = repr((raw._fingerprint, id_column, cfg.type, cfg.label, cfg.labels))
+    fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:16]
+    added = datasets.Dataset(pa.table(own_columns), fingerprint=fingerprint)
     dataset = datasets.concatenate_datasets([kept, added], axis=1)
     if not filled.all():
         left_out = len(filled) - int(np.count_nonzero(filled))

@@ -95,13 +95,13 @@ def class_ids(
         return class_id(cell, labels)
 
     def problem(cell: Cell, distinct: list[Cell]) -> str:
-        held = f"the column holds {len(distinct)} distinct: {_few(distinct)}"
+        found = f"the column holds {len(distinct)} distinct: {_few(distinct)}"
         if isinstance(labels, int):
-            wanted = f"is not a whole number from 0 to {labels - 1}, as task.labels={labels} means"
-            return f"label {shown(cell)} in column {name!r} {wanted}; {held}; mend the row, or set or list task.labels"
-        wanted = f"not among the {len(labels)} of task.labels ({_few(list(labels))})"
+            rule = f"is not a whole number from 0 to {labels - 1}, as task.labels={labels} means"
+            return f"label {shown(cell)} in column {name!r} {rule}; {found}; mend the row, or set or list task.labels"
+        rule = f"not among the {len(labels)} of task.labels ({_few(list(labels))})"
         return (
-            f"label {shown(cell)} in column {name!r} is {wanted}; {held}; mend the row or add the label to task.labels"
+            f"label {shown(cell)} in column {name!r} is {rule}; {found}; mend the row or add the label to task.labels"
         )
 
     return _parsed(column, parse, problem, np.int64, where=where, name=name)
@@ -115,8 +115,8 @@ def regression_targets(column: pa.ChunkedArray, *, where: str, name: str) -> np.
     """
 
     def problem(cell: Cell, _: list[Cell]) -> str:
-        wanted = "is not a finite number, as a regression target must be"
-        return f"{shown(cell)} in column {name!r} {wanted}; mend or drop the row"
+        rule = "is not a finite number, as a regression target must be"
+        return f"{shown(cell)} in column {name!r} {rule}; mend or drop the row"
 
     return _parsed(column, target_value, problem, np.float32, where=where, name=name)
 

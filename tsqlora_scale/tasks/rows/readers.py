@@ -1,7 +1,7 @@
 """Local files as Arrow tables: csv, tsv, json, jsonl (each also gzipped) and parquet.
 
 Text formats give string columns only, exactly as written: an empty cell stays ``""`` and ``NA`` stays ``"NA"``.
-What a string means (a label, a number) is decided once, in :mod:`tsqlora_scale.tasks.rows.column_checks`.
+What a string means (a label, a number) is decided once, in :mod:`tsqlora_scale.tasks.rows.label_cells`.
 Every error names the file and the data row, counted from 1 without the header.
 """
 
