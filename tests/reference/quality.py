@@ -1,4 +1,4 @@
-"""METHOD 1, slow and plain: one sample at a time, autograd on the parameters, factors updated in place."""
+"""Scores as docs/method.md has them, slow and plain: one sample at a time, autograd, factors updated in place."""
 
 from __future__ import annotations
 

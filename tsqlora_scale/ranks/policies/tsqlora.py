@@ -71,3 +71,7 @@ def _reasons(allocation: Allocation, before: dict[str, int]) -> dict[str, str]:
         bounded = f"held at {limit}" if limit else f"{allocation.share[name]:.2f} within bounds"
         lines[name] = f"asked {allocation.asked[name]:.2f}, {bounded}, rank {before[name]} -> {rank}"
     return lines
+
+
+#: What the config's name stands for.
+POLICY = TsqLoraPolicy
