@@ -14,9 +14,8 @@ import pytest
 from tests.runs import go, losses_of, ranks_of, run_tree, write_config
 from tests.steps import signalled_in_step
 from tsqlora_scale.commands import main as cli
-from tsqlora_scale.quality import BatchSampler, ScoreTable
+from tsqlora_scale.quality import BatchSampler, QualityScorer, ScoreTable
 from tsqlora_scale.quality.scores.measurer import Measurer
-from tsqlora_scale.quality.selectors.by_quality import QualitySelector
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -87,15 +86,16 @@ def test_a_signal_ends_the_first_pass_at_once(
 def test_a_refresh_is_finished_first(tmp_path: Path, models_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     go(run_tree("bert", tmp_path, models_dir, "whole"))
     config = write_config(tmp_path / "config.yaml", run_tree("bert", tmp_path, models_dir, "run"))
-    score = QualitySelector.score
+    score, refreshes = QualityScorer.score, []
 
-    def signalled(selector: QualitySelector, module: Any, step: int) -> None:
-        if step == 4:
+    def signalled(scorer: QualityScorer, module: Any, *, refresh: bool, **options: Any) -> ScoreTable:
+        refreshes.append(refresh)
+        if refreshes == [False, True]:  # after step 4
             os.kill(os.getpid(), signal.SIGUSR1)
-        score(selector, module, step)
+        return score(scorer, module, refresh=refresh, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(QualitySelector, "score", signalled)
+        patch.setattr(QualityScorer, "score", signalled)
         assert cli.main(["train", "--config", str(config)]) == 0
     run_dir = tmp_path / "runs" / "run"
     assert (run_dir / "checkpoints" / "step-00000005").is_dir(), "one step after the signal"

@@ -15,6 +15,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ class Killer:
     def __init__(self, points: Iterable[Point], target: tuple[str, int] | None, folder: Path) -> None:
         self.counts: Counter[str] = Counter()
         self._points = set(points)
+        assert len({point.name for point in self._points}) == len(self._points), "two points of one name"
         self._target = target
         self._folder = str(folder)
 
@@ -89,6 +91,7 @@ class Killer:
     def _wrapped(self, code: Function) -> Function:
         half = HALVES.get(code)
 
+        @wraps(code)
         def wrapper(*args: Any, **options: Any) -> Any:
             if code in OF_PATHS and not str(args[0]).startswith(self._folder):
                 return code(*args, **options)
@@ -103,7 +106,7 @@ class Killer:
 
 
 def replace(code: Function, other: Function) -> None:
-    """Put ``other`` in the place of a method in its class, or of a function in every module that names it."""
+    """Put ``other`` in the place of a method in its class, or of a function under every name in every module."""
     *holder, name = code.__qualname__.split(".")
     if holder:
         owner = vars(sys.modules[code.__module__])[holder[0]]
@@ -111,8 +114,9 @@ def replace(code: Function, other: Function) -> None:
         setattr(owner, name, other)
         return
     for module in list(sys.modules.values()):
-        if vars(module).get(name) is code:
-            setattr(module, name, other)
+        for known_as, value in list(vars(module).items()):
+            if value is code:
+                setattr(module, known_as, other)
 
 
 def cut(path: Path) -> None:

@@ -24,7 +24,7 @@ import scipy.stats  # noqa: F401
 import sklearn.metrics  # noqa: F401
 import torch
 
-from tests.faults.killer import Killer
+from tests.faults.killer import Killer, replace
 from tests.faults.points import POINTS
 from tsqlora_scale.commands import main as cli
 from tsqlora_scale.quality.selectors.full import FullSelector
@@ -35,9 +35,9 @@ JOBS = 2
 
 def live(config: str, folder: Path, life: int, target: tuple[str, int] | None) -> int:
     """One life, in a process of its own; the exit code."""
-    said = os.open(folder / "said.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(said, 1)
-    os.dup2(said, 2)
+    output = os.open(folder / "said.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
     killer = Killer(POINTS, target, folder)
     killer.install()
     draw = FullSelector.draw
@@ -49,7 +49,7 @@ def live(config: str, folder: Path, life: int, target: tuple[str, int] | None) -
             file.write(json.dumps(line) + "\n")
         return rows
 
-    FullSelector.draw = noted  # type: ignore[method-assign]
+    replace(draw, noted)
     resume = ["--resume", "auto"] if life else []
     code = cli.main(["train", "--config", config, f"run.output_dir={folder}", *resume])
     (folder / f"crossings-{life}.json").write_text(json.dumps(killer.counts))

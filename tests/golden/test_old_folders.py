@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.runs import losses_of, ranks_of
+from tests.runs import losses_of, ranks_of, read_lines
 from tests.tiny import tiny_model
 from tsqlora_scale.commands.main import main
 from tsqlora_scale.config.load import load_config
@@ -24,12 +25,18 @@ RUNS = {
 }
 
 
+#: SHA-256 of the base that the old runs were trained on, which is made anew.
+BASE = "7cf2a8cc80ef86c14e7a2d05c5c440852439e763a7808bc9c2e0e6a5174f361f"
+
+
 @pytest.fixture
 def place(tmp_path: Path, models_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the old folders, and the model beside them, as the configs' relative paths say."""
     shutil.copytree(WRITTEN, tmp_path, dirs_exist_ok=True)
     (tmp_path / "folders").rename(tmp_path / "runs")
     shutil.copytree(tiny_model("bert", models_dir), tmp_path / "models" / "bert")
+    weights = (tmp_path / "models" / "bert" / "model.safetensors").read_bytes()
+    assert hashlib.sha256(weights).hexdigest() == BASE, "the tiny model is no longer that of the old runs"
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -63,6 +70,20 @@ def test_a_checkpoint_goes_on(run: str, how: str, place: Path) -> None:
         assert ranks_of(folder) == expected["ranks"]
     state = json.loads((folder / "checkpoints" / "step-00000013" / "state.json").read_text())
     assert state["config"]["allocation"]["policy"] == RUNS[run][2]
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_checkpoint_goes_on_in_another_folder(run: str, place: Path) -> None:
+    """Which gets the steps and events after it; the old folder stays as it is."""
+    old, new = place / "runs" / run, place / "runs" / "resumed"
+    files = {path: path.read_bytes() for path in old.rglob("*") if path.is_file()}
+    checkpoint = f"runs/{run}/checkpoints/step-00000005"
+    assert main(["train", "--config", f"runs/{run}/config.yaml", "--resume", checkpoint, "run.name=resumed"]) == 0
+    assert [line["step"] for line in read_lines(new / "metrics.jsonl") if "loss" in line] == list(range(6, 14))
+    assert losses_of(new) == pytest.approx(losses_of(old)[5:], abs=1e-5)
+    if run == "old":
+        assert ranks_of(new) == ranks_of(old)[1:]
+    assert {path: path.read_bytes() for path in old.rglob("*") if path.is_file()} == files
 
 
 @pytest.mark.parametrize("run", RUNS)

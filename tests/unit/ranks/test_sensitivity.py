@@ -78,13 +78,14 @@ def test_gradient_checkpointing_changes_nothing(kind: str, reentrant: bool, esti
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.distributed
 def test_accumulation_and_ranks_change_nothing(estimator: str, folder: Path) -> None:
     model, batch = adapted("bert", folder), padded_batch("bert")
     whole = measure(model, [batch], estimator, group=2)
     for parts in (2, 4):
         assert_close(measure(model, split(batch, parts), estimator, group=2), whole, rel=1e-5)
-    for tracker in on_two_ranks(model, [batch], estimator):
-        assert_close(tracker.reduce(World()), whole, rel=1e-5)
+    for heard in on_two_ranks(model, [batch], estimator):
+        assert_close(heard.sensitivity, whole, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -92,6 +93,7 @@ def test_accumulation_and_ranks_change_nothing(estimator: str, folder: Path) -> 
     [("weight", 1, 2, 4), ("weight", 1, 3, 3), ("weight", 2, 4, 2), ("weight", 2, 1, 4), ("adapter", 2, 4, 2),
      ("weight_per_sample", 1, 4, 2), ("fisher", 1, 4, 2), ("fisher", 1, 1, 8)],
 )  # fmt: skip
+@pytest.mark.distributed
 def test_every_so_many_groups_of_the_global_batch_take_part(
     estimator: str, group: int, samples: int, step: int, folder: Path
 ) -> None:
@@ -103,10 +105,11 @@ def test_every_so_many_groups_of_the_global_batch_take_part(
     for parts in (1, 2, 4):
         got = measure(model, split(batch, parts), estimator, group=group, samples=samples)
         assert_close(got, want, rel=1e-4)
-    for tracker in on_two_ranks(model, [batch], estimator, group=group, samples=samples):
-        assert_close(tracker.reduce(World()), want, rel=1e-4)
+    for heard in on_two_ranks(model, [batch], estimator, group=group, samples=samples):
+        assert_close(heard.sensitivity, want, rel=1e-4)
 
 
+@pytest.mark.distributed
 def test_of_whole_micro_batches_some_take_part(folder: Path) -> None:
     model, batch = adapted("deberta", folder), padded_batch("deberta")
     parts = split(batch, 4)
@@ -114,8 +117,8 @@ def test_of_whole_micro_batches_some_take_part(folder: Path) -> None:
     assert_close(measure(model, parts, group=1, samples=4), want, rel=1e-4)
     one_rank = reference.sensitivity(model, [lambda m: 4 * parts[0].loss(m)], "weight")
     # one rank hears nothing
-    for tracker in on_two_ranks(model, [batch], "weight", group=1, samples=2):
-        assert_close(tracker.reduce(World()), one_rank, rel=1e-4)
+    for heard in on_two_ranks(model, [batch], "weight", group=1, samples=2):
+        assert_close(heard.sensitivity, one_rank, rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -161,6 +164,7 @@ def test_moving_average_is_bias_corrected_over_listened_steps(folder: Path) -> N
     assert_close(tracker.reduce(World()), want, rel=1e-4)
 
 
+@pytest.mark.distributed
 def test_uncertainty_is_adaloras_and_that_of_all_ranks_together(folder: Path) -> None:
     """2303.10512, Eq. 9 to 11, with bias corrections; |I - mean I| is not linear, so ranks must not average it."""
     model, batches = adapted("bert", folder), [padded_batch("bert", seed=seed) for seed in range(4)]
@@ -182,8 +186,8 @@ def test_uncertainty_is_adaloras_and_that_of_all_ranks_together(folder: Path) ->
             deviation_weight = 0.7 * deviation_weight + 0.3
         want[name] = mean / weight * deviation / deviation_weight
     assert_close(tracker.reduce(World()), want, rel=1e-3)
-    for other in on_two_ranks(model, batches, "weight", beta=0.85, uncertainty=0.7):
-        assert_close(other.reduce(World()), want, rel=1e-3)
+    for heard in on_two_ranks(model, batches, "weight", beta=0.85, uncertainty=0.7):
+        assert_close(heard.sensitivity, want, rel=1e-3)
     tracker.synchronize(World())
     again = make_tracker(beta=0.85, uncertainty=0.7, group=2)
     again.load_state_dict(json.loads(json.dumps(tracker.state_dict())))

@@ -58,6 +58,7 @@ def test_equals_autograd_and_changes_no_sensitivity(kind: str, estimator: str, f
     assert measure(model, [batch], estimator, sketch_seed=3) == measure(model, [batch], estimator)
 
 
+@pytest.mark.distributed
 def test_accumulation_checkpointing_and_ranks_change_nothing(folder: Path) -> None:
     model, batches = adapted("deberta", folder), [padded_batch("deberta", seed=seed) for seed in range(2)]
     tracker = make_tracker(beta=0.85, sketch_seed=3)
@@ -69,8 +70,8 @@ def test_accumulation_checkpointing_and_ranks_change_nothing(folder: Path) -> No
     whole = tracker.sketches()
     mean = {n: 0.85 * 0.15 * one + 0.15 * wanted(model, batches[1])[n] for n, one in wanted(model, batches[0]).items()}
     assert_same(whole, mean)
-    for other in on_two_ranks(model, batches, "weight", beta=0.85, sketch_seed=3):
-        assert_same(other.sketches(), whole, rel=1e-5)
+    for heard in on_two_ranks(model, batches, "weight", beta=0.85, sketch_seed=3):
+        assert_same(heard.sketches, whole, rel=1e-5)
     assert_same(sketched(model, split(batches[0], 4)), wanted(model, batches[0]))
     model.gradient_checkpointing_enable({"use_reentrant": False})
     assert_same(sketched(model, split(batches[0], 2)), wanted(model, batches[0]))

@@ -1,11 +1,13 @@
 """Trackers that hear a small model, on one rank and on two."""
 
-import copy
 import math
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
 from tests.unit.ranks.models import Batch
+from tests.worlds import run_on_ranks
 from tsqlora_scale.config.schema import SensitivityConfig
 from tsqlora_scale.engine.collectives import World
 from tsqlora_scale.ranks.sensitivity import SensitivityTracker
@@ -48,39 +50,44 @@ def split(batch: Batch, parts: int) -> list[Batch]:
     return [batch[i * size : (i + 1) * size] for i in range(parts)]
 
 
-class Recorder(World):
-    """A rank that shows what it would send, and receives the mean that it is told."""
+class CountingWorld(World):
+    """Counts its all-reduces."""
 
-    def __init__(self, answer: Tensor | None = None) -> None:
-        super().__init__()
-        self.sent: list[Tensor] = []
-        self._answer = answer
+    means = 0
 
     def mean(self, tensor: Tensor) -> Tensor:
-        self.sent.append(tensor)
-        return tensor if self._answer is None else self._answer
+        self.means += 1
+        return super().mean(tensor)
+
+
+@dataclass
+class Heard:
+    """What one rank has at an event: layer -> sensitivity, and layer -> sketch where these are taken."""
+
+    sensitivity: dict[str, float]
+    sketches: dict[str, Tensor]
 
 
 def on_two_ranks(
-    model: nn.Module, batches: list[Batch], estimator: str, *, group: int = 2, **kwargs
-) -> list[SensitivityTracker]:
-    """Two ranks of two micro-batches each; the loss is scaled by ranks x accumulation, as engines do."""
-    sent, trackers = [], []
-    for rank in range(2):
-        tracker = make_tracker(estimator, micro=2, group=group, **kwargs)
-        tracker.attach(model)
-        for step, batch in enumerate(batches):
-            tracker.start_step(step, loss_scale=4.0)
-            for number, part in enumerate(split(batch, 4)[rank::2]):
-                tracker.start_micro_batch(2, 2 * (2 * number + rank))
-                (4.0 * part.loss(model)).backward()
-            tracker.end_step(taken=True)
-        tracker.detach()
-        world = Recorder()
-        copy.deepcopy(tracker).synchronize(world)
-        assert len(world.sent) == 1, "one all-reduce for all layers"
-        sent.append(world.sent[0])
-        trackers.append(tracker)
-    results = [tracker.reduce(Recorder((sent[0] + sent[1]) / 2)) for tracker in trackers]
-    assert results[0] == results[1]
-    return trackers
+    model: nn.Module, batches: list[Batch], estimator: str, *, group: int = 2, **kwargs: Any
+) -> list[Heard]:
+    """Two real ranks of two micro-batches each; the loss is scaled by ranks x accumulation, as engines do."""
+    heard = run_on_ranks(_hear, 2, model, batches, estimator, {"group": group, **kwargs})
+    assert heard[0].sensitivity == heard[1].sensitivity
+    return heard
+
+
+def _hear(world: World, model: nn.Module, batches: list[Batch], estimator: str, options: dict[str, Any]) -> Heard:
+    tracker = make_tracker(estimator, micro=2, **options)
+    tracker.attach(model)
+    for step, batch in enumerate(batches):
+        tracker.start_step(step, loss_scale=4.0)
+        for number, part in enumerate(split(batch, 4)[world.rank :: 2]):
+            tracker.start_micro_batch(2, 2 * (2 * number + world.rank))
+            (4.0 * part.loss(model)).backward()
+        tracker.end_step(taken=True)
+    tracker.detach()
+    counting = CountingWorld(world.rank, world.size, world.device)
+    sensitivity = tracker.reduce(counting)
+    assert counting.means == 1, "one all-reduce for all layers"
+    return Heard(sensitivity, tracker.sketches())
