@@ -124,10 +124,10 @@ def cut(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
-def half_saved(original: Function, tensors: Any, path: Path) -> None:
-    """A tensor file cut short."""
-    original(tensors, path)
-    cut(path)
+def half_saved(original: Function, tensors: Any, path: str | Path, **options: Any) -> None:
+    """A tensor file cut short; the libraries write such ones, too."""
+    original(tensors, path, **options)
+    cut(Path(path))
 
 
 def half_appended(_: Function, record: RunRecord, name: str, line: dict[str, Any]) -> None:
