@@ -8,11 +8,15 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
 
 from tests.distributed.launch import BIN, ROOT, free_port, launch, run_launched
+from tests.faults.killer import after, within
 from tests.runs import go, losses_of, ranks_of, read_lines, result_of, run_tree, write_config
 from tests.tiny import tiny_model
+from tsqlora_scale.engine.zero import ZeroEngine
 from tsqlora_scale.run.checkpoint import newest_checkpoint
+from tsqlora_scale.step import optimizer_step
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
@@ -23,10 +27,10 @@ KILLED = ROOT / "tests" / "faults" / "killed.py"
 #: Engine, what kills it: point, crossing, ranks; and the step from which the next engine must resume. Checkpoints are
 #: written after step 2 (before the first pass) and every third step, ranks change after 4 and 8.
 CHAIN = [
-    ("plain", ("train.optimizer_step: after", 4, "0"), 3),
-    ("ddp-2", ("train.optimizer_step: after", 4, "1"), 6),
-    ("zero2-2", ("checkpoint.save_file: within", 2, "0"), 6),
-    ("zero3-3", ("Engine.backward: after", 7, "0,1,2"), 9),
+    ("plain", (after(optimizer_step), 4, "0"), 3),
+    ("ddp-2", (after(optimizer_step), 4, "1"), 6),
+    ("zero2-2", (within(save_file), 2, "0"), 6),
+    ("zero3-3", (after(ZeroEngine.backward), 7, "0,1,2"), 9),
     ("plain", None, 13),
 ]
 
@@ -46,7 +50,7 @@ def test_killed_and_resumed_from_engine_to_engine(tmp_path: Path, models_dir: Pa
             launch(engine, TRAIN, arguments, tmp_path, timeout=300)
         else:
             point, crossing, ranks = kill
-            done = run_launched(engine, KILLED, [point, str(crossing), ranks, *arguments], tmp_path, timeout=300)
+            done = run_launched(engine, KILLED, [point.name, str(crossing), ranks, *arguments], tmp_path, timeout=300)
             assert done.returncode != 0
             assert "SIGKILL" in done.stdout or done.returncode == -signal.SIGKILL, done.stdout
         assert newest_checkpoint(run_dir / "checkpoints") == run_dir / "checkpoints" / f"step-{newest:08d}", engine

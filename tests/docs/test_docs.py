@@ -87,7 +87,14 @@ def test_walk_throughs(block: Block, place: Path) -> None:
     assert re.search(r"dull and badly written -> .*'bad'", said)
 
 
-@pytest.mark.parametrize("block", [b for b in blocks("bash") if not is_walk_through(b)], ids=lambda block: block.name)
+COMMANDS = [
+    pytest.param(block, id=block.name, marks=[pytest.mark.slow] if block.text.count("--dry-run") > 1 else [])
+    for block in blocks("bash")
+    if not is_walk_through(block)
+]
+
+
+@pytest.mark.parametrize("block", COMMANDS)
 def test_commands(block: Block, place: Path) -> None:
     """Each is known to this test, and is checked as far as it can be here; dry runs are run."""
     lines = [line for line in block.text.replace("\\\n", " ").splitlines() if line.strip()]

@@ -38,6 +38,7 @@ def test_a_whole_life(tmp_path: Path, models_dir: Path) -> None:
     assert json.loads((scores.folder / "summary.json").read_text()) == scores.summary
 
 
+@pytest.mark.slow
 def test_one_process_trains_again_and_otherwise(tmp_path: Path, models_dir: Path) -> None:
     """Other accumulation and another type of the base: Accelerate's state is the process's."""
     first = train(config_of(tmp_path, models_dir, "first"))

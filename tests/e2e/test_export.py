@@ -91,6 +91,7 @@ def test_padded_and_merged_are_the_same_function(kind: str, tmp_path: Path, mode
     assert (logits(base(kind, run), kind) - expected).abs().max() > 1e-3, "an adapter without effect tests nothing"
 
 
+@pytest.mark.slow
 def test_a_fresh_process_without_this_package(tmp_path: Path, models_dir: Path) -> None:
     run, config, adapter = trained("bert", tmp_path, models_dir, dropout=0.5)
     expected = logits(run.engine.module, "bert")

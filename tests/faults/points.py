@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from tests.faults.killer import after, before, within
 from tsqlora_scale.common.files import fsync
 from tsqlora_scale.engine.ddp import DdpEngine
+from tsqlora_scale.engine.zero import ZeroEngine
 from tsqlora_scale.quality import ScoreTable
 from tsqlora_scale.quality.scores.measurer import Measurer
 from tsqlora_scale.quality.scores.score_parts import Parts
@@ -55,6 +56,8 @@ SECOND_LIFE = [
     after(QualitySelector.score),
 ]  # fmt: skip
 FIRST_DEATH = (before(optimizer_step).name, 8)
+#: Of runs under several engines.
+OF_ENGINES = [after(optimizer_step), within(save_file), after(ZeroEngine.backward)]
 #: Of a run with a proxy: in the proxy's warm-up, in its pass, between the two models, and before the first step of the
 #: second.
 WITH_A_PROXY = [
@@ -62,4 +65,4 @@ WITH_A_PROXY = [
     (after(RunRecord.prepare), 3), (after(Run.evaluate), 1), (after(Run.evaluate), 2), (after(FullSelector.draw), 3),
     (after(Run.save_checkpoint), 2),
 ]  # fmt: skip
-POINTS = {*FIRST_LIFE, *SECOND_LIFE, before(optimizer_step), *(point for point, _ in WITH_A_PROXY)}
+POINTS = {*FIRST_LIFE, *SECOND_LIFE, *OF_ENGINES, before(optimizer_step), *(point for point, _ in WITH_A_PROXY)}
