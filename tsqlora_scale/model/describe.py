@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.schema import Config
 from tsqlora_scale.model.weight_files import check_base_weights, check_fits
-
-if TYPE_CHECKING:
-    pass
 
 
 def load_descriptions(config: Config, path: str) -> tuple[Any, Any]:

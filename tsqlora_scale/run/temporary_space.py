@@ -33,7 +33,7 @@ def score_bytes(config: Config, pool_size: int) -> int:
     """What the scores of a sample take in temporary files at the fullest moment, of a rank, rounded up.
 
     Numbers are of 8 bytes, the stratum of 4, members of 1; see the columns that live side by side in
-    :meth:`QualityScorer.score <tsqlora_scale.quality.scores.scorer.QualityScorer.score>` and ``Run.draw_by_scores``.
+    :meth:`.QualityScorer.score` and :meth:`.QualitySelector.score`.
     """
     sampling, scoring = config.sampling, config.scoring
     kept = sampling.keep_fraction
