@@ -37,10 +37,10 @@ def take_steps(run: Run, *, until: int | None = None) -> StepResult | None:
         while run.step < last:
             if selector.due(run.step):
                 with run.scoring():
-                    selector.score(engine.module, run.step)  # lines 2, 3 and 9: Q, p and S
+                    selector.score(engine.module, run.step)  # lines 2 and 9: Q, p and S
             with run.stepping():
                 rows = selector.draw(run.step)  # line 4: a minibatch of S by p
-                result = optimizer_step(  # lines 5 and 6: forward, backward and step; the controller listens
+                result = optimizer_step(  # lines 4 and 5: loss, backward and step; the controller listens
                     engine,
                     task,
                     rows,
@@ -65,7 +65,7 @@ def take_steps(run: Run, *, until: int | None = None) -> StepResult | None:
 
 
 def warm_up_and_score(run: Run, *, warm_up: bool = True) -> None:
-    """Algorithm 1 up to line 3: the plan's steps on even draws, if asked to, and one pass over the pool."""
+    """Algorithm 1 up to line 2: the plan's steps on even draws, if asked to, and one pass over the pool."""
     assert run.plan.scoring_step is not None
     if run.selector.table is not None:
         return
