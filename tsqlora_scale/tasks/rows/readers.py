@@ -152,6 +152,9 @@ def _check_names(names: Sequence[str], path: Path) -> None:
     bad = _not_text(names)
     if bad is not None:
         raise UserError(f"{path}: the name of column {bad!r} is not valid text; rename it")
+    cut = next((name for name in names if "\0" in name), None)  # where Arrow ends it, and two names may be one
+    if cut is not None:
+        raise UserError(f"{path}: the name of column {cut!r} holds a NUL character; rename it")
 
 
 def _json(lines: Iterator[str], path: Path, text_columns: Sequence[str]) -> tuple[list[str], Iterator[Row]]:
