@@ -137,7 +137,8 @@ def score(
     checked = preflight.check(config)
     if adapter is not None:
         check_adapter_fits(config, checked.model_config, adapter)
-    from tsqlora_scale.report.score_summary import write_summary
+    from tsqlora_scale.quality.selectors.by_quality import QualitySelector
+    from tsqlora_scale.report.score_summary import summarise, write_summary
     from tsqlora_scale.run.build import build_run
     from tsqlora_scale.run.preemption import StopRequest
     from tsqlora_scale.training import warm_up_and_score
@@ -148,7 +149,10 @@ def score(
         warm_up_and_score(run, warm_up=adapter is None)
         summary: dict[str, Any] = {}
         if run.is_main:
-            summary = _summary(run, top=top, similarity=similarity)
+            assert isinstance(run.selector, QualitySelector)
+            summary = summarise(
+                run.selector.scorer, run.task, top=top, similarity=similarity, steps=run.step, seconds=run.record.seconds
+            )
 
         def write() -> None:
             run.write_scores()  # again: where the pass could not, no checkpoint holds them
@@ -157,14 +161,6 @@ def score(
         run.write_on_main(f"the scores, {str(folder)!r},", write)
     run.engine.close()
     return ScoreResult(folder, summary)
-
-
-def _summary(run: Any, *, top: int, similarity: float) -> dict[str, Any]:
-    from tsqlora_scale.report.score_summary import summarise
-
-    return summarise(
-        run.selector.scorer, run.task, top=top, similarity=similarity, steps=run.step, seconds=run.record.seconds
-    )
 
 
 def _for_scoring(config: Config) -> Config:
@@ -197,8 +193,7 @@ def evaluate(config: Config, adapter: str | Path) -> dict[str, float]:
     checked = preflight.check_evaluation(config, adapter)
     from tsqlora_scale.run.build import evaluate_adapter
 
-    metrics, _ = evaluate_adapter(checked, str(adapter))
-    return metrics
+    return evaluate_adapter(checked, str(adapter))
 
 
 def export(

@@ -59,7 +59,7 @@ def test_adapter_is_plain_peft(tmp_path: Path, models_dir: Path, kind: str, quan
 def test_evaluating_the_adapter_gives_the_same_metrics(tmp_path: Path, models_dir: Path, kind: str) -> None:
     tree = run_tree(kind, tmp_path, models_dir, "run")
     go(tree)
-    metrics, _ = evaluate_adapter(preflight.check(parse_config(tree)), str(tmp_path / "runs" / "run" / "adapter"))
+    metrics = evaluate_adapter(preflight.check(parse_config(tree)), str(tmp_path / "runs" / "run" / "adapter"))
     assert metrics == pytest.approx(result_of(tmp_path / "runs" / "run")["metrics"], abs=1e-9)
 
 

@@ -131,8 +131,7 @@ class Config(Section):
                 ),
                 "adapter": self.adapter.model_copy(update={"target_modules": "auto"}),
                 "scoring": self.scoring.model_copy(update={"proxy_model": None}),
-                "allocation": self.allocation.model_copy(update={"policy": "fixed"}),
-                "train": self.train.model_copy(update={"checkpoint_every": None, "eval_every": None}),
+                **self._nothing_but_scores(),
             }
         )
 
@@ -141,10 +140,16 @@ class Config(Section):
         return self.model_copy(
             update={
                 "scoring": self.scoring.model_copy(update={"keep_sketches": True}),
-                "allocation": self.allocation.model_copy(update={"policy": "fixed"}),
-                "train": self.train.model_copy(update={"checkpoint_every": None, "eval_every": None}),
+                **self._nothing_but_scores(),
             }
         )
+
+    def _nothing_but_scores(self) -> dict[str, Section]:
+        """Sections of a run that ends with its first pass over the pool."""
+        return {
+            "allocation": self.allocation.model_copy(update={"policy": "fixed"}),
+            "train": self.train.model_copy(update={"checkpoint_every": None, "eval_every": None}),
+        }
 
     @property
     def scores_data(self) -> bool:

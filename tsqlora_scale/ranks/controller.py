@@ -37,11 +37,6 @@ class RankEvent:
 class RankController(Protocol):
     """Decides the ranks of a run. It is told of every step, as :class:`~tsqlora_scale.step.StepListener` says."""
 
-    @property
-    def changes_ranks(self) -> bool:
-        """Whether ranks may ever change."""
-        ...
-
     def attach(self, module: nn.Module) -> None:
         """Listen to ``module``; before every ``prepare`` of an engine."""
         ...
@@ -81,8 +76,6 @@ class RankController(Protocol):
 
 class FixedRanks:
     """``allocation.policy: fixed``: ranks stay as they are, and nothing is listened to."""
-
-    changes_ranks = False
 
     def attach(self, module: nn.Module) -> None:
         """Nothing to do."""
@@ -129,8 +122,6 @@ class AdaptiveRanks:
         policy: the rule.
         resize: how factors grow and shrink.
     """
-
-    changes_ranks = True
 
     def __init__(self, config: Config, policy: Policy, *, schedule: Schedule, micro_batch_size: int) -> None:
         self.policy = policy

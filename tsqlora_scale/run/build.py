@@ -187,8 +187,8 @@ def build_selector(preflight: Preflight, world: World, stop: StopRequest, watchd
     return selector_class(config.sampling.selector)(context)
 
 
-def evaluate_adapter(preflight: Described, adapter: str) -> tuple[dict[str, float], bool]:
-    """Metrics of a saved adapter on a fresh base, and whether this process should print them. A collective."""
+def evaluate_adapter(preflight: Described, adapter: str) -> dict[str, float]:
+    """Metrics of a saved adapter on a fresh base. A collective."""
     config = preflight.config
     folder = Path(adapter)
     accelerator = start_accelerator(accumulation=1, timeout_minutes=config.run.timeout_minutes, trains=False)
@@ -200,5 +200,4 @@ def evaluate_adapter(preflight: Described, adapter: str) -> tuple[dict[str, floa
             adapter_type(config.adapter.type).load(base, folder, dtype=config.model.dtype).to(accelerator.device).eval()
         )
     with Progress("evaluating", shows=world.is_main) as bar:
-        metrics = evaluate(model, task, world, batch_size=config.train.eval_batch_size, progress=bar)
-    return metrics, world.is_main
+        return evaluate(model, task, world, batch_size=config.train.eval_batch_size, progress=bar)

@@ -161,12 +161,7 @@ class Run:
             self.selector.table.write(self.record.folder / "scores", self.task.sample_ids)
 
     def after_step(self) -> None:
-        """Evaluate, save and stop, as far as any of these is due. A collective.
-
-        Raises:
-            Stopped: on every rank, when any was asked to stop.
-            UserError: on every rank, when the state of a run that is to stop cannot be written.
-        """
+        """Evaluate and save, as far as either is due. A collective."""
         train = self.config.train
         evaluates = due(train.eval_every, self.step) and self.step < self.plan.total_steps
         is_best = evaluates and self.note_best(self.evaluate())
