@@ -151,7 +151,12 @@ def score(
         if run.is_main:
             assert isinstance(run.selector, QualitySelector)
             summary = summarise(
-                run.selector.scorer, run.task, top=top, similarity=similarity, steps=run.step, seconds=run.record.seconds
+                run.selector.scorer,
+                run.task,
+                top=top,
+                similarity=similarity,
+                steps=run.step,
+                seconds=run.record.seconds,
             )
 
         def write() -> None:
