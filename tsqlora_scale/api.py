@@ -64,7 +64,7 @@ def train(config: Config, *, resume: str | Path | None = None, overwrite: bool =
     Raises:
         UserError: a mistake in the config, the data, the model or the folders; nothing is loaded where it can be seen
             before.
-        Stopped: SIGTERM or SIGUSR1 has come, and the run's state is in a checkpoint.
+        Stopped: SIGTERM, SIGUSR1 or Ctrl-C has come, and the run's state is in a checkpoint.
     """
     prepare_environment()
     if resume is not None and not str(resume):
@@ -77,17 +77,22 @@ def train(config: Config, *, resume: str | Path | None = None, overwrite: bool =
     from tsqlora_scale.proxy import discard_parts, score_by_proxy, take_scores
     from tsqlora_scale.run.build import build_run
     from tsqlora_scale.run.preemption import StopRequest
+    from tsqlora_scale.run.run_lock import RunLock
     from tsqlora_scale.training import train_to_the_end
 
-    with StopRequest() as stop:
-        scores = score_by_proxy(checked, resume=place, stop=stop)
-        run = build_run(checked, resume=place, stop=stop)
+    def still_right() -> None:
+        preflight.check_run_dir(config, overwrite=overwrite, resume=place)
+
+    folders = [config.run_dir, *([config.of_proxy().run_dir] if config.scores_by_proxy else [])]
+    with StopRequest() as stop, RunLock(folders, still_right) as lock:
+        scores = score_by_proxy(checked, resume=place, stop=stop, lock=lock)
+        run = build_run(checked, resume=place, stop=stop, lock=lock)
         are_kept = scores is None or take_scores(run, scores)
         if run.is_main and are_kept:
             discard_parts(config)
         record = train_to_the_end(run)
-    if run.is_main:
-        discard_parts(config)
+        if run.is_main:
+            discard_parts(config)
     run.engine.close()
     return TrainResult(
         folder=config.run_dir,
@@ -121,7 +126,7 @@ def score(
 
     Raises:
         UserError: as :func:`train`, or there is nothing to score, or the scores cannot be written.
-        Stopped: SIGTERM or SIGUSR1 has come; ``resume=True`` goes on.
+        Stopped: SIGTERM, SIGUSR1 or Ctrl-C has come; ``resume=True`` goes on.
     """
     prepare_environment()
     config = _for_scoring(config)
@@ -141,11 +146,16 @@ def score(
     from tsqlora_scale.report.score_summary import summarise, write_summary
     from tsqlora_scale.run.build import build_run
     from tsqlora_scale.run.preemption import StopRequest
+    from tsqlora_scale.run.run_lock import RunLock
     from tsqlora_scale.training import warm_up_and_score
 
+    def still_right() -> None:
+        preflight.check_run_dir(config, overwrite=overwrite, resume=place)
+
     folder = config.run_dir / "scores"
-    with StopRequest() as stop:
-        run = build_run(checked, resume=place, adapter=None if adapter is None else str(adapter), stop=stop)
+    start = None if adapter is None else str(adapter)
+    with StopRequest() as stop, RunLock([config.run_dir], still_right) as lock:
+        run = build_run(checked, resume=place, adapter=start, stop=stop, lock=lock)
         warm_up_and_score(run, warm_up=adapter is None)
         summary: dict[str, Any] = {}
         if run.is_main:

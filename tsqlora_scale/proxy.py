@@ -20,6 +20,7 @@ from tsqlora_scale.run.build import build_run
 from tsqlora_scale.run.preemption import StopRequest
 from tsqlora_scale.run.preflight import Preflight, naming_the_proxy
 from tsqlora_scale.run.resume import has_checkpoint
+from tsqlora_scale.run.run_lock import RunLock
 from tsqlora_scale.run.training_run import Run
 from tsqlora_scale.training import warm_up_and_score
 
@@ -49,7 +50,9 @@ def discard_parts(config: Config) -> None:
         shutil.rmtree(config.of_proxy().run_dir / "scores" / "parts", ignore_errors=True)
 
 
-def score_by_proxy(preflight: Preflight, *, resume: str | None, stop: StopRequest) -> ProxyScores | None:
+def score_by_proxy(
+    preflight: Preflight, *, resume: str | None, stop: StopRequest, lock: RunLock | None = None
+) -> ProxyScores | None:
     """Load the proxy, warm it up, score the pool, and free it. A collective; the same table on every rank.
 
     Args:
@@ -57,6 +60,7 @@ def score_by_proxy(preflight: Preflight, *, resume: str | None, stop: StopReques
         resume: as for that run. A checkpoint of it holds the scores, and the proxy is not needed any more; a proxy
             that was killed continues.
         stop: by which it is asked to stop.
+        lock: of the folders of both runs.
 
     Returns:
         None where there is no proxy, or no need of it.
@@ -65,7 +69,7 @@ def score_by_proxy(preflight: Preflight, *, resume: str | None, stop: StopReques
         return None
     start = time.perf_counter()
     with naming_the_proxy(preflight.config):
-        run = build_run(preflight.proxy, resume="auto" if resume is not None else None, stop=stop)
+        run = build_run(preflight.proxy, resume="auto" if resume is not None else None, stop=stop, lock=lock)
     # what an earlier run left in the folder of this one must not be resumed when the proxy is stopped
     record = RunRecord(preflight.config.run_dir, writes=run.is_main)
     run.write_on_main(f"{str(record.folder)!r}", lambda: record.prepare(preflight.config.to_yaml()))

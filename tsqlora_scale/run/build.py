@@ -31,12 +31,18 @@ from tsqlora_scale.run.plan import RunPlan
 from tsqlora_scale.run.preemption import StopRequest
 from tsqlora_scale.run.preflight import Described, Preflight, resumes_in
 from tsqlora_scale.run.resume import find_checkpoint, same_checkpoint, same_data, same_method
+from tsqlora_scale.run.run_lock import RunLock
 from tsqlora_scale.run.training_run import Run
 from tsqlora_scale.tasks.evaluation import evaluate
 
 
 def build_run(
-    preflight: Preflight, *, resume: str | None = None, adapter: str | None = None, stop: StopRequest | None = None
+    preflight: Preflight,
+    *,
+    resume: str | None = None,
+    adapter: str | None = None,
+    stop: StopRequest | None = None,
+    lock: RunLock | None = None,
 ) -> Run:
     """Load the model, put the adapter on it, start the engine.
 
@@ -44,6 +50,7 @@ def build_run(
         resume: ``auto`` (the newest complete checkpoint of the run folder, if any) or a checkpoint folder.
         adapter: a saved adapter's folder, to start from its ranks and values.
         stop: by which the run is asked to stop; none: nothing asks.
+        lock: of the folders that are written, taken here if it has not been; none: the caller is the only writer.
     """
     stop = stop or StopRequest()
     config, plan = preflight.config, preflight.plan
@@ -52,6 +59,8 @@ def build_run(
         mixed_precision="fp16" if config.model.dtype == "fp16" else "no",
         timeout_minutes=config.run.timeout_minutes,
     )
+    if lock is not None:
+        lock.take(World.current(accelerator.device))
     watchdog = Watchdog(minutes=config.run.timeout_minutes, acts=accelerator.device.type == "cpu")
     record = RunRecord(config.run_dir, writes=accelerator.is_main_process)
     with record.phase("load"), quiet_libraries():

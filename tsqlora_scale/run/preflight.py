@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tsqlora_scale.common.errors import UserError
-from tsqlora_scale.common.launcher import launched_rank, launched_size
+from tsqlora_scale.common.launcher import launched_rank, launched_size, strangers
 from tsqlora_scale.common.printing import shown
 from tsqlora_scale.config.locations import resolve
 from tsqlora_scale.config.schema import Config
@@ -147,7 +147,8 @@ def check_scoring(config: Config, task: Task) -> None:
 
 
 def check_machine(config: Config) -> None:
-    """What the config asks for against what is installed here."""
+    """How this process was started, and what the config asks for against what is installed here."""
+    check_start()
     if config.model.quantization == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError("model.quantization='nf4' needs bitsandbytes; pip install 'tsqlora-scale[nf4]'")
     if config.model.dtype == "fp16":
@@ -155,6 +156,23 @@ def check_machine(config: Config) -> None:
 
         if not torch.cuda.is_available():
             raise UserError("model.dtype='fp16' needs a GPU; use bf16 or fp32 on a CPU")
+
+
+def check_start() -> None:
+    """Refuse to be one of several processes that would all do the same work, and write the same files.
+
+    Raises:
+        UserError: naming what started them, and the command that joins them.
+    """
+    found = strangers()
+    if found is not None:
+        manager, tasks = found
+        alone = "srun --ntasks=1 python ..." if manager == "srun" else "python ..."
+        raise UserError(
+            f"{manager} has started {tasks} tasks that know nothing of one another: RANK and WORLD_SIZE are not set; "
+            f"for one process: {alone}; for {tasks}: one task per machine (srun --ntasks-per-node=1) that runs "
+            f"torchrun --nnodes MACHINES --nproc_per_node GPUS --rdzv_backend c10d --rdzv_endpoint HOST:PORT ..."
+        )
 
 
 def resumes_in(config: Config, resume: str) -> bool:
