@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import time
@@ -101,18 +102,24 @@ sys.exit(main())
 """
 
 
-def test_a_signal_to_the_launcher(tmp_path: Path, models_dir: Path) -> None:
-    """It is passed on to every rank; the launcher's own exit code is its own affair."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_launcher(tmp_path: Path, models_dir: Path, number: signal.Signals) -> None:
+    """It is passed on to every rank; the launcher's own exit code is its own affair. Ctrl-C goes to all of them."""
     tree = run_tree("bert", tmp_path, models_dir, "run", train={"max_steps": 20_000})
     config = write_config(tmp_path / "config.yaml", tree)
     command = [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", str(free_port()), str(TRAIN)]
     lines = tmp_path / "runs" / "run" / "metrics.jsonl"
-    with subprocess.Popen([*command, "--config", str(config)], stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+    with subprocess.Popen(
+        [*command, "--config", str(config)], stdout=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True
+    ) as process:
         try:
             deadline = time.monotonic() + 300
             while time.monotonic() < deadline and not (lines.exists() and len(losses_of(lines.parent)) > 20):
                 time.sleep(0.2)
-            process.send_signal(signal.SIGTERM)
+            if number == signal.SIGINT:
+                os.killpg(process.pid, number)
+            else:
+                process.send_signal(number)
             said, _ = process.communicate(timeout=120)
         finally:
             process.kill()

@@ -1,4 +1,4 @@
-"""A run that is asked to stop leaves a checkpoint and exit code 0, and goes on as if nothing had happened."""
+"""A run that is asked to stop leaves a checkpoint and exit code 0, or 130, and goes on as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("step", [0, 1, 3, 6, 11])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 0), (signal.SIGINT, 130)])
 def test_a_signal_ends_the_run_after_the_step(
     tmp_path: Path,
     models_dir: Path,
     step: int,
     number: int,
+    code: int,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """Step 4 and 8 are followed by rank events and refreshes; no checkpoint is due anywhere."""
     go(run_tree("bert", tmp_path, models_dir, "whole"))
@@ -36,11 +37,13 @@ def test_a_signal_ends_the_run_after_the_step(
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
         patch.setattr(BatchSampler, "draw", signalled_in_step(step, number))
-        assert cli.main(["train", "--config", str(config)]) == 0
+        assert cli.main(["train", "--config", str(config)]) == code
     assert signal.getsignal(number) is before
     run_dir = tmp_path / "runs" / "run"
-    said = capsys.readouterr().out
-    assert f"requeue: stopped on request after step {step + 1} of 13; the same command with --resume auto" in said
+    printed = capfd.readouterr()
+    line = f"requeue: stopped on request after step {step + 1} of 13; the same command with --resume auto continues"
+    assert line in printed.out
+    assert ("Ctrl-C again ends at once" in printed.err) == (number == signal.SIGINT)
     assert (run_dir / "checkpoints" / f"step-{step + 1:08d}").is_dir()
     assert len(losses_of(run_dir)) == step + 1
     assert not (run_dir / "result.json").exists()
@@ -49,11 +52,14 @@ def test_a_signal_ends_the_run_after_the_step(
     assert ranks_of(run_dir) == ranks_of(tmp_path / "runs" / "whole")
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 @pytest.mark.parametrize("command", ["train", "score"])
 def test_a_signal_ends_the_first_pass_at_once(
     tmp_path: Path,
     models_dir: Path,
     command: str,
+    number: int,
+    code: int,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -68,12 +74,12 @@ def test_a_signal_ends_the_first_pass_at_once(
         nonlocal chunks
         chunks += 1
         if chunks == 6:  # in the second shard
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return original(self, *arguments, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(Measurer, "_chunk", chunk)
-        assert cli.main([command, "--config", str(config)]) == 0
+        assert cli.main([command, "--config", str(config)]) == code
     again = ["--resume", *(["auto"] if command == "train" else [])]
     assert f"scoring the pool; the same command with {' '.join(again)} continues" in capsys.readouterr().out
     run_dir = tmp_path / "runs" / "run"
@@ -120,3 +126,36 @@ with preemption.StopRequest() as stop:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.stdout.split() == ["first"]
     assert done.returncode == -signal.SIGTERM
+
+
+TWICE = """
+import os, signal, sys, time
+from tsqlora_scale.commands.guard import guard
+from tsqlora_scale.run.preemption import StopRequest
+
+def command():
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested and stop.interrupted
+        for other in sys.argv[2:]:
+            os.kill(os.getpid(), getattr(signal, other))
+        print("first", flush=True)
+        time.sleep(float(sys.argv[1]))
+        os.kill(os.getpid(), signal.SIGINT)
+        print("never", flush=True)
+
+sys.exit(guard(command))
+"""
+
+
+@pytest.mark.parametrize("launcher", [{}, {"RANK": "0", "WORLD_SIZE": "1"}], ids=["alone", "launched"])
+def test_a_second_ctrl_c_ends_at_once(launcher: dict[str, str]) -> None:
+    """But not the one that a launcher passes on of the same key, nor the SIGTERM by which it ends its processes."""
+    pause, passed_on = ("1.2", ["SIGINT", "SIGTERM"]) if launcher else ("0.2", [])
+    done = subprocess.run(
+        [sys.executable, "-c", TWICE, pause, *passed_on],
+        capture_output=True, text=True, cwd=ROOT, check=False, env=os.environ | launcher,
+    )  # fmt: skip
+    assert done.stdout.split() == ["first"]
+    assert done.returncode == 130
+    assert done.stderr == "stopping after this step, with a checkpoint; Ctrl-C again ends at once\n"

@@ -16,6 +16,8 @@ from tsqlora_scale.common.quiet import prepare_environment
 def guard(command: Callable[[], None], *, resume: str = "--resume auto") -> int:
     """Run a command; a :class:`UserError` becomes one line on rank 0 and exit code 2 on every rank.
 
+    Ctrl-C is exit code 130, with a checkpoint or without one; another request to stop is none of the command's faults.
+
     Args:
         resume: the option by which the command continues after it was asked to stop.
     """
@@ -37,6 +39,7 @@ def guard(command: Callable[[], None], *, resume: str = "--resume auto") -> int:
     except Stopped as stopped:
         if launched_rank() == 0:
             print(f"requeue: {printable(str(stopped))}; the same command with {resume} continues")
+        code = 130 if stopped.interrupted else 0
     except Exception as error:
         if launched_size() == 1:
             raise

@@ -16,4 +16,13 @@ class UserError(Exception):
 
 
 class Stopped(Exception):
-    """A run has ended because it was asked to, and its state is on disk. Not a failure: exit code 0."""
+    """A run has ended because it was asked to, and its state is on disk. Not a failure.
+
+    Attributes:
+        interrupted: it was asked by Ctrl-C. The command then ends with exit code 130, as programs do that Ctrl-C ends,
+            so that a script does not go on with what is half done; otherwise with 0.
+    """
+
+    def __init__(self, message: str = "", *, interrupted: bool = False) -> None:
+        super().__init__(message)
+        self.interrupted = interrupted

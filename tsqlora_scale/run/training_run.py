@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from tsqlora_scale.common.disk_arrays import filled
-from tsqlora_scale.common.errors import Stopped, UserError
+from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.failures import Watchdog
 from tsqlora_scale.common.files import WRITE_ERRORS
 from tsqlora_scale.config.schema import Config
@@ -179,7 +179,7 @@ class Run:
             return
         place = f"stopped on request after step {self.step} of {self.plan.total_steps}"
         if self.save_checkpoint():
-            raise Stopped(place)
+            raise self.stop.stopped(place, self.engine.world)
         newest = self.checkpoints.newest
         lost = f"all after checkpoint {newest}" if newest else "all, as there is no checkpoint,"
         raise UserError(
