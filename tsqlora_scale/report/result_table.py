@@ -31,8 +31,9 @@ def print_result(result: dict[str, Any]) -> None:
     table = Table(title=f"{result['name']}: {result['method']} on {result['engine']}", show_header=False)
     for name, value in result["metrics"].items():
         before = result["metrics_before"].get(name)
+        title = result.get("metric_titles", {}).get(name, name)
         table.add_row(
-            f"{name} before -> after", f"{before:.4f} -> {value:.4f}" if before is not None else f"{value:.4f}"
+            plain(f"{title} before -> after"), f"{before:.4f} -> {value:.4f}" if before is not None else f"{value:.4f}"
         )
     if result["best"]:
         best = result["best"]

@@ -10,6 +10,7 @@ from tsqlora_scale.ranks import current_ranks
 from tsqlora_scale.report.record import peak_memory_bytes
 from tsqlora_scale.report.result_table import versions
 from tsqlora_scale.run.training_run import Run
+from tsqlora_scale.tasks.metrics import metric_title
 
 
 def build_result(run: Run, metrics: dict[str, float], adapter: Path) -> dict[str, Any]:
@@ -29,6 +30,7 @@ def build_result(run: Run, metrics: dict[str, float], adapter: Path) -> dict[str
         "steps": run.step,
         "metrics_before": run.metrics_before,
         "metrics": metrics,
+        "metric_titles": {name: metric_title(name, run.config.task.labels) for name in metrics},
         "best": _best(run),
         "pool_size": run.plan.pool_size,
         "subset_size": run.plan.subset_size,

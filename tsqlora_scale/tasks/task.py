@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import datasets
 import numpy as np
 import pyarrow.compute as pc
+import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -18,7 +19,7 @@ from tsqlora_scale.config.extensions import load_extension
 from tsqlora_scale.config.schema import TaskConfig
 from tsqlora_scale.tasks.batch import Batch
 from tsqlora_scale.tasks.losses import loss_terms
-from tsqlora_scale.tasks.metrics import METRICS, compute_metrics
+from tsqlora_scale.tasks.metrics import METRICS, SampleLosses, compute_metrics, needs_answers, needs_losses
 from tsqlora_scale.tasks.objectives.causal import CausalObjective
 from tsqlora_scale.tasks.objectives.label_heads import LabelObjective
 from tsqlora_scale.tasks.objectives.objective import Objective, Rows
@@ -113,7 +114,17 @@ class Task:
         """Number of loss terms of every sample (B,) float32, as :meth:`loss_sums` counts them, before any forward."""
         return loss_terms(batch.targets)
 
-    def predict(self, module: Any, batch: Batch, *, synced: bool) -> list[Any]:
+    @property
+    def needs_answers(self) -> bool:
+        """Whether ``task.metrics`` judge the model's answers, so that it has to be asked for them."""
+        return needs_answers(self._cfg.metrics)
+
+    @property
+    def needs_losses(self) -> bool:
+        """Whether ``task.metrics`` hold any that is taken of the samples' losses."""
+        return needs_losses(self._cfg.metrics)
+
+    def predict(self, module: Any, batch: Batch, *, synced: bool, outputs: Any = None) -> list[Any]:
         """The model's B answers, from the batch's inputs alone: class ids, numbers or generated texts.
 
         Args:
@@ -121,8 +132,23 @@ class Task:
             batch: on the module's device.
             synced: parameters are sharded over ranks, so generation goes on until the last rank has finished.
                 Every rank must then make the same number of calls.
+            outputs: of ``module`` on this batch, where they are known: a class or a number needs no second forward.
         """
+        if outputs is not None and _answers_by_forward(self._objective):
+            return self._objective.answers(outputs.logits)
         return self._objective.predict(module, batch, synced=synced)
+
+    def predict_in_full(self, module: Any, batch: Batch, *, synced: bool) -> tuple[list[Any], np.ndarray | None]:
+        """Answers as :meth:`predict` gives them, and the probability of every class, (B, C) float32.
+
+        There are no probabilities of numbers and texts, nor where an objective of one's own has its own answers.
+        """
+        if not _answers_by_forward(self._objective):
+            return self._objective.predict(module, batch, synced=synced), None
+        with torch.no_grad():
+            logits = module(**batch.inputs).logits
+        found = self._objective.probabilities(logits)
+        return self._objective.answers(logits), None if found is None else found.cpu().numpy()
 
     def references(self, rows: Indices, *, split: SplitName = "train") -> list[Any]:
         """The right answers of some rows: class ids, numbers or texts (whole, however short the targets are cut)."""
@@ -147,9 +173,18 @@ class Task:
         self._digests[split] = digest.hexdigest()
         return self._digests[split]
 
-    def metrics(self, predictions: list[Any], references: list[Any]) -> dict[str, float]:
-        """``task.metrics`` of all predictions of a split, as fractions (not times 100)."""
-        return compute_metrics(self._cfg.metrics, predictions, references, num_labels=self._cfg.num_labels)
+    def metrics(
+        self, predictions: list[Any], references: list[Any], losses: SampleLosses | None = None
+    ) -> dict[str, float]:
+        """``task.metrics`` of a split, as fractions (not times 100).
+
+        Args:
+            predictions: of all its rows; none where :attr:`needs_answers` is false.
+            references: of the same.
+            losses: of the same, where :attr:`needs_losses` is true.
+        """
+        names = self._cfg.metrics
+        return compute_metrics(names, predictions, references, num_labels=self._cfg.num_labels, losses=losses)
 
     def lengths(self, split: SplitName = "train") -> np.ndarray:
         """Characters of input text of every row of a split, (N,) int32: enough to put rows of a length together."""
@@ -223,6 +258,11 @@ def _check_members(cfg: TaskConfig, objective: Any, members: Sequence[str]) -> N
             f"task.objective={cfg.objective!r}: is no objective, it lacks {', '.join(missing)}; derive it from one of "
             "tsqlora_scale.tasks.objectives"
         )
+
+
+def _answers_by_forward(objective: Objective) -> TypeGuard[LabelObjective]:
+    """Whether the objective's answers are those of :class:`.LabelObjective`, which one forward's logits give."""
+    return isinstance(objective, LabelObjective) and type(objective).predict is LabelObjective.predict
 
 
 def auto_class_of(cfg: TaskConfig) -> Any:

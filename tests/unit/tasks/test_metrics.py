@@ -14,7 +14,15 @@ from scipy import stats
 from sklearn import metrics as sk
 
 from tsqlora_scale.common.errors import UserError
-from tsqlora_scale.tasks.metrics import METRICS, check_metrics, compute_metrics
+from tsqlora_scale.tasks.metrics import (
+    METRICS,
+    SampleLosses,
+    check_metrics,
+    compute_metrics,
+    metric_title,
+    needs_answers,
+    needs_losses,
+)
 
 RNG = np.random.default_rng(0)
 TRUE = RNG.integers(0, 2, 200).tolist()
@@ -50,6 +58,63 @@ def test_f1_of_more_classes_is_the_macro_mean() -> None:
     assert compute_metrics(["f1"], guess, true, num_labels=4)["f1"] == pytest.approx(np.mean(by_hand))
 
 
+@pytest.mark.parametrize("score", ["f1", "precision", "recall"])
+@pytest.mark.parametrize("average", ["macro", "micro", "weighted"])
+@pytest.mark.parametrize("classes", [2, 4])
+def test_averages_are_those_that_the_name_says(score: str, average: str, classes: int) -> None:
+    true, guess = RNG.integers(0, classes, 90).tolist(), RNG.integers(0, classes, 90).tolist()
+    expected = getattr(sk, f"{score}_score")(true, guess, average=average)
+    name = f"{score}_{average}"
+    assert compute_metrics([name], guess, true, num_labels=classes) == {name: pytest.approx(expected)}
+    if average == "macro" and classes > 2:
+        assert compute_metrics([score], guess, true, num_labels=classes) == {score: pytest.approx(expected)}
+    if average == "macro" and classes == 2:
+        of_one = getattr(sk, f"{score}_score")(true, guess)
+        assert compute_metrics([score], guess, true, num_labels=2) == {score: pytest.approx(of_one)} != expected
+
+
+def test_a_title_says_of_which_class_or_mean() -> None:
+    assert metric_title("f1", ["bad", "good"]) == "f1 (of class good)"
+    assert metric_title("recall", 2) == "recall (of class 1)"
+    assert metric_title("f1", 3) == metric_title("f1", ["a", "b", "c"]) == "f1 (macro)"
+    assert [metric_title(name, 2) for name in ("f1_macro", "accuracy")] == ["f1_macro", "accuracy"]
+    assert metric_title("rouge1", None) == "rouge1"
+
+
+def test_errors_of_numbers() -> None:
+    true, guess = [1.0, -2.0, 4.0], [1.5, -2.0, 1.0]
+    assert compute_metrics(["mse", "mae"], guess, true) == pytest.approx({"mse": 9.25 / 3, "mae": 3.5 / 3})
+    assert np.isnan(list(compute_metrics(["mse", "mae"], [1.0, float("nan"), 1.0], true).values())).all()
+
+
+def test_exact_match() -> None:
+    pairs = [
+        ("a film", "a film"),
+        (" a  film\n", "a film"),
+        ("A film", "a film"),
+        ("caf\u00e9", "cafe\u0301"),
+        ("", "x"),
+    ]
+    guess, true = [list(side) for side in zip(*pairs, strict=True)]
+    assert compute_metrics(["exact_match"], guess, true) == {"exact_match": 0.6}
+
+
+def test_loss_is_the_samples_and_perplexity_the_tokens() -> None:
+    losses = SampleLosses(np.array([2.0, 9.0], np.float32), np.array([1.0, 9.0], np.float32))
+    found = compute_metrics(["perplexity", "loss"], [], [], losses=losses)
+    assert found == {"perplexity": pytest.approx(np.exp(1.1)), "loss": pytest.approx(1.5)}
+    diverged = SampleLosses(np.array([5000.0], np.float32), np.array([1.0], np.float32))
+    assert compute_metrics(["perplexity"], [], [], losses=diverged) == {"perplexity": np.inf}
+
+
+def test_what_metrics_are_taken_of() -> None:
+    assert not needs_answers(["loss", "perplexity"]) and needs_losses(["loss"])
+    assert needs_answers(["loss", "rouge1"]) and needs_losses(["rouge1", "loss"])
+    assert needs_answers(["accuracy"]) and not needs_losses(["accuracy"])
+    smaller = {name for name, spec in METRICS.items() if not spec.higher_is_better}
+    assert smaller == {"loss", "perplexity", "mse", "mae"}
+
+
 def test_correlations() -> None:
     true = RNG.normal(size=100)
     guess = true + RNG.normal(size=100)
@@ -67,6 +132,14 @@ def test_rouge_is_the_mean_with_stemming() -> None:
     assert found == pytest.approx({n: np.mean([s[n].fmeasure for s in scores]) for n in names})
     assert compute_metrics(["rouge1"], ["cats"], ["cat"]) == {"rouge1": 1.0}
     assert compute_metrics(["rouge1"], [""], ["cat"]) == {"rouge1": 0.0}
+
+
+def test_rouge_by_lines() -> None:
+    scorer = RougeScorer(["rougeLsum"], use_stemmer=True)
+    target, text = "the cat sat\non the mat", "on a mat\nthe cats sat"
+    expected = scorer.score(target, text)["rougeLsum"].fmeasure
+    assert compute_metrics(["rougeLsum", "rougeL"], [text], [target])["rougeLsum"] == expected > 0.7
+    assert compute_metrics(["rougeL"], [text], [target])["rougeL"] < expected
 
 
 @pytest.mark.parametrize(("guess", "true"), [([1, 1, 1], [0, 1, 1]), ([0, 1, 1], [0, 0, 0]), ([1], [1])])
@@ -106,9 +179,9 @@ def test_unknown_and_unfit_metrics() -> None:
     for name, spec in METRICS.items():
         for task in spec.task_types:
             check_metrics([name], task)
-    with pytest.raises(UserError, match=r"unknown metric 'rouge3'; did you mean .*Known: accuracy, f1, matthews"):
+    with pytest.raises(UserError, match=r"unknown metric 'rouge3'; did you mean .*Known: accuracy, f1, f1_macro,"):
         check_metrics(["rouge1", "rouge3"], "seq2seq")
-    with pytest.raises(UserError, match=r"'f1' does not fit a regression task; use pearson, spearman"):
+    with pytest.raises(UserError, match=r"'f1' does not fit a regression task; use pearson, spearman, mse, mae, loss"):
         check_metrics(["pearson", "f1"], "regression")
 
 

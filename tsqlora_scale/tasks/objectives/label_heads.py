@@ -46,9 +46,17 @@ class LabelObjective:
     def predict(self, module: Any, batch: Batch, *, synced: bool) -> list[Any]:
         """The likeliest class ids, or the numbers. One forward: ranks need no further synchronising."""
         with torch.no_grad():
-            logits = module(**batch.inputs).logits.float()
+            return self.answers(module(**batch.inputs).logits)
+
+    def answers(self, logits: Tensor) -> list[Any]:
+        """What :meth:`predict` makes of a forward's logits (B, C)."""
+        logits = logits.float()
         answers: list[Any] = (logits.squeeze(-1) if self._regression else logits.argmax(dim=-1)).tolist()
         return answers
+
+    def probabilities(self, logits: Tensor) -> Tensor | None:
+        """Of every class, (B, C) float32 with rows that sum to 1; None for a number."""
+        return None if self._regression else logits.float().softmax(dim=-1)
 
     def preview(self, rows: Rows) -> list[str]:
         """The text, or both with a bar between them."""
