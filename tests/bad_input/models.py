@@ -110,6 +110,18 @@ def _other_task(place: Place) -> None:
     place.tree["task"] |= {"type": "seq2seq", "source": "text", "target": "label", "metrics": ["rouge1"]}
 
 
+def generation(name: str, content: str | bytes, *words: str) -> Case:
+    """A model that writes texts, with these contents of ``generation_config.json``."""
+
+    def make(place: Place) -> None:
+        place.tree["model"]["name_or_path"] = str(tiny_model("t5", place.models))
+        file("generation_config.json", content)(place.own_model())
+        texts = {"type": "seq2seq", "source": "text", "target": "label", "metrics": ["rouge1"]}
+        place.tree["task"] = {**place.tree["task"], **texts}
+
+    return Case(name, ("model.name_or_path=", "generation_config.json", *words), make)
+
+
 def config_json(**changes: Any) -> Callable[[Path], None]:
     """Keys of ``config.json``."""
     return lambda folder: edit_json(folder / "config.json", **changes)
@@ -177,6 +189,16 @@ MODELS = [
         "an index without a map",
         ("model.safetensors.index.json", "weight_map"),
         lambda p: the_index_has_no_map(p.own_model()),
+    ),
+    generation("generation settings cut short", '{"num_beams": 4', "cannot be read as JSON", "remove it"),
+    generation("generation settings that are no text", b"\xff\xfe\x00", "cannot be read as JSON"),
+    generation("generation settings that are a list", "[]", "no object of settings"),
+    generation("a text for a penalty", '{"length_penalty": "high"}', "length_penalty=high must be a number"),
+    generation("an unknown way to stop", '{"early_stopping": "yes"}', "early_stopping=yes", "'never'"),
+    generation("a first token that the model lacks", '{"forced_bos_token_id": 250004}', "must be a token of the model"),
+    generation("barred words that are no lists", '{"bad_words_ids": [3]}', "bad_words_ids=[3]", "a list of lists"),
+    generation(
+        "a forced token that is barred", '{"forced_eos_token_id": 2, "suppress_tokens": [2]}', "suppress_tokens leaves"
     ),
     Case("a model without the task's form", ("llama", "no seq2seq form", "task.type"), _other_task),
 ]

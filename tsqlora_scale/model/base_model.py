@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.schema import ModelConfig
 from tsqlora_scale.engine.sharded import whole_shape, write_parameter
 from tsqlora_scale.engine.zero_internals import loading_as, shards_while_loading
+from tsqlora_scale.model.generation_files import settings_that_load
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -100,6 +102,8 @@ def load_base(
         if device is not None and device.type == "cuda" and not shards_while_loading():
             kwargs["device_map"] = {"": device}
     try:
+        if auto_class in (AutoModelForCausalLM, AutoModelForSeq2SeqLM):
+            kwargs |= settings_that_load(name_or_path, model.revision)
         with loading_as(DTYPES[model.dtype]):
             loaded, info = auto_class.from_pretrained(
                 name_or_path,

@@ -7,6 +7,7 @@ from typing import Any
 
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.schema import Config
+from tsqlora_scale.model.generation_files import check_generation_file
 from tsqlora_scale.model.weight_files import check_base_weights, check_fits
 
 
@@ -69,6 +70,16 @@ def _check_tokenizer(tokenizer: Any, model_config: Any, key: str) -> None:
             f"{key}: its tokenizer has {tokenizer.vocab_size} tokens and pads with number {tokenizer.pad_token_id}, "
             f"the model knows {size}; give the model's own tokenizer"
         )
+
+
+def check_generation(config: Config, path: str, model_config: Any) -> None:
+    """The generation settings of a model in a folder, where the task generates.
+
+    Raises:
+        UserError: naming their file.
+    """
+    if config.task.type in ("seq2seq", "causal") and Path(path).is_dir():
+        check_generation_file(Path(path), model_config, key=f"model.name_or_path={config.model.name_or_path!r}")
 
 
 def check_weights(config: Config, path: str) -> None:

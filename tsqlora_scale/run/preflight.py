@@ -16,7 +16,13 @@ from tsqlora_scale.common.launcher import launched_rank, launched_size, stranger
 from tsqlora_scale.common.printing import shown
 from tsqlora_scale.config.locations import resolve
 from tsqlora_scale.config.schema import Config
-from tsqlora_scale.model.describe import check_adapter_fits, check_architecture, check_weights, load_descriptions
+from tsqlora_scale.model.describe import (
+    check_adapter_fits,
+    check_architecture,
+    check_generation,
+    check_weights,
+    load_descriptions,
+)
 from tsqlora_scale.run.temporary_space import check_space
 
 if TYPE_CHECKING:
@@ -98,6 +104,7 @@ def describe(config: Config, data: Data) -> Described:
     path = resolve(config.model.name_or_path, key="model.name_or_path")
     model_config, tokenizer = load_descriptions(config, path)
     check_weights(config, path)
+    check_generation(config, path, model_config)
     return Described(
         config=config,
         data=data,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from tests.reference.tasks import alone, greedy
 from tests.unit.tasks.cases import ANSWERS, SUMMARIES
 from tsqlora_scale.tasks import IGNORED, Task
 from tsqlora_scale.tasks.objectives.causal import CausalObjective
+from tsqlora_scale.tasks.objectives.decoding import kept_settings, unfit
 
 SOURCES = ["the film is very good and the actor is great", "the plot", "a lovely scene with music " * 6]
 TARGETS = ["good film", "bad plot with a weak ending", "lovely"]
@@ -78,26 +80,123 @@ def test_one_beam_is_greedy_search(make_task: Make, models: Callable[[str], Path
     assert task.predict(model, batch, synced=False) == expected
 
 
+#: Generation settings that checkpoints come with, and that an evaluation does not keep.
+NOT_KEPT: list[dict[str, Any]] = [
+    {},
+    {"max_length": 12},
+    {"max_new_tokens": 2},
+    {"max_new_tokens": 2, "max_length": 12},
+    {"do_sample": True, "temperature": 0.5, "top_k": 3, "top_p": 0.5, "min_p": 0.1, "typical_p": 0.4},
+    {"min_length": 56},
+    {"min_length": 8, "min_new_tokens": 8},
+    {"return_dict_in_generate": True, "output_scores": True, "output_attentions": True, "output_logits": True},
+    {"num_beams": 2, "num_return_sequences": 2},
+    {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5},
+    {"stop_strings": ["film"]},
+    {"max_time": 1e-9},
+    {"exponential_decay_length_penalty": [1, 3.0]},
+    {"guidance_scale": 3.0},
+    {"prompt_lookup_num_tokens": 2},
+    {"sequence_bias": [[[9], -100.0]]},
+    {"force_words_ids": [[7]], "constraints": None},
+    {"cache_implementation": "static"},
+    {"use_cache": False},
+    {"penalty_alpha": 0.6, "top_k": 4},
+    {"dola_layers": "high"},
+    {"renormalize_logits": True, "remove_invalid_values": True},
+    {"watermarking_config": {"bias": 5.0}},
+    {"token_healing": True},
+    {"decoder_start_token_id": 7, "pad_token_id": -1},
+]
+OF_BEAMS = {"length_penalty": 5.0, "early_stopping": True}
+
+
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    "own", [{}, {"max_length": 12}, {"max_new_tokens": 2}, {"do_sample": True, "temperature": 0.5}]
-)
+@pytest.mark.parametrize("num_beams", [1, 3])
 def test_the_models_own_settings_do_not_interfere(
-    kind: str, own: dict[str, Any], make_task: Make, models: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+    kind: str, num_beams: int, make_task: Make, models: Callable[[str], Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    task, model = build(kind, TARGETS, make_task, models, num_beams=1)
+    task, model = build(kind, TARGETS, make_task, models, num_beams=num_beams)
     batch = task.batch(range(3), split="dev")
+    before = model.generation_config
+    before.suppress_tokens = [0, 1, 3, 4] if num_beams > 1 else [0, 1, 2, 3, 4]  # a random model likes to say nothing
+    before.forced_eos_token_id = None
     expected = task.predict(model, batch, synced=False)
-    model.generation_config.update(**own)
+    assert any(expected)
     transformers.utils.logging.enable_propagation()
     try:
-        with caplog.at_level(logging.WARNING):
-            state = torch.get_rng_state()
-            assert task.predict(model, batch, synced=False) == expected
-            assert torch.equal(torch.get_rng_state(), state)
+        for own in NOT_KEPT + ([OF_BEAMS] if num_beams == 1 else []):
+            model.generation_config = copy.deepcopy(before)
+            for name, value in own.items():
+                setattr(model.generation_config, name, value)
+            held = model.generation_config.to_dict()
+            caplog.clear()
+            with caplog.at_level(logging.WARNING):
+                state = torch.get_rng_state()
+                assert task.predict(model, batch, synced=False) == expected, own
+                assert torch.equal(torch.get_rng_state(), state)
+            assert [r.getMessage() for r in caplog.records] == [], own
+            assert model.generation_config.to_dict() == held, "an export writes them as they were"
     finally:
         transformers.utils.logging.disable_propagation()
-    assert [r.getMessage() for r in caplog.records] == []
+
+
+@pytest.mark.parametrize("kind", ["bart", "t5", "llama"])
+def test_what_decides_which_text_is_right_is_kept(kind: str, make_task: Make, models: Callable[[str], Path]) -> None:
+    task, model = build(kind, TARGETS, make_task, models)
+    batch = task.batch(range(3), split="dev")
+    first = task.tokenizer.convert_ids_to_tokens([8])[0]
+    free = task.predict(model, batch, synced=False)
+    model.generation_config.forced_bos_token_id = 8
+    if kind != "llama":  # whose texts begin with the prompt
+        forced = task.predict(model, batch, synced=False)
+        assert all(text.split()[0] == first for text in forced)
+    model.generation_config.forced_bos_token_id = None
+    banned = {token for text in free for token in task.tokenizer(text, add_special_tokens=False)["input_ids"]}
+    for settings in ({"suppress_tokens": sorted(banned)}, {"bad_words_ids": [[token] for token in sorted(banned)]}):
+        model.generation_config.update(**settings)
+        texts = task.predict(model, batch, synced=False)
+        found = {token for text in texts for token in task.tokenizer(text, add_special_tokens=False)["input_ids"]}
+        assert found and not found & banned
+        model.generation_config.update(**dict.fromkeys(settings))
+    assert task.predict(model, batch, synced=False) == free
+    model.generation_config.repetition_penalty = 1e9
+    assert (task.predict(model, batch, synced=False) == free) == (kind == "llama")
+
+
+def test_kept_settings() -> None:
+    found = {"length_penalty": 2.0, "early_stopping": True, "no_repeat_ngram_size": 3, "min_length": 9, "top_k": None}
+    kept = kept_settings(found, num_beams=2, is_encoder_decoder=False)
+    assert kept == {"length_penalty": 2.0, "early_stopping": True, "no_repeat_ngram_size": 3}
+    assert kept_settings(found, num_beams=1, is_encoder_decoder=False) == {"no_repeat_ngram_size": 3}
+
+
+@pytest.mark.parametrize(
+    ("setting", "rule"),
+    [
+        ({"forced_bos_token_id": 50}, "token of the model"),
+        ({"forced_eos_token_id": "</s>"}, "token of the model"),
+        ({"suppress_tokens": [-1]}, "list of the model's tokens"),
+        ({"begin_suppress_tokens": 3}, "list of the model's tokens"),
+        ({"bad_words_ids": [3]}, "list of lists"),
+        ({"bad_words_ids": [[]]}, "list of lists"),
+        ({"no_repeat_ngram_size": -2}, "whole number"),
+        ({"encoder_no_repeat_ngram_size": 2.5}, "whole number"),
+        ({"length_penalty": "high"}, "number"),
+        ({"length_penalty": float("nan")}, "number"),
+        ({"early_stopping": "yes"}, "'never'"),
+        ({"repetition_penalty": 0}, "above 0"),
+        ({"forced_eos_token_id": 2, "suppress_tokens": [1, 2]}, "suppress_tokens"),
+    ],
+)
+def test_settings_that_no_generation_can_use(setting: dict[str, Any], rule: str) -> None:
+    found = unfit(setting, 50)
+    assert found is not None and rule in found and next(iter(setting)) in found
+
+
+def test_settings_that_can_be_used() -> None:
+    fit = {"forced_bos_token_id": 0, "bad_words_ids": [[49], [1, 2]], "early_stopping": "never", "length_penalty": 1}
+    assert unfit(fit | {"temperature": "hot", "suppress_tokens": None, "repetition_penalty": 1.5}, 50) is None
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from tsqlora_scale.tasks.objectives.decoding import kept_settings
 
 
 def generate_text(
@@ -23,8 +27,8 @@ def generate_text(
     """Beam search (greedy with one beam), decoded without special tokens.
 
     Args:
-        module: a transformers or PEFT model in evaluation mode. Its own generation config stays in force for
-            what is not set here (such as ``no_repeat_ngram_size``).
+        module: a transformers or PEFT model in evaluation mode. Of its own generation settings those stay in force
+            that :func:`.kept_settings` names and that are not set here.
         tokenizer: decodes.
         inputs: ``input_ids`` and ``attention_mask``, both (B, T).
         prompt_length: positions at the head of the output that are not the model's own words.
@@ -33,14 +37,32 @@ def generate_text(
         synced: go on until every rank has finished, as parameters sharded over the ranks require.
         options: more of ``generate``'s arguments.
     """
-    # transformers warns when both limits are set, so the one that the model's own config does not set is used
-    if getattr(module.generation_config, "max_new_tokens", None) is None:
-        options["max_length"] = prompt_length + max_new_tokens
-    else:
-        options["max_new_tokens"] = max_new_tokens
-    with torch.no_grad():
-        tokens = module.generate(
-            **inputs, num_beams=num_beams, do_sample=False, use_cache=True, synced_gpus=synced, **options
-        )
+    own = module.generation_config.to_dict()
+    settings = kept_settings(own, num_beams=num_beams, is_encoder_decoder=module.config.is_encoder_decoder)
+    ends = {"eos_token_id": _end_ids(own["eos_token_id"], tokenizer)}
+    asked = GenerationConfig(
+        **settings | ends | options, max_new_tokens=max_new_tokens, num_beams=num_beams, do_sample=False, use_cache=True
+    )
+    with torch.no_grad(), _without_own_settings(module):
+        tokens = module.generate(**inputs, generation_config=asked, synced_gpus=synced)
     texts = tokenizer.batch_decode(tokens[:, prompt_length:], skip_special_tokens=True)
     return [text.strip() for text in texts]
+
+
+def _end_ids(own: int | list[int] | None, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
+    """What ends a text: the model's own end tokens, and the tokenizer's, which the targets end with."""
+    ids = [own] if isinstance(own, int) else own or []
+    found = {i for i in [*ids, tokenizer.eos_token_id] if i is not None and i >= 0}
+    return sorted(found) or None
+
+
+@contextmanager
+def _without_own_settings(module: Any) -> Iterator[None]:
+    """Inside, the model has no generation settings: ``generate`` takes from them whatever it is not told."""
+    inner = module.get_base_model() if hasattr(module, "get_base_model") else module
+    own = inner.generation_config
+    inner.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        inner.generation_config = own

@@ -64,6 +64,7 @@ class Seq2SeqObjective:
             module, self._tokenizer, inputs,
             prompt_length=1,  # the start token
             max_new_tokens=self._cfg.max_target_length, num_beams=self._cfg.num_beams, synced=synced,
+            decoder_start_token_id=self._start, pad_token_id=self._pad,
         )  # fmt: skip
 
     def preview(self, rows: Rows) -> list[str]:
