@@ -1,7 +1,7 @@
 """Fine-tuning that chooses which data to learn from and where to spend rank.
 
-The public interface: ``Config``, ``load_config``, ``train``, ``score``, ``evaluate``, ``export``, and the exceptions
-``UserError`` and ``Stopped``. Nothing heavy is imported before it is used.
+The public interface: ``Config``, ``load_config``, ``train``, ``score``, ``evaluate``, ``predict``, ``export``, and the
+exceptions ``UserError`` and ``Stopped``. Nothing heavy is imported before it is used.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tsqlora_scale.api import ScoreResult, TrainResult, evaluate, export, score, train
+    from tsqlora_scale.api import PredictResult, ScoreResult, TrainResult, evaluate, export, predict, score, train
     from tsqlora_scale.common.errors import Stopped, UserError
     from tsqlora_scale.config.load import load_config
     from tsqlora_scale.config.schema import Config
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __version__ = "0.2.0.dev0"
 __all__ = [
     "Config",
+    "PredictResult",
     "ScoreResult",
     "Stopped",
     "TrainResult",
@@ -25,12 +26,14 @@ __all__ = [
     "evaluate",
     "export",
     "load_config",
+    "predict",
     "score",
     "train",
 ]
 
 _HOMES = {
-    **dict.fromkeys(("ScoreResult", "TrainResult", "evaluate", "export", "score", "train"), "api"),
+    **dict.fromkeys(("PredictResult", "ScoreResult", "TrainResult"), "api"),
+    **dict.fromkeys(("evaluate", "export", "predict", "score", "train"), "api"),
     **dict.fromkeys(("Stopped", "UserError"), "common.errors"),
     "Config": "config.schema",
     "load_config": "config.load",

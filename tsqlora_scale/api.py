@@ -1,4 +1,4 @@
-"""Train, score, evaluate and export from Python: what the commands do, without a process around it.
+"""Train, score, evaluate, predict and export from Python: what the commands do, without a process around it.
 
 A user's mistake raises :class:`~tsqlora_scale.common.errors.UserError`, a request to stop
 :class:`~tsqlora_scale.common.errors.Stopped`; nothing ends the process. Under a launcher every rank makes the same
@@ -209,6 +209,57 @@ def evaluate(config: Config, adapter: str | Path) -> dict[str, float]:
     from tsqlora_scale.run.build import evaluate_adapter
 
     return evaluate_adapter(checked, str(adapter))
+
+
+@dataclass(frozen=True)
+class PredictResult:
+    """What a prediction has written.
+
+    Attributes:
+        out: the file.
+        rows: its rows, as many as the data has.
+        empty: those without an answer, having no text.
+    """
+
+    out: Path
+    rows: int
+    empty: int
+
+
+def predict(
+    data: str | Path,
+    out: str | Path,
+    *,
+    run: str | Path | None = None,
+    adapter: str | Path | None = None,
+    config: Config | None = None,
+    overwrite: bool = False,
+) -> PredictResult:
+    """Answer new rows by a saved adapter: a class and the probability of each, a number, or a text. A collective.
+
+    Args:
+        data: csv, tsv, jsonl or parquet with the columns of text that the config names; labels and targets need not be
+            there. All its columns are written out again as they are, in order.
+        out: the file to write, of any of these formats, by its suffix; whole or not at all. Beside the file's own
+            columns it has ``prediction``, and ``probability_NAME`` of every class.
+        run: a run folder, for its ``config.yaml`` and its ``adapter/``.
+        adapter: a saved adapter's folder, in the place of the run's.
+        config: of the run, in the place of its ``config.yaml``; without one it is looked for beside the adapter.
+        overwrite: replace what is there.
+
+    Raises:
+        UserError: naming the option, the key, the file and the row, or the tensor.
+    """
+    prepare_environment()
+    from tsqlora_scale.run.prediction_place import check_files, find_adapter, find_config
+
+    place = find_adapter(run, adapter)
+    config = config or find_config(run, place)
+    check_files(Path(data), Path(out), overwrite=overwrite)
+    from tsqlora_scale.run.prediction_run import check_prediction, predict_file
+
+    request = check_prediction(config, place, Path(data), Path(out))
+    return PredictResult(Path(out), len(request.filled), predict_file(request))
 
 
 def export(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from tsqlora_scale.commands.evaluate import main as evaluate
 from tsqlora_scale.commands.export import main as export
+from tsqlora_scale.commands.predict import main as predict
 from tsqlora_scale.commands.score import main as score
 from tsqlora_scale.commands.train import main as train
 
@@ -14,6 +15,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "score": score,
     "evaluate": evaluate,
+    "predict": predict,
     "export": export,
 }
 

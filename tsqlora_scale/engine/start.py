@@ -34,7 +34,7 @@ def start_accelerator(
         accumulation: micro-batches per optimizer step on each rank.
         mixed_precision: ``fp16`` hands loss scaling to Accelerate; with bf16, whose autocast is ours, it is ``no``.
         timeout_minutes: how long a collective may wait for a rank before the run ends.
-        trains: whether there will be an optimizer, without which DeepSpeed has nothing to do.
+        trains: whether there will be an optimizer; without one DeepSpeed only starts the processes.
 
     Raises:
         UserError: when the launcher asked for an engine that is not supported, or for several processes that
@@ -73,10 +73,13 @@ def start_accelerator(
             f"distributed_type {accelerator.distributed_type.value!r} is not supported; "
             "use DDP or DeepSpeed ZeRO-2/3 (configs/accelerate/)"
         )
-    if is_deepspeed(accelerator) and not trains:
-        raise UserError("evaluation of a saved adapter runs without DeepSpeed; launch it plainly or with DDP")
     if is_deepspeed(accelerator):
         stage = accelerator.state.deepspeed_plugin.zero_stage
+        if stage == 3 and not trains:
+            raise UserError(
+                "a saved adapter is evaluated on a base that every process holds whole, and ZeRO-3 shards it; launch "
+                "plainly, with DDP or with ZeRO-2"
+            )
         if stage not in (1, 2, 3):
             raise UserError(f"zero_stage={stage} is not supported; use 2 or 3")
     return accelerator

@@ -196,17 +196,19 @@ def build_selector(preflight: Preflight, world: World, stop: StopRequest, watchd
     return selector_class(config.sampling.selector)(context)
 
 
+def load_adapted(described: Described, adapter: Path, *, device: torch.device) -> Any:
+    """A saved adapter on a fresh base, in evaluation mode."""
+    config = described.config
+    with quiet_libraries():
+        base, _ = build_base(described, device=device)
+        return adapter_type(config.adapter.type).load(base, adapter, dtype=config.model.dtype).to(device).eval()
+
+
 def evaluate_adapter(preflight: Described, adapter: str) -> dict[str, float]:
     """Metrics of a saved adapter on a fresh base. A collective."""
     config = preflight.config
-    folder = Path(adapter)
     accelerator = start_accelerator(accumulation=1, timeout_minutes=config.run.timeout_minutes, trains=False)
     world = World.current(accelerator.device)
-    with quiet_libraries():
-        task = preflight.task
-        base, _ = build_base(preflight, device=accelerator.device)
-        model = (
-            adapter_type(config.adapter.type).load(base, folder, dtype=config.model.dtype).to(accelerator.device).eval()
-        )
+    model = load_adapted(preflight, Path(adapter), device=accelerator.device)
     with Progress("evaluating", shows=world.is_main) as bar:
-        return evaluate(model, task, world, batch_size=config.train.eval_batch_size, progress=bar)
+        return evaluate(model, preflight.task, world, batch_size=config.train.eval_batch_size, progress=bar)

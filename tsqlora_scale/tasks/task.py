@@ -138,6 +138,11 @@ class Task:
             return self._objective.answers(outputs.logits)
         return self._objective.predict(module, batch, synced=synced)
 
+    @property
+    def gives_probabilities(self) -> bool:
+        """Whether :meth:`predict_in_full` gives probabilities of classes."""
+        return self._cfg.type == "classification" and _answers_by_forward(self._objective)
+
     def predict_in_full(self, module: Any, batch: Batch, *, synced: bool) -> tuple[list[Any], np.ndarray | None]:
         """Answers as :meth:`predict` gives them, and the probability of every class, (B, C) float32.
 
@@ -193,7 +198,7 @@ class Task:
         lengths = new_array(len(view), np.int32)
         for block in blocks(len(view), ROWS):
             table = view[block]
-            lengths[block] = np.stack([pc.utf8_length(table[name]).to_numpy() for name in names]).sum(axis=0)
+            lengths[block] = sum(pc.fill_null(pc.utf8_length(table[name]), 0).to_numpy() for name in names)
         return lengths
 
     def strata(self) -> np.ndarray | None:

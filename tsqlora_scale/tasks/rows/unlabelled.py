@@ -1,0 +1,68 @@
+"""New rows to be answered: the columns of text alone, whatever else their file holds."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+
+from tsqlora_scale.common.disk_arrays import new_array
+from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.config.schema import TaskConfig
+from tsqlora_scale.tasks.rows.column_checks import check_text, require_columns
+from tsqlora_scale.tasks.rows.data import Data, text_columns
+from tsqlora_scale.tasks.rows.sources import open_split
+
+#: Stands where a row has no target yet; nothing that a model answers depends on it.
+PLACEHOLDER = "."
+
+
+@dataclass(frozen=True)
+class Unlabelled:
+    """Rows without answers.
+
+    Attributes:
+        data: them as a held-out set, with something in the place of every answer.
+        filled: which rows have a text to be answered, (N,) bool.
+    """
+
+    data: Data
+    filled: np.ndarray
+
+
+def load_unlabelled(cfg: TaskConfig, file: Path) -> Unlabelled:
+    """Open the rows of a file of any format that training reads.
+
+    Args:
+        cfg: the task; of the file only the columns of its texts are asked for.
+
+    Raises:
+        UserError: as for a held-out file, but that labels and targets may be missing, or anything.
+    """
+    if not file.is_file():
+        what = "is no file" if file.exists() else "no such file"
+        raise UserError(f"--data {str(file)!r}: {what}; give a csv, tsv, jsonl or parquet file")
+    source = cfg.dataset.model_copy(
+        update={"name": None, "path": str(file.absolute().parent), "train_file": file.name, "dev_file": file.name}
+    )
+    texts = {key: name for key, name in text_columns(cfg).items() if key != "task.target"}
+    opened = open_split(source, "dev", text_columns=list(texts.values()))
+    assert opened is not None, "a file is named"
+    raw, where = opened
+    require_columns(raw, texts, where=where)
+    filled = new_array(len(raw), bool)
+    filled[:] = True
+    for name in texts.values():
+        filled &= check_text(raw, name, where=where, may_be_empty=True)
+    answer = cfg.target or cfg.label
+    assert answer is not None, "the config requires one"
+    blank = pa.repeat({"regression": 0.0, "classification": 0}.get(cfg.type, PLACEHOLDER), len(raw))
+    identity = hashlib.sha256(repr((raw._fingerprint, cfg.type, answer)).encode()).hexdigest()[:16]
+    added = datasets.Dataset(pa.table({answer: blank}), fingerprint=identity)
+    kept = raw.remove_columns([answer]) if answer in raw.column_names else raw
+    rows = datasets.concatenate_datasets([kept, added], axis=1)
+    return Unlabelled(Data(rows.select([]), rows), filled)
