@@ -143,10 +143,6 @@ class NumberedPool:
         """Never asked for: no model is measured."""
         raise NotImplementedError
 
-    def held_out_batches(self, size: int, *, max_length: int | None = None) -> Iterator[Any]:
-        """None."""
-        return iter(())
-
 
 def scorer_of(size: int, folder: Path, sketch_dim: int, shard: int, strata: np.ndarray | None) -> QualityScorer:
     """A scorer of a pool without a model."""

@@ -13,8 +13,11 @@ import pytest
 from tests.runs import losses_of, ranks_of, read_lines
 from tests.tiny import tiny_model
 from tsqlora_scale.commands.main import main
+from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.load import load_config
 from tsqlora_scale.quality import ScoreTable
+from tsqlora_scale.run.checkpoint import read_checkpoint
+from tsqlora_scale.run.old_checkpoints import of_today
 
 WRITTEN = Path(__file__).with_name("written_by_0_1")
 #: run -> what its config says in today's keys: type, selector, policy
@@ -93,6 +96,30 @@ def test_an_adapter_is_evaluated_and_exported(run: str, place: Path, capsys: pyt
     metrics = json.loads((place / "runs" / run / "result.json").read_text())["metrics"]
     assert f"accuracy: {metrics['accuracy']:.6f}" in capsys.readouterr().out
     assert main(["export", "--adapter", adapter, "--format", "padded", "--out", "padded"]) == 0
+
+
+@pytest.mark.parametrize("command", ["train", "train --resume auto", "score", "evaluate --adapter runs/old/adapter"])
+def test_data_chosen_by_the_development_set_is_refused(
+    command: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a folder that says so in its config and its checkpoint."""
+    for path in (place / "runs" / "old").rglob("*"):
+        if path.name in ("config.yaml", "state.json"):
+            text = path.read_text().replace("convergence: alignment", "convergence: target")
+            path.write_text(text.replace('"convergence": "alignment"', '"convergence": "target"'))
+    name, *options = command.split()
+    assert main([name, "--config", "runs/old/config.yaml", *options]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert len(said.err.splitlines()) == 1
+    assert "runs/old/config.yaml: scoring.convergence: 'target' is gone" in said.err
+
+
+def test_a_checkpoint_of_data_chosen_by_the_development_set_is_refused(place: Path) -> None:
+    _, tree = read_checkpoint(place / "runs" / "old" / "checkpoints" / "step-00000005")
+    tree["config"]["scoring"]["convergence"] = "target"
+    with pytest.raises(UserError, match="'target' is gone"):
+        of_today(tree)
 
 
 def test_scores_are_read(place: Path) -> None:

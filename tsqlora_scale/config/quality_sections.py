@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from tsqlora_scale.config.fields import (
     NonNegativeFloat,
@@ -31,7 +31,7 @@ class ScoringConfig(Section):
     #: Step size of the loss reduction; none means ``train.lr``.
     eta: PositiveFloat | None = None
     delta_loss: Literal["exact", "first_order"] = "exact"
-    convergence: Literal["alignment", "loss_trend", "target"] = "alignment"
+    convergence: Literal["alignment", "loss_trend"] = "alignment"
     #: The direction of ``alignment``: the mean of the samples' gradients, or of their gradients scaled to unit length,
     #: in which large ones have no larger say. ``auto`` is unit, but for ``preset: paper``, which is to the letter.
     mean_gradient: Literal["auto", "plain", "unit"] = "auto"
@@ -57,6 +57,17 @@ class ScoringConfig(Section):
     refresh_fraction: UnitInterval = 0.1
     #: Count the head's gradient among theta.
     include_head: bool = False
+
+    @field_validator("convergence", mode="before")
+    @classmethod
+    def _not_by_the_development_set(cls, value: Any) -> Any:
+        """Refuse ``target`` of release 0.1, which its run folders may say."""
+        if value == "target":
+            raise ValueError(
+                "'target' is gone: it chose the training data by the development set, which then also judged the "
+                "result and picked the best checkpoint, so its metrics were too good; set 'alignment'"
+            )
+        return value
 
     @model_validator(mode="after")
     def _proxy_scores_once(self) -> ScoringConfig:

@@ -99,11 +99,6 @@ class Config(Section):
                 "'sampling.redundancy' compares gradients, and 'scoring.convergence: loss_trend' keeps none; "
                 "set 'scoring.convergence: alignment' or 'sampling.redundancy: 0'"
             )
-        if self.scoring.convergence == "target" and not self.task.dataset.has_dev:
-            raise ValueError(
-                "'scoring.convergence: target' needs a held-out set; set 'task.dataset.dev_file' ('dev_split' of a hub "
-                "dataset), or 'scoring.convergence: alignment'"
-            )
         return self
 
     @model_validator(mode="after")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -58,8 +58,4 @@ class Pool(Protocol[BatchT]):
 
     def losses(self, module: nn.Module, batch: BatchT) -> Tensor:
         """Losses of the samples, (batch.size,), each its own mean, with a graph."""
-        ...
-
-    def held_out_batches(self, size: int, *, max_length: int | None = None) -> Iterator[BatchT]:
-        """The held-out set in batches, the same on every rank."""
         ...

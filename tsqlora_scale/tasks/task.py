@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import datasets
@@ -94,12 +94,6 @@ class Task:
         limit = self._cfg.max_length if max_length is None else min(max_length, self._cfg.max_length)
         inputs, targets = self._objective.collate(self._rows(split, rows), limit)
         return Batch(inputs, targets, np.array(rows, dtype=np.int64))
-
-    def held_out_batches(self, size: int, *, max_length: int | None = None) -> Iterator[Batch]:
-        """The development split in batches of ``size``, in order; nothing without one."""
-        total = 0 if self.dev is None else len(self.dev)
-        for start in range(0, total, size):
-            yield self.batch(np.arange(start, min(start + size, total)), split="dev", max_length=max_length)
 
     def losses(self, module: Any, batch: Batch) -> Tensor:
         """Every sample's own mean loss, (B,) float32, with a graph: a forward of ``module`` on the batch."""

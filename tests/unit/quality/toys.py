@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -60,8 +59,6 @@ class RandomPool:
         self.targets = [generator.integers(5, VOCAB, generator.integers(2, 7)) for _ in range(size)]
         self.labels = generator.integers(0, 2, size)
         self.ids = [f"sample-{i}" for i in range(size)]
-        #: Of ``convergence: target``.
-        self.held_out: list[Batch] = []
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -78,9 +75,6 @@ class RandomPool:
 
     def strata(self) -> np.ndarray:
         return self.labels
-
-    def held_out_batches(self, size: int, *, max_length: int | None = None) -> Iterator[Batch]:
-        return iter(self.held_out)
 
     def batch(self, indices: np.ndarray, *, max_length: int | None = None) -> Batch:
         tokens = _pad([self.tokens[i] for i in indices], 0)

@@ -7,7 +7,6 @@ import errno
 import os
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -17,12 +16,11 @@ from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.engine.collectives import World
 from tsqlora_scale.quality import ScoreTable
 
-#: model, pool size, scoring options: batched; one at a time on a subsample; fewer samples than ranks; held-out target
+#: model, pool size, scoring options: batched; one at a time on a subsample; fewer samples than ranks
 CASES: dict[str, tuple[str, int, dict]] = {
     "batched": ("bert", 11, {}),
     "one_at_a_time": ("deberta", 7, {"max_samples": 5}),
     "fewer_samples_than_ranks": ("bert", 2, {"delta_loss": "first_order"}),
-    "target": ("bert", 9, {"convergence": "target"}),
 }
 
 
@@ -40,9 +38,7 @@ def train_a_little(model: nn.Module, scale: float = 0.05) -> nn.Module:
 def tables(case: str, folder: Path, world: World) -> list[ScoreTable]:
     """The table of a full pass and of a refresh."""
     kind, size, options = CASES[case]
-    model, pool, held_out = lora_model(kind, folder), RandomPool(kind, size), RandomPool(kind, 5, seed=1)
-    target = [held_out.batch(np.arange(5)[i : i + 2]) for i in (0, 2, 4)]
-    pool.held_out = target
+    model, pool = lora_model(kind, folder), RandomPool(kind, size)
     made = scorer(pool, world=world, sampling={"keep_fraction": 0.6}, refresh_fraction=0.5, **options)
     return [made.score(model), made.score(train_a_little(model), refresh=True)]
 

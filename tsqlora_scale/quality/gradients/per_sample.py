@@ -39,10 +39,8 @@ class PerSampleGradients:
 
     Attributes:
         batchless: name of the first module that was called with an input without the batch's dimension and could
-            not be given it (see :mod:`.batchless`); None while there was none. Its output
-            gradient
-            arrives summed over the batch, so :meth:`per_sample` is then wrong for this model and only :meth:`total`
-            may be used.
+            not be given it (see :mod:`.batchless`); None while there was none. Its output gradient arrives summed
+            over the batch, so :meth:`per_sample` is then wrong for this model, but for batches of one.
     """
 
     def __init__(self, module: nn.Module, theta: Mapping[str, nn.Linear]) -> None:
@@ -98,14 +96,22 @@ class PerSampleGradients:
         biases (B, d_out). A parameter that the loss does not depend on is left out.
         Wrong, with :attr:`batchless` set, where a module was called without the batch's dimension.
         """
-        return self._run(losses, batch, batch.size)
-
-    def total(self, losses: LossFn[BatchT], batch: BatchT) -> tuple[Tensor, dict[str, Tensor]]:
-        """Losses (B,) and the gradient of their sum, shapes as in :meth:`per_sample` with 1 for B.
-
-        Right for every model; for a batch of one it is that sample's gradient.
-        """
-        return self._run(losses, batch, 1)
+        assert self._undo, "use inside 'with'"
+        self._mode, self._size, self._gradients = "collect", batch.size, {}
+        self._held.clear()
+        try:
+            with torch.enable_grad():
+                with self._batching():
+                    values = losses(self.module, batch)
+                assert values.shape == (batch.size,), f"losses of shape {tuple(values.shape)} for {batch.size} samples"
+                torch.autograd.backward(values.float().sum() * self._scale)
+        finally:
+            self._mode = "idle"
+            collected, self._gradients = self._gradients, {}
+        gradients = dict(sorted(collected.items()))
+        if self._scale != 1:
+            gradients = {name: gradient / self._scale for name, gradient in gradients.items()}
+        return values.detach().float(), gradients
 
     @contextmanager
     def stepped(self, gradients: Mapping[str, Tensor], eta: float) -> Iterator[None]:
@@ -130,24 +136,6 @@ class PerSampleGradients:
         with NoSecondBatch(self._size):
             yield
         self._early = bool(self._early)
-
-    def _run(self, losses: LossFn[BatchT], batch: BatchT, rows: int) -> tuple[Tensor, dict[str, Tensor]]:
-        assert self._undo, "use inside 'with'"
-        self._mode, self._size, self._gradients = "collect", rows, {}
-        self._held.clear()
-        try:
-            with torch.enable_grad():
-                with self._batching():
-                    values = losses(self.module, batch)
-                assert values.shape == (batch.size,), f"losses of shape {tuple(values.shape)} for {batch.size} samples"
-                torch.autograd.backward(values.float().sum() * self._scale)
-        finally:
-            self._mode = "idle"
-            collected, self._gradients = self._gradients, {}
-        gradients = dict(sorted(collected.items()))
-        if self._scale != 1:
-            gradients = {name: gradient / self._scale for name, gradient in gradients.items()}
-        return values.detach().float(), gradients
 
     def _hook(self, name: str, *, has_bias: bool) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:

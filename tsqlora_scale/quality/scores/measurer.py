@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import islice
 from typing import Any, Generic
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.schema import ScoringConfig
 from tsqlora_scale.engine.collectives import World
 from tsqlora_scale.engine.sharded import has_shards
@@ -109,35 +107,6 @@ class Measurer(Generic[BatchT]):
             self.one_at_a_time = True
             rows = self._shard(gradients, indices, exact, progress)
         return rows
-
-    def mean_sketch(self, batches: Iterable[BatchT]) -> Tensor:
-        """Sketch (sketch_dim,) float64 of the mean gradient over ``batches``, the same on every rank. Collective.
-
-        Every rank gets the same batches and takes every world-size-th. A batch whose gradient is not finite is
-        left out.
-
-        Raises:
-            UserError: there is no sample in them.
-        """
-        gradients = self._gradients
-        assert gradients is not None, "use inside 'with measurer.on(module)'"
-        total = torch.zeros(self.scoring.sketch_dim + 1, dtype=torch.float64)
-        iterator = iter(batches)
-        while group := list(islice(iterator, self.world.size)):
-            mine = group[min(self.world.rank, len(group) - 1)].to(
-                self.world.device
-            )  # the same number of forwards on every rank
-            sketch = self._sketch(gradients.total(self.losses, mine)[1])[0].double().cpu()
-            if self.world.rank < len(group) and bool(sketch.isfinite().all()):
-                total[:-1] += sketch
-                total[-1] += mine.size
-        total = self.world.sum(total)
-        if total[-1] == 0:
-            raise UserError(
-                "scoring.convergence='target' needs held-out samples with finite gradients and found none; "
-                "give a development set or set scoring.convergence=alignment"
-            )
-        return total[:-1] / total[-1]
 
     def _batch(self, rows: np.ndarray) -> BatchT:
         batch: BatchT = self.pool.batch(rows, max_length=self.scoring.max_length).to(self.world.device)

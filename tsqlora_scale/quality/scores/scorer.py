@@ -133,9 +133,8 @@ class QualityScorer(Generic[BatchT]):
         model_key = self._model_key(module)
         with self._measurer.on(module):
             self._measure(indices, model_key)
-            direction = self._target_direction()
         scores = PassScores(table, self.passes)
-        rounding = self._collect(scores, indices, direction)
+        rounding = self._collect(scores, indices)
         with self.world.together():
             not_finite = self._rate(scores, rounding)
         self._choose(table)
@@ -259,12 +258,6 @@ class QualityScorer(Generic[BatchT]):
             **{f"scoring.{key}": settings[key] for key in keys},
         }
 
-    def _target_direction(self) -> Tensor | None:
-        if self.scoring.convergence != "target":
-            return None
-        size = 32 if self.scoring.batch_size == "auto" else self.scoring.batch_size
-        return self._measurer.mean_sketch(self.pool.held_out_batches(size, max_length=self.scoring.max_length))
-
     def _model_key(self, module: nn.Module) -> str:
         """Says which weights the model has: the base by its name, what is trained by a digest. Collective."""
         if self._parts_folder is None:
@@ -276,15 +269,15 @@ class QualityScorer(Generic[BatchT]):
                 digest.update(read_parameter(param).float().cpu().numpy().tobytes())
         return f"{self._model_name} {digest.hexdigest()}"
 
-    def _collect(self, scores: PassScores, indices: np.ndarray, direction: Tensor | None) -> float:
+    def _collect(self, scores: PassScores, indices: np.ndarray) -> float:
         """Enter the raw numbers of the samples at ``indices``, on every rank; the forward's rounding. Collective.
 
         The parts go from rank 0 to the others one at a time. The mean of the sketches is summed up in the pass's
         order, so that it does not depend on the number of ranks. Convergence is zero for ``loss_trend``, which needs
         no gradient.
         """
-        if self.world.is_main and direction is None and self.scoring.convergence != "loss_trend":
-            direction = self._mean_direction()
+        aligns = self.world.is_main and self.scoring.convergence == "alignment"
+        direction = self._mean_direction() if aligns else None
         size, rounding = self.scoring.shard_size, 0.0
         for number in range(-(-len(indices) // size)):
             rows = torch.empty(min(size, len(indices) - number * size), 6, dtype=torch.float64)
