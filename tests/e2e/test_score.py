@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.runs import go, read_lines, run_tree, write_config
+from tsqlora_scale.api import score
 from tsqlora_scale.commands import main as cli
+from tsqlora_scale.config.load import parse_config
 from tsqlora_scale.quality import ScoreTable
 from tsqlora_scale.quality.selectors.by_quality import QualitySelector
 
@@ -32,8 +35,14 @@ def test_scoring_a_pool(tmp_path: Path, models_dir: Path, capsys: pytest.Capture
     table, ids = ScoreTable.read(folder / "scores")
     summary = json.loads((folder / "scores" / "summary.json").read_text())
     assert (summary["scored"], summary["pool"], summary["warm-up steps"]) == (48, 48, 2)
-    assert [entry["sample_id"] for entry in summary["best"]] == [ids[i] for i in np.argsort(-table.quality)[:3]]
-    assert [entry["sample_id"] for entry in summary["worst"]] == [ids[i] for i in np.argsort(table.quality)[:3]]
+    answers = np.array([row["label"] for row in read_lines(tmp_path / "data-classification" / "train.jsonl")])
+    for title, sign in (("best", -1), ("worst", 1)):
+        for label in ("yes", "no"):
+            listed = [entry["sample_id"] for entry in summary[title] if entry["answer"] == label]
+            of_label = np.flatnonzero(answers == label)
+            order = of_label[np.argsort(sign * table.quality[of_label])]
+            assert listed == [ids[i] for i in order[: len(listed)]]
+            assert 1 <= len(listed) <= 2
     assert summary["worst"][0]["answer"] in ("yes", "no")
     assert summary["worst"][0]["text"] in (tmp_path / "data-classification" / "train.jsonl").read_text()
     planted = next(group for group in summary["similar"] if group["first"][0]["sample_id"] == "2")
@@ -51,6 +60,39 @@ def test_scoring_a_pool(tmp_path: Path, models_dir: Path, capsys: pytest.Capture
     parts[-1].unlink()
     assert cli.main(["score", "--config", str(config), "--resume"]) == 0
     assert (folder / "scores" / "pass-000.parquet").read_bytes() == before
+
+
+FIELDS = {"film": ["film", "movie", "actor"], "sound": ["music", "with", "of"], "text": ["script", "story", "plot"]}
+
+
+def test_suspects_are_errors_and_not_a_class(tmp_path: Path, models_dir: Path) -> None:
+    """Three classes, one of them rare, a tenth of each one's labels wrong, early on in training."""
+    tree = run_tree("bert", tmp_path, models_dir, "suspects")
+    names, rng = list(FIELDS), random.Random(3)
+    given = [name for name, count in zip(names, (100, 40, 140), strict=True) for _ in range(count)]
+    wrong = {i for i in range(280) if i % 10 == 0}
+    truth = [rng.choice([n for n in names if n != name]) if i in wrong else name for i, name in enumerate(given)]
+    rows = [
+        {"text": " ".join(rng.choices(FIELDS[name], k=5) + rng.choices(["the", "a", "is"], k=3)), "label": label}
+        for name, label in zip(truth, given, strict=True)
+    ]
+    (tmp_path / "data-classification" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dev = [{"text": FIELDS[name][0], "label": name} for name in names]
+    (tmp_path / "data-classification" / "dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in dev))
+    tree["task"]["labels"] = names
+    tree["scoring"]["warmup_steps"] = 10
+    tree["train"] |= {"max_steps": 11, "batch_size": 16, "micro_batch_size": 16}
+    tree |= {"allocation": {"policy": "fixed"}}
+    summary = score(parse_config(tree), top=28).summary
+    suspects = summary["most against the others"]
+    assert summary["ranked within"] == "labels"
+    for name in names:
+        share = 28 * given.count(name) / len(given)
+        assert abs(sum(entry["answer"] == name for entry in suspects) - share) <= 1
+    found = sum(int(entry["sample_id"]) in wrong for entry in suspects)
+    table, _ = ScoreTable.read(tmp_path / "runs" / "suspects" / "scores")
+    assert {given[i] for i in np.argsort(table.convergence)[:28]} == {"sound"}, "over the pool they are a class"
+    assert found >= 20, "by chance there would be three"
 
 
 def test_scoring_by_a_trained_adapter(tmp_path: Path, models_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

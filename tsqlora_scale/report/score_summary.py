@@ -11,8 +11,9 @@ import numpy as np
 
 from tsqlora_scale.common.files import written_whole
 from tsqlora_scale.quality.draws.redundancy import groups, neighbours, similar_pairs
-from tsqlora_scale.quality.scores.score_table import ScoreTable
+from tsqlora_scale.quality.scores.score_table import NEVER, ScoreTable
 from tsqlora_scale.quality.scores.scorer import QualityScorer
+from tsqlora_scale.report.rankings import lowest
 from tsqlora_scale.tasks import Task
 
 TERMS = ("loss", "grad_norm", "delta_loss", "convergence", "quality")
@@ -23,6 +24,8 @@ def summarise(
     scorer: QualityScorer[Any], task: Task, *, top: int, similarity: float, steps: int, seconds: Mapping[str, float]
 ) -> dict[str, Any]:
     """Distribution of the terms, lists of samples, groups of similar ones. On rank 0.
+
+    Where the pool has classes, samples are ranked within theirs (:func:`.lowest`).
 
     Args:
         scorer: after its pass.
@@ -38,23 +41,27 @@ def summarise(
     def entry(index: int) -> dict[str, Any]:
         return _entry(table, task, int(index))
 
-    scored = np.flatnonzero(table.scoring_pass >= 0)
-    by_quality = scored[np.argsort(-table.quality[scored], kind="stable")]
+    scored = table.scoring_pass != NEVER
+    strata = task.strata()
+
+    def ranked(values: np.ndarray, sign: int = 1) -> list[dict[str, Any]]:
+        return [entry(i) for i in lowest(values, scored, strata, top, sign=sign)]
+
     summary: dict[str, Any] = {
         "pool": len(table),
-        "scored": len(scored),
+        "scored": int(np.count_nonzero(scored)),
+        "ranked within": "the pool" if strata is None else "labels",
         "warm-up steps": steps,
         "effective samples": round(table.effective_sample_size(), 1),
         "seconds": {name: round(value, 3) for name, value in sorted(seconds.items())},
         "quantiles": list(QUANTILES),
         "distribution": {term: np.nanquantile(getattr(table, term)[scored], QUANTILES).tolist() for term in TERMS},
-        "best": [entry(i) for i in by_quality[:top]],
-        "worst": [entry(i) for i in by_quality[::-1][:top]],
+        "best": ranked(table.quality, -1),
+        "worst": ranked(table.quality),
     }
     if scorer.scoring.convergence == "loss_trend":
         return summary
-    by_convergence = scored[np.argsort(table.convergence[scored], kind="stable")]
-    summary["most against the others"] = [entry(i) for i in by_convergence[:top]]
+    summary["most against the others"] = ranked(table.convergence)
     parts = list(scorer.parts)
     if not parts:  # a resumed run that was scored before, and kept no sketches
         return summary

@@ -23,9 +23,10 @@ def print_scores(summary: dict[str, Any], folder: str) -> None:
     for term, values in summary["distribution"].items():
         table.add_row(term, *(f"{value:.4g}" for value in values))
     console.print(table)
+    within = ", within their labels" if summary.get("ranked within") == "labels" else ""
     for title in ("best", "worst", "most against the others"):
         if summary.get(title):
-            console.print(_samples(title, summary[title]))
+            console.print(_samples(title + within, summary[title]))
     if "similar" in summary:
         console.print(
             f"{summary['samples with a similar one']} samples have one whose gradient is the same to a cosine of "
