@@ -97,12 +97,14 @@ class Case:
         words: what the message must hold, in any order: the key or ``file, row``, the value, the remedy.
         make: damages a place.
         command: that meets it.
+        environment: variables beside the process's own, as a launcher sets them.
     """
 
     name: str
     words: tuple[str, ...]
     make: Callable[[Place], Any]
     command: str = "train"
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 def settings(name: str, *words: str, command: str = "train", **sections: dict[str, Any]) -> Case:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bad_input import configs, data, folders, models, predictions
+from tests.bad_input import configs, data, folders, launchers, models, predictions
 from tests.bad_input.place import Case, Place, assert_refused, listing
 from tests.distributed.launch import ROOT, run_launched
 from tests.runs import go
@@ -17,7 +17,7 @@ from tsqlora_scale.commands import main as cli
 
 CASES: dict[str, Case] = {
     f"{module.__name__.rsplit('.', 1)[-1]}: {case.name}": case
-    for module in (configs, data, models, folders, predictions)
+    for module in (configs, data, models, folders, launchers, predictions)
     for case in module.CASES
 }
 
@@ -39,8 +39,12 @@ def place(tmp_path: Path, models_dir: Path, finished: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_bad_input(case: Case, place: Place, capfd: pytest.CaptureFixture[str]) -> None:
+def test_bad_input(
+    case: Case, place: Place, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     case.make(place)
+    for name, value in case.environment.items():
+        monkeypatch.setenv(name, value)
     arguments = place.command_line(case.command)
     before = listing(place.folder)
     capfd.readouterr()
@@ -102,11 +106,17 @@ def test_bad_input_in_a_process_of_its_own(name: str, place: Place) -> None:
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", ["data: an unknown label", "models: more layers than weights"])
-def test_bad_input_on_two_ranks(name: str, place: Place, tmp_path_factory: pytest.TempPathFactory) -> None:
+@pytest.mark.parametrize(
+    "name", ["data: an unknown label", "models: more layers than weights", "launchers: DeepSpeed: bf16"]
+)
+def test_bad_input_on_two_ranks(
+    name: str, place: Place, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Before the process group exists, and after it."""
     case = CASES[name]
     case.make(place)
+    for variable, value in case.environment.items():
+        monkeypatch.setenv(variable, value.replace("ds.json", str(place.folder / "ds.json")))
     place.tree["task"]["dataset"]["path"] = str(place.data)
     command, *arguments = place.command_line(case.command)
     before = listing(place.folder)

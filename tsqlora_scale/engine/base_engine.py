@@ -94,7 +94,7 @@ class BaseEngine(ABC):
             yield
 
     def scaler_state(self) -> dict[str, Any] | None:
-        """State of fp16's loss scaler. None without one; DeepSpeed's own starts anew after every rebuild and resume."""
+        """State of fp16's loss scaler. None without one."""
         scaler = self.accelerator.scaler
         return None if scaler is None else scaler.state_dict()
 

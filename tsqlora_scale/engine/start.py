@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import io
-import os
 import warnings
 from typing import Any
 
@@ -16,6 +15,8 @@ from accelerate.utils import DistributedType, GradientAccumulationPlugin
 
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.launcher import launched, launched_size
+from tsqlora_scale.engine.deepspeed_settings import without_what_is_off
+from tsqlora_scale.engine.launcher_settings import deepspeed_wanted
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.DEEPSPEED)
 
@@ -44,7 +45,7 @@ def start_accelerator(
     if not launched():  # a notebook that trains again, perhaps otherwise: Accelerate's state is the process's
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
-    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    deepspeed = deepspeed_wanted()
     # cpu=True is what makes Accelerate wrap a model in DDP without a GPU, and what silently disables DeepSpeed
     cpu = launched() and not deepspeed and not torch.cuda.is_available()
     if launched():
@@ -53,13 +54,17 @@ def start_accelerator(
         handlers.append(InitProcessGroupKwargs(backend=backend, timeout=datetime.timedelta(minutes=timeout_minutes)))
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints what it builds
         warnings.simplefilter("ignore")
-        accelerator = Accelerator(
-            cpu=cpu,
-            mixed_precision=mixed_precision,
-            # as a number it would give way to the environment, where launchers put theirs
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation),
-            kwargs_handlers=handlers,
-        )
+        try:
+            accelerator = Accelerator(
+                cpu=cpu,
+                mixed_precision=mixed_precision,
+                # as a number it would give way to the environment, where launchers put theirs
+                gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation),
+                kwargs_handlers=handlers,
+            )
+        except (ValueError, ImportError, NotImplementedError) as error:  # of settings that it does not take
+            reason = " ".join(str(error).split())
+            raise UserError(f"the launcher's settings are refused by Accelerate ({reason}); correct them") from None
     wanted = launched_size()
     if accelerator.num_processes != wanted:
         raise UserError(
@@ -82,4 +87,5 @@ def start_accelerator(
             )
         if stage not in (1, 2, 3):
             raise UserError(f"zero_stage={stage} is not supported; use 2 or 3")
+        without_what_is_off(accelerator.state.deepspeed_plugin.deepspeed_config)
     return accelerator

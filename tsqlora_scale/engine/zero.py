@@ -31,13 +31,13 @@ class ZeroEngine(BaseEngine):
 
     @property
     def gradient_scale(self) -> float:
-        """The number of ranks, times the loss scaler's factor."""
-        return self.world.size * float(self._wrapped.optimizer.loss_scale)
+        """The number of ranks: there is no loss scaler, as fp16 is refused."""
+        return float(self.world.size)
 
     @property
     def overflow_is_normal(self) -> bool:
-        """Whether there is a loss scaler that scales."""
-        return float(self._wrapped.optimizer.loss_scale) > 1
+        """Never: there is no loss scaler."""
+        return False
 
     def backward(self, loss: torch.Tensor) -> None:
         """Backward of one micro-batch's share of the step's loss.

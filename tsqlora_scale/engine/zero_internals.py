@@ -146,17 +146,16 @@ def loading_as(dtype: torch.dtype) -> Iterator[None]:
     """
     from transformers.integrations.deepspeed import deepspeed_config, is_deepspeed_zero3_enabled
 
-    section = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
-    if section is None or not is_deepspeed_zero3_enabled():
+    if dtype != torch.bfloat16 or not is_deepspeed_zero3_enabled():
         yield
         return
     config: dict[str, Any] = deepspeed_config()
-    before = config.get(section)
-    config[section] = {"enabled": True}
+    before = config.get("bf16")
+    config["bf16"] = {"enabled": True}
     try:
         yield
     finally:
-        config.pop(section) if before is None else config.update({section: before})
+        config.pop("bf16") if before is None else config.update({"bf16": before})
 
 
 def is_sharded(param: Any) -> bool:

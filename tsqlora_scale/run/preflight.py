@@ -16,6 +16,8 @@ from tsqlora_scale.common.launcher import launched_rank, launched_size, stranger
 from tsqlora_scale.common.printing import shown
 from tsqlora_scale.config.locations import resolve
 from tsqlora_scale.config.schema import Config
+from tsqlora_scale.engine.deepspeed_settings import check_deepspeed, check_deepspeed_sizes
+from tsqlora_scale.engine.launcher_settings import check_launcher
 from tsqlora_scale.model.describe import (
     check_adapter_fits,
     check_architecture,
@@ -69,6 +71,7 @@ def check(config: Config, *, data: Data | None = None) -> Preflight:
     data = data or load_data(config.task, seed=config.run.seed)
     check_extensions(config)
     plan = plan_run(config, len(data.train), launched_size())
+    check_deepspeed_sizes(config, micro_batch_size=plan.micro_batch_size, accumulation=plan.accumulation)
     check_space(config, plan.pool_size)
     described = describe(config, data)
     check_scoring(config, described.task)
@@ -154,8 +157,15 @@ def check_scoring(config: Config, task: Task) -> None:
 
 
 def check_machine(config: Config) -> None:
-    """How this process was started, and what the config asks for against what is installed here."""
+    """How this process was started, and what the config asks for against what is installed here and what the launcher
+    was told.
+
+    Raises:
+        UserError: naming the key or the launcher's setting, its value and the remedy.
+    """
     check_start()
+    check_launcher(config.model)
+    check_deepspeed(config)
     if config.model.quantization == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError("model.quantization='nf4' needs bitsandbytes; pip install 'tsqlora-scale[nf4]'")
     if config.model.dtype == "fp16":
