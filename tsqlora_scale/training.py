@@ -18,6 +18,7 @@ def train_to_the_end(run: Run) -> dict[str, Any]:
     with run.record, run.watchdog:
         if run.step == 0 and not run.metrics_before:
             run.metrics_before = run.evaluate()
+        run.say_if_finished()
         take_steps(run)
         return finish(run)
 

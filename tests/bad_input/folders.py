@@ -103,6 +103,14 @@ RESUMED = [
     resumed("resume: one sample fewer", _other_pool, "other training data", "task.dataset"),
     resumed("resume: other ids", _other_ids, "task.dataset"),
     resumed("resume: another learning rate", lambda p: p.set(train={"lr": 0.5}), "train.lr=0.01", "0.5", "same config"),
+    resumed(
+        "resume: shorter than it is",
+        lambda p: p.set(train={"max_steps": 8}),
+        "step-00000009",
+        "train.max_steps",
+        "makes 8",
+        "give 9 or more",
+    ),
     resumed("resume: another model", lambda p: p.own_model(), "model.name_or_path", "same config"),
     resumed(
         "resume: checkpoints cut short",

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from tests.runs import go, read_lines, result_of, run_tree
@@ -20,8 +21,9 @@ from tsqlora_scale.quality.draws.batch_sampler import BatchSampler
 from tsqlora_scale.quality.scores.score_parts import Parts, PassPart
 from tsqlora_scale.run import checkpoint, preflight
 from tsqlora_scale.run.build import build_run
+from tsqlora_scale.run.lr_schedule import learning_rate
 from tsqlora_scale.run.preflight import check_run_dir
-from tsqlora_scale.run.resume import same_method
+from tsqlora_scale.run.resume import MAY_CHANGE, same_method
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
@@ -112,13 +114,87 @@ def test_a_run_killed_while_it_scores(
     assert sorted(path.name for path in (folder / "scores" / "parts").iterdir()) == ["pass-002"]
 
 
-def test_resuming_a_finished_run_adds_nothing(tmp_path: Path, models_dir: Path) -> None:
+def test_resuming_a_finished_run_adds_nothing(
+    tmp_path: Path, models_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     tree = run_tree("bert", tmp_path, models_dir, "run", train={"eval_every": 5})
     go(tree)
     run_dir = tmp_path / "runs" / "run"
     before = lines_of(run_dir / "metrics.jsonl")
+    assert "finished" not in caplog.text
     go(tree, resume="auto")
     assert lines_of(run_dir / "metrics.jsonl") == before
+    assert "the run is finished: all of its 13 steps are done" in caplog.text
+    assert result_of(run_dir)["lengths"] == []
+
+
+def test_a_longer_run_is_the_run_of_that_length(tmp_path: Path, models_dir: Path) -> None:
+    """Where nothing is a share of the length: extended at its end, and once more on the way there."""
+    whole = run_tree("bert", tmp_path, models_dir, "whole", train={"max_steps": 20})
+    go(whole)
+    tree = run_tree("bert", tmp_path, models_dir, "run", train={"max_steps": 9})
+    go(tree)
+    for steps in (13, 20):
+        tree["train"]["max_steps"] = steps
+        go(tree, resume="auto")
+    folder, reference = tmp_path / "runs" / "run", tmp_path / "runs" / "whole"
+    steps = [line for line in lines_of(folder / "metrics.jsonl") if "loss" in line]
+    assert steps == [line for line in lines_of(reference / "metrics.jsonl") if "loss" in line]
+    assert lines_of(folder / "ranks.jsonl") == lines_of(reference / "ranks.jsonl")
+    adapters = [load_file(run / "adapter" / "adapter_model.safetensors") for run in (folder, reference)]
+    assert all(torch.equal(value, adapters[1][name]) for name, value in adapters[0].items())
+    assert [line["step"] for line in lines_of(folder / "metrics.jsonl") if "eval" in line] == [0, 9, 13, 20]
+    lengths = [{"step": 9, "before": 9, "after": 13}, {"step": 13, "before": 13, "after": 20}]
+    assert result_of(folder)["lengths"] == lengths
+
+
+def test_what_follows_from_the_length_is_taken_anew(
+    tmp_path: Path, models_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    changes: dict[str, Any] = {"max_steps": 10, "lr_schedule": "linear", "lr_warmup": 0.2, "checkpoint_every": 2}
+    schedule = {"start": 0.4, "end": 0.8, "every": 0.2}
+    tree = run_tree("bert", tmp_path, models_dir, "run", train=changes, schedule=schedule)
+    go(tree)
+    folder = tmp_path / "runs" / "run"
+    assert [line["step"] for line in lines_of(folder / "ranks.jsonl")] == [4, 6, 8]
+    del tree["train"]["max_steps"]
+    tree["train"]["epochs"] = 20 * 12 / 36  # of three quarters of 48 samples
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "optimizer_step", killed_in_step(14))
+        with pytest.raises(Killed):
+            go(tree, resume="auto")
+    assert not (folder / "result.json").exists(), "it told of a run that this one is not any more"
+    (line,) = [record.message for record in caplog.records if "goes on from" in record.message]
+    assert line == (
+        "the run of 10 steps goes on from step 10 to step 20; train.lr_schedule=linear is restated for that length: "
+        "learning rate 0.00125 -> 0.00625 here, warm-up of 4 steps; events of the schedule still come after steps "
+        "12, 16"
+    )
+    caplog.clear()
+    go(yaml.safe_load((folder / "config.yaml").read_text()), resume="auto")
+    assert "goes on from" not in caplog.text, "the folder's config is the one in force"
+    assert [line["step"] for line in lines_of(folder / "ranks.jsonl")] == [4, 6, 8, 12, 16]
+    config = parse_config(tree)
+    rates = [line["lr"] for line in lines_of(folder / "metrics.jsonl") if "loss" in line]
+    assert rates == [learning_rate(config.train, step, 10 if step < 10 else 20) for step in range(20)]
+    assert result_of(folder)["lengths"] == [{"step": 10, "before": 10, "after": 20}]
+
+
+def test_a_shorter_run(tmp_path: Path, models_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Down to the step reached, not below it; a pool whose turn is past is scored at once."""
+    tree = run_tree("bert", tmp_path, models_dir, "run", scoring={"warmup_steps": 0.6}, train={"checkpoint_every": 3})
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "optimizer_step", killed_in_step(7))
+        with pytest.raises(Killed):
+            go(tree)
+    tree["train"]["max_steps"] = 5
+    with pytest.raises(UserError, match=r"step-00000006: has done 6 steps, .* now makes 5; give 6 or more"):
+        go(tree, resume="auto")
+    tree["train"]["max_steps"] = 8
+    run = go(tree, resume="auto")
+    assert run.step == 8
+    assert run.selector.table is not None
+    assert result_of(tmp_path / "runs" / "run")["lengths"] == [{"step": 6, "before": 13, "after": 8}]
 
 
 def test_an_older_checkpoint_can_be_named(tmp_path: Path, models_dir: Path, draws: dict[int, list[int]]) -> None:
@@ -163,14 +239,6 @@ def test_a_run_that_went_back_is_not_resumed_from_the_future_it_left(
     assert [folder.name[-2:] for folder in sorted(checkpoints.iterdir())] == ["02", "04", "06"]
 
 
-#: What may differ between a run and its continuation: places, and how the same batches are computed and kept.
-FREE = {
-    "run.output_dir", "run.name", "train.micro_batch_size", "train.eval_batch_size", "train.checkpoint_every",
-    "train.checkpoint_keep", "train.eval_every", "train.max_nonfinite", "scoring.keep_sketches",
-    "run.timeout_minutes",
-}  # fmt: skip
-
-
 def test_every_other_key_must_be_the_same(tmp_path: Path, models_dir: Path) -> None:
     config: Config = parse_config(run_tree("bert", tmp_path, models_dir, "run"))
     same_method(config, config.model_dump(mode="json"), tmp_path)
@@ -178,7 +246,7 @@ def test_every_other_key_must_be_the_same(tmp_path: Path, models_dir: Path) -> N
         for key in values:
             saved = config.model_dump(mode="json")
             saved[section][key] = "something else"
-            if f"{section}.{key}" in FREE:
+            if f"{section}.{key}" in MAY_CHANGE:
                 same_method(config, saved, tmp_path)
             else:
                 with pytest.raises(UserError, match=rf"{section}\.{key}='something else'"):
@@ -221,3 +289,9 @@ def test_other_data_of_the_same_size_is_refused(tmp_path: Path, models_dir: Path
     file.write_text("".join(reversed(file.read_text().splitlines(keepends=True))))
     with pytest.raises(UserError, match=r"step-00000013: was written with other training data .* start a new run"):
         build_run(preflight.check(parse_config(tree)), resume="auto")
+
+
+def test_the_docs_have_the_table_of_what_may_differ() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "checkpoints.md").read_text()
+    rows = "".join(f"| `{key}` | {change} |\n" for key, change in MAY_CHANGE.items())
+    assert f"|---|---|\n{rows}\n" in page

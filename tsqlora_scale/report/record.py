@@ -71,6 +71,13 @@ class RunRecord:
                     path.unlink(missing_ok=True)
             (self.folder / "config.yaml").write_text(config_yaml)
 
+    def change_config(self, config_yaml: str) -> None:
+        """Go on by another config: it takes the old one's place, and a result of the old one goes."""
+        if self._writes:
+            with written_whole(self.folder / "config.yaml") as partial:
+                partial.write_text(config_yaml)
+            (self.folder / "result.json").unlink(missing_ok=True)
+
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Count wall seconds under a phase: load, warmup, scoring, training, resizing, evaluation, checkpointing."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,20 @@ from tsqlora_scale.run.old_checkpoints import of_today
 from tsqlora_scale.run.plan import RunPlan
 from tsqlora_scale.run.preemption import StopRequest
 from tsqlora_scale.run.preflight import Described, Preflight, resumes_in
-from tsqlora_scale.run.resume import find_checkpoint, same_checkpoint, same_data, same_method
+from tsqlora_scale.run.resume import (
+    find_checkpoint,
+    length_before,
+    reachable,
+    restated,
+    same_checkpoint,
+    same_data,
+    same_method,
+)
 from tsqlora_scale.run.run_lock import RunLock
 from tsqlora_scale.run.training_run import Run
 from tsqlora_scale.tasks.evaluation import evaluate
+
+log = logging.getLogger("tsqlora_scale")
 
 
 def build_run(
@@ -113,6 +124,7 @@ def find_state(preflight: Preflight, resume: str | None, world: World) -> tuple[
     tree = of_today(tree)
     same_method(config, tree["config"], checkpoint)
     same_data(preflight.task.digest(), tree["data"], checkpoint)
+    reachable(preflight.plan, tree["step"], checkpoint)
     return state, tree
 
 
@@ -124,9 +136,22 @@ def open_folder(run: Run, tree: dict[str, Any] | None, resume: str | None) -> No
         run.write_on_main(f"{str(folder)!r}", lambda: run.record.prepare(run.config.to_yaml()))
     if tree is not None:
         run.load_state_dict(tree)
+        note_length(run, length_before(tree, run.plan), goes_on_here=continues)
         run.write_on_main(f"{str(folder)!r}", lambda: drop_after(folder / "checkpoints", run.step))
         if not continues:
             run.best = run.checkpoints.best = None  # their checkpoints lie in the other folder
+
+
+def note_length(run: Run, before: int, *, goes_on_here: bool) -> None:
+    """Say and write down that a resumed run is longer or shorter than it was. A collective."""
+    total = run.plan.total_steps
+    if total == before:
+        return
+    run.lengths.append({"step": run.step, "before": before, "after": total})
+    if run.is_main:
+        log.warning("%s", restated(run.config.train, run.plan, step=run.step, before=before))
+    if goes_on_here:
+        run.write_on_main(f"{str(run.record.folder)!r}", lambda: run.record.change_config(run.config.to_yaml()))
 
 
 def write_values(model: torch.nn.Module, values: dict[str, torch.Tensor]) -> None:

@@ -28,6 +28,7 @@ def build_result(run: Run, metrics: dict[str, float], adapter: Path) -> dict[str
         "distributed_type": run.engine.distributed_type,
         "frozen_parameters": run.engine.frozen_parameters(),
         "steps": run.step,
+        "lengths": run.lengths,
         "metrics_before": run.metrics_before,
         "metrics": metrics,
         "metric_titles": {name: metric_title(name, run.config.task.labels) for name in metrics},

@@ -7,7 +7,7 @@ from math import ceil
 
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.fields import LARGEST, as_steps
-from tsqlora_scale.config.schema import Config
+from tsqlora_scale.config.schema import Config, TrainConfig
 from tsqlora_scale.quality.draws.subset import share_of
 from tsqlora_scale.ranks.schedule import Schedule
 
@@ -52,7 +52,7 @@ def plan_run(config: Config, pool_size: int, world_size: int) -> RunPlan:
     subset = pool_size
     if config.sampling.selector != "full":
         subset = share_of(config.sampling.keep_fraction, pool_size)
-    total = _total_steps(config, subset)
+    total = total_steps(config.train, subset)
     moves = config.adapts_ranks or config.refreshes_scores
     return RunPlan(
         pool_size=pool_size,
@@ -83,8 +83,12 @@ def _micro_batch_size(config: Config, world_size: int) -> int:
     return micro
 
 
-def _total_steps(config: Config, subset: int) -> int:
-    train = config.train
+def total_steps(train: TrainConfig, subset: int) -> int:
+    """Optimizer steps of a run that trains on ``subset`` samples.
+
+    Raises:
+        UserError: more than can be counted here.
+    """
     total = train.max_steps or ceil(min((train.epochs or 0) * subset / train.batch_size, 10 * LARGEST))
     if total > LARGEST:
         raise UserError(f"train.epochs={train.epochs} is a run of {total:.3g} steps; lower it, or set train.max_steps")

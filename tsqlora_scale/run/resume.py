@@ -6,9 +6,28 @@ from pathlib import Path
 from typing import Any
 
 from tsqlora_scale.common.errors import UserError
-from tsqlora_scale.config.schema import Config
+from tsqlora_scale.config.fields import as_steps
+from tsqlora_scale.config.schema import Config, TrainConfig
 from tsqlora_scale.engine.collectives import World
 from tsqlora_scale.run.checkpoint import complete_checkpoints, newest_checkpoint
+from tsqlora_scale.run.lr_schedule import learning_rate
+from tsqlora_scale.run.plan import RunPlan, total_steps
+
+#: Keys that may differ between a run and its continuation, and what a change does. All others must be the same.
+MAY_CHANGE = {
+    "run.output_dir": "another folder: a new run in it, from that checkpoint on",
+    "run.name": "the same",
+    "run.timeout_minutes": "nothing of the result",
+    "train.max_steps": "longer or shorter, not below the step reached: what follows from the length is taken anew",
+    "train.epochs": "the same; one of the two may take the other's place",
+    "train.micro_batch_size": "nothing but the last bits of sums",
+    "train.eval_batch_size": "the same",
+    "train.checkpoint_every": "which checkpoints there are",
+    "train.checkpoint_keep": "the same",
+    "train.eval_every": "when it is evaluated, and so which checkpoint can be the best",
+    "train.max_nonfinite": "when the run is given up",
+    "scoring.keep_sketches": "what is left in scores/parts",
+}
 
 
 def find_checkpoint(run_dir: Path, resume: str) -> Path | None:
@@ -50,23 +69,63 @@ def same_checkpoint(checkpoint: Path | None, world: World) -> None:
 
 
 def same_method(config: Config, written: dict[str, Any], checkpoint: Path | None) -> None:
-    """Refuse a checkpoint of another run: everything but lengths of time and places must be the same.
+    """Refuse a checkpoint of another run: everything but :data:`MAY_CHANGE` must be the same.
+
+    Args:
+        written: the config in the checkpoint; a key that its release did not know had today's default.
 
     Raises:
         UserError: naming the first key that differs.
     """
-    now = config.model_dump(mode="json")
-    free = {"run.output_dir", "run.name", "run.timeout_minutes", "train.micro_batch_size", "train.eval_batch_size"}
-    free |= {"train.checkpoint_every", "train.checkpoint_keep", "train.eval_every", "train.max_nonfinite"}
-    free |= {"scoring.keep_sketches"}
-    for section, values in now.items():
+    for section, values in config.model_dump(mode="json").items():
+        fields = type(getattr(config, section)).model_fields
         for key, value in values.items():
-            old = written.get(section, {}).get(key)
-            if f"{section}.{key}" not in free and value != old:
+            old = written.get(section, {}).get(key, fields[key].get_default(call_default_factory=True))
+            if f"{section}.{key}" not in MAY_CHANGE and value != old:
                 raise UserError(
                     f"{checkpoint}: was written with {section}.{key}={old!r}, the config says {value!r}; "
                     "use the same config, or start a new run"
                 )
+
+
+def length_before(tree: dict[str, Any], plan: RunPlan) -> int:
+    """Optimizer steps of the whole run, as the config in a checkpoint's state has it.
+
+    Args:
+        plan: of the run that goes on, on the same data.
+    """
+    return total_steps(TrainConfig.model_validate(tree["config"]["train"]), plan.subset_size)
+
+
+def reachable(plan: RunPlan, step: int, checkpoint: Path | None) -> None:
+    """Refuse a run that would end before it begins.
+
+    Raises:
+        UserError: naming the lengths.
+    """
+    if plan.total_steps < step:
+        raise UserError(
+            f"{checkpoint}: has done {step} steps, and train.max_steps (or train.epochs) now makes "
+            f"{plan.total_steps}; give {step} or more, or start a new run"
+        )
+
+
+def restated(train: TrainConfig, plan: RunPlan, *, step: int, before: int) -> str:
+    """What becomes of a run at ``step`` that had ``before`` steps and has the plan's now, in one line."""
+    total = plan.total_steps
+    old, new = (learning_rate(train, min(step, length - 1), length) for length in (before, total))
+    warmup = as_steps(train.lr_warmup, total)
+    parts = [
+        f"the run of {before} steps goes on from step {step} to step {total}",
+        f"train.lr_schedule={train.lr_schedule} is restated for that length: learning rate {old:.3g} -> {new:.3g} "
+        f"here, warm-up of {warmup} steps",
+    ]
+    if plan.scoring_step is not None and plan.scoring_step >= step:
+        parts.append(f"the pool is scored after step {plan.scoring_step}")
+    if plan.schedule is not None:
+        left = [str(event) for event in plan.schedule.events if event > step]
+        parts.append(f"events of the schedule still come after steps {', '.join(left)}" if left else "no event is left")
+    return "; ".join(parts)
 
 
 def same_data(digest: str, written: str, checkpoint: Path | None) -> None:

@@ -66,6 +66,8 @@ class Run:
     nonfinite: NonFiniteSteps = field(init=False)
     initial_ranks: dict[str, int] = field(default_factory=dict)
     metrics_before: dict[str, float] = field(default_factory=dict)
+    #: Where a resumed run became longer or shorter: ``step``, and the total steps ``before`` and ``after``.
+    lengths: list[dict[str, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.nonfinite = NonFiniteSteps(self.config.train.max_nonfinite)
@@ -187,6 +189,14 @@ class Run:
             f"to {str(self.record.folder)!r}: {lost} is lost; make room there, then resume (--resume)"
         )
 
+    def say_if_finished(self) -> None:
+        """Say that nothing is left to do, where a run is resumed at its end."""
+        if self.is_main and self.step >= self.plan.total_steps:
+            log.warning(
+                "the run is finished: all of its %d steps are done; train.max_steps (or train.epochs) extends it",
+                self.step,
+            )
+
     def evaluate(self) -> dict[str, float]:
         """Metrics on the development split; empty without one."""
         if self.task.dev is None:
@@ -268,6 +278,7 @@ class Run:
             "best": self.best,
             "best_kept": self.checkpoints.best,
             "nonfinite": self.nonfinite.count,
+            "lengths": self.lengths,
             "loss_scaler": self.engine.scaler_state(),
             "metrics_before": self.metrics_before,
             "seen": torch.from_numpy(self.seen.view(np.uint8)),
@@ -283,6 +294,7 @@ class Run:
         self.ranks.load_state_dict(tree["controller"])
         self.step, self.best, self.checkpoints.best = tree["step"], tree["best"], tree["best_kept"]
         self.nonfinite.count = tree["nonfinite"]
+        self.lengths = tree.get("lengths", [])
         self.engine.load_scaler_state(tree["loss_scaler"])
         self.metrics_before, self.initial_ranks = tree["metrics_before"], tree["initial_ranks"]
         self.record.seconds.update(tree["seconds"])

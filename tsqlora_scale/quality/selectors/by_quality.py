@@ -52,7 +52,8 @@ class QualitySelector(FullSelector):
     def due(self, step: int) -> bool:
         """At the first pass's step, and at the events that refresh scores."""
         if self._scored_at is None:
-            return step == self.context.scoring_step
+            # later where a resumed run was made so short that its step is past
+            return self.context.scoring_step is not None and step >= self.context.scoring_step
         return step > self._scored_at and step in self._refreshes
 
     def score(self, module: nn.Module, step: int) -> None:
