@@ -21,12 +21,11 @@ from tsqlora_scale.config.load import parse_config
 from tsqlora_scale.config.schema import ModelConfig
 from tsqlora_scale.model.base_model import (
     _new_module,
-    heads_of,
     initialise_new,
     load_base,
-    resolve_targets,
     skeleton,
 )
+from tsqlora_scale.model.linear_layers import heads_of, resolve_targets
 from tsqlora_scale.model.weight_files import check_base_weights
 from tsqlora_scale.run import preflight
 from tsqlora_scale.run.build import build_run
