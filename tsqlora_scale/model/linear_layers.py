@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Collection
+from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -24,6 +25,21 @@ def weight_shape(module: nn.Module) -> tuple[int, int]:
     """(d_out, d_in) of a linear layer that is not packed, whichever way its weight lies."""
     rows, columns = module.weight.shape  # type: ignore[misc, union-attr]
     return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
+
+
+def transposed_layers(model: nn.Module) -> list[str]:
+    """GPT-2's linear layers whose weights lie the other way round in a 4-bit model, as in all 4-bit layers."""
+    return [name for name, module in model.named_modules() if getattr(module, "source_cls", None) is Conv1D]
+
+
+def transpose_again(model: nn.Module, names: Collection[str]) -> None:
+    """Make layers that were 4-bit ones and are torch's own now what their architecture has there."""
+    for name in names:
+        linear: Any = model.get_submodule(name)
+        layer = Conv1D(linear.out_features, linear.in_features).to(linear.weight)
+        layer.weight = nn.Parameter(linear.weight.detach().T.contiguous(), requires_grad=False)
+        layer.bias = linear.bias
+        model.set_submodule(name, layer)
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -144,7 +144,7 @@ def check_fits(folder: Path, model: nn.Module) -> None:
         if layer in linear and fits != weight_shape(linear[layer]):
             raise UserError(f"adapter {str(folder)!r}: {layer} is for a weight {fits}, the model's is {size}; {advice}")
     for name, shape in tensors.items():
-        inner = name.removeprefix(PREFIX)
+        inner = name.removeprefix(PREFIX).replace(".base_layer.", ".")  # PEFT copies an adapted head's own weight, too
         if ".lora_" not in inner and own.get(inner) != shape:
             has = f"the model's is {own[inner]}" if inner in own else "the model has none"
             raise UserError(f"adapter {str(folder)!r}: {inner} is {shape}, {has}; {advice}")
