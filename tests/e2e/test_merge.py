@@ -95,3 +95,40 @@ def test_an_adapted_embedding_is_not_padded(
     assert cli.main(["export", *arguments]) == 2
     assert "lora_embedding_A adapts an embedding" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_on_a_tied_head(tmp_path: Path, models_dir: Path) -> None:
+    """The run's own adapter, whose head has a rank of its own at the end; two rank events."""
+    tree = run_tree("bert", tmp_path, models_dir, "run", adapter={"target_modules": ["q_proj", "lm_head"]})
+    tree["model"]["name_or_path"] = str(zoo.saved("llama-tied", models_dir, "causal"))
+    tree["task"] = write_data(tmp_path / "data-causal", "causal")
+    run = go(tree)
+    expected = logits(run.engine.module, "llama-tied")
+    adapter = tmp_path / "runs" / "run" / "adapter"
+    assert not any("embed_tokens" in name for name in load_file(adapter / "adapter_model.safetensors"))
+    opened, _ = merged("llama-tied", adapter, tmp_path, models_dir)
+    torch.testing.assert_close(logits(opened, "llama-tied"), expected, atol=1e-5, rtol=0)
+    base = zoo.auto_of("llama-tied").from_pretrained(tree["model"]["name_or_path"])
+    assert (logits(base, "llama-tied") - expected).abs().max() > 1e-3
+    unmerged = PeftModel.from_pretrained(base, str(adapter))
+    torch.testing.assert_close(logits(unmerged, "llama-tied"), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_a_gpt2_classifies(head: bool, tmp_path: Path, models_dir: Path) -> None:
+    """A new head, scored with the factors or not."""
+    tree = run_tree("bert", tmp_path, models_dir, "run", resize={"grow_init": "gradient"})
+    tree["scoring"]["include_head"] = head
+    tree["model"]["name_or_path"] = str(zoo.saved("gpt2", models_dir, "causal"))
+    run = go(tree)
+    ids = torch.arange(5, 32).reshape(3, 9)
+    with torch.no_grad():
+        expected = run.engine.module.eval()(input_ids=ids).logits
+    adapter, out = tmp_path / "runs" / "run" / "adapter", tmp_path / "merged"
+    config = write_config(tmp_path / "config.yaml", tree)
+    assert cli.main(["evaluate", "--adapter", str(adapter), "--config", str(config)]) == 0
+    arguments = ["--adapter", str(adapter), "--format", "merged", "--out", str(out), "--config", str(config)]
+    assert cli.main(["export", *arguments]) == 0
+    with torch.no_grad():
+        found = zoo.auto_of("gpt2", "classification").from_pretrained(out).eval()(input_ids=ids).logits
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
