@@ -149,7 +149,7 @@ def adalora_step(run: Run, options: argparse.Namespace) -> Callable[[], None]:
     from peft import AdaLoraConfig, get_peft_model
     from transformers import AutoModelForSequenceClassification
 
-    from tsqlora_scale.model.base_model import resolve_targets
+    from tsqlora_scale.model.linear_layers import resolve_targets
 
     base = AutoModelForSequenceClassification.from_pretrained(
         preflight.check(run.config).model_path, num_labels=2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0

@@ -22,7 +22,7 @@ from torch.nn import functional
 from transformers import AutoModelForSequenceClassification
 
 from tsqlora_scale.model.adapters.lora import theta_modules
-from tsqlora_scale.model.base_model import resolve_targets
+from tsqlora_scale.model.linear_layers import resolve_targets
 from tsqlora_scale.quality.gradients.batch_memory import reuse_freed_memory
 from tsqlora_scale.quality.gradients.per_sample import PerSampleGradients
 from tsqlora_scale.quality.gradients.sketch import Sketch

@@ -42,7 +42,14 @@ def write_data(folder: Path, task_type: str, rows: int = 48) -> dict[str, Any]:
     return task | {"source": "text", "target": "summary", "metrics": ["rougeL"]}
 
 
-TASKS = {"bert": "classification", "deberta": "classification", "bart": "seq2seq", "t5": "seq2seq", "llama": "causal"}
+TASKS = {
+    "bert": "classification",
+    "deberta": "classification",
+    "bart": "seq2seq",
+    "t5": "seq2seq",
+    "llama": "causal",
+    "gpt2": "causal",
+}
 
 
 def run_tree(kind: str, folder: Path, models: Path, name: str, **sections: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from transformers import (
     BartConfig,
     BertConfig,
     DebertaV2Config,
+    GPT2Config,
     LlamaConfig,
     MPNetConfig,
     PreTrainedTokenizerFast,
@@ -83,8 +84,17 @@ CONFIGS = {
         vocab_size=VOCAB, num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0, bos_token_id=1,
         eos_token_id=2, **SIZE,
     ),
+    "gpt2": lambda: GPT2Config(  # whose weights lie the other way round
+        vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_inner=48, n_positions=128, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    ),
 }  # fmt: skip
-AUTO = {"bart": AutoModelForSeq2SeqLM, "t5": AutoModelForSeq2SeqLM, "llama": AutoModelForCausalLM}
+AUTO = {
+    "bart": AutoModelForSeq2SeqLM,
+    "t5": AutoModelForSeq2SeqLM,
+    "llama": AutoModelForCausalLM,
+    "gpt2": AutoModelForCausalLM,
+}
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests import zoo
 from tests.bad_input.place import Case, Place, edit_json, settings
+from tests.runs import write_data
 from tests.tiny import tiny_model
 
 CODE = """
@@ -204,6 +206,62 @@ MODELS = [
 ]
 
 
+def of_the_zoo(kind: str, form: str, **sections: dict[str, Any]) -> Callable[[Place], None]:
+    """Another model and task; all else stays right."""
+
+    def make(place: Place) -> None:
+        place.tree["model"]["name_or_path"] = str(zoo.saved(kind, place.models, form))
+        place.tree["task"] = write_data(place.folder / f"data-{form}", form) | {"num_beams": 1}
+        place.set(**sections)
+
+    return make
+
+
+def _without(kind: str, form: str, *ends: str) -> Callable[[Place], None]:
+    """A checkpoint of a class that has no such weights."""
+
+    def make(place: Place) -> None:
+        of_the_zoo(kind, form)(place)
+        weights = place.own_model() / "model.safetensors"
+        edit(weights, lambda tensors: [tensors.pop(name) for name in list(tensors) if name.startswith(ends)])
+
+    return make
+
+
+LEAK = ("see those after them", "task.type='causal'", "every label")
+NO_HEAD = ("its checkpoint has no", "a random one is no start", "task.type")
+WRONG_CLASSES = [
+    *(
+        Case(f"causal: {kind}, an encoder", ("model.name_or_path=", *LEAK), of_the_zoo(kind, "causal"))
+        for kind in ("roberta", "bert", "electra", "xlm")
+    ),
+    Case("causal: no head", (*NO_HEAD, "lm_head.weight"), _without("llama", "causal", "lm_head")),
+    Case("seq2seq: no head", (*NO_HEAD, "lm_head.weight"), _without("t5-untied", "seq2seq", "lm_head")),
+    Case("seq2seq: an encoder alone", (*NO_HEAD, "decoder."), _without("t5", "seq2seq", "decoder")),
+    Case("causal: nothing of the model", NO_HEAD, _without("llama", "causal", "model", "lm_head")),
+    Case(
+        "targets: an image tower",
+        ("adapter.target_modules: 'fc1' would never train", "vision_tower", "leave it out"),
+        of_the_zoo("gemma3", "causal", adapter={"target_modules": ["q_proj", "fc1"]}),
+    ),
+    Case(
+        "targets: LED's global layers",
+        ("adapter.target_modules: 'value_global' would never train",),
+        of_the_zoo("led", "seq2seq", adapter={"target_modules": ["value_global"]}),
+    ),
+    Case(
+        "targets: read by Mamba's kernel",
+        ("adapter.target_modules: 'out_proj' would never train",),
+        of_the_zoo("mamba", "causal", adapter={"target_modules": ["out_proj"]}),
+    ),
+    Case(
+        "beams of a recurrent model",
+        ("task.num_beams=2", "rwkv", "set it to 1"),
+        lambda place: (of_the_zoo("rwkv", "causal")(place), place.tree["task"].update(num_beams=2)),
+    ),
+]
+
+
 def evaluate(name: str, damage: Callable[[Path], Any], *words: str, command: str = "evaluate") -> Case:
     """A copy of the adapter, damaged."""
     return Case(name, words, lambda place: damage(place.own_adapter()), command)
@@ -342,4 +400,4 @@ ADAPTERS = [
     ),
 ]
 
-CASES = [*MODELS, *ADAPTERS]
+CASES = [*MODELS, *WRONG_CLASSES, *ADAPTERS]

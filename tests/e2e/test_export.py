@@ -22,6 +22,7 @@ AUTO: dict[str, Any] = {
     "bart": AutoModelForSeq2SeqLM,
     "t5": AutoModelForSeq2SeqLM,
     "llama": AutoModelForCausalLM,
+    "gpt2": AutoModelForCausalLM,
 }
 
 FRESH = """
@@ -72,7 +73,7 @@ def base(kind: str, run: Run) -> Any:
     return auto.from_pretrained(run.config.model.name_or_path, **labels)
 
 
-@pytest.mark.parametrize("kind", ["bert", "deberta", "bart", "t5", "llama"])
+@pytest.mark.parametrize("kind", ["bert", "deberta", "bart", "t5", "llama", "gpt2"])
 def test_padded_and_merged_are_the_same_function(kind: str, tmp_path: Path, models_dir: Path) -> None:
     run, config, adapter = trained(kind, tmp_path, models_dir)
     expected = logits(run.engine.module, kind)
@@ -105,22 +106,29 @@ def test_a_fresh_process_without_this_package(tmp_path: Path, models_dir: Path) 
 
 
 @pytest.mark.parametrize(
-    ("model", "bound"), [({"quantization": "nf4"}, 1e-5), ({"dtype": "bf16"}, 0.05)], ids=["nf4", "bf16"]
+    ("kind", "model", "bound"),
+    [
+        ("bert", {"quantization": "nf4"}, 1e-5),
+        ("gpt2", {"quantization": "nf4"}, 1e-5),  # whose 4-bit weights lie the other way round
+        ("bert", {"dtype": "bf16"}, 0.05),
+        ("gpt2", {"dtype": "bf16"}, 0.05),
+    ],
+    ids=["nf4", "nf4-transposed", "bf16", "bf16-transposed"],
 )
 def test_merging_into_other_bases(
-    model: dict[str, Any], bound: float, tmp_path: Path, models_dir: Path, capsys: pytest.CaptureFixture[str]
+    kind: str, model: dict[str, Any], bound: float, tmp_path: Path, models_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """nf4: into what its weights stand for. bf16: the sum of base and update is rounded to 8 bits, the bound is of
     logits of about 1."""
-    run, config, adapter = trained("bert", tmp_path, models_dir, **model)
-    expected = logits(run.engine.module, "bert")
+    run, config, adapter = trained(kind, tmp_path, models_dir, **model)
+    expected = logits(run.engine.module, kind)
     merged = export(adapter, "merged", "--config", str(config))
     assert ("dequantised to fp32" in capsys.readouterr().out) == ("quantization" in model)
     described = json.loads((merged / "config.json").read_text())
     assert "quantization_config" not in described
-    opened = AutoModelForSequenceClassification.from_pretrained(merged)
+    opened = AUTO.get(kind, AutoModelForSequenceClassification).from_pretrained(merged)
     assert opened.dtype == (torch.bfloat16 if "dtype" in model else torch.float32)
-    torch.testing.assert_close(logits(opened, "bert"), expected, atol=bound, rtol=0)
+    torch.testing.assert_close(logits(opened, kind), expected, atol=bound, rtol=0)
 
 
 def test_a_scaling_of_its_own_goes_into_b(tmp_path: Path, models_dir: Path) -> None:

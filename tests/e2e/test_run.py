@@ -23,7 +23,16 @@ from tsqlora_scale.run.resume import find_checkpoint
 
 @pytest.mark.parametrize(
     ("kind", "quantization"),
-    [("bert", "none"), ("deberta", "none"), ("bart", "none"), ("t5", "none"), ("llama", "none"), ("bert", "nf4")],
+    [
+        ("bert", "none"),
+        ("deberta", "none"),
+        ("bart", "none"),
+        ("t5", "none"),
+        ("llama", "none"),
+        ("gpt2", "none"),
+        ("bert", "nf4"),
+        ("gpt2", "nf4"),
+    ],
 )
 def test_adapter_is_plain_peft(tmp_path: Path, models_dir: Path, kind: str, quantization: str) -> None:
     tree = run_tree(kind, tmp_path, models_dir, "run", model={"quantization": quantization})
@@ -39,7 +48,7 @@ def test_adapter_is_plain_peft(tmp_path: Path, models_dir: Path, kind: str, quan
     if quantization == "nf4":
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32,
-            llm_int8_skip_modules=["bert.pooler.dense", "classifier"],
+            llm_int8_skip_modules=["bert.pooler.dense", "classifier", "lm_head"],
         )  # fmt: skip
     fresh = PeftModel.from_pretrained(auto.from_pretrained(tree["model"]["name_or_path"], **options), str(adapter))
     fresh.eval()

@@ -73,7 +73,8 @@ def weight_gradients(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> d
     """dL/dW (d_out, d_in) of every adapted layer, by unfreezing everything."""
     model = copy.deepcopy(model).requires_grad_(True)
     loss(model).backward()
-    return {name: layer.get_base_layer().weight.grad for name, layer in lora_layers(model).items()}
+    weights = {name: layer.get_base_layer() for name, layer in lora_layers(model).items()}
+    return {n: m.weight.grad.T if type(m).__name__ == "Conv1D" else m.weight.grad for n, m in weights.items()}
 
 
 def outside(rows: Tensor, of: Tensor) -> Tensor:

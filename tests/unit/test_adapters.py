@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers.pytorch_utils import Conv1D
 
 from tests.runs import run_tree
 from tests.tiny import AUTO, tiny_model
@@ -21,12 +22,11 @@ from tsqlora_scale.config.load import parse_config
 from tsqlora_scale.config.schema import ModelConfig
 from tsqlora_scale.model.base_model import (
     _new_module,
-    heads_of,
     initialise_new,
     load_base,
-    resolve_targets,
     skeleton,
 )
+from tsqlora_scale.model.linear_layers import heads_of, resolve_targets
 from tsqlora_scale.model.weight_files import check_base_weights
 from tsqlora_scale.run import preflight
 from tsqlora_scale.run.build import build_run
@@ -39,6 +39,7 @@ EXPECTED = {
     "bart": (2 * 6 + 2 * 10, ["lm_head"]),
     "t5": (2 * 7 + 2 * 11, ["lm_head"]),
     "llama": (14, ["lm_head"]),
+    "gpt2": (8, ["lm_head"]),
 }
 
 
@@ -54,7 +55,7 @@ def test_blocks_are_adapted_and_heads_are_not(models_dir: Path, kind: str) -> No
     targets = resolve_targets(model, "auto")
     assert len(targets) == len(set(targets)) == count
     assert sorted(heads_of(model)) == sorted(heads)
-    linears = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    linears = {n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
     assert set(targets) | set(heads) == linears, "every linear layer is one or the other"
     assert all(p.is_meta for p in model.parameters()), "nothing was loaded to find out"
 

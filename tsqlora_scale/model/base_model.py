@@ -1,4 +1,4 @@
-"""The frozen base: which of its layers can be adapted, how it is loaded, how its forward computes."""
+"""The frozen base: how it is loaded, how its forward computes."""
 
 from __future__ import annotations
 
@@ -28,46 +28,6 @@ def skeleton(auto_class: Any, model_config: Any, *, trust_remote_code: bool = Fa
     return bare
 
 
-def resolve_targets(model: nn.Module, targets: list[str] | str) -> list[str]:
-    """Full names of the linear layers to adapt.
-
-    ``auto`` is every linear layer inside the repeated blocks (attention and feed-forward), which for BERT-like
-    models is the paper's choice: query, key, value, attention output, intermediate, output. A list holds name
-    suffixes; inside the blocks they win over the same names outside (``dense`` is not the pooler's).
-
-    Raises:
-        UserError: when a suffix matches no linear layer.
-    """
-    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-    blocks = [n for n in linears if re.search(r"\.\d+\.", n)]
-    if targets == "auto":
-        if not blocks:
-            raise UserError(
-                "adapter.target_modules='auto' found no linear layer inside repeated blocks of "
-                f"{type(model).__name__}; name the layers"
-            )
-        return blocks
-    chosen: list[str] = []
-    for target in targets:
-        for names in (blocks, linears):
-            matches = [n for n in names if n == target or n.endswith(f".{target}")]
-            if matches:
-                break
-        else:
-            known = sorted({n.rsplit(".", 1)[-1] for n in linears})
-            raise UserError(
-                f"adapter.target_modules: {target!r} matches no linear layer of {type(model).__name__}; "
-                f"known: {', '.join(known)}"
-            )
-        chosen += matches
-    return sorted(set(chosen))
-
-
-def heads_of(model: nn.Module) -> list[str]:
-    """Linear layers outside the repeated blocks (classifier, pooler, lm_head): never quantised."""
-    return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not re.search(r"\.\d+\.", n)]
-
-
 def _is_the_files_fault(error: Exception) -> bool:
     """Whether weights could not be loaded for what is in their files."""
     if isinstance(error, RuntimeError):
@@ -90,7 +50,7 @@ def load_base(
     engine starts from the same values.
 
     Args:
-        unquantised: modules that a 4-bit base keeps in floating point (:func:`heads_of`); PEFT's modules_to_save
+        unquantised: modules that a 4-bit base keeps in floating point (:func:`.heads_of`); PEFT's modules_to_save
             cannot train packed weights.
 
     Returns:
@@ -125,12 +85,29 @@ def load_base(
             # Left on, an evaluation forward repacks the 4-bit weight and the next training step fails.
             module.support_avx512bf16_for_cpu = False
     new = sorted(info["missing_keys"])
+    _refuse_new_language_head(loaded, new, auto_class=auto_class, name_or_path=name_or_path)
     initialise_new(loaded, new, std=getattr(model_config, "initializer_range", 0.02), generator=generator)
     if model.gradient_checkpointing:
         loaded.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if getattr(loaded.config, "use_cache", None):
         loaded.config.use_cache = False
     return loaded, sorted({_new_module(loaded, key) for key in new})
+
+
+def _refuse_new_language_head(model: nn.Module, new: list[str], *, auto_class: Any, name_or_path: str) -> None:
+    """A model that generates has no head of its own to train from nothing, as a classifier has.
+
+    Raises:
+        UserError: the checkpoint is of a class without it.
+    """
+    params = dict(model.named_parameters())
+    missing = [key for key in new if key in params]
+    if missing and auto_class in (AutoModelForCausalLM, AutoModelForSeq2SeqLM):
+        raise UserError(
+            f"model.name_or_path={name_or_path!r}: its checkpoint has no {missing[0]} ({len(missing)} of {len(params)} "
+            f"weights are missing), so it is not one of a {type(model).__name__}, and a random one is no start; give "
+            "the checkpoint of a model that generates text, or choose another task.type"
+        )
 
 
 def _new_module(model: nn.Module, key: str) -> str:

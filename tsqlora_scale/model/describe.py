@@ -7,6 +7,7 @@ from typing import Any
 
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.schema import Config
+from tsqlora_scale.model.dropouts import set_dropout
 from tsqlora_scale.model.generation_files import check_generation_file
 from tsqlora_scale.model.weight_files import check_base_weights, check_fits
 
@@ -107,26 +108,6 @@ def check_adapter_fits(config: Config, model_config: Any, adapter: str | Path) -
     check_fits(Path(adapter), skeleton(auto_class, model_config, trust_remote_code=config.model.trust_remote_code))
 
 
-def set_dropout(model_config: Any, probability: float) -> None:
-    """Give every dropout that a model's config knows the same probability (layer dropout is not one).
-
-    Raises:
-        UserError: when there is none to set.
-    """
-    found = False
-    for part in {id(c): c for c in (model_config, model_config.get_text_config())}.values():
-        for name, value in part.to_dict().items():
-            is_one = "dropout" in name or name.endswith("pdrop")
-            if is_one and (value is None or (isinstance(value, int | float) and not isinstance(value, bool))):
-                setattr(part, name, probability)
-                found = True
-    if not found and probability:
-        raise UserError(
-            f"model.dropout={probability}: a {model_config.model_type} model has no dropout; leave it out, "
-            "or set adapter.dropout"
-        )
-
-
 def check_architecture(config: Config, model_config: Any, tokenizer: Any) -> list[str]:
     """Target modules and lengths against the model's structure, on the meta device.
 
@@ -135,7 +116,8 @@ def check_architecture(config: Config, model_config: Any, tokenizer: Any) -> lis
     Returns:
         The linear layers outside the repeated blocks.
     """
-    from tsqlora_scale.model.base_model import heads_of, resolve_targets, skeleton
+    from tsqlora_scale.model.base_model import skeleton
+    from tsqlora_scale.model.linear_layers import heads_of, linear_layers, resolve_targets
     from tsqlora_scale.tasks import auto_class_of, check_lengths
 
     auto_class = auto_class_of(config.task)
@@ -150,8 +132,8 @@ def check_architecture(config: Config, model_config: Any, tokenizer: Any) -> lis
             ) from None
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UserError(f"{key}: its config.json describes no model that can be built ({reason}); mend it") from None
-    shapes = {name: module.weight.shape for name, module in bare.named_modules() if hasattr(module, "in_features")}
-    widest = max(min(shapes[name]) for name in resolve_targets(bare, config.adapter.target_modules))
+    layers: dict[str, Any] = linear_layers(bare)
+    widest = max(min(layers[name].weight.shape) for name in resolve_targets(bare, config.adapter.target_modules))
     if config.adapter.r > widest:
         raise UserError(
             f"adapter.r={config.adapter.r}: no layer that is adapted has a rank above {widest}; lower it, "

@@ -19,6 +19,8 @@ from tsqlora_scale.config.locations import resolve
 from tsqlora_scale.config.schema import Config
 from tsqlora_scale.model.base_model import load_base
 from tsqlora_scale.model.describe import check_adapter_fits, check_architecture, check_weights, load_descriptions
+from tsqlora_scale.model.linear_layers import transpose_again, transposed_layers
+from tsqlora_scale.model.tied_weights import is_untied, save_untied, ties_of, untie_adapted
 from tsqlora_scale.model.weight_files import DESCRIPTION, WEIGHTS, check_adapter
 from tsqlora_scale.tasks import auto_class_of
 
@@ -77,6 +79,8 @@ def _pad(adapter: Path, out: Path) -> list[str]:
     _copy(adapter, out)
     config: Any = PeftConfig.from_pretrained(str(adapter))
     tensors = load_file(adapter / WEIGHTS)
+    if embedding := next((name for name in tensors if ".lora_embedding_" in name), None):
+        raise UserError(f"--format padded: {embedding} adapts an embedding, which is not padded; choose merged or peft")
     suffix = ".lora_A.weight"
     layers = [name.removesuffix(suffix) for name in tensors if name.endswith(suffix)]
     rank = max(len(tensors[layer + suffix]) for layer in layers)
@@ -121,15 +125,24 @@ def _merge(adapter: Path, out: Path, config: Config) -> list[str]:
         unquantised=unquantised,
         generator=generator_for(config.run.seed, "head"),
     )
+    ties, transposed = ties_of(base), transposed_layers(base)
     if config.model.quantization != "none":
         base = base.dequantize()
         notes.append(f"the base was dequantised to {config.model.dtype}; the file is as large as that, not 4-bit")
     try:
-        merged: Any = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload(safe_merge=True)
+        adapted: Any = PeftModel.from_pretrained(base, str(adapter))
+        untie_adapted(adapted)
+        merged: Any = adapted.merge_and_unload(safe_merge=True)
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"--adapter {str(adapter)!r} does not fit model.name_or_path={path!r} ({reason})") from None
+    transpose_again(merged, transposed)
     merged.config.use_cache = True
-    merged.save_pretrained(str(out))
+    if is_untied(merged, ties):
+        key = f"--adapter {str(adapter)!r}"
+        save_untied(merged, ties, out, auto_class=auto_class_of(config.task), key=key)
+        notes.append("embeddings and output layer share their weights no longer (tie_word_embeddings: false)")
+    else:
+        merged.save_pretrained(str(out))
     tokenizer.save_pretrained(str(out))
     return [*notes, "a plain Transformers model: from_pretrained opens it, without PEFT"]

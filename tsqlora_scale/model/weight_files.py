@@ -127,10 +127,12 @@ def check_fits(folder: Path, model: nn.Module) -> None:
     Raises:
         UserError: naming the first tensor that is missing, too much, or of another shape.
     """
+    from tsqlora_scale.model.linear_layers import linear_layers, weight_shape
+
     description = check_adapter(folder)
     tensors = tensor_shapes(folder / WEIGHTS)
     own: dict[str, Shape] = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    modules = dict(model.named_modules())
+    linear = linear_layers(model)
     layers = _layers(tensors)
     advice = "give the config, with the base model, that it was trained with"
     for layer in layers:
@@ -138,18 +140,17 @@ def check_fits(folder: Path, model: nn.Module) -> None:
         a, b = (tensors[f"{PREFIX}{layer}.lora_{part}.weight"] for part in "AB")
         if size is None:
             raise UserError(f"adapter {str(folder)!r}: the model has no layer {layer}; {advice}")
-        if (b[0], a[1]) != size and hasattr(modules[layer], "in_features"):
-            raise UserError(
-                f"adapter {str(folder)!r}: {layer} is for a weight {(b[0], a[1])}, the model's is {size}; {advice}"
-            )
+        fits = (b[0], a[1])
+        if layer in linear and fits != weight_shape(linear[layer]):
+            raise UserError(f"adapter {str(folder)!r}: {layer} is for a weight {fits}, the model's is {size}; {advice}")
     for name, shape in tensors.items():
-        inner = name.removeprefix(PREFIX)
+        inner = name.removeprefix(PREFIX).replace(".base_layer.", ".")  # PEFT copies an adapted head's own weight, too
         if ".lora_" not in inner and own.get(inner) != shape:
             has = f"the model's is {own[inner]}" if inner in own else "the model has none"
             raise UserError(f"adapter {str(folder)!r}: {inner} is {shape}, {has}; {advice}")
     targets = description["target_modules"]
     removed = description.get("exclude_modules") or []  # layers of rank 0
-    wanted = {n for n, m in modules.items() if hasattr(m, "in_features") and _targeted(n, targets)} - set(layers)
+    wanted = {name for name in linear if _targeted(name, targets)} - set(layers)
     wanted = {name for name in wanted if not _targeted(name, removed)}
     if wanted:
         raise UserError(f"adapter {str(folder)!r}: the layer {min(wanted)} is missing in {WEIGHTS}; {advice}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -25,11 +26,14 @@ from tsqlora_scale.model.describe import (
     check_weights,
     load_descriptions,
 )
+from tsqlora_scale.model.dropouts import set_layer_drop
 from tsqlora_scale.run.temporary_space import check_space
 
 if TYPE_CHECKING:
     from tsqlora_scale.run.plan import RunPlan
     from tsqlora_scale.tasks import Data, Task
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +55,8 @@ class Preflight(Described):
     """The same of a run that trains or scores, with its plan."""
 
     plan: RunPlan
+    #: Linear layers that text gives no gradient to.
+    unreached: frozenset[str] = frozenset()
     #: Of ``scoring.proxy_model``'s own run.
     proxy: Preflight | None = None
 
@@ -65,6 +71,7 @@ def check(config: Config, *, data: Data | None = None) -> Preflight:
         UserError: naming the key, the value and the remedy.
     """
     check_machine(config)
+    from tsqlora_scale.model.pass_check import check_pass
     from tsqlora_scale.run.plan import plan_run
     from tsqlora_scale.tasks import load_data
 
@@ -75,11 +82,15 @@ def check(config: Config, *, data: Data | None = None) -> Preflight:
     check_space(config, plan.pool_size)
     described = describe(config, data)
     check_scoring(config, described.task)
+    dropped = set_layer_drop(described.model_config)
+    if dropped and launched_rank() == 0:
+        log.warning("%s of the model's config (LayerDrop) is 0 in training: every step takes every layer", dropped[0])
+    unreached = check_pass(config, described.model_config, described.task)
     proxy = None
     if config.scores_by_proxy:
         with naming_the_proxy(config):
             proxy = check(config.of_proxy(), data=data)
-    return Preflight(**vars(described), plan=plan, proxy=proxy)
+    return Preflight(**vars(described), plan=plan, unreached=unreached, proxy=proxy)
 
 
 def check_evaluation(config: Config, adapter: str | Path) -> Described:

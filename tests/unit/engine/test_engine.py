@@ -17,7 +17,8 @@ from tsqlora_scale.engine.engine import Engine, start_engine
 from tsqlora_scale.engine.start import start_accelerator
 from tsqlora_scale.engine.train_state import ParamState, TrainState
 from tsqlora_scale.model.adapters.lora import LoraAdapter, lora_layers
-from tsqlora_scale.model.base_model import heads_of, load_base, resolve_targets, skeleton
+from tsqlora_scale.model.base_model import load_base, skeleton
+from tsqlora_scale.model.linear_layers import heads_of, resolve_targets
 from tsqlora_scale.run.checkpoint import read_checkpoint, write_checkpoint
 from tsqlora_scale.run.lr_schedule import learning_rate
 from tsqlora_scale.step import micro_batches

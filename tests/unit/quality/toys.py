@@ -26,11 +26,13 @@ TARGETS = {
     "bart": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
     "t5": ["q", "k", "v", "o", "wi_0", "wi_1", "wo"],
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "gpt2": ["c_attn", "c_proj", "c_fc"],
 }
 AUTO = {
     "bart": (AutoModelForSeq2SeqLM, "SEQ_2_SEQ_LM"),
     "t5": (AutoModelForSeq2SeqLM, "SEQ_2_SEQ_LM"),
     "llama": (AutoModelForCausalLM, "CAUSAL_LM"),
+    "gpt2": (AutoModelForCausalLM, "CAUSAL_LM"),
 }
 KINDS = list(TARGETS)
 

@@ -21,8 +21,10 @@ TARGETS = {
     "bart": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
     "t5": ["q", "k", "v", "o", "wi_0", "wi_1", "wo"],
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "gpt2": ["c_attn", "c_proj", "c_fc"],
 }
-AUTO = {"bart": AutoModelForSeq2SeqLM, "t5": AutoModelForSeq2SeqLM, "llama": AutoModelForCausalLM}
+CAUSAL = ("llama", "gpt2")
+AUTO = {"bart": AutoModelForSeq2SeqLM, "t5": AutoModelForSeq2SeqLM} | dict.fromkeys(CAUSAL, AutoModelForCausalLM)
 
 
 @dataclass
@@ -46,7 +48,7 @@ class Batch:
         """Sum of this batch's loss terms over the number of terms of the step."""
         if self.kind not in AUTO:
             logits, labels = model(**self.inputs).logits, self.labels
-        elif self.kind == "llama":
+        elif self.kind in CAUSAL:
             logits = model(**self.inputs).logits[:, :-1].flatten(0, 1)
             labels = self.labels[:, 1:].flatten()
         else:
@@ -77,7 +79,7 @@ def padded_batch(kind: str, size: int = 8, length: int = 9, seed: int = 0) -> Ba
     inputs = {"input_ids": ids * mask, "attention_mask": mask}
     if kind not in AUTO:
         return Batch(kind, inputs, torch.randint(0, 2, (size,), generator=generator), size)
-    if kind == "llama":
+    if kind in CAUSAL:
         labels = ids.masked_fill(mask == 0, -100)
         return Batch(kind, inputs, labels, int((labels[:, 1:] != -100).sum()))
     labels = torch.randint(5, VOCAB, (size, length - 2), generator=generator)

@@ -33,7 +33,7 @@ def logits(model, kind: str) -> torch.Tensor:
         return model.eval()(**batch.inputs).logits
 
 
-@pytest.mark.parametrize("kind", ["bert", "llama"])
+@pytest.mark.parametrize("kind", ["bert", "llama", "gpt2"])
 @pytest.mark.parametrize("init", ["orthogonal", "gaussian"])
 def test_growth_leaves_logits_unchanged(kind: str, init: str, folder: Path) -> None:
     model = adapted(kind, folder)

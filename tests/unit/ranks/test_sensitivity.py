@@ -44,7 +44,7 @@ def own_messages(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.message for record in caplog.records if record.name.startswith("tsqlora_scale")]
 
 
-@pytest.mark.parametrize("kind", ["bert", "bart", "t5", "llama"])
+@pytest.mark.parametrize("kind", ["bert", "bart", "t5", "llama", "gpt2"])
 @pytest.mark.parametrize(
     ("estimator", "group"), [("weight", 4), ("weight_per_sample", 1), ("fisher", 1), ("adapter", 4)]
 )
@@ -67,7 +67,7 @@ def test_calls_without_a_batch_dimension_make_the_micro_batch_one_group(
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("kind", ["bert", "deberta", "llama"])
+@pytest.mark.parametrize("kind", ["bert", "deberta", "llama", "gpt2"])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_changes_nothing(kind: str, reentrant: bool, estimator: str, folder: Path) -> None:
     model, batch = adapted(kind, folder), padded_batch(kind)

@@ -50,7 +50,7 @@ def assert_same(got: dict[str, Tensor], want: dict[str, Tensor], rel: float = 1e
         assert float((got[name] - value).norm() / value.norm()) < rel, name
 
 
-@pytest.mark.parametrize("kind", ["bert", "deberta", "bart", "t5", "llama"])
+@pytest.mark.parametrize("kind", ["bert", "deberta", "bart", "t5", "llama", "gpt2"])
 @pytest.mark.parametrize("estimator", ["weight", "weight_per_sample", "fisher"])
 def test_equals_autograd_and_changes_no_sensitivity(kind: str, estimator: str, folder: Path) -> None:
     model, batch = adapted(kind, folder), padded_batch(kind)
@@ -95,7 +95,7 @@ def test_state_keeps_them_and_none_are_taken_unasked(folder: Path) -> None:
     assert json.loads(json.dumps(plain.state_dict()))["sketches"] == {}
 
 
-@pytest.mark.parametrize("kind", ["bert", "llama"])
+@pytest.mark.parametrize("kind", ["bert", "llama", "gpt2"])
 def test_new_rows_take_nearly_as_much_of_the_gradient_as_any_could(kind: str, folder: Path) -> None:
     """Of what the present rows leave of it, against the SVD of autograd's gradient and against random directions."""
     model, batch = adapted(kind, folder), padded_batch(kind)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,8 +33,13 @@ class AdapterType(Protocol):
         new_modules: list[str],
         dtype: str,
         generator: torch.Generator,
+        unreached: Collection[str] = (),
     ) -> Any:
-        """A PEFT model around ``base``, its trained parameters float32."""
+        """A PEFT model around ``base``, its trained parameters float32.
+
+        Args:
+            unreached: linear layers that nothing trained may sit in: they get no gradient.
+        """
         ...
 
     def theta(self, module: nn.Module, *, include_head: bool = False) -> dict[str, nn.Linear]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from torch import nn
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.schema import AdapterConfig
 from tsqlora_scale.engine.sharded import read_parameter
-from tsqlora_scale.model.base_model import resolve_targets, use_autocast
+from tsqlora_scale.model.base_model import use_autocast
+from tsqlora_scale.model.linear_layers import linear_layers, resolve_targets
 from tsqlora_scale.model.weight_files import check_adapter
 
 #: PEFT's name of the one adapter that a run trains.
@@ -69,6 +70,12 @@ def theta_modules(module: nn.Module, *, include_head: bool = False) -> dict[str,
     return linear
 
 
+def _is_idle(module: str, layers: Iterable[str], unreached: Collection[str]) -> bool:
+    """Whether a module has linear layers, and text passes through none of them (a pooler that the head leaves out)."""
+    inside = [name for name in layers if name == module or name.startswith(f"{module}.")]
+    return bool(inside) and all(name in unreached for name in inside)
+
+
 class LoraAdapter:
     """``adapter.type: lora``. See :class:`~tsqlora_scale.model.adapters.adapter_type.AdapterType`."""
 
@@ -85,18 +92,22 @@ class LoraAdapter:
         new_modules: list[str],
         dtype: str,
         generator: torch.Generator,
+        unreached: Collection[str] = (),
     ) -> PeftModel:
         """Put LoRA layers on ``base``; A is drawn from ``generator`` in name order, B is zero.
 
         Factors and newly initialised heads train in float32; with a 16-bit base the forward runs under autocast, the
         same on every engine.
         """
+        targets = resolve_targets(base, adapter.target_modules, unreached=unreached)
+        layers = linear_layers(base)
+        trained = [module for module in new_modules if not _is_idle(module, layers, unreached)]
         config = LoraConfig(
             r=adapter.r,
             lora_alpha=adapter.alpha,  # type: ignore[arg-type]
             lora_dropout=adapter.dropout,
-            target_modules=resolve_targets(base, adapter.target_modules),
-            modules_to_save=new_modules or None,
+            target_modules=targets,
+            modules_to_save=trained or None,
             task_type=task_type,  # type: ignore[arg-type]
             **self.peft_options,
         )

@@ -1,0 +1,71 @@
+"""Models that cannot learn a task, and layers that cannot learn from it, found before the weights are loaded."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.common.launcher import launched_rank
+from tsqlora_scale.config.schema import Config
+from tsqlora_scale.model.base_model import skeleton
+from tsqlora_scale.model.linear_layers import kinds_of, note_on_weights, resolve_targets
+from tsqlora_scale.model.probe import probe_inputs, run_probe
+
+if TYPE_CHECKING:
+    from tsqlora_scale.tasks import Task
+
+log = logging.getLogger(__name__)
+
+
+def check_pass(config: Config, model_config: Any, task: Task) -> frozenset[str]:
+    """What a pass of a few tokens through a copy of the model shows; see :mod:`tsqlora_scale.model.probe`.
+
+    Returns:
+        Linear layers that nothing trained may sit in: text gives them no gradient.
+
+    Raises:
+        UserError: a model that is to write text sees ahead in it, or no layer of ``adapter.target_modules`` trains.
+    """
+    trust, key = config.model.trust_remote_code, f"model.name_or_path={config.model.name_or_path!r}"
+    probe = run_probe(task.auto_class, model_config, probe_inputs(task), trust_remote_code=trust)
+    sees_ahead = probe.sees_ahead
+    if sees_ahead is None and task.auto_class is AutoModelForCausalLM:  # then by rule: no decoder fills in masks
+        is_decoder = getattr(model_config, "is_decoder", False)
+        sees_ahead = type(model_config) in MODEL_FOR_MASKED_LM_MAPPING and not is_decoder
+    writes = task.auto_class in (AutoModelForCausalLM, AutoModelForSeq2SeqLM) and config.task.objective is None
+    if writes and sees_ahead:
+        raise UserError(
+            f"{key} is a {model_config.model_type} model whose tokens see those after them, so that in "
+            f"task.type={config.task.type!r} every label would be there to copy; choose a decoder (GPT-2, Llama), "
+            "or another task.type"
+        )
+    bare = skeleton(task.auto_class, model_config, trust_remote_code=trust)
+    _check_beams(config, bare)
+    targets = config.adapter.target_modules
+    chosen, all_of_them = (set(resolve_targets(bare, targets, unreached=u)) for u in (probe.unreached, ()))
+    if launched_rank() == 0:
+        if idle := all_of_them - chosen:
+            log.warning("%d linear layers get no gradient from text and no adapter: %s", len(idle), kinds_of(idle))
+        bytes_each = 4 if config.model.dtype == "fp32" else 2
+        if note := note_on_weights(bare, is_4_bit=config.model.quantization == "nf4", bytes_each=bytes_each):
+            log.warning("%s", note)
+    return probe.unreached
+
+
+def _check_beams(config: Config, bare: Any) -> None:
+    """Beam search reorders the cache, and recurrent states of some models (RWKV) cannot be.
+
+    Raises:
+        UserError: naming the key; it would end the run at its first evaluation.
+    """
+    if not config.task.dataset.has_dev or config.task.num_beams == 1 or not getattr(bare, "_is_stateful", False):
+        return
+    keeps_cache = getattr(bare, "_supports_default_dynamic_cache", lambda: True)()
+    if not keeps_cache and not hasattr(bare, "_reorder_cache"):
+        raise UserError(
+            f"task.num_beams={config.task.num_beams}: a {bare.config.model_type} model has a recurrent state, which "
+            "beam search cannot reorder; set it to 1"
+        )

@@ -1,0 +1,197 @@
+"""One pass of a few tokens through a copy of the model: its structure, with random weights in the place of its own.
+
+Two things that only a forward and a backward pass can tell are known before anything is loaded: whether a token sees
+those after it, and which linear layers text never passes through on its way to the logits. The copy takes next to no
+memory: all of its large weights are windows of one random vector, and large products are products of low rank. Neither
+question depends on what the weights are.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.common.quiet import quiet_libraries
+from tsqlora_scale.model.dropouts import set_dropout
+from tsqlora_scale.model.linear_layers import linear_layers
+
+if TYPE_CHECKING:
+    from tsqlora_scale.tasks import Task
+
+log = logging.getLogger(__name__)
+
+#: Tokens of the probe's one text.
+LENGTH = 12
+#: Elements of a model that gets weights of its own, and of a weight that always does.
+SMALL_MODEL, SMALL_WEIGHT = 2**24, 2**16
+#: The rank of a large product.
+RANK = 8
+#: Share of what a changed token changes at its own position, above which a change before it is not rounding.
+LEAK = 1e-4
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a pass has shown.
+
+    Attributes:
+        sees_ahead: whether logits depend on later tokens of the text that is generated; None: it could not be run.
+        unreached: linear layers that the logits do not depend on; empty where it could not be run.
+    """
+
+    sees_ahead: bool | None = None
+    unreached: frozenset[str] = frozenset()
+
+
+def run_probe(
+    auto_class: Any, model_config: Any, inputs: Mapping[str, Tensor], *, trust_remote_code: bool = False
+) -> Probe:
+    """Run the copy, on the CPU. What cannot be run (kernels that need a GPU) tells nothing, and is no error.
+
+    Args:
+        inputs: of a batch of one, as the model is trained on them: (1, T) token ids, masks, decoder's ids.
+    """
+    try:
+        with quiet_libraries(), torch.random.fork_rng(devices=[]), torch.enable_grad():
+            torch.manual_seed(0)
+            model, mode = _random_copy(auto_class, model_config, trust_remote_code)
+            with mode:
+                return Probe(_sees_ahead(model, inputs), _unreached(model, inputs))
+    except Exception as error:  # of whatever a model's code does
+        log.debug("the model cannot be tried out (%s: %s)", type(error).__name__, error)
+        return Probe()
+
+
+def probe_inputs(task: Task) -> dict[str, Tensor]:
+    """The model's inputs of the pool's first sample, (1, T) each, as short as the task makes them.
+
+    What writes text needs no whole sample; what judges one may look for the tokens at its ends.
+    """
+    try:
+        inputs = task.batch([0], max_length=LENGTH).inputs
+    except UserError:  # a chat template that is longer
+        inputs = task.batch([0]).inputs
+    if task.peft_task_type == "SEQ_CLS":
+        return dict(inputs)
+    return {name: tensor[:, :LENGTH] if tensor.dim() > 1 else tensor for name, tensor in inputs.items()}
+
+
+def _random_copy(auto_class: Any, model_config: Any, trust_remote_code: bool) -> tuple[nn.Module, TorchFunctionMode]:
+    from accelerate import init_empty_weights
+
+    config = copy.deepcopy(model_config)
+    set_dropout(config, 0.0)
+    config.use_cache = False
+    with init_empty_weights(include_buffers=False):
+        model: Any = auto_class.from_config(config, trust_remote_code=trust_remote_code)
+    small = sum(param.numel() for param in model.parameters()) <= SMALL_MODEL
+    if not small and hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # others multiply by all experts at once
+    fill_with_windows(model, own=small)
+    return model, LowRankProducts()
+
+
+def fill_with_windows(model: nn.Module, *, own: bool) -> None:
+    """Give every parameter on the meta device values: random ones of its own, or a window of one random vector.
+
+    Matrices have a standard deviation of 1 / sqrt(columns), vectors are near 1 (weights) or 0 (biases).
+
+    Args:
+        own: no windows: every parameter has memory of its own.
+    """
+    longest = max(sum(param.shape) for param in model.parameters())
+    vector = torch.randn(longest + 8192)
+    filled: dict[int, nn.Parameter] = {}  # tied ones stay tied
+    for module in model.modules():
+        for name, param in list(module.named_parameters(recurse=False)):
+            if id(param) not in filled:
+                filled[id(param)] = nn.Parameter(_values(param, name, vector, own, len(filled)), requires_grad=False)
+            module._parameters[name] = filled[id(param)]
+
+
+def _values(param: nn.Parameter, name: str, vector: Tensor, own: bool, number: int) -> Tensor:
+    shape = param.shape
+    if len(shape) < 2:
+        return torch.randn(shape) * 0.1 + (1.0 if name.endswith("weight") else 0.0)
+    scale = 1 / math.sqrt(max(shape[-1], 1))
+    if own or param.numel() <= SMALL_WEIGHT:
+        return torch.randn(shape) * scale
+    offset = number * 61 % 8191
+    return (vector[offset : offset + sum(shape)] * scale).as_strided(shape, (1,) * len(shape))
+
+
+class LowRankProducts(TorchFunctionMode):
+    """Within, ``linear`` with a window for a weight multiplies by matrices of rank :data:`RANK` instead."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """The function, or its cheap stand-in."""
+        kwargs = kwargs or {}
+        if func is nn.functional.linear and not kwargs and len(args) in (2, 3):
+            x, weight, *bias = args
+            if weight.dim() == 2 and weight.stride() == (1, 1) and weight.numel() > SMALL_WEIGHT:
+                rank = min(RANK, *weight.shape)
+                outer, inner = weight[:, :rank].clone(), weight[:rank].clone()
+                out = (x @ inner.T) @ outer.T * math.sqrt(weight.shape[1] / rank)
+                return out + bias[0] if bias and bias[0] is not None else out
+        return func(*args, **kwargs)
+
+
+def _sees_ahead(model: nn.Module, inputs: Mapping[str, Tensor]) -> bool | None:
+    """Whether changing the last token changes the logits before it."""
+    key = "decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"
+    ids = inputs[key]
+    if ids.shape[1] < 2:
+        return None
+    both = {name: tensor.repeat(2, *(1,) * (tensor.dim() - 1)) for name, tensor in inputs.items()}
+    others = ids[ids != ids[0, -1]]
+    both[key][1, -1] = int(others[-1]) if len(others) else int(ids[0, -1]) - 1 if ids[0, -1] else 1
+    model.eval()
+    with torch.no_grad():
+        logits = model(**both).logits
+    if logits.dim() != 3 or logits.shape[1] != ids.shape[1]:
+        return None
+    change = (logits[0] - logits[1]).abs().amax(-1)
+    if not change.isfinite().all() or change[-1] == 0:
+        return None
+    return bool(change[:-1].max() > LEAK * change[-1])
+
+
+def _unreached(model: nn.Module, inputs: Mapping[str, Tensor]) -> frozenset[str]:
+    """Linear layers that are not called, or whose outputs do not reach the logits."""
+    layers = linear_layers(model)
+    anchors = {name: torch.zeros((), requires_grad=True) for name in layers}
+    model.train()
+    with _anchored(layers, anchors):
+        logits = model(**inputs).logits
+    found = torch.autograd.grad(logits.float().sum(), list(anchors.values()), allow_unused=True)
+    reached = {_expert_kind(name) for name, gradient in zip(anchors, found, strict=True) if gradient is not None}
+    return frozenset(name for name in layers if _expert_kind(name) not in reached)
+
+
+def _expert_kind(name: str) -> str:
+    """The same for all experts of a block: a few tokens do not visit them all."""
+    return re.sub(r"(experts?)\.\d+\.", r"\1.N.", name)
+
+
+@contextmanager
+def _anchored(layers: Mapping[str, nn.Module], anchors: Mapping[str, Tensor]) -> Iterator[None]:
+    def add(anchor: Tensor) -> Callable[..., Tensor]:
+        return lambda _module, _inputs, output: output + anchor
+
+    handles = [module.register_forward_hook(add(anchors[name])) for name, module in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
