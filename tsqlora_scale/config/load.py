@@ -40,7 +40,11 @@ def parse_config(tree: dict[str, Any], where: str = "config") -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        messages = dict.fromkeys(_describe(e) for e in error.errors())
+        errors = error.errors()
+        texts = {_key(e) for e in errors if e["type"] == "string_type"}
+        # of a key that takes a list or a number, say nothing of the number where the list has been meant
+        meant = [e for e in errors if e["type"] != "int_type" or not isinstance(e["input"], list)] or errors
+        messages = dict.fromkeys(_describe(e) for e in (meant if texts else errors))
         raise UserError(f"{where}: {'; '.join(messages)}") from None
 
 
@@ -59,15 +63,37 @@ def _describe(error: Any) -> str:
     loc = [str(part) for part in error["loc"]]
     if error["type"] == "extra_forbidden":
         return _unknown(loc, known)
-    # pydantic puts the tried member of a union into the location; keep the key of ours, and places in a list
-    end = max((n for n in range(1, len(loc) + 1) if ".".join(loc[:n]) in known), default=len(loc))
-    key = ".".join(loc[:end] + [part for part in loc[end:] if part.isdigit()])
+    key = _key(error)
     if error["type"] == "missing":
         return f"missing key {key!r}; set it in the file or on the command line"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         return f"{key}: {message}" if key else message
-    return f"{key}={shown(error['input'])}: {message[0].lower()}{message[1:]}"
+    quote = _quote(error["input"]) if error["type"] in ("string_type", "list_type") else ""
+    return f"{key}={shown(error['input'])}: {message[0].lower()}{message[1:]}{quote}"
+
+
+def _key(error: Any) -> str:
+    """The key that an error is about.
+
+    pydantic puts the tried member of a union into the location; of that, our key and the places in a list stay.
+    """
+    known = _known_keys(Config)
+    loc = [str(part) for part in error["loc"]]
+    end = max((n for n in range(1, len(loc) + 1) if ".".join(loc[:n]) in known), default=len(loc))
+    return ".".join(loc[:end] + [part for part in loc[end:] if part.isdigit()])
+
+
+def _quote(value: Any) -> str:
+    """The remedy where YAML has made something else of a text."""
+    if isinstance(value, bool):
+        words = "yes, on and true" if value else "no, off and false"
+        return f"; YAML reads {words} without quotes as a truth value; quote it: '{'yes' if value else 'no'}'"
+    if value is None:
+        return "; YAML reads null, ~ and nothing at all as no value; quote it: 'null'"
+    if isinstance(value, int | float):
+        return f"; YAML reads a number where there are no quotes; quote it: '{value}'"
+    return "; YAML reads a date where there are no quotes; quote it" if hasattr(value, "isoformat") else ""
 
 
 def _unknown(loc: list[str], known: list[str]) -> str:
