@@ -131,6 +131,10 @@ class NumberedPool:
         """All alike."""
         return np.broadcast_to(np.int32(1), len(self))
 
+    def draw_weights(self) -> np.ndarray | None:
+        """All alike."""
+        return None
+
     def strata(self) -> np.ndarray | None:
         """As given."""
         return self._strata

@@ -141,7 +141,7 @@ def score(
     preflight.check_run_dir(config, overwrite=overwrite, resume=place)
     checked = preflight.check(config)
     if adapter is not None:
-        check_adapter_fits(config, checked.model_config, adapter)
+        check_adapter_fits(checked.config, checked.model_config, adapter)
     from tsqlora_scale.quality.selectors.by_quality import QualitySelector
     from tsqlora_scale.report.score_summary import summarise, write_summary
     from tsqlora_scale.run.build import build_run

@@ -56,6 +56,12 @@ FILES = [
     config_file("an interpolation without an end", "train: {lr: '${model'}\n", "train.lr"),
     config_file("an interpolation by no resolver", "train: {lr: '${exec:ls}'}\n", "exec"),
     config_file("an environment variable that is not set", "train: {lr: '${oc.env:NO_SUCH_NAME}'}\n", "NO_SUCH_NAME"),
+    config_file("no and yes as labels", "task: {labels: [no, yes]}\n", "task.labels.0=False", "quote it: 'no'"),
+    config_file("numbers as labels", "task: {labels: [1, 2]}\n", "task.labels.0=1", "quote it: '1'"),
+    config_file("nothing as a label", "task: {labels: [a, null]}\n", "task.labels.1=None", "quote it: 'null'"),
+    config_file("a truth value for a column", "task: {label: on}\n", "task.label=True", "quote it: 'yes'"),
+    config_file("a truth value for texts", "task: {text: no}\n", "task.text=False", "quote it: 'no'"),
+    config_file("a time as a label", "task: {labels: [12:30, 9:15]}\n", "task.labels.0=750", "quote it"),
     Case(
         "no such file", ("nowhere.yaml", "does not exist"), lambda p: p.arguments.extend(["--config", "nowhere.yaml"])
     ),
@@ -99,7 +105,8 @@ VALUES = [
     settings("a rank larger than any matrix", "adapter.r", adapter={"r": 10**9}, allocation={"r_max": 10**9}),
     settings("an infinite number of epochs", "train.epochs", train={"max_steps": None, "epochs": 1e300}),
     settings("a huge seed", "run.seed", run={"seed": 2**40}),
-    settings("a text for a list", "task.text='text'", "list", task={"text": "text"}),
+    settings("a text for a list", "target_modules", "list", adapter={"target_modules": 5}),
+    settings("a number for a text or a list", "task.text=5", "list", task={"text": 5}),
     settings("a list for a text", "task.label=['label']", "string", task={"label": ["label"]}),
     settings("not one of the values", "model.dtype='float32'", "'fp32', 'bf16' or 'fp16'", model={"dtype": "float32"}),
     settings("a run's name that leaves the folder", "run.name='../x'", run={"name": "../x"}),

@@ -34,6 +34,12 @@ def parquet(**columns: Any) -> bytes:
 
 SAME_NAMES = written(pa.Table.from_arrays([pa.array([x]) for x in ("a", "b", "no")], ["text", "text", "label"]))
 NOT_UTF_8 = parquet(text=pa.array([b"\xff", b"a"], pa.binary()).view(pa.string()), label=["no", "yes"])
+OWN_CLASSES = written(
+    pa.table({"text": ["a", "b"], "label": [0, 1]}).replace_schema_metadata(
+        {"huggingface": '{"info": {"features": {"label": {"names": ["No", "Yes"], "_type": "ClassLabel"}}}}'}
+    )
+)
+PANDAS_TSV = HEAD + 'a "good" film\tno\n"a ""bad"" film"\tyes\n'
 MANY_LABELS = HEAD + "".join(f"a\tl{i}\n" for i in range(99))
 
 
@@ -108,7 +114,7 @@ TEXT_FILES = [
     training_file("ragged tsv", "x.tsv", TSV + "a film\tno\tmore\n", "x.tsv, row 17", "3 fields", "header has 2"),
     training_file("ragged csv", "x.csv", CSV + "a film\n", "x.csv, row 17", "1 fields", "header has 2"),
     training_file("a comma in a csv", "x.csv", CSV + "good, bad,no\n", "x.csv, row 17", "3 fields"),
-    training_file("a tsv called csv", "x.csv", TSV.replace("good", "good, so good,"), "x.csv, row 1", "separator"),
+    training_file("a tsv called csv", "x.csv", TSV.replace("good", "good, so good,"), "x.csv", "text'", "separator"),
     training_file("a csv called tsv", "x.tsv", CSV, "task.text[0]='text'", "no such column", "text,label"),
     training_file("jsonl called tsv", "x.tsv", JSONL, "task.text[0]='text'", "no such column"),
     training_file("tsv called jsonl", "x.jsonl", TSV, "x.jsonl, row 1", "not valid JSON", "one object a line"),
@@ -118,6 +124,10 @@ TEXT_FILES = [
     training_file("unknown format", "x.xlsx", b"PK", "x.xlsx", "unknown format", "csv, tsv, json"),
     training_file("no format", "x", TSV, "unknown format", "csv, tsv, json"),
     training_file("a quote that is not closed", "x.csv", CSV + '"a film,no\n', "x.csv, line", "quote"),
+    training_file(
+        "quotes as pandas writes them", "x.tsv", PANDAS_TSV, "x.tsv, row 2", "quoted", "task.dataset.quoting=double"
+    ),
+    training_file("a header in quotes", "x.tsv", TSV.replace("text", '"text"'), "header", "task.dataset.quoting"),
     training_file("column twice in a tsv", "x.tsv", "text\ttext\tlabel\na\tb\tno\n", "x.tsv", "'text' is there twice"),
     training_file("column twice in a csv", "x.csv", "text,label,label\na,no,no\n", "x.csv", "'label' is there twice"),
     training_file(
@@ -250,11 +260,28 @@ PARQUET = [
         "must hold text",
     ),
     parquet_case(
-        "numbers for text",
-        {"text": [1, 2], "label": ["no", "yes"]},
+        "dates for text",
+        {"text": pa.array([1, 2], pa.timestamp("s")), "label": ["no", "yes"]},
         "x.parquet",
-        "'text' holds int64",
+        "'text' holds timestamp",
         "must hold text",
+    ),
+    parquet_case(
+        "maps for text",
+        {"text": pa.array([[("a", 1)]] * 2, pa.map_(pa.string(), pa.int64())), "label": ["no", "yes"]},
+        "x.parquet",
+        "'text' holds map",
+        "must hold text",
+    ),
+    parquet_case(
+        "structs for labels",
+        {"text": ["a", "b"], "label": [{"a": 1}, {"a": 2}]},
+        "x.parquet",
+        "'label' holds struct",
+        "text or a number",
+    ),
+    training_file(
+        "own classes of another case", "x.parquet", OWN_CLASSES, "x.parquet", "'No', 'Yes'", "write them as the data"
     ),
     parquet_case(
         "lists for text",

@@ -168,7 +168,7 @@ def test_unknown_key_like_no_other_lists_the_section() -> None:
     )
 
 
-@pytest.mark.parametrize("key", ["model", "task", "train", "model.name_or_path", "task.type", "task.metrics"])
+@pytest.mark.parametrize("key", ["model", "task", "train", "model.name_or_path", "task.type"])
 def test_missing_key(key: str) -> None:
     config = tree()
     *parents, last = key.split(".")
@@ -190,7 +190,7 @@ def test_missing_key(key: str) -> None:
         ("train.betas", [0.9], "train.betas=[0.9]: list should have at least 2 items"),
         ("train", None, "train=None: input should be a valid dictionary"),
         ("model.dtype", "float32", "model.dtype='float32': input should be 'fp32', 'bf16' or 'fp16'"),
-        ("task.text", "text", "task.text='text': input should be a valid list"),
+        ("task.text", 5, "task.text=5: input should be a valid list"),
         ("task.labels", ["a", 5], "task.labels.1=5: input should be a valid string"),
         ("task.metrics", [], "task.metrics=[]: list should have at least 1 item"),
         ("adapter.target_modules", "all", "adapter.target_modules='all': input should be 'auto'"),
@@ -212,7 +212,11 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"task__text": ["a", "b", "c"]}, "task: 'text' must name one or two columns"),
     ({"task__label": None}, "task: 'label' must name the label column"),
     ({"task__type": "regression", "task__label": None}, "task: 'label' must name the label column"),
-    ({"task__labels": None}, "task: 'labels' must give the class names"),
+    ({"task__dataset": {"name": "x", "dev_file": "y"}}, "'dev_file' is of local files"),
+    ({"task__dataset": {"train_file": []}}, "'train_file' names no file"),
+    ({"task__dataset": {"train_file": ["a.tsv", ""]}}, "'train_file' names no file"),
+    ({"task__dataset": {"train_file": "a.tsv", "dev_file": {}}}, "'dev_file' names nothing"),
+    ({"task__dataset": {"train_file": "a.tsv", "dev_file": {"a/b": "x.tsv"}}}, "'a/b' is no name of a held-out set"),
     ({"task__type": "seq2seq", "task__source": "document"}, "task: 'source' and 'target' must name"),
     ({"task__type": "causal", "task__target": "response"}, "task: 'source' and 'target' must name"),
     ({"allocation__r_min": 5, "allocation__r_max": 4}, "allocation: 'r_max' (4) must not be below 'r_min' (5)"),
@@ -392,3 +396,47 @@ def test_any_mapping_is_a_config_or_one_error(changes: dict[str, Any]) -> None:
 def test_config_does_not_import_torch() -> None:
     code = "import sys, tsqlora_scale.config.schema; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_what_need_not_be_written() -> None:
+    """Text and metrics as single texts, the metric of the type, classes that the data will give."""
+    config = parse_config(tree(task__text="text", task__metrics="f1", task__labels=None))
+    assert (config.task.text, config.task.metrics, config.task.labels) == (["text"], ["f1"], None)
+    texts = {"task__source": "a", "task__target": "b"}
+    types = {"classification": "accuracy", "regression": "pearson", "seq2seq": "rougeL", "causal": "rougeL"}
+    for kind, metric in types.items():
+        assert parse_config(tree(task__type=kind, task__metrics=None, **texts)).task.metrics == [metric]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("labels: [no, yes]", ("task.labels.0=False", "quote it: 'no'", "task.labels.1=True", "quote it: 'yes'")),
+        ("labels: [1, 2.5]", ("task.labels.0=1", "quote it: '1'", "task.labels.1=2.5", "quote it: '2.5'")),
+        ("labels: [a, null]", ("task.labels.1=None", "quote it: 'null'")),
+        ("labels: [a, ~]", ("task.labels.1=None", "quote it")),
+        ("labels: [12:30]", ("task.labels.0=750", "quote it")),
+        ("label: no", ("task.label=False", "quote it: 'no'")),
+        ("text: [yes]", ("task.text.0=True", "quote it: 'yes'")),
+        ("text: off", ("task.text=False", "quote it: 'no'")),
+        ("prefix: 5", ("task.prefix=5", "quote it: '5'")),
+        ("metrics: [on]", ("task.metrics.0=True", "quote it")),
+    ],
+)
+def test_what_yaml_has_made_of_a_text(tmp_path: Path, line: str, words: tuple[str, ...]) -> None:
+    """It is said in one line that quotes are missing, also on the command line."""
+    (tmp_path / "a.yaml").write_text(f"task: {{{line}}}\n")
+    (tmp_path / "b.yaml").write_text("{}\n")
+    key, _, value = line.partition(": ")
+    for name, overrides in (("a.yaml", []), ("b.yaml", [f"task.{key}={value}"])):
+        with pytest.raises(UserError) as caught:
+            load_config(tmp_path / name, overrides)
+        assert all(word in str(caught.value) for word in words), caught.value
+        assert "integer" not in str(caught.value).replace("task.seed", "")
+
+
+def test_what_has_been_quoted_stays_so(tmp_path: Path) -> None:
+    labels = ["no", "yes", "1", "null", "12:30", "2020-01-01"]
+    config = parse_config(tree(task__labels=labels))
+    (tmp_path / "c.yaml").write_text(config.to_yaml())
+    assert load_config(tmp_path / "c.yaml").task.labels == labels

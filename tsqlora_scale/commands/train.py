@@ -40,5 +40,5 @@ def _show_plan(config: Config) -> None:
 
     checked = preflight.check(config)
     if launched_rank() == 0:
-        print(config.to_yaml())
+        print(checked.config.to_yaml())
         print("\n".join(checked.plan.lines()))

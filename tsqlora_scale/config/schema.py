@@ -130,6 +130,12 @@ class Config(Section):
             }
         )
 
+    def with_labels(self, labels: list[str] | int | None) -> Config:
+        """The same run with the classes that the data has, where the config names none."""
+        if labels == self.task.labels:
+            return self
+        return self.model_copy(update={"task": self.task.model_copy(update={"labels": labels})})
+
     def for_scoring(self) -> Config:
         """The same run up to its first pass over the pool, whose raw numbers stay; nothing else happens in it."""
         return self.model_copy(

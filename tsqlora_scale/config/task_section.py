@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from tsqlora_scale.config.fields import PositiveInt, Section, name_or_extension
 
+#: The metrics of a task that names none.
+DEFAULT_METRICS = {"classification": "accuracy", "regression": "pearson", "seq2seq": "rougeL", "causal": "rougeL"}
+
 
 class DatasetConfig(Section):
-    """The pool and the held-out set: a hub dataset (``name``) or a local folder (``path``)."""
+    """The pool and the held-out set: local files (``train_file``), or a hub dataset (``name``)."""
 
-    #: A folder, or ``package:NAME/sub/folder``.
+    #: A folder that the files below lie in, or ``package:NAME/sub/folder``; none: they are found from the current one.
     path: str | None = None
-    train_file: str | None = None
-    dev_file: str | None = None
+    #: A file, a pattern (``part-*.parquet``, in the order of the names), or a list of them, one after another.
+    train_file: str | list[str] | None = None
+    #: Likewise; or a mapping of names to them, for several held-out sets, of which the first decides what is best.
+    dev_file: str | list[str] | dict[str, str | list[str]] | None = None
     #: A hub dataset and its subset.
     name: str | None = None
     subset: str | None = None
     train_split: str = "train"
-    #: None where the hub dataset has no such split.
-    dev_split: str | None = "validation"
+    #: None where the hub dataset has no such split; a list or a mapping of names to splits for several.
+    dev_split: str | list[str] | dict[str, str] | None = "validation"
     #: Column names of csv/tsv files that have no header row.
     column_names: list[str] | None = None
+    #: What a quote means in csv and tsv files: ``none``, a character like any other; ``double``, it encloses fields
+    #: and is doubled inside, as pandas writes; ``auto``, double in csv and none in tsv.
+    quoting: Literal["auto", "none", "double"] = "auto"
     #: A column with unique sample ids; without it the id is the row's number in the pool.
     id_column: str | None = None
+    #: A file of sample ids to leave out of the pool: one a line (txt), or a table's column ``sample_id`` or ``id``.
+    exclude: str | None = None
+    #: A column of the pool with numbers that multiply how often a row is drawn; 0 leaves it out.
+    weight: str | None = None
     #: Leave out rows with an empty text instead of refusing the data.
     drop_empty: bool = False
     #: A random subset of that size, fixed by ``run.seed``: files are often sorted.
@@ -35,14 +48,47 @@ class DatasetConfig(Section):
     @property
     def has_dev(self) -> bool:
         """Whether there is a held-out set."""
-        return (self.dev_file if self.name is None else self.dev_split) is not None
+        return bool(self.dev_sets)
+
+    @property
+    def dev_sets(self) -> dict[str, str | list[str]]:
+        """Files, or the split of a hub dataset, of every held-out set by its name, the deciding one first.
+
+        One that has no name is called by the empty text.
+        """
+        if self.name is not None:
+            if isinstance(self.dev_split, list):
+                return {split: split for split in self.dev_split}
+            places: Any = self.dev_split
+        else:
+            places = self.dev_file
+        if isinstance(places, dict):
+            return dict(places)
+        return {} if places is None else {"": places}
 
     @model_validator(mode="after")
     def _one_source(self) -> DatasetConfig:
-        if (self.path is None) == (self.name is None):
-            raise ValueError("needs exactly one of 'path' (a local folder) and 'name' (a hub dataset)")
+        if (self.path is not None or self.train_file is not None) == (self.name is not None):
+            raise ValueError("needs exactly one of 'path' or 'train_file' (local files) and 'name' (a hub dataset)")
         if self.path is not None and self.train_file is None:
             raise ValueError("'path' needs 'train_file', the training file inside it")
+        if self.name is not None and self.dev_file is not None:
+            raise ValueError("'dev_file' is of local files, and 'name' of a hub dataset: set 'dev_split' instead")
+        return self
+
+    @model_validator(mode="after")
+    def _names_of_sets(self) -> DatasetConfig:
+        key = "dev_file" if self.name is None else "dev_split"
+        places = [(self.train_file, "train_file"), *((place, key) for place in self.dev_sets.values())]
+        for place, name in places:
+            if place in ("", []) or (isinstance(place, list) and "" in place):
+                raise ValueError(f"'{name}' names no file: give one, or leave it out")
+        sets: Any = self.dev_file if self.name is None else self.dev_split
+        if isinstance(sets, dict | list) and not sets:
+            raise ValueError(f"'{key}' names nothing: give a held-out set, or null")
+        for name in sets if isinstance(sets, dict) else ():
+            if not re.fullmatch(r"[\w.-]+", name):
+                raise ValueError(f"'{key}': {name!r} is no name of a held-out set: use letters, digits, '_', '-', '.'")
         return self
 
 
@@ -53,10 +99,10 @@ class TaskConfig(Section):
     #: An objective of one's own in the place of the type's: ``FILE.py:NAME`` or ``package.module:NAME``.
     objective: name_or_extension() | None = None  # type: ignore[valid-type]
     dataset: DatasetConfig
-    #: One or two text columns (classification, regression).
+    #: One or two text columns (classification, regression); a single one needs no list.
     text: list[str] = []
     label: str | None = None
-    #: Class names in label order, or their number; required for classification.
+    #: Class names in label order, or their number; none: the classes that the pool's label column holds, sorted.
     labels: list[str] | PositiveInt | None = None
     #: Input and output columns (seq2seq, causal).
     source: str | None = None
@@ -65,9 +111,23 @@ class TaskConfig(Section):
     prefix: str = ""
     max_length: PositiveInt = 128
     max_target_length: PositiveInt = 64
-    #: Metric names; the first is the one that decides which checkpoint is best.
+    #: Metric names; the first is the one that decides which checkpoint is best. By default accuracy
+    #: (classification), pearson (regression) or rougeL.
     metrics: Annotated[list[str], Field(min_length=1)]
     num_beams: PositiveInt = 4
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists_and_defaults(cls, tree: Any) -> Any:
+        """Single texts as lists, and the metric of the type where none is named."""
+        if not isinstance(tree, dict):
+            return tree
+        tree = {**tree, **{key: [tree[key]] for key in ("text", "metrics") if isinstance(tree.get(key), str)}}
+        kind = tree.get("type")
+        default = DEFAULT_METRICS.get(kind) if isinstance(kind, str) else None
+        if default is not None and tree.get("metrics") is None:
+            tree["metrics"] = [default]
+        return tree
 
     @model_validator(mode="after")
     def _columns_of_the_type(self) -> TaskConfig:
@@ -76,8 +136,6 @@ class TaskConfig(Section):
                 raise ValueError(f"'text' must name one or two columns for a {self.type} task, got {self.text!r}")
             if self.label is None:
                 raise ValueError(f"'label' must name the label column of a {self.type} task")
-            if self.type == "classification" and self.labels is None:
-                raise ValueError("'labels' must give the class names, or their number, of a classification task")
         elif self.source is None or self.target is None:
             raise ValueError(f"'source' and 'target' must name the input and output columns of a {self.type} task")
         return self

@@ -52,6 +52,10 @@ class Pool(Protocol[BatchT]):
         """Groups of the pool, (N,) numbers from 0 without gaps (the classes); None where there are none."""
         ...
 
+    def draw_weights(self) -> np.ndarray | None:
+        """What multiplies how often each sample is drawn, (N,) float64, above 0; None: nothing does."""
+        ...
+
     def batch(self, rows: np.ndarray, *, max_length: int | None = None) -> BatchT:
         """The samples at the pool's ``rows``, on the CPU, their texts cut to ``max_length`` tokens."""
         ...

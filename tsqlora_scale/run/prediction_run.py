@@ -18,7 +18,7 @@ from tsqlora_scale.engine.start import start_accelerator
 from tsqlora_scale.report.prediction_file import answer_names, prediction_writer, writing
 from tsqlora_scale.report.progress import Progress
 from tsqlora_scale.run.build import load_adapted
-from tsqlora_scale.run.preflight import Described, check_machine, describe
+from tsqlora_scale.run.preflight import Described, check_machine, describe, with_labels_of
 from tsqlora_scale.tasks.prediction import Answers, predict_windows
 from tsqlora_scale.tasks.rows.given_rows import given_names
 from tsqlora_scale.tasks.rows.unlabelled import load_unlabelled
@@ -50,6 +50,7 @@ def check_prediction(config: Config, adapter: Path, data: Path, out: Path) -> Pr
     from tsqlora_scale.model.describe import check_adapter_fits
 
     check_machine(config)
+    config = with_labels_of(config, adapter)
     rows = load_unlabelled(config.task, data)
     described = describe(config, rows.data)
     check_adapter_fits(config, described.model_config, adapter)

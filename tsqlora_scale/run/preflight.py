@@ -64,6 +64,8 @@ class Preflight(Described):
 def check(config: Config, *, data: Data | None = None) -> Preflight:
     """Run every check that needs no weights.
 
+    What the data alone decides, the classes where the config names none, is in the config that is returned.
+
     Args:
         data: of ``config.task``, where it has been loaded already.
 
@@ -76,6 +78,7 @@ def check(config: Config, *, data: Data | None = None) -> Preflight:
     from tsqlora_scale.tasks import load_data
 
     data = data or load_data(config.task, seed=config.run.seed)
+    config = config.with_labels(data.labels)
     check_extensions(config)
     plan = plan_run(config, len(data.train), launched_size())
     check_deepspeed_sizes(config, micro_batch_size=plan.micro_batch_size, accumulation=plan.accumulation)
@@ -102,9 +105,32 @@ def check_evaluation(config: Config, adapter: str | Path) -> Described:
     check_machine(config)
     from tsqlora_scale.tasks import load_dev
 
+    config = with_labels_of(config, Path(adapter))
     described = describe(config, load_dev(config.task, seed=config.run.seed))
     check_adapter_fits(config, described.model_config, adapter)
     return described
+
+
+def with_labels_of(config: Config, adapter: Path) -> Config:
+    """The config with the classes of the run that a saved adapter lies in, where it names none itself.
+
+    Raises:
+        UserError: that run's ``config.yaml`` is none.
+    """
+    from tsqlora_scale.config.load import load_config
+
+    task = config.task
+    if task.type != "classification" or task.labels is not None:
+        return config
+    written = next(
+        (folder / "config.yaml" for folder in adapter.absolute().parents[:3] if (folder / "config.yaml").is_file()),
+        None,
+    )
+    if written is None:
+        return config
+    run = load_config(written)
+    same = (run.task.type, run.task.label) == (task.type, task.label)
+    return config.with_labels(run.task.labels) if same else config
 
 
 def describe(config: Config, data: Data) -> Described:

@@ -162,12 +162,12 @@ class Task:
     def answer(self, row: int, *, split: SplitName = "train") -> str:
         """The right answer of a row, for tables: a class's name, a number, or the target text."""
         (answer,) = self.references([row], split=split)
-        if isinstance(self._cfg.labels, list):
+        if self._cfg.type == "classification" and isinstance(self._cfg.labels, list):
             return self._cfg.labels[int(answer)]
         return " ".join(str(answer).split())
 
     def digest(self, split: SplitName = "train") -> str:
-        """A digest of every row's text and answer, in order. Taken once."""
+        """A digest of every row's text, answer and weight, in order. Taken once."""
         if split in self._digests:
             return self._digests[split]
         digest = hashlib.sha256()
@@ -175,6 +175,10 @@ class Task:
         for rows in view.iter(batch_size=10_000):
             for name in view.column_names:
                 digest.update(repr(rows[name]).encode())
+        weights = self.draw_weights() if split == "train" else None
+        if weights is not None:
+            for block in blocks(len(weights)):
+                digest.update(weights[block].tobytes())
         self._digests[split] = digest.hexdigest()
         return self._digests[split]
 
@@ -214,6 +218,17 @@ class Task:
         for block in blocks(len(labels)):
             labels[block] = np.searchsorted(present, labels[block])
         return labels
+
+    def draw_weights(self) -> np.ndarray | None:
+        """What multiplies how often a sample is drawn, (N,) float64, above 0; None without ``task.dataset.weight``."""
+        name = self._cfg.dataset.weight
+        if name is None:
+            return None
+        view = self.train.select_columns([name]).with_format("arrow")
+        weights = new_array(len(view), np.float64)
+        for block in blocks(len(view), ROWS):
+            weights[block] = view[block][name].to_numpy()
+        return weights
 
     def preview(self, row: int, *, split: SplitName = "train") -> str:
         """One sample's text on one line, for tables."""

@@ -78,6 +78,9 @@ class RandomPool:
     def strata(self) -> np.ndarray:
         return self.labels
 
+    def draw_weights(self) -> np.ndarray | None:
+        return None
+
     def batch(self, indices: np.ndarray, *, max_length: int | None = None) -> Batch:
         tokens = _pad([self.tokens[i] for i in indices], 0)
         mask = _pad([np.ones_like(self.tokens[i]) for i in indices], 0)

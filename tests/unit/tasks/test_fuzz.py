@@ -18,6 +18,7 @@ from tests.unit.tasks.cases import CLASSES, NUMBERS, SUMMARIES, task_config
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.tasks import load_data
 from tsqlora_scale.tasks.rows.readers import read_tables
+from tsqlora_scale.tasks.rows.wanted import Wanted
 
 #: Bytes that formats give a meaning to, and some that none expects.
 PARTS = ["\t", ",", '"', "\n", "\r\n", "\r", "{", "}", "[", "]", ":", "text", "label", "1", "\\ud800", "\\", "\0", " "]
@@ -36,7 +37,7 @@ def test_any_bytes_are_tables_or_one_error(tmp_path: Path, name: str, content: b
     path = tmp_path / name
     path.write_bytes(content)
     try:
-        tables = list(read_tables(path, column_names=None, text_columns=["text"]))
+        tables = list(read_tables(path, Wanted({}, {"task.text[0]": "text"}, others=True)))
     except UserError as error:
         assert str(error).startswith(str(path))  # noqa: PT017
         assert len(str(error).splitlines()) == 1  # noqa: PT017

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from decimal import Decimal
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.tasks.rows.label_cells import class_id, class_ids, regression_targets, target_value
+from tsqlora_scale.tasks.rows.origin import Origin
 
 CELLS = st.one_of(st.text(), st.integers(), st.floats(), st.booleans(), st.none())
 NAMES = st.lists(st.text(min_size=1), min_size=2, max_size=6, unique=True)
@@ -44,6 +46,21 @@ NAMES = st.lists(st.text(min_size=1), min_size=2, max_size=6, unique=True)
         (math.inf, 3, None),
         (True, 2, 1),
         (True, ["false", "true"], 1),
+        ("True", ["false", "true"], 1),  # as pandas writes it to csv
+        (False, ["True", "False"], 1),
+        (True, ["yes", "no"], 0),  # by what it means, not by place
+        ("true", ["bad", "good"], 1),
+        ("TRUE", 2, 1),
+        (True, ["true", "yes"], 0),
+        (True, ["True", "yes"], None),  # which of them?
+        (1.0, ["1", "2"], 0),
+        ("2.0", ["1", "2"], 1),
+        (Decimal("1.00"), ["1", "2"], 0),
+        (0.5, ["0.5", "1.5"], 0),
+        ("0.50", ["0.5", "1.5"], 0),
+        (1, ["01", "1.0"], None),
+        (2.0, ["a", "1.0"], None),
+        ("1e0", ["1", "2"], 0),
         (None, 2, None),
         (None, ["None", "x"], None),
     ],
@@ -91,19 +108,23 @@ def test_what_is_no_target(cell: object) -> None:
 
 def test_columns_become_arrays_in_row_order() -> None:
     column = pa.chunked_array([["bad", "good"], ["good"]])
-    ids = class_ids(column, ["bad", "good"], where="f", name="label")
+    ids = class_ids(column, ["bad", "good"], where=Origin("f"), name="label")
     assert ids.dtype == np.int64
     assert ids.tolist() == [0, 1, 1]
-    targets = regression_targets(pa.chunked_array([["0.5", "-2"], ["0.5"]]), where="f", name="score")
+    targets = regression_targets(pa.chunked_array([["0.5", "-2"], ["0.5"]]), where=Origin("f"), name="score")
     assert targets.dtype == np.float32
     assert targets.tolist() == [0.5, -2, 0.5]
-    assert regression_targets(pa.chunked_array([[1.5, 0.0, -0.0]]), where="f", name="score").tolist() == [1.5, 0, 0]
+    assert regression_targets(pa.chunked_array([[1.5, 0.0, -0.0]]), where=Origin("f"), name="score").tolist() == [
+        1.5,
+        0,
+        0,
+    ]
 
 
 def test_the_first_bad_row_is_named() -> None:
     column = pa.chunked_array([["good", "bad"], ["good", "neutral", "mixed", "neutral"]])
     with pytest.raises(UserError) as error:
-        class_ids(column, ["bad", "good"], where="f.tsv", name="label")
+        class_ids(column, ["bad", "good"], where=Origin("f.tsv"), name="label")
     message = str(error.value)
     assert message.startswith("f.tsv, row 4: label 'neutral' in column 'label'")
     assert "not among the 2 of task.labels ('bad', 'good')" in message
@@ -112,26 +133,26 @@ def test_the_first_bad_row_is_named() -> None:
 
 def test_names_where_numbers_were_declared() -> None:
     with pytest.raises(UserError, match=r"row 1: label 'yes'.*whole number from 0 to 1, as task.labels=2.*'yes', 'no'"):
-        class_ids(pa.chunked_array([["yes", "no"]]), 2, where="f", name="label")
+        class_ids(pa.chunked_array([["yes", "no"]]), 2, where=Origin("f"), name="label")
 
 
 def test_a_bad_target_is_named() -> None:
     with pytest.raises(UserError, match=r"f, row 3: 'NaN' in column 'score' is not a finite number"):
-        regression_targets(pa.chunked_array([["1", "2", "NaN"]]), where="f", name="score")
-    with pytest.raises(UserError, match=r"f, row 2: nan in column 'score'"):
-        regression_targets(pa.chunked_array([[1.0, math.nan]]), where="f", name="score")
+        regression_targets(pa.chunked_array([["1", "2", "NaN"]]), where=Origin("f"), name="score")
+    with pytest.raises(UserError, match=r"f, row 2: column 'score' is empty or nan"):
+        regression_targets(pa.chunked_array([[1.0, math.nan]]), where=Origin("f"), name="score")
     with pytest.raises(UserError, match=r"f, row 2: column 'score' is empty"):
-        regression_targets(pa.chunked_array([[1.0, None]]), where="f", name="score")
-    with pytest.raises(UserError, match=r"list<item: int64> values; a label must be"):
-        regression_targets(pa.chunked_array([[[1], [2]]]), where="f", name="score")
+        regression_targets(pa.chunked_array([[1.0, None]]), where=Origin("f"), name="score")
+    with pytest.raises(UserError, match=r"list<item: int64> values; it must hold text or a number"):
+        regression_targets(pa.chunked_array([[[1], [2]]]), where=Origin("f"), name="score")
 
 
 def test_a_datasets_own_class_names_decide() -> None:
     """A hub dataset numbers its classes in its own order; the declared order is what counts."""
     column = pa.chunked_array([[0, 1, 0]])
-    kwargs = {"where": "f", "name": "label", "names": ["entailment", "not_entailment"]}
+    kwargs = {"where": Origin("f"), "name": "label", "names": ["entailment", "not_entailment"]}
     assert class_ids(column, ["not_entailment", "entailment"], **kwargs).tolist() == [1, 0, 1]
     assert class_ids(column, ["yes", "no"], **kwargs).tolist() == [0, 1, 0]  # other names: by position
     assert class_ids(column, 2, **kwargs).tolist() == [0, 1, 0]
-    with pytest.raises(UserError, match="label -1"):  # how hubs mark unlabelled test sets
+    with pytest.raises(UserError, match="label '-1'"):  # how hubs mark unlabelled test sets
         class_ids(pa.chunked_array([[0, -1]]), ["not_entailment", "entailment"], **kwargs)

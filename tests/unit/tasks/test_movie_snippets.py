@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from tests.unit.tasks.cases import CLASSES
+from tests.unit.tasks.cases import CLASSES, NUMBERS
 from tsqlora_scale.config import locations
 from tsqlora_scale.config.schema import TaskConfig
 from tsqlora_scale.tasks import Data, load_data
@@ -43,13 +43,19 @@ def test_sizes_and_balance(data: Data) -> None:
     assert (sum(data.train["label"]), sum(data.dev["label"])) == (2988, 479)
 
 
-def test_labels_are_the_sign_of_clear_ratings(data: Data) -> None:
+@pytest.mark.parametrize("column", ["mean", "std"])
+def test_labels_are_the_sign_of_clear_ratings(data: Data, column: str) -> None:
+    files = {"path": LOCATION, "train_file": "train.tsv.gz", "dev_file": "dev.tsv.gz", "id_column": "id"}
+    numbers = load_data(TaskConfig.model_validate(NUMBERS | {"label": column, "dataset": files}), seed=0)
     assert data.dev is not None
-    for split in (data.train, data.dev):
-        means = [float(m) for m in split["mean"]]
-        assert all(abs(m) > 0.5 for m in means)
-        assert [int(m > 0) for m in means] == split["label"][:]
-        assert all(0 <= float(s) < 4 for s in split["std"])
+    assert numbers.dev is not None
+    for split, other in ((data.train, numbers.train), (data.dev, numbers.dev)):
+        values = other[column][:]
+        if column == "std":
+            assert all(0 <= value < 4 for value in values)
+        else:
+            assert all(abs(value) > 0.5 for value in values)
+            assert [int(value > 0) for value in values] == split["label"][:]
 
 
 def test_no_sentence_is_in_both_splits(data: Data) -> None:

@@ -6,6 +6,7 @@ import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,15 +15,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tsqlora_scale.common.errors import UserError
-from tsqlora_scale.tasks.rows import readers
+from tsqlora_scale.tasks.rows import file_limits
 from tsqlora_scale.tasks.rows.readers import read_tables
+from tsqlora_scale.tasks.rows.wanted import Wanted
 
 Write = Callable[[str, "str | bytes"], Path]
 ROWS = [{"text": 'a lone " quote', "label": "1"}, {"text": "NA", "label": "null"}, {"text": "", "label": "été"}]
 
 
-def read(path: Path, names: list[str] | None = None, text: tuple[str, ...] = ()) -> list[dict[str, str]]:
-    return pa.concat_tables(read_tables(path, column_names=names, text_columns=text)).to_pylist()
+EVERYTHING = Wanted({}, others=True)
+
+
+def read(
+    path: Path, names: list[str] | None = None, text: tuple[str, ...] = (), **options: Any
+) -> list[dict[str, str]]:
+    wanted = Wanted({}, {f"task.text[{i}]": name for i, name in enumerate(text)}, others=True)
+    return pa.concat_tables(read_tables(path, wanted, column_names=names, **options)).to_pylist()
 
 
 TSV = "\n".join(["text\tlabel", *(f"{r['text']}\t{r['label']}" for r in ROWS)]) + "\n"
@@ -100,9 +108,9 @@ def test_json_values_become_text(write: Write) -> None:
 
 
 def test_files_of_many_chunks(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "CHUNK_ROWS", 7)
+    monkeypatch.setattr(file_limits, "CHUNK_ROWS", 7)
     path = write("x.jsonl", "\n".join(json.dumps({"i": i}) for i in range(50)))
-    tables = list(read_tables(path, column_names=None, text_columns=[]))
+    tables = list(read_tables(path, EVERYTHING))
     assert [len(t) for t in tables] == [7] * 7 + [1]
     assert [r["i"] for t in tables for r in t.to_pylist()] == [str(i) for i in range(50)]
 
@@ -157,7 +165,7 @@ def test_a_truncated_gzip_file(tmp_path: Path) -> None:
 def test_any_text_survives_a_tsv(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> None:
     path = tmp_path_factory.mktemp("tsv") / "x.tsv"
     path.write_bytes("\n".join(["text\tend", *(f"{t}\t." for t in texts)]).encode())
-    assert [r["text"] for r in read(path)] == texts
+    assert [r["text"] for r in read(path, quoting="none")] == texts
 
 
 @pytest.mark.parametrize("name", ["x.tsv", "x.csv", "x.jsonl", "x.jsonl.gz"])
@@ -166,8 +174,8 @@ def test_long_lines_are_read_in_bounded_tables(write: Write, name: str, monkeypa
     texts = [letter * 10**6 for letter in "abcdefg"]
     lines = [json.dumps({"text": text}) if "json" in name else text for text in texts]
     path = write(name, "\n".join(lines if "json" in name else ["text", *lines]))
-    monkeypatch.setattr(readers, "CHUNK_CHARACTERS", 2 * 10**6)
-    tables = list(read_tables(path, column_names=None, text_columns=["text"]))
+    monkeypatch.setattr(file_limits, "CHUNK_CHARACTERS", 2 * 10**6)
+    tables = list(read_tables(path, EVERYTHING))
     assert [len(table) for table in tables] == [2, 2, 2, 1]
     assert [row["text"] for table in tables for row in table.to_pylist()] == texts
 
@@ -182,7 +190,7 @@ def test_a_line_of_10_megabytes(write: Write) -> None:
 )
 def test_a_line_without_an_end(write: Write, name: str, limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a compressed file may hold: it is not read to its end."""
-    monkeypatch.setattr(readers, limit, 2**20)
+    monkeypatch.setattr(file_limits, limit, 2**20)
     with pytest.raises(UserError, match=rf"{name}.gz, line 1: longer than 1 MiB"):
         read(write(f"{name}.gz", b"x" * (2**20 + 1)))
     if name == "x.csv":
@@ -200,22 +208,24 @@ def test_texts_by_number(tmp_path: Path) -> None:
     """As pandas writes categories."""
     column = pa.array(["a", "b", "a"]).dictionary_encode()
     pq.write_table(pa.table({"text": column}), tmp_path / "x.parquet")
-    (table,) = read_tables(tmp_path / "x.parquet", column_names=None, text_columns=["text"])
+    (table,) = read_tables(tmp_path / "x.parquet", EVERYTHING)
     assert table.schema.field("text").type == pa.string()
     assert table["text"].to_pylist() == ["a", "b", "a"]
 
 
 def test_bytes_that_are_no_text_are_found_while_reading(tmp_path: Path) -> None:
-    """In any column; parquet's own reader takes them as they are."""
+    """In any column that is read; parquet's own reader takes them as they are."""
     column = pa.array([b"a", b"\xff"], pa.binary()).view(pa.string())
     pq.write_table(pa.table({"text": ["a", "b"], "notes": column}), tmp_path / "x.parquet")
     with pytest.raises(UserError, match=r"x\.parquet: cannot be read as parquet: .*Invalid UTF8"):
         read(tmp_path / "x.parquet", text=("text",))
+    (table,) = read_tables(tmp_path / "x.parquet", Wanted({"task.text[0]": "text"}))
+    assert table.to_pydict() == {"text": ["a", "b"]}
 
 
 def test_a_column_that_comes_late(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is not dropped; one of the first rows is in every row."""
-    monkeypatch.setattr(readers, "CHUNK_ROWS", 3)
+    monkeypatch.setattr(file_limits, "CHUNK_ROWS", 3)
     lines = ['{"a": 1}', '{"a": 2}', '{"a": 3, "b": "x"}', '{"a": 4}', '{"b": "y"}']
     assert [row["b"] for row in read(write("x.jsonl", "\n".join(lines)))] == [None, None, "x", None, "y"]
     lines.append('{"a": 6, "c": "lost"}')
@@ -226,9 +236,62 @@ def test_a_column_that_comes_late(write: Write, monkeypatch: pytest.MonkeyPatch)
 
 def test_an_array_without_an_end(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over many lines, each of them short."""
-    monkeypatch.setattr(readers, "MOST_IN_JSON", 2**20)
+    monkeypatch.setattr(file_limits, "MOST_IN_JSON", 2**20)
     rows = [{"a": "x" * 1000}] * 1000
     assert len(read(write("x.json", json.dumps(rows, indent=1)))) == 1000
     content = (b"[\n" + b'{"a": "' + b"x" * 1000 + b'"},\n' * 1) + b'{"a": "x"},\n' * 2**17
     with pytest.raises(UserError, match=r"x.json.gz: an array longer than 1 MiB; write one object a line"):
         read(write("x.json.gz", content))
+
+
+PANDAS = 'text\tlabel\n"a ""good"" film"\tyes\nplain\tno\n"one\ttwo"\tno\n"two\nlines"\tyes\n'
+
+
+def test_a_tsv_as_pandas_writes_it(write: Write) -> None:
+    """It is told apart from one whose quotes are characters, and read as it is meant once the user says so."""
+    path = write("x.tsv", PANDAS)
+    with pytest.raises(
+        UserError, match=r"x.tsv, row 1: the field '\"a \"\"good.*set task.dataset.quoting=double .*or =none"
+    ):
+        read(path)
+    rows = read(path, quoting="double")
+    assert [row["text"] for row in rows] == ['a "good" film', "plain", "one\ttwo", "two\nlines"]
+    assert read(write("x.tsv", PANDAS[:40]), quoting="none")[0]["text"] == '"a ""good"" film"'
+
+
+@pytest.mark.parametrize("content", ['"text"\t"label"\n"a"\t"yes"\n', 'text\tlabel\na\tno\n"""all"""\tno\n'])
+def test_other_tsv_files_with_quotes(write: Write, content: str) -> None:
+    with pytest.raises(UserError, match=r"x.tsv, (the header|row 2): the field .* set task.dataset.quoting=double"):
+        read(write("x.tsv", content))
+
+
+def test_a_quoted_tab_in_a_tsv_is_hinted_at(write: Write) -> None:
+    with pytest.raises(UserError, match=r"row 1: 3 fields where the header has 2.*task.dataset.quoting=double"):
+        read(write("x.tsv", 'text\tlabel\n"one\ttwo"\tno\n'))
+
+
+def test_a_csv_without_quoting(write: Write) -> None:
+    path = write("x.csv", 'text,label\n"good film,1\n5" disk,0\n')
+    with pytest.raises(UserError, match=r"task.dataset.quoting=none"):
+        read(path)
+    assert [row["text"] for row in read(path, quoting="none")] == ['"good film', '5" disk']
+
+
+@pytest.mark.parametrize("name", ["x.csv", "x.tsv"])
+def test_columns_without_a_name_that_nobody_reads(write: Write, name: str) -> None:
+    """pandas' row numbers, an empty column of a spreadsheet, two notes."""
+    content = ",,text,label,note,note\n0,,good,yes,a,b\n1,,bad,no,c,d\n"
+    path = write(name, content if name == "x.csv" else content.replace(",", "\t"))
+    wanted = Wanted({"task.text[0]": "text", "task.label": "label"})
+    (table,) = read_tables(path, wanted)
+    assert table.to_pydict() == {"text": ["good", "bad"], "label": ["yes", "no"]}
+    with pytest.raises(UserError, match="the column 'note' is there twice"):
+        list(read_tables(path, Wanted({"task.text[0]": "note"})))
+
+
+def test_what_an_unread_column_of_json_holds(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that is not in the first rows."""
+    monkeypatch.setattr(file_limits, "CHUNK_ROWS", 1)
+    path = write("x.jsonl", '{"text": "a", "n": [1]}\n{"text": "b", "late": {"x": "\\ud800"}}\n')
+    tables = list(read_tables(path, Wanted({"task.text[0]": "text"})))
+    assert [row for table in tables for row in table.to_pylist()] == [{"text": "a"}, {"text": "b"}]

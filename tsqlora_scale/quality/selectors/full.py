@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from tsqlora_scale.common.disk_arrays import counted
+from tsqlora_scale.common.disk_arrays import blocks, counted, new_array
 from tsqlora_scale.quality.draws.batch_sampler import BatchSampler
 from tsqlora_scale.quality.scores.score_table import ScoreTable
 from tsqlora_scale.quality.selectors.selector import SelectorContext
@@ -15,6 +15,9 @@ from tsqlora_scale.quality.selectors.selector import SelectorContext
 
 class FullSelector:
     """Draws from the whole pool, each sample once an epoch, and scores nothing.
+
+    The pool's own weights (``task.dataset.weight``) multiply how often a sample is drawn, here and in every selector
+    that builds on this one: see :meth:`_make_sampler`.
 
     See :class:`~tsqlora_scale.quality.selectors.selector.Selector`. Other selectors build on it: what they do before
     they know better is this.
@@ -28,6 +31,7 @@ class FullSelector:
         self.config = context.config
         self.pool = context.pool
         with context.world.together():
+            self._draw_weights = context.pool.draw_weights()
             self._sampler = self._make_sampler(self.subset(), None, start=0)
 
     def subset(self) -> np.ndarray:
@@ -35,7 +39,8 @@ class FullSelector:
         return counted(len(self.pool))
 
     def _make_sampler(self, rows: np.ndarray, probabilities: np.ndarray | None, *, start: int) -> BatchSampler:
-        """Draws from ``rows`` by ``probabilities`` (None: evenly) from the step ``start`` on."""
+        """Draws from ``rows`` by ``probabilities`` (None: evenly), times the pool's weights, from ``start`` on."""
+        probabilities = self._weighted(rows, probabilities)
         return BatchSampler(
             rows,
             probabilities,
@@ -44,6 +49,17 @@ class FullSelector:
             replacement=self.config.sampling.replacement and probabilities is not None,
             start=start,
         )
+
+    def _weighted(self, rows: np.ndarray, probabilities: np.ndarray | None) -> np.ndarray | None:
+        """``probabilities`` (n,) of ``rows`` times their weights, up to a constant; None: all alike."""
+        if self._draw_weights is None:
+            return probabilities
+        weighted = new_array(len(rows), np.float64)
+        for block in blocks(len(rows)):
+            weighted[block] = self._draw_weights[rows[block]]
+            if probabilities is not None:
+                weighted[block] *= probabilities[block]
+        return weighted
 
     @property
     def table(self) -> ScoreTable | None:

@@ -1,58 +1,73 @@
-"""The checked pool and held-out set, before a tokenizer or a model is loaded."""
+"""The checked pool and held-out sets, before a tokenizer or a model is loaded."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import datasets
 import numpy as np
 import pyarrow as pa
 
-from tsqlora_scale.common.disk_arrays import new_array
+from tsqlora_scale.common.disk_arrays import filled as filled_array
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.printing import printable
 from tsqlora_scale.common.random_streams import subset_rows
 from tsqlora_scale.config.schema import TaskConfig
 from tsqlora_scale.tasks.metrics import check_metrics
-from tsqlora_scale.tasks.rows.column_checks import SAMPLE_ID, check_text, require_columns, sample_ids
-from tsqlora_scale.tasks.rows.label_cells import class_ids, regression_targets
-from tsqlora_scale.tasks.rows.sources import SplitName, open_split
+from tsqlora_scale.tasks.rows.column_checks import SAMPLE_ID, check_text, sample_ids
+from tsqlora_scale.tasks.rows.excluded_ids import digest_of, not_excluded, read_ids
+from tsqlora_scale.tasks.rows.label_cells import class_ids, draw_weights, infer_labels, regression_targets
+from tsqlora_scale.tasks.rows.origin import Origin
+from tsqlora_scale.tasks.rows.row_ids import text_column
+from tsqlora_scale.tasks.rows.sources import Opened, open_dev, open_pool
+from tsqlora_scale.tasks.rows.wanted import ID_KEY, LABEL_KEY, WEIGHT_KEY, Wanted, no_plain_cells
 
 log = logging.getLogger("tsqlora_scale")
 
 
 @dataclass(frozen=True)
 class Data:
-    """The pool and the held-out set.
+    """The pool and the held-out sets.
 
-    Both have the columns of their source, text memory-mapped, and two columns of ours: ``sample_id`` (string,
-    unique, of the whole source even where only a subset of it is used) and, for classification and regression,
-    the label column as class ids (int64) or numbers (float32).
+    All have the columns that the task reads, text memory-mapped, and columns of ours: ``sample_id`` (string, unique,
+    of the whole source even where only a part of it is used) and, for classification and regression, the label
+    column as class ids (int64) or numbers (float32); the pool's weights are float64.
+
+    Attributes:
+        dev: the held-out set, or the first of several.
+        more_dev: the others, by name.
+        labels: ``task.labels``, or the classes that the pool holds where the config names none.
     """
 
     train: datasets.Dataset
     dev: datasets.Dataset | None
+    more_dev: dict[str, datasets.Dataset] = field(default_factory=dict)
+    labels: list[str] | int | None = None
 
 
 def load_dev(cfg: TaskConfig, *, seed: int) -> Data:
-    """The held-out set alone, opened and checked; the pool is left without rows, and its file need not be there.
+    """The held-out sets alone, opened and checked; the pool is left without rows, and its file need not be there.
 
     Raises:
-        UserError: as :func:`load_data`, or there is no held-out set.
+        UserError: as :func:`load_data`, there is no held-out set, or the config names no classes: those of a held-out
+            set may be others than the pool's.
     """
     check_metrics(cfg.metrics, cfg.type)
     _check_declared_labels(cfg)
-    dev = _load_split(cfg, "dev", seed)
-    if dev is None:
+    check_classes_known(cfg)
+    sets = _load_dev_sets(cfg, seed)
+    if not sets:
         key = "dev_file" if cfg.dataset.name is None else "dev_split"
         raise UserError(f"task.dataset.{key} is not set, and evaluation needs it; name the held-out set")
-    return Data(dev.select([]), dev)
+    dev, more = _first_and_more(sets)
+    assert dev is not None
+    return Data(dev.select([]), dev, more, cfg.labels)
 
 
 def load_data(cfg: TaskConfig, *, seed: int) -> Data:
-    """Open and check both splits.
+    """Open and check all splits.
 
     Args:
         cfg: the task.
@@ -65,9 +80,22 @@ def load_data(cfg: TaskConfig, *, seed: int) -> Data:
     """
     check_metrics(cfg.metrics, cfg.type)
     _check_declared_labels(cfg)
-    train = _load_split(cfg, "train", seed)
-    assert train is not None, "the config requires a training split"
-    return Data(train, _load_split(cfg, "dev", seed))
+    train, labels = _load_pool(cfg, seed)
+    dev, more = _first_and_more(_load_dev_sets(cfg.model_copy(update={"labels": labels}), seed))
+    return Data(train, dev, more, labels)
+
+
+def check_classes_known(cfg: TaskConfig) -> None:
+    """Check that the config names the classes: those of other rows than the pool's may be others.
+
+    Raises:
+        UserError: it names none.
+    """
+    if cfg.type == "classification" and cfg.labels is None:
+        raise UserError(
+            "task.labels is not set, and without the pool the classes are not known; give the config.yaml of the run "
+            "folder, which names them, or set task.labels"
+        )
 
 
 def text_columns(cfg: TaskConfig) -> dict[str, str]:
@@ -78,63 +106,164 @@ def text_columns(cfg: TaskConfig) -> dict[str, str]:
     return {key: name for key, name in named.items() if name is not None}
 
 
-def _load_split(cfg: TaskConfig, split: SplitName, seed: int) -> datasets.Dataset | None:
-    texts = text_columns(cfg)
-    opened = open_split(cfg.dataset, split, text_columns=list(texts.values()))
-    if opened is None:
-        return None
-    raw, where = opened
-    labelled = cfg.type in ("classification", "regression")
-    id_column = cfg.dataset.id_column
-    if split == "dev" and id_column not in raw.column_names:
-        id_column = None  # ids tell the samples of the pool apart; a held-out file often has none
-    required = dict(texts)
-    if labelled and cfg.label is not None:
-        required["task.label"] = cfg.label
-    if id_column is not None:
-        required["task.dataset.id_column"] = id_column
-    require_columns(raw, required, where=where)
-    drop = cfg.dataset.drop_empty
-    filled = new_array(len(raw), bool)
-    filled[:] = True
-    for name in texts.values():
-        filled &= check_text(raw, name, where=where, may_be_empty=drop)
-    own_columns: dict[str, pa.Array | pa.ChunkedArray | np.ndarray] = {
-        SAMPLE_ID: sample_ids(raw, id_column, where=where)
-    }
-    if labelled and cfg.label is not None:
-        own_columns[cfg.label] = _targets(cfg, raw, cfg.label, where)
-    kept = raw.remove_columns([name for name in own_columns if name in raw.column_names])
+def _first_and_more(
+    sets: dict[str, datasets.Dataset],
+) -> tuple[datasets.Dataset | None, dict[str, datasets.Dataset]]:
+    first = next(iter(sets), None)
+    return sets.get(first or ""), {name: rows for name, rows in sets.items() if name != first}
+
+
+def _wanted(cfg: TaskConfig, *, pool: bool) -> Wanted:
+    required, optional = text_columns(cfg), {}
+    label = _label(cfg)
+    if label is not None:
+        required[LABEL_KEY] = label
+    if pool and cfg.dataset.weight is not None:
+        required[WEIGHT_KEY] = cfg.dataset.weight
+    if cfg.dataset.id_column is None:
+        optional["our own"] = SAMPLE_ID  # to say that there is one
+    elif pool:
+        required[ID_KEY] = cfg.dataset.id_column
+    else:
+        optional[ID_KEY] = (
+            cfg.dataset.id_column
+        )  # ids tell the samples of the pool apart; held-out files often have none
+    return Wanted(required, optional, others=cfg.objective is not None)
+
+
+def _label(cfg: TaskConfig) -> str | None:
+    return cfg.label if cfg.type in ("classification", "regression") else None
+
+
+def _load_pool(cfg: TaskConfig, seed: int) -> tuple[datasets.Dataset, list[str] | int | None]:
+    """The checked pool, and the classes in it."""
+    excluded = None if cfg.dataset.exclude is None else read_ids(cfg.dataset.exclude)
+    opened = open_pool(cfg.dataset, _wanted(cfg, pool=True), label=_label(cfg))
+    raw, where = opened.rows, opened.where
+    ids = _ids(cfg, opened)
+    kept = filled_array(len(raw), bool, True)
+    if excluded is not None:
+        assert cfg.dataset.exclude is not None
+        kept &= not_excluded(ids, excluded, value=cfg.dataset.exclude, where=where)
+        _say_left_out(where, len(excluded), "that task.dataset.exclude lists")
+    weights = None
+    if cfg.dataset.weight is not None:
+        weights = draw_weights(raw.data.column(cfg.dataset.weight), where=where, name=cfg.dataset.weight, kept=kept)
+        none = kept & (weights == 0)
+        if none.any():
+            _say_left_out(where, int(np.count_nonzero(none)), f"whose {cfg.dataset.weight!r} is 0")
+            kept &= ~none
+        if not kept.any():
+            raise UserError(
+                f"{WEIGHT_KEY}={cfg.dataset.weight!r}: every row of {where} weighs 0; at least one must not"
+            )
+    labels = cfg.labels
+    if cfg.type == "classification" and labels is None:
+        assert cfg.label is not None
+        column = raw.data.column(cfg.label)
+        labels = infer_labels(column, where=where, name=cfg.label, names=opened.classes, kept=kept)
+    cfg = cfg.model_copy(update={"labels": labels})
+    dataset = _checked(cfg, opened, ids, kept, weights, identity=digest_of(excluded))
+    return _part(dataset, cfg.dataset.max_train_samples, seed, "train"), labels
+
+
+def _load_dev_sets(cfg: TaskConfig, seed: int) -> dict[str, datasets.Dataset]:
+    sets = {}
+    for name in cfg.dataset.dev_sets:
+        opened = open_dev(cfg.dataset, name, _wanted(cfg, pool=False), label=_label(cfg))
+        kept = filled_array(len(opened.rows), bool, True)
+        dataset = _checked(cfg, opened, _ids(cfg, opened), kept, None, identity="")
+        sets[name] = _part(dataset, cfg.dataset.max_dev_samples, seed, f"dev {name}" if name else "dev")
+    return sets
+
+
+def _ids(cfg: TaskConfig, opened: Opened) -> pa.ChunkedArray | pa.Array:
+    raw, name = opened.rows, cfg.dataset.id_column
+    if name is None or name not in raw.column_names:
+        present = raw.column_names if name is None else []
+        return sample_ids(None, None, where=opened.where, size=len(raw), present=present)
+    column = _text_of(raw, name, ID_KEY, opened.where)
+    return sample_ids(column, name, where=opened.where, size=len(raw), present=[])
+
+
+def _text_of(raw: datasets.Dataset, name: str, key: str, where: Origin) -> pa.ChunkedArray:
+    """A column as texts.
+
+    Raises:
+        UserError: its type has no plain cells.
+    """
+    column = raw.data.column(name)
+    texts = text_column(column, ids=key == ID_KEY)
+    if texts is None:
+        raise no_plain_cells(key, name, column.type, where=where)
+    return texts
+
+
+def _checked(
+    cfg: TaskConfig,
+    opened: Opened,
+    ids: pa.ChunkedArray | pa.Array,
+    kept: np.ndarray,
+    weights: np.ndarray | None,
+    *,
+    identity: str,
+) -> datasets.Dataset:
+    """The rows that are ``kept`` (N,), with the columns of ours.
+
+    Args:
+        identity: what the kept rows depend on beside the config and the source.
+    """
+    raw, where = opened.rows, opened.where
+    own_columns: dict[str, pa.Array | pa.ChunkedArray | np.ndarray] = {SAMPLE_ID: ids}
+    filled = kept.copy()
+    for key, name in text_columns(cfg).items():
+        column = _text_of(raw, name, key, where)
+        if column.type != raw.data.column(name).type:
+            own_columns[name] = column
+        filled &= check_text(column, name, where=where, kept=kept, may_be_empty=cfg.dataset.drop_empty)
+    label = _label(cfg)
+    if label is not None:
+        own_columns[label] = _targets(cfg, opened, label, filled)
+    if weights is not None:
+        assert cfg.dataset.weight is not None
+        own_columns[cfg.dataset.weight] = weights
+    others = raw.remove_columns([name for name in own_columns if name in raw.column_names])
     # a fingerprint of its own, or one is taken of a copy of the table; the same on all ranks
-    identity = repr((raw._fingerprint, id_column, cfg.type, cfg.label, cfg.labels))
-    fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:16]
+    names = (cfg.dataset.id_column, cfg.type, cfg.label, cfg.labels, cfg.dataset.weight, identity)
+    fingerprint = hashlib.sha256(repr((raw._fingerprint, *names)).encode()).hexdigest()[:16]
     added = datasets.Dataset(pa.table(own_columns), fingerprint=fingerprint)
-    dataset = datasets.concatenate_datasets([kept, added], axis=1)
+    dataset = datasets.concatenate_datasets([others, added], axis=1)
+    left_out = int(np.count_nonzero(kept)) - int(np.count_nonzero(filled))
+    if left_out:
+        _say_left_out(where, left_out, "with an empty text")
     if not filled.all():
-        left_out = len(filled) - int(np.count_nonzero(filled))
-        log.warning("%s: %d rows with an empty text are left out", printable(where), left_out)
         dataset = dataset.select(np.flatnonzero(filled))
-        if not len(dataset):
-            raise UserError(f"{where}: every row has an empty text; check task.text, task.source and task.target")
-    limit = cfg.dataset.max_train_samples if split == "train" else cfg.dataset.max_dev_samples
+    if not len(dataset):
+        raise UserError(f"{where}: every row has an empty text; check task.text, task.source and task.target")
+    return dataset
+
+
+def _say_left_out(where: Origin, rows: int, which: str) -> None:
+    log.warning("%s: %d rows %s are left out", printable(str(where)), rows, which)
+
+
+def _part(dataset: datasets.Dataset, limit: int | None, seed: int, split: str) -> datasets.Dataset:
+    """A random part of ``limit`` rows: files are often sorted, so a head is no sample."""
     if limit is None or limit >= len(dataset):
         return dataset
-    # files are often sorted, so a head is no sample
     return dataset.select(subset_rows(len(dataset), limit, seed=seed, split=split))
 
 
-def _targets(cfg: TaskConfig, raw: datasets.Dataset, label: str, where: str) -> np.ndarray:
-    column = raw.data.column(label)
+def _targets(cfg: TaskConfig, opened: Opened, label: str, kept: np.ndarray) -> np.ndarray:
+    column = opened.rows.data.column(label)
     if cfg.type == "regression":
-        return regression_targets(column, where=where, name=label)
-    assert cfg.labels is not None, "the config requires labels of a classification task"
-    feature = raw.features[label]
-    names = feature.names if isinstance(feature, datasets.ClassLabel) else None
-    return class_ids(column, cfg.labels, where=where, name=label, names=names)
+        return regression_targets(column, where=opened.where, name=label, kept=kept)
+    assert cfg.labels is not None, "they are known by now"
+    return class_ids(column, cfg.labels, where=opened.where, name=label, names=opened.classes, kept=kept)
 
 
 def _check_declared_labels(cfg: TaskConfig) -> None:
-    if cfg.type != "classification":
+    if cfg.type != "classification" or cfg.labels is None:
         return
     if cfg.num_labels < 2:
         raise UserError(f"task.labels={cfg.labels!r}: a classification task needs at least two classes")

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from tsqlora_scale.config.schema import TaskConfig
 from tsqlora_scale.tasks.rows.readers import file_format, read_tables
+from tsqlora_scale.tasks.rows.wanted import Wanted
 
 #: Rows of a parquet file that are in memory at once.
 ROWS = 4096
@@ -22,7 +23,8 @@ ROWS = 4096
 def given_tables(file: Path, cfg: TaskConfig) -> Iterator[pa.Table]:
     """The rows in order: columns of text for text formats (what is no text in json, as json), parquet's own types."""
     if file_format(file) != "parquet":
-        yield from read_tables(file, column_names=cfg.dataset.column_names, text_columns=())
+        names, quoting = cfg.dataset.column_names, cfg.dataset.quoting
+        yield from read_tables(file, Wanted({}, others=True), column_names=names, quoting=quoting)
         return
     with pq.ParquetFile(file) as opened:
         for batch in opened.iter_batches(batch_size=ROWS):

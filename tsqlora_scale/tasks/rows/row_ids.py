@@ -10,28 +10,53 @@ import pyarrow as pa
 import pyarrow.ipc
 
 from tsqlora_scale.common import disk_arrays
+from tsqlora_scale.tasks.rows.cells import is_text, texts_of
+
+_SCHEMA = pa.schema([("text", pa.string())])
 
 
 def row_numbers(size: int) -> pa.ChunkedArray:
     """``"0"``, ``"1"``, ..., (size,) strings."""
     batches = (
-        pa.record_batch([pa.array(np.arange(block.start, block.stop)).cast(pa.string())], names=["number"])
+        pa.record_batch([pa.array(np.arange(block.start, block.stop)).cast(pa.string())], schema=_SCHEMA)
         for block in disk_arrays.blocks(size)
     )
-    schema = pa.schema([("number", pa.string())])
-    if size * (4 + len(str(size))) <= disk_arrays.IN_MEMORY:
-        return pa.Table.from_batches(list(batches), schema).column("number")
-    return _mapped(batches, schema).column("number")
+    return _stored(batches, size * (4 + len(str(size))))
 
 
-def _mapped(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> pa.Table:
+def text_column(column: pa.ChunkedArray, *, ids: bool) -> pa.ChunkedArray | None:
+    """A column (N,) as texts, mapped to disk where it is large; None where its type has no plain cells.
+
+    Args:
+        ids: take what :func:`.texts_of` takes of ids.
+    """
+    if is_text(column.type):
+        return column
+    if texts_of(pa.nulls(0).cast(column.type) if not column.num_chunks else column.chunk(0)[:0], ids=ids) is None:
+        return None
+    batches = (
+        pa.record_batch([texts.cast(pa.string())], schema=_SCHEMA)
+        for block in disk_arrays.blocks(len(column))
+        for part in column.slice(block.start, block.stop - block.start).chunks
+        if (texts := texts_of(part, ids=ids)) is not None
+    )
+    return _stored(batches, 2 * column.nbytes)
+
+
+def _stored(batches: Iterable[pa.RecordBatch], size_in_bytes: int) -> pa.ChunkedArray:
+    if size_in_bytes <= disk_arrays.IN_MEMORY:
+        return pa.Table.from_batches(list(batches), _SCHEMA).column(0)
+    return _mapped(batches).column(0)
+
+
+def _mapped(batches: Iterable[pa.RecordBatch]) -> pa.Table:
     """A table in a temporary file, which is gone when the table is, or the process, also a killed one.
 
     Raises:
         UserError: the disk of TMPDIR has no room, or there is none.
     """
     with disk_arrays.temporary_file("the row numbers") as file:
-        with pa.ipc.new_file(file, schema) as writer:
+        with pa.ipc.new_file(file, _SCHEMA) as writer:
             for batch in batches:
                 writer.write_batch(batch)
         file.flush()

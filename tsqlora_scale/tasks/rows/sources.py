@@ -7,89 +7,143 @@ share the pages of one copy, and a pool may be larger than memory. The cache key
 from __future__ import annotations
 
 import contextlib
-import difflib
 import hashlib
-import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import datasets
+import numpy as np
 import pyarrow as pa
 
 from tsqlora_scale.common.errors import UserError
-from tsqlora_scale.config import locations
 from tsqlora_scale.config.schema import DatasetConfig
-from tsqlora_scale.tasks.rows.readers import read_tables
+from tsqlora_scale.tasks.rows.data_files import find_files
+from tsqlora_scale.tasks.rows.origin import Origin
+from tsqlora_scale.tasks.rows.parquet_files import class_names
+from tsqlora_scale.tasks.rows.readers import file_format, read_tables
+from tsqlora_scale.tasks.rows.wanted import Wanted
 
-SplitName = Literal["train", "dev"]
+SplitName = str
 E = TypeVar("E", bound=BaseException)
 
 #: Part of every cache key; raise it when :mod:`tsqlora_scale.tasks.rows.readers` reads a file differently.
-_READERS_VERSION = "3"
+_READERS_VERSION = "4"
 
 
-def open_split(
-    cfg: DatasetConfig, split: SplitName, *, text_columns: Sequence[str]
-) -> tuple[datasets.Dataset, str] | None:
-    """The raw rows of a split and the words that messages name it by; None for a dev split that is not configured.
+@dataclass(frozen=True)
+class Opened:
+    """The raw rows of a split.
+
+    Attributes:
+        rows: memory-mapped; of local files the wanted columns as texts, of a hub dataset as they are there.
+        where: the words that messages name them by.
+        classes: the classes that the numbers of the label column stand for, where the data says so.
+    """
+
+    rows: datasets.Dataset
+    where: Origin
+    classes: list[str] | None
+
+
+def open_pool(cfg: DatasetConfig, wanted: Wanted, *, label: str | None) -> Opened:
+    """The training split.
+
+    Args:
+        wanted: the columns to read.
+        label: the column whose classes are asked for.
 
     Raises:
-        UserError: missing or malformed file, unreachable hub dataset, or no rows.
+        UserError: missing or malformed file, unreachable hub dataset, no such column, or no rows.
     """
-    with _quiet():
-        if cfg.name is not None:
-            if split == "dev" and cfg.dev_split is None:
-                return None
-            opened = _from_hub(cfg, split)
-        else:
-            file = cfg.train_file if split == "train" else cfg.dev_file
-            if file is None:
-                return None
-            path = _find(cfg, file, split)
-            opened = _from_file(path, cfg.column_names, text_columns), str(path)
-    dataset, where = opened
-    if not len(dataset):
-        raise UserError(f"{where}: no rows; it needs at least one")
-    return dataset, where
+    if cfg.name is not None:
+        return _from_hub(cfg, cfg.train_split, "train_split", wanted, label)
+    assert cfg.train_file is not None, "the config requires one"
+    return _from_files(cfg, cfg.train_file, "train_file", wanted, label)
 
 
-def _from_hub(cfg: DatasetConfig, split: SplitName) -> tuple[datasets.Dataset, str]:
-    name = cfg.train_split if split == "train" else cfg.dev_split
-    where = f"dataset {cfg.name}{f'/{cfg.subset}' if cfg.subset else ''}, split {name!r}"
+def open_dev(cfg: DatasetConfig, name: str, wanted: Wanted, *, label: str | None) -> Opened:
+    """The held-out set called ``name`` in ``cfg.dev_sets``, as :func:`open_pool` opens the pool.
+
+    Raises:
+        UserError: see there.
+    """
+    key = f".{name}" if name and not isinstance(cfg.dev_split, list) else ""
+    place = cfg.dev_sets[name]
+    if cfg.name is not None:
+        assert isinstance(place, str)
+        return _from_hub(cfg, place, f"dev_split{key}", wanted, label)
+    return _from_files(cfg, place, f"dev_file{key}", wanted, label)
+
+
+def _from_hub(cfg: DatasetConfig, split: str, key: str, wanted: Wanted, label: str | None) -> Opened:
+    where = f"dataset {cfg.name}{f'/{cfg.subset}' if cfg.subset else ''}, split {split!r}"
     try:
-        dataset = datasets.load_dataset(cfg.name, cfg.subset, split=name)
+        with _quiet():
+            dataset = datasets.load_dataset(cfg.name, cfg.subset, split=split)
     except Exception as error:  # the hub, the network and every dataset script have exceptions of their own
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(
             f"task.dataset.name={cfg.name!r}: cannot load {where}: {reason}; check name, subset, "
-            f"{split}_split and the network, or use local files (task.dataset.path)"
+            f"{key} and the network, or use local files (task.dataset.path)"
         ) from None
     assert isinstance(dataset, datasets.Dataset)
-    return dataset, where
+    if not len(dataset):
+        raise UserError(f"{where}: no rows; it needs at least one")
+    names = wanted.among(dataset.column_names, where=where)
+    if not wanted.others:
+        dataset = dataset.select_columns(names)
+    feature = dataset.features.get(label)
+    classes = list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+    return Opened(dataset, Origin(where), classes)
 
 
-def _find(cfg: DatasetConfig, file: str, split: SplitName) -> Path:
-    assert cfg.path is not None
-    folder = Path(locations.resolve(cfg.path, key="task.dataset.path"))
-    path = folder / file
-    if path.is_file():
-        return path
-    if not folder.is_dir():
-        raise UserError(f"task.dataset.path={cfg.path!r}: no such folder; give the folder that holds the data files")
-    if os.path.lexists(path):
-        what = "a folder" if path.is_dir() else "no regular file"
-        raise UserError(f"task.dataset.{split}_file={file!r}: is {what} in {folder}; give a file of that folder")
-    near = difflib.get_close_matches(file, [p.name for p in folder.iterdir()], 1, 0.5)
-    hint = f"did you mean {near[0]!r}?" if near else "give a file of that folder"
-    raise UserError(f"task.dataset.{split}_file={file!r}: no such file in {folder}; {hint}")
+def _from_files(cfg: DatasetConfig, value: str | list[str], key: str, wanted: Wanted, label: str | None) -> Opened:
+    """One file, or several whose rows follow one another; each is converted, and found in the cache, by itself."""
+    paths = find_files(value, cfg.path, key=f"task.dataset.{key}")
+    with _quiet():
+        parts = [_from_file(path, cfg, wanted) for path in paths]
+    classes = [class_names(p, label) if label and file_format(p) == "parquet" else None for p in paths]
+    if len(parts) == 1:
+        return Opened(parts[0], Origin(str(paths[0])), classes[0])
+    _check_shards(paths, parts, classes)
+    where = f"{paths[0]} and {len(paths) - 1} more"
+    ends = tuple(np.cumsum([len(part) for part in parts]).tolist())
+    rows = datasets.concatenate_datasets([part.select_columns(parts[0].column_names) for part in parts])
+    return Opened(rows, Origin(where, tuple(map(str, paths)), ends), classes[0])
 
 
-def _from_file(path: Path, column_names: Sequence[str] | None, text_columns: Sequence[str]) -> datasets.Dataset:
+def _check_shards(
+    paths: Sequence[Path], parts: Sequence[datasets.Dataset], classes: Sequence[list[str] | None]
+) -> None:
+    """The shards of one split have the same columns, and number their classes alike.
+
+    Raises:
+        UserError: naming the first that differs.
+    """
+    first = parts[0].features
+    for path, part, names in zip(paths, parts, classes, strict=True):
+        different = [name for name in {**first, **part.features} if first.get(name) != part.features.get(name)]
+        if different:
+            here, there = (str(f.get(different[0], "no such column")) for f in (part.features, first))
+            raise UserError(
+                f"{path}: column {different[0]!r} is of another kind ({here}) than in {paths[0]} ({there}); "
+                "the files of a split need the same columns"
+            )
+        if names != classes[0]:
+            raise UserError(
+                f"{path}: its label numbers stand for {names or 'no classes by name'}, those of {paths[0]} for "
+                f"{classes[0] or 'none'}; write the files of a split alike"
+            )
+
+
+def _from_file(path: Path, cfg: DatasetConfig, wanted: Wanted) -> datasets.Dataset:
     stat = path.stat()
-    key = repr((_READERS_VERSION, str(path.resolve()), stat.st_size, stat.st_mtime_ns, column_names, text_columns))
+    read = sorted(wanted.keys().items()), wanted.others, cfg.column_names, cfg.quoting
+    key = repr((_READERS_VERSION, str(path.resolve()), stat.st_size, stat.st_mtime_ns, read))
     try:
-        builder = _LocalFile(path, column_names, text_columns, hash=hashlib.sha256(key.encode()).hexdigest())
+        builder = _LocalFile(path, cfg, wanted, hash=hashlib.sha256(key.encode()).hexdigest())
         builder.download_and_prepare()
         dataset = builder.as_dataset(split="train")
     except (datasets.exceptions.DatasetGenerationError, OSError) as error:
@@ -117,10 +171,8 @@ def _cause(error: BaseException | None, kind: type[E]) -> E | None:
 class _LocalFile(datasets.ArrowBasedBuilder):
     """One local file, converted to Arrow by :func:`read_tables`, with the cache and the locks of ``datasets``."""
 
-    def __init__(
-        self, path: Path, column_names: Sequence[str] | None, text_columns: Sequence[str], *, hash: str
-    ) -> None:
-        self._path, self._column_names, self._text_columns = path, column_names, text_columns
+    def __init__(self, path: Path, cfg: DatasetConfig, wanted: Wanted, *, hash: str) -> None:
+        self._path, self._cfg, self._wanted = path, cfg, wanted
         super().__init__(dataset_name="tsqlora_local", hash=hash)
 
     def _info(self) -> datasets.DatasetInfo:
@@ -130,8 +182,8 @@ class _LocalFile(datasets.ArrowBasedBuilder):
         return [datasets.SplitGenerator(name="train")]
 
     def _generate_tables(self) -> Iterator[tuple[int, pa.Table]]:
-        tables = read_tables(self._path, column_names=self._column_names, text_columns=self._text_columns)
-        yield from enumerate(tables)
+        cfg = self._cfg
+        yield from enumerate(read_tables(self._path, self._wanted, column_names=cfg.column_names, quoting=cfg.quoting))
 
 
 @contextlib.contextmanager

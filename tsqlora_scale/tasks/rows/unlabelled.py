@@ -10,12 +10,13 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from tsqlora_scale.common.disk_arrays import new_array
+from tsqlora_scale.common.disk_arrays import filled as ones
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.schema import TaskConfig
-from tsqlora_scale.tasks.rows.column_checks import check_text, require_columns
-from tsqlora_scale.tasks.rows.data import Data, text_columns
-from tsqlora_scale.tasks.rows.sources import open_split
+from tsqlora_scale.tasks.rows.column_checks import check_text
+from tsqlora_scale.tasks.rows.data import Data, check_classes_known, text_columns
+from tsqlora_scale.tasks.rows.sources import open_dev
+from tsqlora_scale.tasks.rows.wanted import Wanted
 
 #: Stands where a row has no target yet; nothing that a model answers depends on it.
 PLACEHOLDER = "."
@@ -46,18 +47,16 @@ def load_unlabelled(cfg: TaskConfig, file: Path) -> Unlabelled:
     if not file.is_file():
         what = "is no file" if file.exists() else "no such file"
         raise UserError(f"--data {str(file)!r}: {what}; give a csv, tsv, jsonl or parquet file")
+    check_classes_known(cfg)
     source = cfg.dataset.model_copy(
         update={"name": None, "path": str(file.absolute().parent), "train_file": file.name, "dev_file": file.name}
     )
     texts = {key: name for key, name in text_columns(cfg).items() if key != "task.target"}
-    opened = open_split(source, "dev", text_columns=list(texts.values()))
-    assert opened is not None, "a file is named"
-    raw, where = opened
-    require_columns(raw, texts, where=where)
-    filled = new_array(len(raw), bool)
-    filled[:] = True
+    opened = open_dev(source, "", Wanted(texts, others=cfg.objective is not None), label=None)
+    raw, where = opened.rows, opened.where
+    filled = ones(len(raw), bool, True)
     for name in texts.values():
-        filled &= check_text(raw, name, where=where, may_be_empty=True)
+        filled &= check_text(raw.data.column(name), name, where=where, kept=filled, may_be_empty=True)
     answer = cfg.target or cfg.label
     assert answer is not None, "the config requires one"
     blank = pa.repeat({"regression": 0.0, "classification": 0}.get(cfg.type, PLACEHOLDER), len(raw))

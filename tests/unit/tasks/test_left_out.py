@@ -1,0 +1,121 @@
+"""What a user takes out of the pool, and how often the rest is drawn: ``exclude`` and ``weight``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import AutoConfig, AutoTokenizer
+
+from tests.unit.tasks.cases import CLASSES, task_config
+from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.tasks import Data, Task, build_task, load_data
+
+Write = Callable[[str, "str | bytes"], Path]
+ROWS = "key\ttext\tlabel\tw\na\tgood film\tgood\t1\nb\tbad film\tbad\t0\nc\ta film\tgood\t2.5\n"
+
+
+@pytest.fixture(autouse=True)
+def _pool(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write("train.tsv", ROWS)
+    monkeypatch.chdir(tmp_path)
+
+
+def load(folder: Path, kind: dict[str, Any] = CLASSES, **dataset: Any) -> Data:
+    return load_data(task_config(folder, kind, **dataset), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("out.txt", "a\n\n c \n"),
+        ("out.csv", "sample_id,quality\na,0.1\nc,0.2\na,0.3\n"),
+        ("out.tsv", "quality\tid\n1\ta\n2\tc\n"),
+        ("out.jsonl", '{"sample_id": "a"}\n{"sample_id": "c", "why": ["x"]}'),
+    ],
+)
+def test_rows_are_left_out_by_their_ids(
+    write: Write, tmp_path: Path, name: str, content: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write(name, content)
+    for value in (name, str(path)):
+        train = load(tmp_path, id_column="key", exclude=value).train
+        assert train["sample_id"][:] == ["b"]
+        assert train["text"][:] == ["bad film"]
+    assert "2 rows that task.dataset.exclude lists are left out" in caplog.text
+
+
+def test_ids_that_are_row_numbers(write: Write, tmp_path: Path) -> None:
+    write("out.jsonl", '{"sample_id": 1}')
+    data = load(tmp_path, exclude="out.jsonl", dev_file="train.tsv")
+    assert data.train["sample_id"][:] == ["0", "2"]
+    assert data.dev is not None
+    assert len(data.dev) == 3  # the pool alone
+
+
+def test_what_is_left_out_may_be_wrong(write: Write, tmp_path: Path) -> None:
+    """An unknown label or an empty text is often why."""
+    write("train.tsv", ROWS.replace("bad film\tbad\t0", "\tperhaps\tmuch"))
+    write("out.txt", "b\n")
+    kind = CLASSES | {"labels": None}
+    write("train.tsv", ROWS.replace("bad film\tbad\t0", "\tperhaps\tmuch") + "d\tx\tbad\t1\n")
+    data = load(tmp_path, kind, id_column="key", exclude="out.txt", weight="w")
+    assert data.train["sample_id"][:] == ["a", "c", "d"]
+    assert data.labels == ["bad", "good"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("out.txt", "a\nx\ny\n", r"task.dataset.exclude='out.txt': 2 of its 3 ids are no sample's .*\('x', 'y'\)"),
+        ("out.txt", "a\nb\nc\n", r"leaves no row of .*train.tsv"),
+        ("out.txt", "\n", r"task.dataset.exclude='out.txt': holds no ids"),
+        ("out.csv", "text,label\na,b\n", r"out.csv: has no column 'sample_id' or 'id'"),
+        ("out.txt", b"\xff", r"out.txt: not UTF-8"),
+        ("other.txt", "a", r"task.dataset.exclude='out.txt': no such file"),
+    ],
+)
+def test_mistakes_of_exclude(write: Write, tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
+    write(name, content)
+    with pytest.raises(UserError, match=message):
+        load(tmp_path, id_column="key", exclude=name if name != "other.txt" else "out.txt")
+
+
+@pytest.mark.parametrize("cell", ["-1", "nan", "inf", "", "much", "1_0"])
+def test_mistakes_of_weight(write: Write, tmp_path: Path, cell: str) -> None:
+    write("train.tsv", ROWS.replace("2.5", cell))
+    with pytest.raises(UserError, match=r"train.tsv, row 3: .*column 'w'"):
+        load(tmp_path, weight="w")
+
+
+def test_weights_of_zero(write: Write, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = load(tmp_path, weight="w", dev_file="train.tsv")
+    assert data.train["sample_id"][:] == ["0", "2"]
+    assert "1 rows whose 'w' is 0 are left out" in caplog.text
+    write("train.tsv", ROWS.replace("2.5", "0").replace("\t1\n", "\t0.0\n"))
+    with pytest.raises(UserError, match=r"task.dataset.weight='w': every row of .* weighs 0"):
+        load(tmp_path, weight="w")
+    with pytest.raises(UserError, match=r"task.dataset.weight='v': no such column"):
+        load(tmp_path, weight="v")
+
+
+def test_the_task_knows_the_weights(write: Write, tmp_path: Path, models: Callable[[str], Path]) -> None:
+    """They belong to the data that a resumed run must find again."""
+    folder = models("bert")
+
+    def task(**dataset: Any) -> Task:
+        cfg = task_config(tmp_path, CLASSES, **dataset)
+        data = load_data(cfg, seed=0)
+        return build_task(cfg, data, AutoTokenizer.from_pretrained(folder), AutoConfig.from_pretrained(folder))
+
+    plain, first = task(), task(weight="w")
+    assert plain.draw_weights() is None
+    assert np.array_equal(first.draw_weights(), [1.0, 2.5])
+    write("out.txt", "1")
+    digests = {plain.digest(), first.digest(), task(exclude="out.txt").digest()}
+    write("train.tsv", ROWS.replace("2.5", "3"))
+    assert len(digests | {task(weight="w").digest()}) == 4
+    assert task(weight="w", max_train_samples=1).draw_weights() in ([1.0], [3.0])

@@ -1,0 +1,66 @@
+"""One grammar of cells for all readers: every plain cell is a text, and what is no text is written as one.
+
+A number is written as Python and JSON write it (``1``, ``1.0``, ``0.1``), a truth value as ``true`` or ``false``; a
+missing value and NaN are empty. So a file says the same as csv, as JSON and as parquet.
+"""
+
+from __future__ import annotations
+
+import uuid
+from decimal import Decimal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+#: A cell as files and hub datasets give it.
+Cell = str | int | float | bool | Decimal | None
+
+
+def cell_text(cell: str | int | float | bool | Decimal) -> str:
+    """A single cell as text."""
+    return str(cell).lower() if isinstance(cell, bool) else str(cell)
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column's cells are texts as they lie there."""
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def texts_of(array: pa.Array, *, ids: bool = False) -> pa.Array | None:
+    """The cells (N,) as texts; None where the type has no plain cells (lists, structs, maps, bytes).
+
+    Args:
+        ids: take dates, times and bytes, too, as Arrow writes them.
+
+    Raises:
+        pyarrow.ArrowException: bytes that are no text.
+    """
+    kind, types = array.type, pa.types
+    if is_text(kind):
+        return array
+    if types.is_dictionary(kind):  # pandas' categories
+        return texts_of(array.dictionary_decode(), ids=ids)
+    if isinstance(kind, pa.BaseExtensionType):
+        return _texts_of_extension(array, ids=ids)
+    if types.is_floating(kind):
+        return _texts_of_floats(array)
+    if types.is_null(kind) or types.is_boolean(kind) or types.is_integer(kind) or types.is_decimal(kind):
+        return pc.cast(array, pa.string())
+    if kind == pa.string_view() or (ids and (types.is_temporal(kind) or types.is_binary(kind))):
+        return pc.cast(array, pa.string())
+    return None
+
+
+def _texts_of_extension(array: pa.Array, *, ids: bool) -> pa.Array | None:
+    name = array.type.extension_name
+    if name == "arrow.uuid":
+        cells = array.storage.to_pylist()
+        return pa.array([None if cell is None else str(uuid.UUID(bytes=cell)) for cell in cells], pa.string())
+    return texts_of(pc.cast(array.storage, pa.bool_()) if name == "arrow.bool8" else array.storage, ids=ids)
+
+
+def _texts_of_floats(array: pa.Array) -> pa.Array:
+    """The shortest text that reads as the same number of the column's width."""
+    values = array.to_numpy(zero_copy_only=False)
+    cells = values.tolist() if pa.types.is_float64(array.type) else values
+    return pa.array([None if cell != cell else str(cell) for cell in cells], pa.string())
