@@ -73,6 +73,7 @@ def kind(annotation: str) -> str:
         lambda m: " or ".join([*(f"`{v}`" for v in re.findall(r"'([^']*)'", m[1])), "`FILE.py:NAME`", "`module:NAME`"]),
         text,
     )
+    text = re.sub(r"dict\[str, ((?:[^\[\]]|\[[^\]]*\])*)\]", r"mapping of names to (\1)", text)
     text = re.sub(r"list\[(.*?)\]", r"list of \1", text)
     for name, words in WORDS.items():
         text = re.sub(rf"(?<![\w`.]){name}(?![\w`:])", words, text)

@@ -139,6 +139,8 @@ def score(
 
     place = "auto" if resume else None
     preflight.check_run_dir(config, overwrite=overwrite, resume=place)
+    if adapter is not None:
+        config = preflight.with_labels_of(config, Path(adapter))
     checked = preflight.check(config)
     if adapter is not None:
         check_adapter_fits(checked.config, checked.model_config, adapter)
@@ -291,5 +293,9 @@ def export(
 
     if form not in FORMATS:
         raise UserError(f"form={form!r}: is none of {', '.join(map(repr, FORMATS))}")
+    if config is not None:
+        from tsqlora_scale.run.preflight import with_labels_of
+
+        config = with_labels_of(config, Path(adapter))
     with quiet_libraries():
         return write(Path(adapter), form, Path(out), config=config, overwrite=overwrite)

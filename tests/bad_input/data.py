@@ -373,11 +373,54 @@ for number, case in enumerate(IDS[:-1]):
         case.name, case.words, lambda p, make=case.make: (make(p), p.tree["task"]["dataset"].update(id_column="id"))
     )  # type: ignore[misc]
 
+ONE_CLASS = HEAD + "a\tno\nb\tno\n"
+WEIGHTS = "text\tlabel\tw\na\tno\t1\nb\tyes\t-1\n"
+
+
+def _excluding(name: str, content: str, *words: str) -> Case:
+    """A file of ids to leave out."""
+
+    def make(place: Place) -> None:
+        (place.folder / "out.txt").write_text(content)
+        place.tree["task"]["dataset"]["exclude"] = "out.txt"
+
+    return Case(name, words, make)
+
+
+def _weighted(place: Place) -> None:
+    place.train_file("x.tsv", WEIGHTS)
+    place.tree["task"]["dataset"]["weight"] = "w"
+
+
+def _broken_part(place: Place) -> None:
+    (place.data / "p-1.tsv").write_text(TSV)
+    (place.data / "p-2.tsv").write_text(HEAD + "a film\tno\na film\tperhaps\n")
+    place.tree["task"]["dataset"]["train_file"] = "p-*.tsv"
+
+
+def _several_dev_sets(place: Place) -> None:
+    place.tree["task"]["dataset"]["dev_file"] = {"one": "dev.jsonl", "two": "dve.jsonl"}
+
+
+LEFT_TO_THE_DATA = [
+    training_file("one class", "x.tsv", ONE_CLASS, "task.label='label'", "holds 1 class", "two", labels=None),
+    training_file("texts for classes", "x.tsv", MANY_LABELS, "task.label", "99 different values", labels=None),
+    _excluding("an id that is nobody's", "3\nx\n", "task.dataset.exclude='out.txt'", "'x'", "task.dataset.id_column"),
+    _excluding("no ids to leave out", "\n", "task.dataset.exclude='out.txt'", "no ids"),
+    _excluding("nothing is left", "\n".join(map(str, range(48))), "task.dataset.exclude='out.txt'", "leaves no row"),
+    Case("a negative weight", ("x.tsv, row 2", "'-1'", "task.dataset.weight"), _weighted),
+    Case("an unknown label in a part", ("p-2.tsv, row 2", "'perhaps'"), _broken_part),
+    Case("no such set among several", ("task.dataset.dev_file.two='dve.jsonl'", "'dev.jsonl'"), _several_dev_sets),
+]
+
 PLACES = [
     Case("a folder in the place of a file", ("task.dataset.train_file='folder.jsonl'", "folder"), _folder_for_a_file),
     Case("a file that cannot be read", ("x.tsv", "cannot be read"), _unreadable),
     Case("a link that leads to itself", ("task.dataset.train_file='x.tsv'",), _loop),
     Case("a pipe in the place of a file", ("task.dataset.train_file='x.tsv'",), _fifo),
+    _dataset("a pattern that nothing is like", "train_file='*.tsv'", "matches no file", train_file="*.tsv"),
+    _dataset("a file twice", "names 'data-classification/dev.jsonl' twice", train_file=["dev.jsonl", "dev.json*"]),
+    _dataset("no files", "'train_file' names no file", train_file=[]),
     _dataset("no data folder", "task.dataset.path='./nowhere'", "no such folder", path="./nowhere"),
     _dataset("a file in the place of the data folder", "task.dataset.path", "no such folder", path="config.yaml"),
     _dataset(
@@ -408,4 +451,4 @@ PLACES = [
     Case("a development file without labels", ("task.label='label'", "dev.jsonl"), _dev_without_column),
 ]
 
-CASES = [*TEXT_FILES, *CELLS, *PARQUET, *IDS, *PLACES]
+CASES = [*TEXT_FILES, *CELLS, *PARQUET, *IDS, *LEFT_TO_THE_DATA, *PLACES]

@@ -42,7 +42,7 @@ from tsqlora_scale.run.resume import (
 )
 from tsqlora_scale.run.run_lock import RunLock
 from tsqlora_scale.run.training_run import Run
-from tsqlora_scale.tasks.evaluation import evaluate
+from tsqlora_scale.tasks.evaluation import evaluate_all
 
 log = logging.getLogger("tsqlora_scale")
 
@@ -237,4 +237,4 @@ def evaluate_adapter(preflight: Described, adapter: str) -> dict[str, float]:
     world = World.current(accelerator.device)
     model = load_adapted(preflight, Path(adapter), device=accelerator.device)
     with Progress("evaluating", shows=world.is_main) as bar:
-        return evaluate(model, preflight.task, world, batch_size=config.train.eval_batch_size, progress=bar)
+        return evaluate_all(model, preflight.task, world, batch_size=config.train.eval_batch_size, progress=bar)

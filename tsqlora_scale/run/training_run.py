@@ -33,7 +33,7 @@ from tsqlora_scale.run.plan import RunPlan
 from tsqlora_scale.run.preemption import StopRequest
 from tsqlora_scale.run.run_checkpoints import RunCheckpoints
 from tsqlora_scale.tasks import Task
-from tsqlora_scale.tasks.evaluation import evaluate
+from tsqlora_scale.tasks.evaluation import evaluate_all
 
 if TYPE_CHECKING:
     from tsqlora_scale.step import StepResult
@@ -198,11 +198,11 @@ class Run:
             )
 
     def evaluate(self) -> dict[str, float]:
-        """Metrics on the development split; empty without one."""
+        """Metrics on every development set; empty without one."""
         if self.task.dev is None:
             return {}
         with self.record.phase("evaluation"), self.progress("evaluating") as bar:
-            metrics = evaluate(
+            metrics = evaluate_all(
                 self.engine.module,
                 self.task,
                 self.engine.world,

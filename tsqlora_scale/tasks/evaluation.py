@@ -63,6 +63,22 @@ def evaluate(
     return _metrics(task, world.gather_objects(judged), total, split)
 
 
+def evaluate_all(
+    module: nn.Module,
+    task: Task,
+    world: World,
+    *,
+    batch_size: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, float]:
+    """:func:`evaluate` on every held-out set; of several that have names, the metrics are ``NAME/METRIC``."""
+    found: dict[str, float] = {}
+    for split, prefix in task.held_out.items():
+        metrics = evaluate(module, task, world, batch_size=batch_size, split=split, progress=progress)
+        found |= {f"{prefix}{name}": value for name, value in metrics.items()}
+    return found
+
+
 def _metrics(task: Task, parts: list[_Judged], total: int, split: SplitName) -> dict[str, float]:
     """The metrics of what all ranks have found out, put into the order of the rows."""
     rows = np.concatenate([block for part in parts for block in part.rows])

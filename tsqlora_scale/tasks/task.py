@@ -41,7 +41,7 @@ class Task:
 
     Attributes:
         train: the pool, memory-mapped, with a ``sample_id`` column.
-        dev: the held-out set, likewise, or None.
+        dev: the held-out set, or the first of several, likewise, or None.
         tokenizer: the model's.
     """
 
@@ -53,6 +53,8 @@ class Task:
         self._views: dict[SplitName, datasets.Dataset] = {"train": data.train.select_columns(objective.columns)}
         if data.dev is not None:
             self._views["dev"] = data.dev.select_columns(objective.columns)
+        for name, rows in data.more_dev.items():
+            self._views[f"dev {name}"] = rows.select_columns(objective.columns)
 
     def __len__(self) -> int:
         """Samples of the pool."""
@@ -75,21 +77,28 @@ class Task:
         return self._objective.peft_task_type
 
     @property
+    def held_out(self) -> dict[SplitName, str]:
+        """What goes before the names of the metrics of every held-out set, the deciding one first: ``NAME/``."""
+        names = list(self._cfg.dataset.dev_sets) if self.dev is not None else []
+        prefixes = [f"{name}/" if name else "" for name in names]
+        return dict(zip(["dev", *(f"dev {name}" for name in names[1:])], prefixes, strict=False))
+
+    @property
     def best_metric(self) -> str:
-        """The metric that decides which checkpoint is best: the first of ``task.metrics``."""
-        return self._cfg.metrics[0]
+        """The metric that decides which checkpoint is best: the first of ``task.metrics`` on the first set."""
+        return next(iter(self.held_out.values()), "") + self._cfg.metrics[0]
 
     @property
     def higher_is_better(self) -> bool:
         """Whether more of :attr:`best_metric` is better."""
-        return METRICS[self.best_metric].higher_is_better
+        return METRICS[self._cfg.metrics[0]].higher_is_better
 
     def batch(self, rows: Indices, *, split: SplitName = "train", max_length: int | None = None) -> Batch:
         """Tokenise rows and pad them to the longest.
 
         Args:
             rows: B >= 1 rows of the split, in any order, repeats allowed.
-            split: ``train`` or ``dev``.
+            split: ``train``, ``dev``, or another of :attr:`held_out`.
             max_length: a limit in tokens in place of ``task.max_length``, if smaller.
         """
         limit = self._cfg.max_length if max_length is None else min(max_length, self._cfg.max_length)

@@ -10,6 +10,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
+from tsqlora_scale.common.disk_arrays import blocks, copied
 from tsqlora_scale.common.disk_arrays import filled as filled_array
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.printing import printable
@@ -149,10 +150,11 @@ def _load_pool(cfg: TaskConfig, seed: int) -> tuple[datasets.Dataset, list[str] 
     weights = None
     if cfg.dataset.weight is not None:
         weights = draw_weights(raw.data.column(cfg.dataset.weight), where=where, name=cfg.dataset.weight, kept=kept)
-        none = kept & (weights == 0)
-        if none.any():
-            _say_left_out(where, int(np.count_nonzero(none)), f"whose {cfg.dataset.weight!r} is 0")
-            kept &= ~none
+        before = int(np.count_nonzero(kept))
+        for block in blocks(len(kept)):
+            kept[block] &= weights[block] > 0
+        if before > np.count_nonzero(kept):
+            _say_left_out(where, before - int(np.count_nonzero(kept)), f"whose {cfg.dataset.weight!r} is 0")
         if not kept.any():
             raise UserError(
                 f"{WEIGHT_KEY}={cfg.dataset.weight!r}: every row of {where} weighs 0; at least one must not"
@@ -215,7 +217,7 @@ def _checked(
     """
     raw, where = opened.rows, opened.where
     own_columns: dict[str, pa.Array | pa.ChunkedArray | np.ndarray] = {SAMPLE_ID: ids}
-    filled = kept.copy()
+    filled = copied(kept)
     for key, name in text_columns(cfg).items():
         column = _text_of(raw, name, key, where)
         if column.type != raw.data.column(name).type:

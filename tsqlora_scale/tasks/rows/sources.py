@@ -126,9 +126,9 @@ def _check_shards(
     for path, part, names in zip(paths, parts, classes, strict=True):
         different = [name for name in {**first, **part.features} if first.get(name) != part.features.get(name)]
         if different:
-            here, there = (str(f.get(different[0], "no such column")) for f in (part.features, first))
+            kind, other = (str(f.get(different[0], "no such column")) for f in (part.features, first))
             raise UserError(
-                f"{path}: column {different[0]!r} is of another kind ({here}) than in {paths[0]} ({there}); "
+                f"{path}: column {different[0]!r} is of another kind ({kind}) than in {paths[0]} ({other}); "
                 "the files of a split need the same columns"
             )
         if names != classes[0]:
