@@ -18,6 +18,7 @@ from tsqlora_scale.config.load import load_config
 from tsqlora_scale.quality import ScoreTable
 from tsqlora_scale.run.checkpoint import read_checkpoint
 from tsqlora_scale.run.old_checkpoints import of_today
+from tsqlora_scale.run.resume import same_method
 
 WRITTEN = Path(__file__).with_name("written_by_0_1")
 #: run -> what its config says in today's keys: type, selector, policy
@@ -120,6 +121,18 @@ def test_a_checkpoint_of_data_chosen_by_the_development_set_is_refused(place: Pa
     tree["config"]["scoring"]["convergence"] = "target"
     with pytest.raises(UserError, match="'target' is gone"):
         of_today(tree)
+
+
+def test_keys_that_a_checkpoint_does_not_know_are_at_their_defaults(place: Path) -> None:
+    """One of an earlier version in today's form: what has come since does not make it another run's."""
+    config = load_config("runs/old/config.yaml")
+    written = config.model_dump(mode="json")
+    for key in ("quoting", "exclude", "weight"):
+        del written["task"]["dataset"][key]
+    tree = of_today({"selector": {}, "config": written})
+    same_method(config, tree["config"], None)
+    with pytest.raises(UserError, match=r"was written with task.dataset"):
+        same_method(load_config("runs/old/config.yaml", ["task.dataset.quoting=none"]), tree["config"], None)
 
 
 def test_scores_are_read(place: Path) -> None:

@@ -223,6 +223,24 @@ class TestOwnClasses:
             parquet(tmp_path, features, label=[0, 1])  # type: ignore[arg-type]
             assert load(tmp_path)["label"][:] == [0, 1]
 
+    def test_a_held_out_set_that_numbers_them_differently(self, tmp_path: Path) -> None:
+        """By name both are right; by number one of them would be wrong."""
+        self.write(tmp_path)
+        self.write(tmp_path, "dev.parquet", ["bad", "good"])
+        for labels in (["bad", "good"], None):
+            cfg = task_config(
+                tmp_path, CLASSES | {"labels": labels}, train_file="train.parquet", dev_file="dev.parquet"
+            )
+            data = load_data(cfg, seed=0)
+            assert data.dev is not None
+            assert isinstance(data.labels, list)
+            assert [data.labels[i] for i in data.train["label"]] == ["good", "bad"]
+            assert [data.labels[i] for i in data.dev["label"]] == ["bad", "good"]
+        for other in (2, ["one", "two"]):
+            cfg = task_config(tmp_path, CLASSES | {"labels": other}, train_file="train.parquet", dev_file="dev.parquet")
+            with pytest.raises(UserError, match=r"dev.parquet: its label numbers stand for .* set task.labels"):
+                load_data(cfg, seed=0)
+
     def test_shards_that_number_them_differently(self, tmp_path: Path) -> None:
         self.write(tmp_path, "a.parquet")
         self.write(tmp_path, "b.parquet", ["bad", "good"])

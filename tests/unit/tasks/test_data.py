@@ -234,6 +234,16 @@ class TestHub:
         other = load_data(self.config(tmp_path, dev_split="train[:1]"), seed=0)
         assert len(other.dev or []) == 1
 
+    def test_several_held_out_sets(self, tmp_path: Path) -> None:
+        for name, rows in (("train", "a,good\nb,bad\n"), ("validation", "c,good\n"), ("test", "d,bad\ne,bad\n")):
+            (tmp_path / f"{name}.csv").write_text("text,label\n" + rows)
+        for splits in (["test", "validation"], {"test": "test", "other": "validation"}):
+            data = load_data(self.config(tmp_path, dev_split=splits), seed=0)
+            assert data.dev is not None
+            assert data.dev["text"][:] == ["d", "e"]  # the first decides
+            assert [rows["text"][:] for rows in data.more_dev.values()] == [["c"]]
+            assert list(data.more_dev) == ["validation" if isinstance(splits, list) else "other"]
+
     def test_failures_are_one_line(self, tmp_path: Path) -> None:
         with pytest.raises(
             UserError, match=r"task.dataset.name='no/such': cannot load dataset no/such, split 'train'"

@@ -81,8 +81,9 @@ def load_data(cfg: TaskConfig, *, seed: int) -> Data:
     """
     check_metrics(cfg.metrics, cfg.type)
     _check_declared_labels(cfg)
-    train, labels = _load_pool(cfg, seed)
-    dev, more = _first_and_more(_load_dev_sets(cfg.model_copy(update={"labels": labels}), seed))
+    opened = open_pool(cfg.dataset, _wanted(cfg, pool=True), label=_label(cfg))
+    train, labels = _load_pool(cfg, opened, seed)
+    dev, more = _first_and_more(_load_dev_sets(cfg.model_copy(update={"labels": labels}), seed, opened.classes))
     return Data(train, dev, more, labels)
 
 
@@ -136,10 +137,9 @@ def _label(cfg: TaskConfig) -> str | None:
     return cfg.label if cfg.type in ("classification", "regression") else None
 
 
-def _load_pool(cfg: TaskConfig, seed: int) -> tuple[datasets.Dataset, list[str] | int | None]:
+def _load_pool(cfg: TaskConfig, opened: Opened, seed: int) -> tuple[datasets.Dataset, list[str] | int | None]:
     """The checked pool, and the classes in it."""
     excluded = None if cfg.dataset.exclude is None else read_ids(cfg.dataset.exclude)
-    opened = open_pool(cfg.dataset, _wanted(cfg, pool=True), label=_label(cfg))
     raw, where = opened.rows, opened.where
     ids = _ids(cfg, opened)
     kept = filled_array(len(raw), bool, True)
@@ -169,10 +169,16 @@ def _load_pool(cfg: TaskConfig, seed: int) -> tuple[datasets.Dataset, list[str] 
     return _part(dataset, cfg.dataset.max_train_samples, seed, "train"), labels
 
 
-def _load_dev_sets(cfg: TaskConfig, seed: int) -> dict[str, datasets.Dataset]:
+def _load_dev_sets(cfg: TaskConfig, seed: int, classes: list[str] | None = None) -> dict[str, datasets.Dataset]:
+    """The checked held-out sets by name.
+
+    Args:
+        classes: the pool's own class names, where it has some.
+    """
     sets = {}
     for name in cfg.dataset.dev_sets:
         opened = open_dev(cfg.dataset, name, _wanted(cfg, pool=False), label=_label(cfg))
+        _check_numbered_alike(cfg, opened, classes)
         kept = filled_array(len(opened.rows), bool, True)
         dataset = _checked(cfg, opened, _ids(cfg, opened), kept, None, identity="")
         sets[name] = _part(dataset, cfg.dataset.max_dev_samples, seed, f"dev {name}" if name else "dev")
@@ -262,6 +268,22 @@ def _targets(cfg: TaskConfig, opened: Opened, label: str, kept: np.ndarray) -> n
         return regression_targets(column, where=opened.where, name=label, kept=kept)
     assert cfg.labels is not None, "they are known by now"
     return class_ids(column, cfg.labels, where=opened.where, name=label, names=opened.classes, kept=kept)
+
+
+def _check_numbered_alike(cfg: TaskConfig, opened: Opened, classes: list[str] | None) -> None:
+    """Label numbers that count by position must stand for the same classes in the pool and in a held-out set.
+
+    Raises:
+        UserError: by the class names that both bring with them they do not.
+    """
+    if cfg.type != "classification" or classes is None or opened.classes in (None, classes):
+        return
+    if isinstance(cfg.labels, list) and set(cfg.labels) & set(classes):
+        return  # they are matched by name
+    raise UserError(
+        f"{opened.where}: its label numbers stand for {opened.classes}, those of the pool for {classes}; set "
+        "task.labels to these names, by which both are then matched"
+    )
 
 
 def _check_declared_labels(cfg: TaskConfig) -> None:
