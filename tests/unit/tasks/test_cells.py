@@ -153,6 +153,16 @@ def test_columns_that_nobody_reads_may_hold_anything(tmp_path: Path) -> None:
     assert set(load(tmp_path).column_names) == {"text", "label", "sample_id"}
 
 
+def test_columns_of_a_hub_dataset_that_nobody_reads(tmp_path: Path) -> None:
+    """Types that ``datasets`` has no name for: its parquet files are read as local ones are."""
+    for split, rows in (("train", TEXTS), ("validation", TEXTS[::-1])):
+        table = pa.table({"text": rows, "label": ["good", "bad"], "map": UNREAD["map"], "uuid": UNREAD["uuid"]})
+        pq.write_table(table, tmp_path / f"{split}-00000-of-00001.parquet")
+    data = load_data(task_config(tmp_path, CLASSES, path=None, train_file=None, name=str(tmp_path)), seed=0)
+    assert data.dev is not None
+    assert (data.train["text"][:], data.dev["text"][:]) == (TEXTS, TEXTS[::-1])
+
+
 def test_an_objective_of_ones_own_finds_every_column_that_can_be_held(tmp_path: Path) -> None:
     parquet(tmp_path, **UNREAD, score=[1.5, 2.0])
     kind = CLASSES | {"objective": "examples/task.py:FocalLoss"}

@@ -83,6 +83,9 @@ def _from_hub(cfg: DatasetConfig, split: str, key: str, wanted: Wanted, label: s
         with _quiet():
             dataset = datasets.load_dataset(cfg.name, cfg.subset, split=split)
     except Exception as error:  # the hub, the network and every dataset script have exceptions of their own
+        files = _parquet_files(cfg, split) if isinstance(error, ValueError) and "dtype equivalent" in str(error) else []
+        if files:  # some column is of a type that `datasets` cannot hold; of these files we read what is wanted
+            return _from_paths(files, cfg, wanted, label)
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(
             f"task.dataset.name={cfg.name!r}: cannot load {where}: {reason}; check name, subset, "
@@ -101,7 +104,22 @@ def _from_hub(cfg: DatasetConfig, split: str, key: str, wanted: Wanted, label: s
 
 def _from_files(cfg: DatasetConfig, value: str | list[str], key: str, wanted: Wanted, label: str | None) -> Opened:
     """One file, or several whose rows follow one another; each is converted, and found in the cache, by itself."""
-    paths = find_files(value, cfg.path, key=f"task.dataset.{key}")
+    return _from_paths(find_files(value, cfg.path, key=f"task.dataset.{key}"), cfg, wanted, label)
+
+
+def _parquet_files(cfg: DatasetConfig, split: str) -> list[Path]:
+    """The files of a split of a hub dataset that is written as parquet, on this machine; none of any other."""
+    try:
+        builder = datasets.load_dataset_builder(cfg.name, cfg.subset)
+        named = (builder.config.data_files or {}).get(split, [])
+        with _quiet():
+            found = [Path(path) for path in datasets.DownloadManager().download(list(named))]
+    except Exception:  # what has gone wrong is said by the error that led here
+        return []
+    return found if all(path.suffix == ".parquet" for path in found) else []
+
+
+def _from_paths(paths: list[Path], cfg: DatasetConfig, wanted: Wanted, label: str | None) -> Opened:
     with _quiet():
         parts = [_from_file(path, cfg, wanted) for path in paths]
     classes = [class_names(p, label) if label and file_format(p) == "parquet" else None for p in paths]
