@@ -320,7 +320,7 @@ def test_several_ranks(engine: str, runs: Callable[..., Finished], tmp_path: Pat
         data = jsonl(tmp_path / "new.jsonl", [{"text": text} for text in texts(19)])
         alone, together = tmp_path / f"alone-{kind}.jsonl", tmp_path / f"together-{kind}.jsonl"
         predict(data, alone, run=runs(kind).folder)
-        arguments = ["--run", str(runs(kind).folder), "--data", str(data), "--out", str(together)]
+        arguments = ["--run-dir", str(runs(kind).folder), "--data", str(data), "--out", str(together)]
         done = run_launched(engine, ROOT / "launch" / "predict.py", arguments, tmp_path)
         assert done.returncode == 0, done.stdout
         assert together.read_bytes() == alone.read_bytes()
