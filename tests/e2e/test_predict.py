@@ -307,7 +307,9 @@ def test_the_command(runs: Callable[..., Finished], tmp_path: Path, capsys: pyte
     for number, arguments in enumerate(forms):
         out = tmp_path / f"{number}.csv"
         assert cli.main(["predict", *arguments, "--data", str(data), "--out", str(out)]) == 0
-        assert capsys.readouterr().out == f"written: {out} (5 rows)\n"
+        printed = capsys.readouterr()
+        assert printed.out == f"written: {out} (5 rows)\n"
+        assert printed.err.splitlines()[-1] == "predicting: 5/5"
     answers = [[line.split(",")[1] for line in (tmp_path / f"{n}.csv").read_text().splitlines()] for n in range(3)]
     assert answers[0] == answers[1] == answers[2]
 
