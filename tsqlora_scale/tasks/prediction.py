@@ -60,9 +60,9 @@ def predict_windows(
         rows = start + np.flatnonzero(answerable[window])
         order = rows[np.argsort(lengths[rows], kind="stable")]
 
-        def done(batches: int, of: int, window: slice = window) -> None:
+        def done(batches: int, whole: int, window: slice = window) -> None:
             if progress is not None:
-                progress(window.start + (window.stop - window.start) * batches // of, total)
+                progress(window.start + (window.stop - window.start) * batches // whole, total)
 
         with evaluating(module):
             mine = _answers(module, task, world, order, batch_size, done)
