@@ -307,7 +307,9 @@ def test_the_command(runs: Callable[..., Finished], tmp_path: Path, capsys: pyte
     for number, arguments in enumerate(forms):
         out = tmp_path / f"{number}.csv"
         assert cli.main(["predict", *arguments, "--data", str(data), "--out", str(out)]) == 0
-        assert capsys.readouterr().out == f"written: {out} (5 rows)\n"
+        printed = capsys.readouterr()
+        assert printed.out == f"written: {out} (5 rows)\n"
+        assert printed.err.splitlines()[-1] == "predicting: 5/5"
     answers = [[line.split(",")[1] for line in (tmp_path / f"{n}.csv").read_text().splitlines()] for n in range(3)]
     assert answers[0] == answers[1] == answers[2]
 
@@ -320,7 +322,7 @@ def test_several_ranks(engine: str, runs: Callable[..., Finished], tmp_path: Pat
         data = jsonl(tmp_path / "new.jsonl", [{"text": text} for text in texts(19)])
         alone, together = tmp_path / f"alone-{kind}.jsonl", tmp_path / f"together-{kind}.jsonl"
         predict(data, alone, run=runs(kind).folder)
-        arguments = ["--run", str(runs(kind).folder), "--data", str(data), "--out", str(together)]
+        arguments = ["--run-dir", str(runs(kind).folder), "--data", str(data), "--out", str(together)]
         done = run_launched(engine, ROOT / "launch" / "predict.py", arguments, tmp_path)
         assert done.returncode == 0, done.stdout
         assert together.read_bytes() == alone.read_bytes()

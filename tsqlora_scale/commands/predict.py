@@ -20,7 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog="predict", description="Answer new rows by a saved adapter, and write the answers beside them."
     )
-    parser.add_argument("--run", metavar="DIR", help="the run folder, for its config and its adapter")
+    # the second name is for torchrun, which takes the first for an abbreviation of two of its own
+    parser.add_argument("--run", "--run-dir", metavar="DIR", help="the run folder, for its config and its adapter")
     parser.add_argument("--adapter", metavar="DIR", help="the adapter folder that a run wrote")
     parser.add_argument("--config", metavar="FILE", help="the run's config, where it does not lie beside the adapter")
     parser.add_argument("--data", required=True, metavar="FILE", help="the rows: csv, tsv, jsonl or parquet")

@@ -204,15 +204,10 @@ def metric_title(name: str, labels: Sequence[str] | int | None) -> str:
     """A metric's name for people: of a mean or of one class, it says which where the name does not.
 
     Args:
-        name: of a metric, of one of several held-out sets ``SET/METRIC``.
+        name: of a metric, ``SET/METRIC`` where there are several held-out sets.
         labels: ``task.labels``.
     """
-    held_out, slash, name = name.rpartition("/")
-    return held_out + slash + _title(name, labels)
-
-
-def _title(name: str, labels: Sequence[str] | int | None) -> str:
-    if name not in ("f1", "precision", "recall") or labels is None:
+    if name.rpartition("/")[2] not in ("f1", "precision", "recall") or labels is None:
         return name
     if (labels if isinstance(labels, int) else len(labels)) != 2:
         return f"{name} (macro)"

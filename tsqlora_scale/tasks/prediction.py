@@ -59,19 +59,29 @@ def predict_windows(
         window = slice(start, min(start + WINDOW, total))
         rows = start + np.flatnonzero(answerable[window])
         order = rows[np.argsort(lengths[rows], kind="stable")]
+
+        def done(batches: int, whole: int, window: slice = window) -> None:
+            if progress is not None:
+                progress(window.start + (window.stop - window.start) * batches // whole, total)
+
         with evaluating(module):
-            mine = _answers(module, task, world, order, batch_size)
+            mine = _answers(module, task, world, order, batch_size, done)
         parts = world.gather_on_main(mine)
         yield window, None if parts is None else _in_order(parts)
-        if progress is not None:
-            progress(window.stop, total)
 
 
-def _answers(module: nn.Module, task: Task, world: World, order: np.ndarray, batch_size: int) -> Answers:
+def _answers(
+    module: nn.Module,
+    task: Task,
+    world: World,
+    order: np.ndarray,
+    batch_size: int,
+    progress: Callable[[int, int], None],
+) -> Answers:
     mine = Answers()
     found: list[np.ndarray] = []
     tables: list[np.ndarray] = []
-    for rows, batch in own_batches(task, world, order, batch_size=batch_size):
+    for rows, batch in own_batches(task, world, order, batch_size=batch_size, progress=progress):
         if rows is None:  # no parameters are sharded, so nobody waits for this rank
             continue
         values, probabilities = task.predict_in_full(module, batch, synced=False)

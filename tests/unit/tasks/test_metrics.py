@@ -75,6 +75,7 @@ def test_averages_are_those_that_the_name_says(score: str, average: str, classes
 
 def test_a_title_says_of_which_class_or_mean() -> None:
     assert metric_title("f1", ["bad", "good"]) == "f1 (of class good)"
+    assert metric_title("news/f1", ["bad", "good"]) == "news/f1 (of class good)"
     assert metric_title("recall", 2) == "recall (of class 1)"
     assert metric_title("f1", 3) == metric_title("f1", ["a", "b", "c"]) == "f1 (macro)"
     assert [metric_title(name, 2) for name in ("f1_macro", "accuracy")] == ["f1_macro", "accuracy"]
