@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 
 from tests import zoo
-from tests.runs import write_config
+from tests.runs import go, run_tree, write_config, write_data
 from tests.unit.test_probe import tree_of
 from tsqlora_scale.commands import main as cli
 

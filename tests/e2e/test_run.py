@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 
-from tests.runs import go, losses_of, ranks_of, read_lines, result_of, run_tree
+from tests.runs import TASKS, go, losses_of, ranks_of, read_lines, result_of, run_tree
 from tests.tiny import AUTO
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.load import parse_config
@@ -23,16 +23,7 @@ from tsqlora_scale.run.resume import find_checkpoint
 
 @pytest.mark.parametrize(
     ("kind", "quantization"),
-    [
-        ("bert", "none"),
-        ("deberta", "none"),
-        ("bart", "none"),
-        ("t5", "none"),
-        ("llama", "none"),
-        ("gpt2", "none"),
-        ("bert", "nf4"),
-        ("gpt2", "nf4"),
-    ],
+    [*((kind, "none") for kind in sorted(TASKS)), ("bert", "nf4"), ("gpt2", "nf4")],
 )
 def test_adapter_is_plain_peft(tmp_path: Path, models_dir: Path, kind: str, quantization: str) -> None:
     tree = run_tree(kind, tmp_path, models_dir, "run", model={"quantization": quantization})

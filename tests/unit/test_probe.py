@@ -158,7 +158,7 @@ def test_targets_that_never_train_are_named(tmp_path: Path, models_dir: Path) ->
             parse_config(tree_of(kind, tmp_path, models_dir, adapter={"target_modules": list(targets)}))
         )
         bare = zoo.auto_of(kind).from_config(found.model_config)
-        return resolve_targets(bare, list(targets), unreached=found.unreached)
+        return resolve_targets(bare, list(targets), unreached=found.findings.unreached)
 
     with pytest.raises(UserError, match=r"target_modules: 'fc1' would never train: model\.vision_tower.*fc1"):
         check("gemma3", "q_proj", "fc1")
@@ -168,6 +168,17 @@ def test_targets_that_never_train_are_named(tmp_path: Path, models_dir: Path) ->
     for target in ("out_proj", "x_proj", "dt_proj"):
         with pytest.raises(UserError, match=f"'{target}' would never train"):
             check("mamba", target)
+
+
+def test_mamba_under_zero_3_ends_before_loading(
+    tmp_path: Path, models_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tsqlora_scale.run.build.shards_parameters", lambda _: True)
+    monkeypatch.setattr("tsqlora_scale.run.build.build_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    for kind in ("mamba", "mamba2"):
+        with pytest.raises(UserError, match=f"a {kind} model, whose layers read .* use DDP or ZeRO-2"):
+            build_run(preflight.check(parse_config(tree_of(kind, tmp_path, models_dir))))
+    assert not preflight.check(parse_config(tree_of("llama", tmp_path, models_dir))).findings.reads_past
 
 
 def test_beams_of_a_recurrent_model(tmp_path: Path, models_dir: Path) -> None:

@@ -26,6 +26,11 @@ def is_deepspeed(accelerator: Accelerator) -> bool:
     return bool(accelerator.distributed_type == DistributedType.DEEPSPEED)
 
 
+def shards_parameters(accelerator: Accelerator) -> bool:
+    """Whether a parameter is whole only while its own module runs (ZeRO-3)."""
+    return is_deepspeed(accelerator) and bool(accelerator.state.deepspeed_plugin.zero_stage == 3)
+
+
 def start_accelerator(
     *, accumulation: int, mixed_precision: str = "no", timeout_minutes: float, trains: bool = True
 ) -> Accelerator:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoModelForCausalLM, AutoModelForSeq2SeqLM
@@ -11,7 +12,7 @@ from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.launcher import launched_rank
 from tsqlora_scale.config.schema import Config
 from tsqlora_scale.model.base_model import skeleton
-from tsqlora_scale.model.linear_layers import kinds_of, note_on_weights, resolve_targets
+from tsqlora_scale.model.linear_layers import kinds_of, note_on_weights, read_past, resolve_targets
 from tsqlora_scale.model.probe import probe_inputs, run_probe
 
 if TYPE_CHECKING:
@@ -20,11 +21,21 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def check_pass(config: Config, model_config: Any, task: Task) -> frozenset[str]:
-    """What a pass of a few tokens through a copy of the model shows; see :mod:`tsqlora_scale.model.probe`.
+@dataclass(frozen=True)
+class PassFindings:
+    """What was found out about a model that can learn the task.
 
-    Returns:
-        Linear layers that nothing trained may sit in: text gives them no gradient.
+    Attributes:
+        unreached: linear layers that nothing trained may sit in: text gives them no gradient.
+        reads_past: whether modules read the weights of others without calling them, as Mamba's mixers do.
+    """
+
+    unreached: frozenset[str] = frozenset()
+    reads_past: bool = False
+
+
+def check_pass(config: Config, model_config: Any, task: Task) -> PassFindings:
+    """What a pass of a few tokens through a copy of the model shows; see :mod:`tsqlora_scale.model.probe`.
 
     Raises:
         UserError: a model that is to write text sees ahead in it, or no layer of ``adapter.target_modules`` trains.
@@ -52,7 +63,7 @@ def check_pass(config: Config, model_config: Any, task: Task) -> frozenset[str]:
         bytes_each = 4 if config.model.dtype == "fp32" else 2
         if note := note_on_weights(bare, is_4_bit=config.model.quantization == "nf4", bytes_each=bytes_each):
             log.warning("%s", note)
-    return probe.unreached
+    return PassFindings(probe.unreached, bool(read_past(bare)))
 
 
 def _check_beams(config: Config, bare: Any) -> None:

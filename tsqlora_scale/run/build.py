@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.failures import Watchdog
 from tsqlora_scale.common.quiet import quiet_libraries
 from tsqlora_scale.common.random_streams import generator_for, seed_libraries
@@ -15,7 +16,7 @@ from tsqlora_scale.config.schema import Config
 from tsqlora_scale.engine.collectives import World
 from tsqlora_scale.engine.engine import start_engine
 from tsqlora_scale.engine.sharded import write_parameter
-from tsqlora_scale.engine.start import start_accelerator
+from tsqlora_scale.engine.start import shards_parameters, start_accelerator
 from tsqlora_scale.engine.train_state import TrainState
 from tsqlora_scale.model.adapters.adapter_type import adapter_type
 from tsqlora_scale.model.base_model import load_base
@@ -70,6 +71,11 @@ def build_run(
         mixed_precision="fp16" if config.model.dtype == "fp16" else "no",
         timeout_minutes=config.run.timeout_minutes,
     )
+    if preflight.findings.reads_past and shards_parameters(accelerator):
+        raise UserError(
+            f"model.name_or_path={config.model.name_or_path!r} is a {preflight.model_config.model_type} model, whose "
+            "layers read one another's weights without a call; ZeRO-3 gathers none of them then: use DDP or ZeRO-2"
+        )
     if lock is not None:
         lock.take(World.current(accelerator.device))
     watchdog = Watchdog(minutes=config.run.timeout_minutes, acts=accelerator.device.type == "cpu")
@@ -187,7 +193,7 @@ def build_model(preflight: Preflight, *, device: torch.device) -> Any:
         new_modules=new_modules,
         dtype=config.model.dtype,
         generator=generator_for(seed, "adapter"),
-        unreached=preflight.unreached,
+        unreached=preflight.findings.unreached,
     )
 
 

@@ -30,6 +30,7 @@ from tsqlora_scale.model.dropouts import set_layer_drop
 from tsqlora_scale.run.temporary_space import check_space
 
 if TYPE_CHECKING:
+    from tsqlora_scale.model.pass_check import PassFindings
     from tsqlora_scale.run.plan import RunPlan
     from tsqlora_scale.tasks import Data, Task
 
@@ -55,8 +56,7 @@ class Preflight(Described):
     """The same of a run that trains or scores, with its plan."""
 
     plan: RunPlan
-    #: Linear layers that text gives no gradient to.
-    unreached: frozenset[str] = frozenset()
+    findings: PassFindings
     #: Of ``scoring.proxy_model``'s own run.
     proxy: Preflight | None = None
 
@@ -88,12 +88,12 @@ def check(config: Config, *, data: Data | None = None) -> Preflight:
     dropped = set_layer_drop(described.model_config)
     if dropped and launched_rank() == 0:
         log.warning("%s of the model's config (LayerDrop) is 0 in training: every step takes every layer", dropped[0])
-    unreached = check_pass(config, described.model_config, described.task)
+    findings = check_pass(config, described.model_config, described.task)
     proxy = None
     if config.scores_by_proxy:
         with naming_the_proxy(config):
             proxy = check(config.of_proxy(), data=data)
-    return Preflight(**vars(described), plan=plan, unreached=unreached, proxy=proxy)
+    return Preflight(**vars(described), plan=plan, findings=findings, proxy=proxy)
 
 
 def check_evaluation(config: Config, adapter: str | Path) -> Described:
