@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import transformers as t
 
+from tests.runs import write_data
 from tests.tiny import NO_DROPOUT, SIZE, VOCAB, tiny_tokenizer
 
 IDS = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -75,6 +76,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
                                    expert_layer_period=2, expert_layer_offset=1, mamba_dt_rank=4, mamba_d_state=4),
     "gemma3": gemma3,
     "bart": lambda: t.BartConfig(**BART),
+    "bart-untied": lambda: t.BartConfig(**BART, tie_word_embeddings=False),
     "bart-layerdrop": lambda: t.BartConfig(**BART, encoder_layerdrop=0.5, decoder_layerdrop=0.5),
     "bart-decoder": lambda: t.BartConfig(**BART, is_decoder=True, is_encoder_decoder=False),
     "m2m_100": lambda: t.M2M100Config(**BART, encoder_layerdrop=0.05, decoder_layerdrop=0.05),
@@ -86,7 +88,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "umt5": lambda: t.UMT5Config(**T5, tie_word_embeddings=True),
     "mt5": lambda: t.MT5Config(**T5, tie_word_embeddings=True),
 }  # fmt: skip
-SEQ2SEQ = {"bart", "bart-layerdrop", "m2m_100", "mbart", "led", "t5", "t5-untied", "umt5", "mt5"}
+SEQ2SEQ = {"bart", "bart-untied", "bart-layerdrop", "m2m_100", "mbart", "led", "t5", "t5-untied", "umt5", "mt5"}
 
 
 def auto_of(kind: str, task: str | None = None) -> Any:
@@ -112,3 +114,18 @@ def saved(kind: str, folder: Path, task: str | None = None) -> Path:
         model.save_pretrained(out)
         tiny_tokenizer().save_pretrained(out)
     return out
+
+
+def tree_of(kind: str, tmp_path: Path, models: Path, form: str | None = None, **sections: Any) -> dict[str, Any]:
+    """A plain run of two steps on a kind, of its own task or another."""
+    task = form or ("seq2seq" if kind in SEQ2SEQ else "causal")
+    tree: dict[str, Any] = {
+        "run": {"name": "run", "output_dir": str(tmp_path / "runs")},
+        "model": {"name_or_path": str(saved(kind, models, task))},
+        "task": write_data(tmp_path / f"data-{task}", task) | {"num_beams": 1},
+        "adapter": {"method": "lora", "r": 2},
+        "train": {"max_steps": 2, "batch_size": 4, "lr": 1e-2},
+    }
+    for section, values in sections.items():
+        tree[section] = tree[section] | values
+    return tree

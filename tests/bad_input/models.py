@@ -236,7 +236,7 @@ WRONG_CLASSES = [
         for kind in ("roberta", "bert", "electra", "xlm")
     ),
     Case("causal: no head", (*NO_HEAD, "lm_head.weight"), _without("llama", "causal", "lm_head")),
-    Case("seq2seq: no head", (*NO_HEAD, "lm_head.weight"), _without("t5-untied", "seq2seq", "lm_head")),
+    Case("seq2seq: no head", (*NO_HEAD, "lm_head.weight"), _without("bart-untied", "seq2seq", "lm_head")),
     Case("seq2seq: an encoder alone", (*NO_HEAD, "decoder."), _without("t5", "seq2seq", "decoder")),
     Case("causal: nothing of the model", NO_HEAD, _without("llama", "causal", "model", "lm_head")),
     Case(

@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 
 from tests import zoo
 from tests.runs import go, run_tree, write_config, write_data
-from tests.unit.test_probe import tree_of
 from tsqlora_scale.commands import main as cli
 
 
@@ -45,7 +44,7 @@ def adapter_on(kind: str, folder: Path, models: Path, **options: Any) -> tuple[P
 
 def merged(kind: str, adapter: Path, folder: Path, models: Path) -> tuple[Any, Path]:
     """The adapter merged by the command, and opened by Transformers alone."""
-    config = write_config(folder / "config.yaml", tree_of(kind, folder, models))
+    config = write_config(folder / "config.yaml", zoo.tree_of(kind, folder, models))
     out = folder / "merged"
     arguments = ["--adapter", str(adapter), "--format", "merged", "--out", str(out), "--config", str(config)]
     assert cli.main(["export", *arguments]) == 0

@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tests import zoo
 from tests.bad_input.models import edit
-from tests.runs import write_data
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.load import parse_config
 from tsqlora_scale.model import probe as probe_module
@@ -40,20 +39,6 @@ def inputs_of(kind: str) -> dict[str, torch.Tensor]:
 
 def probed(kind: str) -> Probe:
     return run_probe(zoo.auto_of(kind), zoo.CONFIGS[kind](), inputs_of(kind))
-
-
-def tree_of(kind: str, tmp_path: Path, models: Path, form: str | None = None, **sections: Any) -> dict[str, Any]:
-    task = form or ("seq2seq" if kind in zoo.SEQ2SEQ else "causal")
-    tree: dict[str, Any] = {
-        "run": {"name": "run", "output_dir": str(tmp_path / "runs")},
-        "model": {"name_or_path": str(zoo.saved(kind, models, task))},
-        "task": write_data(tmp_path / f"data-{task}", task) | {"num_beams": 1},
-        "adapter": {"method": "lora", "r": 2},
-        "train": {"max_steps": 2, "batch_size": 4, "lr": 1e-2},
-    }
-    for section, values in sections.items():
-        tree[section] = tree[section] | values
-    return tree
 
 
 @pytest.mark.parametrize("kind", SEE_AHEAD)
@@ -113,8 +98,8 @@ def test_what_cannot_be_run_tells_nothing() -> None:
 @pytest.mark.parametrize("kind", ["roberta", "electra", "xlm-roberta", "xlm"])
 def test_an_encoder_is_no_causal_model(kind: str, tmp_path: Path, models_dir: Path) -> None:
     with pytest.raises(UserError, match=r"model\.name_or_path=.*see those after them.*task\.type='causal'"):
-        preflight.check(parse_config(tree_of(kind, tmp_path, models_dir)))
-    preflight.check(parse_config(tree_of(kind, tmp_path, models_dir, "classification")))
+        preflight.check(parse_config(zoo.tree_of(kind, tmp_path, models_dir)))
+    preflight.check(parse_config(zoo.tree_of(kind, tmp_path, models_dir, "classification")))
 
 
 def test_an_encoder_that_cannot_be_run_is_refused_by_rule(
@@ -122,14 +107,14 @@ def test_an_encoder_that_cannot_be_run_is_refused_by_rule(
 ) -> None:
     monkeypatch.setattr("tsqlora_scale.model.pass_check.run_probe", lambda *_, **__: Probe())
     with pytest.raises(UserError, match="see those after them"):
-        preflight.check(parse_config(tree_of("roberta", tmp_path, models_dir)))
+        preflight.check(parse_config(zoo.tree_of("roberta", tmp_path, models_dir)))
     for kind in ("roberta-decoder", "llama", "bart"):
-        preflight.check(parse_config(tree_of(kind, tmp_path, models_dir)))
+        preflight.check(parse_config(zoo.tree_of(kind, tmp_path, models_dir)))
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "led", "bart-decoder", "bart-layerdrop", "mamba", "mamba2", "jamba"])
 def test_all_that_is_adapted_trains(kind: str, tmp_path: Path, models_dir: Path) -> None:
-    run = build_run(preflight.check(parse_config(tree_of(kind, tmp_path, models_dir))))
+    run = build_run(preflight.check(parse_config(zoo.tree_of(kind, tmp_path, models_dir))))
     run.engine.module.train()
     for _ in range(3):  # LayerDrop would leave some out
         run.task.losses(run.engine.module, run.task.batch([0, 1])).sum().backward()
@@ -141,7 +126,7 @@ def test_all_that_is_adapted_trains(kind: str, tmp_path: Path, models_dir: Path)
 
 def test_a_pooler_that_the_head_leaves_out_stays_frozen(tmp_path: Path, models_dir: Path) -> None:
     """A checkpoint without it: it is new, as a head is, and would never train."""
-    tree = tree_of("big_bird", tmp_path, models_dir, "classification")
+    tree = zoo.tree_of("big_bird", tmp_path, models_dir, "classification")
     folder = tmp_path / "model"
     shutil.copytree(tree["model"]["name_or_path"], folder)
     edit(folder / "model.safetensors", lambda t: [t.pop(n) for n in list(t) if "pooler" in n or "classifier" in n])
@@ -155,7 +140,7 @@ def test_a_pooler_that_the_head_leaves_out_stays_frozen(tmp_path: Path, models_d
 def test_targets_that_never_train_are_named(tmp_path: Path, models_dir: Path) -> None:
     def check(kind: str, *targets: str) -> list[str]:
         found = preflight.check(
-            parse_config(tree_of(kind, tmp_path, models_dir, adapter={"target_modules": list(targets)}))
+            parse_config(zoo.tree_of(kind, tmp_path, models_dir, adapter={"target_modules": list(targets)}))
         )
         bare = zoo.auto_of(kind).from_config(found.model_config)
         return resolve_targets(bare, list(targets), unreached=found.findings.unreached)
@@ -177,30 +162,30 @@ def test_mamba_under_zero_3_ends_before_loading(
     monkeypatch.setattr("tsqlora_scale.run.build.build_model", lambda *_, **__: pytest.fail("the model was loaded"))
     for kind in ("mamba", "mamba2"):
         with pytest.raises(UserError, match=f"a {kind} model, whose layers read .* use DDP or ZeRO-2"):
-            build_run(preflight.check(parse_config(tree_of(kind, tmp_path, models_dir))))
-    assert not preflight.check(parse_config(tree_of("llama", tmp_path, models_dir))).findings.reads_past
+            build_run(preflight.check(parse_config(zoo.tree_of(kind, tmp_path, models_dir))))
+    assert not preflight.check(parse_config(zoo.tree_of("llama", tmp_path, models_dir))).findings.reads_past
 
 
 def test_beams_of_a_recurrent_model(tmp_path: Path, models_dir: Path) -> None:
     with pytest.raises(UserError, match=r"task\.num_beams=2: a rwkv model.*set it to 1"):
-        preflight.check(parse_config(tree_of("rwkv", tmp_path, models_dir, task={"num_beams": 2})))
+        preflight.check(parse_config(zoo.tree_of("rwkv", tmp_path, models_dir, task={"num_beams": 2})))
     for kind in ("rwkv", "mamba"):
-        preflight.check(parse_config(tree_of(kind, tmp_path, models_dir)))
+        preflight.check(parse_config(zoo.tree_of(kind, tmp_path, models_dir)))
 
 
 def test_experts_are_said_to_stay_as_they_are(
     tmp_path: Path, models_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    preflight.check(parse_config(tree_of("mixtral", tmp_path, models_dir)))
+    preflight.check(parse_config(zoo.tree_of("mixtral", tmp_path, models_dir)))
     (line,) = [r.getMessage() for r in caplog.records]
     assert line.startswith("85% of the model's weights (49,408 in ")
     assert "model.layers.*.mlp.experts.down_proj, model.layers.*.mlp.experts.gate_up_proj)" in line
     assert "4 bits" not in line
     caplog.clear()
-    preflight.check(parse_config(tree_of("mixtral", tmp_path, models_dir, model={"quantization": "nf4"})))
+    preflight.check(parse_config(zoo.tree_of("mixtral", tmp_path, models_dir, model={"quantization": "nf4"})))
     assert "in 4 bits neither" in caplog.text
     caplog.clear()
-    preflight.check(parse_config(tree_of("llama", tmp_path, models_dir)))
+    preflight.check(parse_config(zoo.tree_of("llama", tmp_path, models_dir)))
     assert not caplog.records
 
 
@@ -208,7 +193,7 @@ def test_experts_are_said_to_stay_as_they_are(
 def test_layer_drop_is_off_and_said_once(
     kind: str, tmp_path: Path, models_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run = build_run(preflight.check(parse_config(tree_of(kind, tmp_path, models_dir))))
+    run = build_run(preflight.check(parse_config(zoo.tree_of(kind, tmp_path, models_dir))))
     assert len([record for record in caplog.records if "LayerDrop" in record.getMessage()]) == 1
     held = [getattr(m, "layerdrop", 0.0) for m in run.engine.module.modules()]
     assert not any(held)

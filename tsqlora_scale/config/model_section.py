@@ -60,5 +60,6 @@ class AdapterConfig(Section):
     #: The scaling s = alpha / r stays constant when ranks change: rescaling harms (docs/method.md).
     alpha: PositiveFloat = 16.0
     dropout: Below1 = 0.0
-    #: Module-name suffixes, or ``auto``: every linear layer of attention and feed-forward blocks.
+    #: Module-name suffixes, or ``auto``: every linear layer of attention and feed-forward blocks that text gives a
+    #: gradient to.
     target_modules: list[str] | Literal["auto"] = "auto"
