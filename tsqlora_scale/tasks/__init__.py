@@ -4,7 +4,7 @@
 """
 
 from tsqlora_scale.tasks.batch import IGNORED, Batch
-from tsqlora_scale.tasks.objectives.tokenizing import check_lengths
+from tsqlora_scale.tasks.objectives.positions import check_lengths
 from tsqlora_scale.tasks.rows.data import Data, load_data, load_dev
 from tsqlora_scale.tasks.task import Task, auto_class_of, build_task
 

@@ -24,7 +24,6 @@ from tsqlora_scale.tasks.objectives.causal import CausalObjective
 from tsqlora_scale.tasks.objectives.label_heads import LabelObjective
 from tsqlora_scale.tasks.objectives.objective import Objective, Rows
 from tsqlora_scale.tasks.objectives.seq2seq import Seq2SeqObjective
-from tsqlora_scale.tasks.objectives.tokenizing import check_lengths
 from tsqlora_scale.tasks.rows.data import Data, text_columns
 from tsqlora_scale.tasks.rows.sources import SplitName
 
@@ -255,12 +254,10 @@ def build_task(cfg: TaskConfig, data: Data, tokenizer: PreTrainedTokenizerBase, 
     """The task over its data.
 
     Raises:
-        UserError: the model cannot do the task, or takes fewer tokens than its lengths say; or an extension lacks
-            what an objective sets when it is built.
+        UserError: the model cannot do the task; or an extension lacks what an objective sets when it is built.
     """
     objective = objective_class(cfg)(cfg, tokenizer, model_config)
     _check_members(cfg, objective, ("columns", "answer"))
-    check_lengths(cfg, tokenizer, model_config)
     return Task(cfg, data, tokenizer, objective)
 
 

@@ -44,7 +44,7 @@ class CausalObjective:
                 "task.type='causal' needs a fast tokenizer (tokenizer.json); this model has a slow one only"
             )
         self._cfg, self._tokenizer = cfg, tokenizer
-        self._format = PromptFormat(tokenizer, cfg.prefix)
+        self._format = PromptFormat(tokenizer, cfg.prefix, cfg.chat_date)
         self._pad = pad_id(tokenizer)
         self._source, self.answer = cfg.source, cfg.target
         self.columns = [cfg.source, cfg.target]
