@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -42,7 +41,7 @@ def _choose_pad(config: Config, model_config: Any, tokenizer: Any, size: int | N
         UserError: there is none, or a classifier would take the end of a text for padding.
     """
     from tsqlora_scale.tasks import auto_class_of
-    from tsqlora_scale.tasks.objectives.model_inputs import counts_positions_from_pads, model_class
+    from tsqlora_scale.tasks.objectives.model_inputs import counts_positions_from_pads, model_class, pools_by_pads
 
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -51,7 +50,7 @@ def _choose_pad(config: Config, model_config: Any, tokenizer: Any, size: int | N
     if counts_positions_from_pads(model_config):
         _keep_models_pad(model_config, tokenizer)
         return
-    if config.task.num_labels == 0 or not _pools_by_pads(model_class(auto_class_of(config.task), model_config)):
+    if config.task.num_labels == 0 or not pools_by_pads(model_class(auto_class_of(config.task), model_config)):
         return
     found = next((token for token in _candidates(tokenizer) if _fills_only(tokenizer, token, size)), None)
     if found is not None:
@@ -80,14 +79,6 @@ def _keep_models_pad(model_config: Any, tokenizer: Any) -> None:
         )  # fmt: skip
 
 
-def _pools_by_pads(built: Any) -> bool:
-    """Whether a classifier looks for the last token that is not the padding token."""
-    try:
-        return built is not None and "pad_token_id" in inspect.getsource(built.forward)
-    except (OSError, TypeError):
-        return False
-
-
 def _candidates(tokenizer: Any) -> Iterator[str]:
     """Tokens that may fill rows, the likeliest first: the tokenizer's own, those named so, any other special one."""
     yield tokenizer.pad_token
@@ -97,9 +88,13 @@ def _candidates(tokenizer: Any) -> Iterator[str]:
 
 def _fills_only(tokenizer: Any, token: str, size: int | None) -> bool:
     """Whether a token is never part of a text: a special one, none that is put around texts, none for unknown words."""
+    from tsqlora_scale.tasks.objectives.tokenizing import is_mark
+
     number = tokenizer.convert_tokens_to_ids(token)
     added = tokenizer.added_tokens_decoder.get(number)
-    if added is None or not added.special or (size is not None and number >= size):
+    if added is None or added.content != token or not added.special or not is_mark(token):
+        return False
+    if size is not None and number >= size:
         return False
     try:
         return number not in tokenizer(_RARE)["input_ids"]

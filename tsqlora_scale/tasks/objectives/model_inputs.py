@@ -24,6 +24,14 @@ def model_class(auto_class: Any, model_config: PretrainedConfig) -> Any:
     return found[0] if isinstance(found, tuple) else found
 
 
+def pools_by_pads(built: Any) -> bool:
+    """Whether a class of classifiers looks for the last token that is not the padding token."""
+    try:
+        return built is not None and "pad_token_id" in inspect.getsource(built.forward)
+    except (OSError, TypeError):
+        return False
+
+
 def counts_positions_from_pads(model_config: PretrainedConfig) -> bool:
     """Whether the model numbers its positions from the padding token's id on, as RoBERTa does."""
     name = type(model_config).__module__.replace(".configuration_", ".modeling_")
@@ -40,9 +48,10 @@ class InputRows:
     A tokenizer may give more than its model knows: BERT's gives segment ids to BART, which has no argument for them,
     and numbers two segments where RoBERTa has one. Those are left out.
 
-    Rows are padded on the tokenizer's own side. On the left the model is told the positions, so that a row means the
-    same beside a longer one; a model that cannot be told them, or has an encoder and a decoder, is padded on the
-    right whatever its tokenizer says.
+    A classifier that reads the last token which is no padding has its rows padded on the tokenizer's own side; on the
+    left it is told the positions, so that a row means the same beside a longer one. One that reads its last position
+    whatever it is, as XLNet does, is padded on the left; all others, which read the first, or a decoder's end, on the
+    right.
     """
 
     def __init__(self, auto_class: Any, tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig) -> None:
@@ -55,15 +64,11 @@ class InputRows:
         segment = tokenizer.pad_token_type_id
         outside = isinstance(number, int) and segment >= number
         self._fill = {"input_ids": pad_id(tokenizer), "token_type_ids": 0 if outside else segment}
-        learned = getattr(model_config, "max_position_embeddings", None)
-        told = "position_ids" in self._takes
-        knows_places = told or not isinstance(learned, int) or learned <= 0
-        counts = counts_positions_from_pads(model_config)
+        left = tokenizer.padding_side == "left" and (built is None or pools_by_pads(built))
+        last = getattr(model_config, "summary_type", None) == "last"
         #: Whether rows are padded on the left.
-        self.on_the_left = (
-            tokenizer.padding_side == "left" and not model_config.is_encoder_decoder and knows_places and not counts
-        )
-        self._tells_positions = self.on_the_left and told
+        self.on_the_left = (left or last) and not model_config.is_encoder_decoder
+        self._tells_positions = self.on_the_left and "position_ids" in self._takes
 
     def tensors(self, encoded: Mapping[str, list[list[int]]]) -> dict[str, Tensor]:
         """The rows padded to the longest, each name (B, T) int64."""

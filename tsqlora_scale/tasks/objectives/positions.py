@@ -14,6 +14,9 @@ from tsqlora_scale.tasks.objectives.model_inputs import counts_positions_from_pa
 #: Tables of absolute positions by their names; of distances (``relative_attention_bias``) there is no limit.
 _TABLE = re.compile(r"(^|\.)(position_embeddings?|embed_positions|positions_embed|wpe)$")
 
+#: Tables of GPT-J, CodeGen and CTRL that are computed, but once.
+_COMPUTED = re.compile(r"(^|\.)(embed_positions|pos_encoding)$")
+
 
 def position_limits(model: nn.Module) -> dict[str, int]:
     """Most tokens of ``encoder`` and ``decoder``; a side without a table of positions has no entry.
@@ -31,6 +34,11 @@ def position_limits(model: nn.Module) -> dict[str, int]:
         if isinstance(module, nn.Embedding) and _TABLE.search(name):
             side = "decoder" if model_config.is_encoder_decoder and ".decoder." in f".{name}" else "encoder"
             limits[side] = min(_rows(module, side, model_config), limits.get(side, module.num_embeddings))
+    computed = [len(buffer) for name, buffer in model.named_buffers() if _COMPUTED.search(name)]
+    if model_config.model_type == "mpt":  # its ALiBi, alone of all, is computed for a fixed length
+        computed.append(int(model_config.max_seq_len))
+    if computed:
+        limits["encoder"] = min([*computed, *limits.values()])
     return limits
 
 

@@ -18,12 +18,18 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return 0
 
 
+def is_mark(token: str) -> bool:
+    """Whether a special token is none of the words and characters that texts are made of."""
+    return len(token) > 1 and not token.isalpha()
+
+
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Tokens that no text of a user's may be read as: all special ones but the one of unknown words."""
     added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     named = {*added, *tokenizer.all_special_ids}
     others = {tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id}
-    return frozenset(named - ({tokenizer.unk_token_id} - others))
+    known = [number for number in named - ({tokenizer.unk_token_id} - others) if number is not None]
+    return frozenset(n for n in known if is_mark(str(tokenizer.convert_ids_to_tokens(n))))
 
 
 class TextEncoder:
@@ -38,7 +44,7 @@ class TextEncoder:
         self._tokenizer = tokenizer
         self._special = special_ids(tokenizer)
         names = [str(name) for name in tokenizer.convert_ids_to_tokens(sorted(self._special))]
-        marks = sorted((re.escape(name) for name in names if len(name) > 1), key=len, reverse=True)
+        marks = sorted(map(re.escape, names), key=len, reverse=True)
         self._marks = re.compile("|".join(marks), re.IGNORECASE) if marks else None
         # of a slow tokenizer this would keep a user's own added words out, too
         self._options: dict[str, Any] = {"split_special_tokens": True} if tokenizer.is_fast else {}
