@@ -22,7 +22,7 @@ from tsqlora_scale.tasks.losses import loss_terms
 from tsqlora_scale.tasks.metrics import METRICS, SampleLosses, compute_metrics, needs_answers, needs_losses
 from tsqlora_scale.tasks.objectives.causal import CausalObjective
 from tsqlora_scale.tasks.objectives.label_heads import LabelObjective
-from tsqlora_scale.tasks.objectives.objective import Objective, Rows
+from tsqlora_scale.tasks.objectives.objective import Measured, Objective, Rows
 from tsqlora_scale.tasks.objectives.seq2seq import Seq2SeqObjective
 from tsqlora_scale.tasks.rows.data import Data, text_columns
 from tsqlora_scale.tasks.rows.sources import SplitName
@@ -212,6 +212,12 @@ class Task:
             table = view[block]
             lengths[block] = sum(pc.fill_null(pc.utf8_length(table[name]), 0).to_numpy() for name in names)
         return lengths
+
+    def measured(self, rows: Indices) -> list[Measured]:
+        """How long texts of the pool are in tokens, and how much of them is kept; nothing where the objective is a
+        user's own and does not say."""
+        measure = getattr(self._objective, "measured", None)
+        return [] if measure is None else list(measure(self._rows("train", rows)))
 
     def strata(self) -> np.ndarray | None:
         """The class of every sample of the pool as numbers from 0 without gaps, (N,) int32; None without classes."""

@@ -12,7 +12,7 @@ from tsqlora_scale.config.schema import TaskConfig
 from tsqlora_scale.tasks.batch import Batch
 from tsqlora_scale.tasks.losses import class_losses, squared_losses
 from tsqlora_scale.tasks.objectives.model_inputs import InputRows
-from tsqlora_scale.tasks.objectives.objective import Rows
+from tsqlora_scale.tasks.objectives.objective import MEASURED, Measured, Rows
 from tsqlora_scale.tasks.objectives.tokenizing import TextEncoder
 
 
@@ -63,3 +63,10 @@ class LabelObjective:
     def preview(self, rows: Rows) -> list[str]:
         """The text, or both with a bar between them."""
         return [" | ".join(texts) for texts in zip(*(rows[name] for name in self._cfg.text), strict=True)]
+
+    def measured(self, rows: Rows) -> list[Measured]:
+        """Lengths of the text, or of both together."""
+        columns = [self._encoder.lengths(rows[name], at_most=MEASURED) for name in self._cfg.text]
+        around = self._tokenizer.num_special_tokens_to_add(pair=len(columns) > 1)
+        what, lengths = " + ".join(self._cfg.text), [sum(row) + around for row in zip(*columns, strict=True)]
+        return [Measured(what, lengths, self._cfg.max_length, self._encoder.lost_side)]

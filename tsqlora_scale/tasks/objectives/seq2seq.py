@@ -13,7 +13,7 @@ from tsqlora_scale.tasks.batch import IGNORED, Batch, pad_rows
 from tsqlora_scale.tasks.losses import token_losses
 from tsqlora_scale.tasks.objectives.generation import generate_text
 from tsqlora_scale.tasks.objectives.model_inputs import InputRows
-from tsqlora_scale.tasks.objectives.objective import Rows
+from tsqlora_scale.tasks.objectives.objective import MEASURED, Measured, Rows
 from tsqlora_scale.tasks.objectives.target_form import TargetForm
 from tsqlora_scale.tasks.objectives.tokenizing import TextEncoder, pad_id
 
@@ -71,3 +71,14 @@ class Seq2SeqObjective:
     def preview(self, rows: Rows) -> list[str]:
         """``source -> target``."""
         return [f"{s} -> {t}" for s, t in zip(rows[self._source], rows[self.answer], strict=True)]
+
+    def measured(self, rows: Rows) -> list[Measured]:
+        """Lengths of source and target."""
+        around = self._tokenizer.num_special_tokens_to_add()
+        sources = self._encoder.lengths([self._cfg.prefix + text for text in rows[self._source]], at_most=MEASURED)
+        targets = self._encoder.lengths(rows[self.answer], at_most=MEASURED)
+        limits, side = (self._cfg.max_length, self._cfg.max_target_length), self._encoder.lost_side
+        return [
+            Measured(what, [length + around for length in lengths], limit, side)
+            for what, lengths, limit in zip(("source", "target"), (sources, targets), limits, strict=True)
+        ]

@@ -84,6 +84,15 @@ class TextEncoder:
         """Tokens of a text."""
         return len(self.plain([text])[0])
 
+    def lengths(self, texts: list[str], *, at_most: int) -> list[int]:
+        """Tokens of the first ``at_most`` characters of texts."""
+        return list(map(len, self.plain([text[:at_most] for text in texts])))
+
+    @property
+    def lost_side(self) -> str:
+        """What a text that is too long loses by :meth:`rows`."""
+        return "end" if self._tokenizer.truncation_side == "right" else "beginning"
+
     def broken(self, text: str) -> str:
         """The text with a blank in everything that reads like a special token."""
         if self._marks is None:
@@ -103,14 +112,17 @@ class TextEncoder:
         return [first for first, _ in both], [second for _, second in both]
 
     def _shortened_pair(self, pair: tuple[str, str], max_length: int, cut: Any) -> tuple[str, str]:
-        """Of a pair the longer text loses first, so which one is longer must not change."""
-        long = [is_long(text, max_length) for text in pair]
-        if not any(long):
+        """Of a pair the longer text loses first, so which one is longer must not change.
+
+        That is told by characters where both are cut; an odd token may then fall to the other text. (Whole, they would
+        take tokenizers time by the product of their lengths.)
+        """
+        if not any(is_long(text, max_length) for text in pair):
             return pair
         shorter, longer = sorted(pair, key=len)
-        enough = max(max_length, self.length(shorter) + 1)
-        kept = cut(longer, enough, self.length)
-        return (kept, pair[1]) if pair[0] is longer else (pair[0], kept)
+        short = cut(shorter, max_length, self.length)
+        long = cut(longer, max(max_length, self.length(short) + 1), self.length)
+        return (long, short) if pair[0] is longer else (short, long)
 
     def _call(
         self, texts: list[str], pairs: list[str] | None, targets: bool, **options: Any
