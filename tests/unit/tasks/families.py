@@ -22,15 +22,13 @@ WIDE = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attent
         "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64,
         "max_position_embeddings": 64}  # fmt: skip
 OLD = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
-NO_DROPOUT = {
-    name: 0.0
-    for name in (
-        "hidden_dropout_prob", "attention_probs_dropout_prob", "hidden_dropout", "attention_dropout", "dropout",
-        "embd_pdrop", "attn_pdrop", "resid_pdrop", "summary_first_dropout", "summary_last_dropout", "dropout_rate",
-        "activation_dropout", "classifier_dropout", "cls_dropout", "pooler_dropout", "seq_classif_dropout",
-        "embed_dropout", "resid_dropout", "classifier_dropout_prob", "embedding_dropout",
-    )
-}  # fmt: skip
+DROPOUTS = (
+    "hidden_dropout_prob", "attention_probs_dropout_prob", "hidden_dropout", "attention_dropout", "dropout",
+    "embd_pdrop", "attn_pdrop", "resid_pdrop", "summary_first_dropout", "summary_last_dropout", "dropout_rate",
+    "activation_dropout", "classifier_dropout", "cls_dropout", "pooler_dropout", "seq_classif_dropout",
+    "embed_dropout", "resid_dropout", "classifier_dropout_prob", "embedding_dropout",
+)  # fmt: skip
+NO_DROPOUT = dict.fromkeys(DROPOUTS, 0.0)
 FAMILIES: dict[str, dict[str, Any]] = {
     "bert": USUAL,
     "roberta": USUAL,

@@ -63,7 +63,7 @@ def test_an_answer_that_the_template_drops_is_still_learned() -> None:
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{{ raise_exception('System role not supported') }}", r"fails on a turn .*\(System role not supported\); mend"),
+        ("{{ raise_exception('No system role') }}", r"fails on a turn .*\(No system role\); mend"),
         ("{{ messages[0].content.nothing.at_all }}", r"fails on a turn .*; mend chat_template"),
         ("{% for m in %}", r"fails on a turn of the user"),
         ("Hello", r"does not show the source once and as it is: of SOURCE it makes 'Hello'"),

@@ -103,7 +103,9 @@ def test_a_pad_of_its_own_takes_a_row_to_spare(spare: int, tmp_path: Path) -> No
             open_family(tmp_path, "mistral", tokenizer=ended_by_its_pad(), changes={"vocab_size": len(WORDS) + 2})
         return
     changes = {"vocab_size": len(WORDS) + 2 + spare}
-    task, model, model_config, tokenizer = open_family(tmp_path, "mistral", tokenizer=ended_by_its_pad(), changes=changes)
+    task, model, model_config, tokenizer = open_family(
+        tmp_path, "mistral", tokenizer=ended_by_its_pad(), changes=changes
+    )
     assert model_config.pad_token_id == tokenizer.pad_token_id == len(WORDS) + 2
     assert_rows_agree(task, model)
 

@@ -19,8 +19,8 @@ from tsqlora_scale.tasks.objectives.positions import position_limits
 #: Encoders and decoders -> tokens that a table of 64 leaves.
 ONE_SIDED = {
     "bert": 64, "roberta": 63, "xlm-roberta": 63, "mpnet": 62, "esm": 63, "electra": 64, "distilbert": 64, "xlm": 64,
-    "longformer": 63, "gpt2": 64, "gpt_neo": 64, "gpt_bigcode": 64, "openai-gpt": 64, "opt": 64, "biogpt": 64, "gptj": 64,
-    "codegen": 64, "ctrl": 64, "mpt": 64,
+    "longformer": 63, "gpt2": 64, "gpt_neo": 64, "gpt_bigcode": 64, "openai-gpt": 64, "opt": 64, "biogpt": 64,
+    "gptj": 64, "codegen": 64, "ctrl": 64, "mpt": 64,
 }  # fmt: skip
 UNLIMITED = ["deberta-v2", "xlnet", "llama", "mistral", "gpt_neox", "bloom", "falcon", "funnel"]
 ROTARY_ESM = {"position_embedding_type": "rotary"}

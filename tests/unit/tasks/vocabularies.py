@@ -9,7 +9,9 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.tiny import WORDS
 
-SENTENCES = [" ".join(WORDS[i:] + WORDS[:i]) for i in range(len(WORDS))] + ["Ünïcode, 1234 (brackets) <tags> |bars|"] * 4
+SENTENCES = [" ".join(WORDS[i:] + WORDS[:i]) for i in range(len(WORDS))] + [
+    "Ünïcode, 1234 (brackets) <tags> |bars|"
+] * 4
 MARKS = ["<pad>", "<s>", "</s>", "<unk>", "<mask>", "[SEP]", "<|im_end|>", "<eos>"]
 
 

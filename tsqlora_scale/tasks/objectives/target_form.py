@@ -50,7 +50,7 @@ class TargetForm:
         return [[*row, self.end][:limit] for row in rows]
 
     def generation(self, own_ends: int | list[int] | None) -> dict[str, Any]:
-        """What generation has to be told, beside what the model's own config says.
+        """What generation has to be told beside where it starts.
 
         Args:
             own_ends: tokens that end a text by the model's generation config.
@@ -59,8 +59,6 @@ class TargetForm:
         ends = {own_ends} if isinstance(own_ends, int) else {*(own_ends or [])}
         if self.end not in ends:
             options["eos_token_id"] = sorted({self.end, *ends})
-        if self._language_is_last:
-            options["decoder_start_token_id"] = self.start
         if self._forced is not None:
             options["forced_bos_token_id"] = self._forced
         return options
