@@ -49,8 +49,8 @@ def tail(text: str, tokens: int, length: Callable[[str], int]) -> str:
     size = _first_size(tokens)
     while size < len(text):
         cut = _BETWEEN.search(text, len(text) - size)
-        if cut is not None and length(text[cut.start() :]) >= tokens + _MARGIN:
-            return text[cut.start() :]
+        if cut is not None and length(text[cut.end() :]) >= tokens + _MARGIN:
+            return text[cut.end() :]
         size *= 4
     return text
 

@@ -14,6 +14,8 @@ from tsqlora_scale.tasks.objectives.model_inputs import counts_positions_from_pa
 #: Tables of absolute positions by their names; of distances (``relative_attention_bias``) there is no limit.
 _TABLE = re.compile(r"(^|\.)(position_embeddings?|embed_positions|positions_embed|wpe)$")
 
+#: Towers that read no text.
+_OTHER = re.compile(r"vision|visual|image|audio|speech")
 #: Tables of GPT-J, CodeGen and CTRL that are computed, but once.
 _COMPUTED = re.compile(r"(^|\.)(embed_positions|pos_encoding)$")
 
@@ -31,10 +33,12 @@ def position_limits(model: nn.Module) -> dict[str, int]:
     limits: dict[str, int] = {}
     model_config: Any = model.config
     for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and _TABLE.search(name):
+        if isinstance(module, nn.Embedding) and _TABLE.search(name) and not _OTHER.search(name):
             side = "decoder" if model_config.is_encoder_decoder and ".decoder." in f".{name}" else "encoder"
             limits[side] = min(_rows(module, side, model_config), limits.get(side, module.num_embeddings))
-    computed = [len(buffer) for name, buffer in model.named_buffers() if _COMPUTED.search(name)]
+    computed = [
+        len(buffer) for name, buffer in model.named_buffers() if _COMPUTED.search(name) and not _OTHER.search(name)
+    ]
     if model_config.model_type == "mpt":  # its ALiBi, alone of all, is computed for a fixed length
         computed.append(int(model_config.max_seq_len))
     if computed:
