@@ -106,15 +106,21 @@ def test_a_long_text_is_cut_early_to_the_same_tokens(kind: str, text: str, limit
 @settings(max_examples=6)
 @given(text=LONG, limit=st.integers(3, 40), chat=st.booleans())
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_long_prompt_is_cut_early_to_the_same_tokens(kind: str, text: str, limit: int, chat: bool) -> None:
+def test_a_long_prompt_is_cut_early_to_the_same_end(kind: str, text: str, limit: int, chat: bool) -> None:
     tokenizer = made(kind)
     tokenizer.chat_template = CHAT if chat else None
     form = PromptFormat(tokenizer)
-    found = form.prompts([text], form.overhead + limit), form.answers([text], limit)
+    most = form.overhead + limit
+    (found,), answers = form.prompts([text], most), form.answers([text], limit)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(early_cut, "is_long", lambda *_: False)
         patch.setattr(tokenizing, "is_long", lambda *_: False)
-        assert found == (form.prompts([text], form.overhead + limit), form.answers([text], limit))
+        (whole,) = form.prompts([text], most)
+        assert answers == form.answers([text], limit)
+    # how many tokens the first word takes beside the mark before it decides over the first token that is kept
+    assert abs(len(found) - len(whole)) <= 2 and max(len(found), len(whole)) <= most
+    same = min(len(found), len(whole)) - form.overhead
+    assert same > 0 and found[-same:] == whole[-same:]
 
 
 class _Counting:
