@@ -7,6 +7,7 @@ calls.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -75,6 +76,7 @@ def train(config: Config, *, resume: str | Path | None = None, overwrite: bool =
     preflight.check_run_dir(config, overwrite=overwrite, resume=place)
     checked = preflight.check(config)
     from tsqlora_scale.proxy import discard_parts, score_by_proxy, take_scores
+    from tsqlora_scale.report.input_preview import input_preview
     from tsqlora_scale.run.build import build_run
     from tsqlora_scale.run.preemption import StopRequest
     from tsqlora_scale.run.run_lock import RunLock
@@ -90,6 +92,8 @@ def train(config: Config, *, resume: str | Path | None = None, overwrite: bool =
         are_kept = scores is None or take_scores(run, scores)
         if run.is_main and are_kept:
             discard_parts(config)
+        if run.is_main and run.step == 0:
+            print("\n".join(input_preview(run.task, seed=config.run.seed)), file=sys.stderr)
         record = train_to_the_end(run)
         if run.is_main:
             discard_parts(config)

@@ -124,6 +124,17 @@ def generation(name: str, content: str | bytes, *words: str) -> Case:
     return Case(name, ("model.name_or_path=", "generation_config.json", *words), make)
 
 
+def _of_kind(place: Place, kind: str, task: str, **keys: Any) -> None:
+    """Another tiny model, with a task of its type."""
+    place.tree["model"]["name_or_path"] = str(tiny_model(kind, place.models))
+    place.tree["task"] |= {"type": task, "source": "text", "target": "label", "metrics": ["rouge1"], **keys}
+
+
+def _chat_template(place: Place, template: str) -> None:
+    _of_kind(place, "llama", "causal")
+    (place.own_model() / "chat_template.jinja").write_text(template)
+
+
 def config_json(**changes: Any) -> Callable[[Path], None]:
     """Keys of ``config.json``."""
     return lambda folder: edit_json(folder / "config.json", **changes)
@@ -201,6 +212,27 @@ MODELS = [
     generation("barred words that are no lists", '{"bad_words_ids": [3]}', "bad_words_ids=[3]", "a list of lists"),
     generation(
         "a forced token that is barred", '{"forced_eos_token_id": 2, "suppress_tokens": [2]}', "suppress_tokens leaves"
+    ),
+    model(
+        "a token without a row in the embeddings",
+        lambda f: edit_json(f / "config.json", vocab_size=39),
+        "token 'director' is number 39, and the model knows 39",
+        "resized",
+    ),
+    Case(
+        "a chat template that fails",
+        ("chat template fails", "Roles must alternate", "mend chat_template"),
+        lambda place: _chat_template(place, "{{ raise_exception('Roles must alternate') }}"),
+    ),
+    Case(
+        "a chat template that loses the source",
+        ("does not show the source once", "'Hello'", "mend chat_template"),
+        lambda place: _chat_template(place, "Hello"),
+    ),
+    Case(
+        "a language of a model without any",
+        ("task.source_lang='de'", "'bart'", "remove it"),
+        lambda place: _of_kind(place, "bart", "seq2seq", source_lang="de"),
     ),
     Case("a model without the task's form", ("llama", "no seq2seq form", "task.type"), _other_task),
 ]

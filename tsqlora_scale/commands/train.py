@@ -40,5 +40,7 @@ def _show_plan(config: Config) -> None:
 
     checked = preflight.check(config)
     if launched_rank() == 0:
+        from tsqlora_scale.report.input_preview import input_preview
+
         print(checked.config.to_yaml())
-        print("\n".join(checked.plan.lines()))
+        print("\n".join([*checked.plan.lines(), *input_preview(checked.task, seed=config.run.seed)]))

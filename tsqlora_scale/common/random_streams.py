@@ -9,6 +9,7 @@ stream                      who draws from it                      depends on, b
 ``philox "subsample"``      ``scoring.max_samples``                nothing more
 ``philox "refresh"``        the share that a refresh scores        the pass
 ``philox "sketch/NAME"``    offset, pitch and signs of sketches    the parameter's name
+``philox "input preview"``  rows that a reader is shown            nothing more
 ``philox "simhash"``        hyperplanes for similar gradients      the table
 ``generator_for`` "head"    a new head's weights                   nothing more
 ``generator_for`` "adapter" A of the adapted layers                nothing more

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from datetime import date
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -19,6 +20,16 @@ UnitInterval = Annotated[float, Field(gt=0, le=1)]
 Below1 = Annotated[float, Field(ge=0, lt=1)]
 #: Optimizer steps, or a fraction of the run when strictly between 0 and 1.
 StepsOrFraction = Annotated[int, Field(ge=0, le=LARGEST)] | Annotated[float, Field(gt=0, lt=1)]
+
+
+def _is_date(value: str) -> str:
+    try:
+        return date.fromisoformat(value).isoformat()
+    except ValueError:
+        raise ValueError(f"{shown(value)} is no date; write it as 'YYYY-MM-DD'") from None
+
+
+IsoDate = Annotated[str, AfterValidator(_is_date)]
 
 
 class Section(BaseModel):

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from tsqlora_scale.config.fields import PositiveInt, Section, name_or_extension
+from tsqlora_scale.config.fields import IsoDate, PositiveInt, Section, name_or_extension
 
 #: The metrics of a task that names none.
 DEFAULT_METRICS = {"classification": "accuracy", "regression": "pearson", "seq2seq": "rougeL", "causal": "rougeL"}
@@ -109,6 +109,12 @@ class TaskConfig(Section):
     target: str | None = None
     #: Text put before every source (T5-style).
     prefix: str = ""
+    #: Languages of source and target, as the tokenizer names them; for models of many languages alone (mBART, NLLB,
+    #: M2M100), which need both.
+    source_lang: str | None = None
+    target_lang: str | None = None
+    #: What a chat template is told that the date is; none is 2025-01-01, on every day.
+    chat_date: IsoDate | None = None
     max_length: PositiveInt = 128
     max_target_length: PositiveInt = 64
     #: Metric names; the first is the one that decides which checkpoint is best. By default accuracy
@@ -138,6 +144,9 @@ class TaskConfig(Section):
                 raise ValueError(f"'label' must name the label column of a {self.type} task")
         elif self.source is None or self.target is None:
             raise ValueError(f"'source' and 'target' must name the input and output columns of a {self.type} task")
+        for key, type_ in (("source_lang", "seq2seq"), ("target_lang", "seq2seq"), ("chat_date", "causal")):
+            if getattr(self, key) is not None and self.type != type_:
+                raise ValueError(f"'{key}' is for {type_} tasks, and 'type' is {self.type!r}; remove it")
         return self
 
     @property

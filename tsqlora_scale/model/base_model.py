@@ -91,6 +91,8 @@ def load_base(
         loaded.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if getattr(loaded.config, "use_cache", None):
         loaded.config.use_cache = False
+    if getattr(loaded, "generation_config", None) is not None:  # the folder's may name another token than is used
+        loaded.generation_config.pad_token_id = model_config.get_text_config().pad_token_id
     return loaded, sorted({_new_module(loaded, key) for key in new})
 
 

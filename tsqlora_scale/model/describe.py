@@ -9,6 +9,7 @@ from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.schema import Config
 from tsqlora_scale.model.dropouts import set_dropout
 from tsqlora_scale.model.generation_files import check_generation_file
+from tsqlora_scale.model.tokenizer import fit_tokenizer
 from tsqlora_scale.model.weight_files import check_base_weights, check_fits
 
 
@@ -47,30 +48,8 @@ def load_descriptions(config: Config, path: str) -> tuple[Any, Any]:
         if isinstance(config.task.labels, list):
             model_config.id2label = dict(enumerate(config.task.labels))
             model_config.label2id = {name: i for i, name in enumerate(config.task.labels)}
-    _check_tokenizer(tokenizer, model_config, key)
+    fit_tokenizer(config, model_config, tokenizer, key=key)
     return model_config, tokenizer
-
-
-def _check_tokenizer(tokenizer: Any, model_config: Any, key: str) -> None:
-    """Give it a padding token, and see that it is one, and the model's.
-
-    Raises:
-        UserError: naming the model.
-    """
-    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):  # made of nothing, where files are missing
-        raise UserError(f"{key}: its tokenizer knows no words; the model needs the files of its tokenizer, too")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-        if tokenizer.pad_token is None:
-            raise UserError(f"{key}: the tokenizer has neither a padding nor an end token")
-    if model_config.get_text_config().pad_token_id is None:
-        model_config.pad_token_id = tokenizer.pad_token_id
-    size = getattr(model_config.get_text_config(), "vocab_size", None)
-    if size is not None and max(tokenizer.vocab_size - 1, tokenizer.pad_token_id) >= size:
-        raise UserError(
-            f"{key}: its tokenizer has {tokenizer.vocab_size} tokens and pads with number {tokenizer.pad_token_id}, "
-            f"the model knows {size}; give the model's own tokenizer"
-        )
 
 
 def check_generation(config: Config, path: str, model_config: Any) -> None:
@@ -139,5 +118,5 @@ def check_architecture(config: Config, model_config: Any, tokenizer: Any) -> lis
             f"adapter.r={config.adapter.r}: no layer that is adapted has a rank above {widest}; lower it, "
             "or choose other adapter.target_modules"
         )
-    check_lengths(config.task, tokenizer, model_config)
+    check_lengths(config.task, bare)
     return heads_of(bare)

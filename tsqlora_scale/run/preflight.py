@@ -84,6 +84,7 @@ def check(config: Config, *, data: Data | None = None) -> Preflight:
     check_deepspeed_sizes(config, micro_batch_size=plan.micro_batch_size, accumulation=plan.accumulation)
     check_space(config, plan.pool_size)
     described = describe(config, data)
+    plan = plan_run(config, len(described.data.train), launched_size())  # fewer rows, where some gave no tokens
     check_scoring(config, described.task)
     dropped = set_layer_drop(described.model_config)
     if dropped and launched_rank() == 0:
@@ -92,7 +93,9 @@ def check(config: Config, *, data: Data | None = None) -> Preflight:
     proxy = None
     if config.scores_by_proxy:
         with naming_the_proxy(config):
-            proxy = check(config.of_proxy(), data=data)
+            proxy = check(config.of_proxy(), data=described.data)
+            if len(proxy.data.train) != len(described.data.train):
+                raise UserError("its tokenizer makes nothing of rows that the model reads; take them out of the data")
     return Preflight(**vars(described), plan=plan, findings=findings, proxy=proxy)
 
 
@@ -139,12 +142,13 @@ def describe(config: Config, data: Data) -> Described:
     Raises:
         UserError: naming the key, the value and the remedy.
     """
-    from tsqlora_scale.tasks import build_task
+    from tsqlora_scale.tasks import build_task, with_tokens
 
     path = resolve(config.model.name_or_path, key="model.name_or_path")
     model_config, tokenizer = load_descriptions(config, path)
     check_weights(config, path)
     check_generation(config, path, model_config)
+    data = with_tokens(config.task, data, tokenizer)
     return Described(
         config=config,
         data=data,

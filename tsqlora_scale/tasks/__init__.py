@@ -4,8 +4,20 @@
 """
 
 from tsqlora_scale.tasks.batch import IGNORED, Batch
-from tsqlora_scale.tasks.objectives.tokenizing import check_lengths
+from tsqlora_scale.tasks.objectives.positions import check_lengths
 from tsqlora_scale.tasks.rows.data import Data, load_data, load_dev
+from tsqlora_scale.tasks.rows.token_checks import with_tokens
 from tsqlora_scale.tasks.task import Task, auto_class_of, build_task
 
-__all__ = ["IGNORED", "Batch", "Data", "Task", "auto_class_of", "build_task", "check_lengths", "load_data", "load_dev"]
+__all__ = [
+    "IGNORED",
+    "Batch",
+    "Data",
+    "Task",
+    "auto_class_of",
+    "build_task",
+    "check_lengths",
+    "load_data",
+    "load_dev",
+    "with_tokens",
+]

@@ -38,9 +38,10 @@ class Batch:
         return Batch(inputs, self.targets.to(device, non_blocking=True), self.indices)
 
 
-def pad_rows(rows: Sequence[Sequence[int]], value: int) -> Tensor:
-    """Rows of token ids, filled up on the right to the longest: (B, T) int64."""
+def pad_rows(rows: Sequence[Sequence[int]], value: int, *, on_the_left: bool = False) -> Tensor:
+    """Rows of token ids, filled up on one side to the longest: (B, T) int64."""
     out = torch.full((len(rows), max(map(len, rows))), value, dtype=torch.int64)
     for i, row in enumerate(rows):
-        out[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
+        start = out.shape[1] - len(row) if on_the_left else 0
+        out[i, start : start + len(row)] = torch.tensor(row, dtype=torch.int64)
     return out

@@ -22,9 +22,8 @@ from tsqlora_scale.tasks.losses import loss_terms
 from tsqlora_scale.tasks.metrics import METRICS, SampleLosses, compute_metrics, needs_answers, needs_losses
 from tsqlora_scale.tasks.objectives.causal import CausalObjective
 from tsqlora_scale.tasks.objectives.label_heads import LabelObjective
-from tsqlora_scale.tasks.objectives.objective import Objective, Rows
+from tsqlora_scale.tasks.objectives.objective import Measured, Objective, Rows
 from tsqlora_scale.tasks.objectives.seq2seq import Seq2SeqObjective
-from tsqlora_scale.tasks.objectives.tokenizing import check_lengths
 from tsqlora_scale.tasks.rows.data import Data, text_columns
 from tsqlora_scale.tasks.rows.sources import SplitName
 
@@ -214,6 +213,12 @@ class Task:
             lengths[block] = sum(pc.fill_null(pc.utf8_length(table[name]), 0).to_numpy() for name in names)
         return lengths
 
+    def measured(self, rows: Indices) -> list[Measured]:
+        """How long texts of the pool are in tokens, and how much of them is kept; nothing where the objective is a
+        user's own and does not say."""
+        measure = getattr(self._objective, "measured", None)
+        return [] if measure is None else list(measure(self._rows("train", rows)))
+
     def strata(self) -> np.ndarray | None:
         """The class of every sample of the pool as numbers from 0 without gaps, (N,) int32; None without classes."""
         if self._cfg.type != "classification":
@@ -255,12 +260,10 @@ def build_task(cfg: TaskConfig, data: Data, tokenizer: PreTrainedTokenizerBase, 
     """The task over its data.
 
     Raises:
-        UserError: the model cannot do the task, or takes fewer tokens than its lengths say; or an extension lacks
-            what an objective sets when it is built.
+        UserError: the model cannot do the task; or an extension lacks what an objective sets when it is built.
     """
     objective = objective_class(cfg)(cfg, tokenizer, model_config)
     _check_members(cfg, objective, ("columns", "answer"))
-    check_lengths(cfg, tokenizer, model_config)
     return Task(cfg, data, tokenizer, objective)
 
 

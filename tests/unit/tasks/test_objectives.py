@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoTokenizer, DebertaV2Config
+from transformers import AutoConfig, AutoTokenizer
 
 from tests.reference.tasks import alone, mean_losses
-from tests.tiny import tiny_tokenizer
 from tests.unit.tasks.cases import ANSWERS, CLASSES, NUMBERS, SUMMARIES, task_config
 from tsqlora_scale.common.errors import UserError
-from tsqlora_scale.tasks import IGNORED, Batch, Task, build_task, check_lengths, load_data
+from tsqlora_scale.tasks import IGNORED, Batch, Task, build_task, load_data
 
 LABELLED = (
     "text\tpair\tlabel\n"
@@ -198,12 +197,6 @@ def test_lengths(kind: str, make_task: Make) -> None:
     [
         ("llama", SUMMARIES, r"task.type='seq2seq' needs an encoder-decoder.*'llama'"),
         ("bart", ANSWERS, r"task.type='causal' needs a decoder-only model.*'bart'.*use task.type: seq2seq"),
-        ("bert", CLASSES | {"max_length": 65}, r"task.max_length=65: the model takes 64 tokens; lower it"),
-        (
-            "bart",
-            SUMMARIES | {"max_length": 8, "max_target_length": 65},
-            r"task.max_target_length=65: the model takes 64",
-        ),
         (
             "llama",
             ANSWERS | {"max_length": 20, "max_target_length": 20},
@@ -214,22 +207,6 @@ def test_lengths(kind: str, make_task: Make) -> None:
 def test_models_that_cannot_do_the_task(model: str, kind: dict[str, Any], message: str, make_task: Make) -> None:
     with pytest.raises(UserError, match=message):
         make_task(model, kind, TEXTS if "source" in kind else LABELLED)
-
-
-@pytest.mark.parametrize("kind", ["t5", "llama"])
-def test_relative_positions_have_no_limit(kind: str, make_task: Make) -> None:
-    make_task(kind, KINDS[kind][0] | {"max_length": 4096}, KINDS[kind][1])
-
-
-@pytest.mark.parametrize("adds_positions", [False, True])
-def test_deberta_says_whether_positions_are_limited(tmp_path: Path, adds_positions: bool) -> None:
-    cfg = task_config(tmp_path, CLASSES | {"max_length": 4096})
-    config = DebertaV2Config(relative_attention=True, position_biased_input=adds_positions)
-    if not adds_positions:
-        check_lengths(cfg, tiny_tokenizer(), config)
-        return
-    with pytest.raises(UserError, match=r"task.max_length=4096: the model takes 512 tokens"):
-        check_lengths(cfg, tiny_tokenizer(), config)
 
 
 def test_no_dev_split(tmp_path: Path, models: Callable[[str], Path], make_task: Make) -> None:

@@ -13,7 +13,7 @@ from tsqlora_scale.config.schema import TaskConfig
 from tsqlora_scale.tasks.batch import IGNORED, Batch, pad_rows
 from tsqlora_scale.tasks.losses import token_losses
 from tsqlora_scale.tasks.objectives.generation import generate_text
-from tsqlora_scale.tasks.objectives.objective import Rows
+from tsqlora_scale.tasks.objectives.objective import MEASURED, Measured, Rows
 from tsqlora_scale.tasks.objectives.prompts import PromptFormat
 from tsqlora_scale.tasks.objectives.tokenizing import pad_id
 
@@ -44,7 +44,7 @@ class CausalObjective:
                 "task.type='causal' needs a fast tokenizer (tokenizer.json); this model has a slow one only"
             )
         self._cfg, self._tokenizer = cfg, tokenizer
-        self._format = PromptFormat(tokenizer, cfg.prefix)
+        self._format = PromptFormat(tokenizer, cfg.prefix, cfg.chat_date)
         self._pad = pad_id(tokenizer)
         self._source, self.answer = cfg.source, cfg.target
         self.columns = [cfg.source, cfg.target]
@@ -90,6 +90,17 @@ class CausalObjective:
     def preview(self, rows: Rows) -> list[str]:
         """``source -> target``."""
         return [f"{s} -> {t}" for s, t in zip(rows[self._source], rows[self.answer], strict=True)]
+
+    def measured(self, rows: Rows) -> list[Measured]:
+        """Lengths of prompt and answer."""
+        prompt, answer = self._limits(self._cfg.max_length)
+        sources, targets = ([text[:MEASURED] for text in rows[name]] for name in (self._source, self.answer))
+        prompts = [len(row) for row in self._format.prompts(sources, MEASURED)]
+        answers = [len(row) for row in self._format.answers(targets, MEASURED)]
+        return [
+            Measured("prompt", prompts, prompt, "source's beginning"),
+            Measured("answer", answers, answer, "end"),
+        ]
 
     def _limits(self, max_length: int) -> tuple[int, int]:
         """Most tokens of (prompt, answer)."""

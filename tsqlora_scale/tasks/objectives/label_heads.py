@@ -9,16 +9,18 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedTokenizerBase
 
 from tsqlora_scale.config.schema import TaskConfig
-from tsqlora_scale.tasks.batch import Batch, pad_rows
+from tsqlora_scale.tasks.batch import Batch
 from tsqlora_scale.tasks.losses import class_losses, squared_losses
-from tsqlora_scale.tasks.objectives.objective import Rows
-from tsqlora_scale.tasks.objectives.tokenizing import encode, pad_id
+from tsqlora_scale.tasks.objectives.model_inputs import InputRows
+from tsqlora_scale.tasks.objectives.objective import MEASURED, Measured, Rows
+from tsqlora_scale.tasks.objectives.tokenizing import TextEncoder
 
 
 class LabelObjective:
     """Cross-entropy over classes, or squared error of one number.
 
-    Texts longer than ``max_length`` lose their ends; of a pair, the longer text loses first.
+    Texts longer than ``max_length`` lose their ends (or beginnings, by the tokenizer's ``truncation_side``); of a pair,
+    the longer text loses first.
     """
 
     peft_task_type = "SEQ_CLS"
@@ -27,6 +29,8 @@ class LabelObjective:
     def __init__(self, cfg: TaskConfig, tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig) -> None:
         assert cfg.label is not None, "the config requires a label column"
         self._cfg, self._tokenizer, self._model_config = cfg, tokenizer, model_config
+        self._encoder = TextEncoder(tokenizer)
+        self._inputs = InputRows(self.auto_class, tokenizer, model_config)
         self._regression = cfg.type == "regression"
         self.columns = [*cfg.text, cfg.label]
         self.answer = cfg.label
@@ -34,9 +38,7 @@ class LabelObjective:
     def collate(self, rows: Rows, max_length: int) -> tuple[dict[str, Tensor], Tensor]:
         """Inputs (B, T) and targets (B,): int64 class ids or float32 numbers."""
         texts = [rows[name] for name in self._cfg.text]
-        encoded = encode(self._tokenizer, *texts, max_length=max_length)
-        fill = {"input_ids": pad_id(self._tokenizer), "token_type_ids": self._tokenizer.pad_token_type_id}
-        inputs = {name: pad_rows(ids, fill.get(name, 0)) for name, ids in encoded.items()}
+        inputs = self._inputs.tensors(self._encoder.rows(*texts, max_length=max_length))
         return inputs, torch.tensor(rows[self.answer], dtype=torch.float32 if self._regression else torch.int64)
 
     def losses(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,3 +63,10 @@ class LabelObjective:
     def preview(self, rows: Rows) -> list[str]:
         """The text, or both with a bar between them."""
         return [" | ".join(texts) for texts in zip(*(rows[name] for name in self._cfg.text), strict=True)]
+
+    def measured(self, rows: Rows) -> list[Measured]:
+        """Lengths of the text, or of both together."""
+        columns = [self._encoder.lengths(rows[name], at_most=MEASURED) for name in self._cfg.text]
+        around = self._tokenizer.num_special_tokens_to_add(pair=len(columns) > 1)
+        what, lengths = " + ".join(self._cfg.text), [sum(row) + around for row in zip(*columns, strict=True)]
+        return [Measured(what, lengths, self._cfg.max_length, self._encoder.lost_side)]

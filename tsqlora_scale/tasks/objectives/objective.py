@@ -5,6 +5,7 @@ One implementation for each kind of model head; :class:`~tsqlora_scale.tasks.tas
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -13,6 +14,27 @@ from tsqlora_scale.tasks.batch import Batch
 
 #: Column name -> the values of the rows of a batch.
 Rows = dict[str, list[Any]]
+
+
+#: Characters of a text that are looked at where its length is only told to a reader.
+MEASURED = 50_000
+
+
+@dataclass(frozen=True)
+class Measured:
+    """How long texts are, and how much of them is kept.
+
+    Attributes:
+        what: the texts.
+        lengths: in tokens, with what is put around them.
+        limit: tokens that are kept.
+        side: that a longer text loses.
+    """
+
+    what: str
+    lengths: list[int]
+    limit: int
+    side: str
 
 
 class Objective(Protocol):

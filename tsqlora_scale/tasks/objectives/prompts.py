@@ -5,6 +5,9 @@ from __future__ import annotations
 from transformers import PreTrainedTokenizerBase
 
 from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.tasks.objectives.chat_template import chat_marks
+from tsqlora_scale.tasks.objectives.early_cut import head, tail
+from tsqlora_scale.tasks.objectives.tokenizing import TextEncoder, special_ids
 
 
 class PromptFormat:
@@ -17,21 +20,23 @@ class PromptFormat:
     Prompt and answer are tokenized apart, for that is how they meet in generation.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prefix: str = "") -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prefix: str = "", today: str | None = None) -> None:
         if tokenizer.eos_token_id is None:
             raise UserError("task.type='causal' needs a tokenizer with an end token (eos_token); this one has none")
         self._tokenizer, self._prefix = tokenizer, prefix
-        self._chat = tokenizer.chat_template is not None
+        self._texts = TextEncoder(tokenizer)
+        self._special = special_ids(tokenizer)
+        self._chat = chat_marks(tokenizer, today)
         begin = tokenizer("")["input_ids"][:1]
         self._begin: list[int] = [] if self._chat or begin != [tokenizer.bos_token_id] else begin
-        opening, self._lead, closing = _turn_marks(tokenizer) if self._chat else ("", "", "")
-        self._opening = opening
-        end = self._plain_ids([closing])[0]
+        end = self._marked_ids([self._chat.closing if self._chat else ""])[0]
         if not end or end[-1] not in tokenizer.added_tokens_decoder:  # nothing that could end a generation
             end = [*end, int(tokenizer.eos_token_id)]
         self._end = end
+        empty = self._prompt_ids([""])[0]
         #: Tokens of a prompt with an empty source.
-        self.overhead = len(self._prompt_ids([""])[0])
+        self.overhead = len(empty)
+        self._own_special = self._count(empty)
 
     @property
     def stop_ids(self) -> list[int]:
@@ -44,14 +49,21 @@ class PromptFormat:
         A long source loses its beginning; the begin token and the template around it stay whole.
         """
         assert limit > self.overhead, (limit, self.overhead)
+        sources = [tail(text, limit, self._texts.length) for text in sources]
         ids = self._prompt_ids(sources)
+        for i, row in enumerate(ids):
+            if self._chat and self._count(row) > self._own_special:  # the source holds what reads like a mark
+                sources[i] = self._texts.broken(sources[i])
+                ids[i] = self._prompt_ids([sources[i]])[0]
         return [
             row if len(row) <= limit else self._cut(text, row, limit) for text, row in zip(sources, ids, strict=True)
         ]
 
     def answers(self, targets: list[str], limit: int) -> list[list[int]]:
         """Answers of at most ``limit`` tokens. One that is cut has no end token: it did not end there."""
-        return [[*ids, *self._end][:limit] for ids in self._plain_ids([self._lead + text for text in targets])]
+        lead = self._chat.lead if self._chat else ""
+        texts = [lead + head(text, limit, self._texts.length) for text in targets]
+        return [[*ids, *self._end][:limit] for ids in self._texts.plain(texts)]
 
     def _cut(self, source: str, ids: list[int], limit: int) -> list[int]:
         encoded = self._tokenizer(source, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -65,35 +77,13 @@ class PromptFormat:
     def _prompt_ids(self, sources: list[str]) -> list[list[int]]:
         texts = [self._prefix + text for text in sources]
         if self._chat:
-            texts = [_render(self._tokenizer, text) + self._opening for text in texts]
-        else:
-            texts = [text + "\n" for text in texts]
-        return [self._begin + ids for ids in self._plain_ids(texts)]
+            return self._marked_ids([self._chat.prompt(text) for text in texts])
+        return [self._begin + ids for ids in self._texts.plain([text + "\n" for text in texts])]
 
-    def _plain_ids(self, texts: list[str]) -> list[list[int]]:
+    def _marked_ids(self, texts: list[str]) -> list[list[int]]:
+        """Of texts whose marks are read as the special tokens that they are."""
         ids: list[list[int]] = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
-
-def _turn_marks(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str]:
-    """What a chat template puts around an answer: (end of the prompt, blanks before the answer, end of the turn).
-
-    Taken from an example. Some templates open an answer with more than they give as generation prompt, such as
-    an empty thought; that belongs to the prompt. Line ends after the end of the turn are left out: the model has
-    stopped by then.
-    """
-    prompt, whole = _render(tokenizer, "question"), _render(tokenizer, "question", "answer")
-    before, found, after = whole.removeprefix(prompt).partition("answer")
-    if not whole.startswith(prompt) or not found:
-        return "", "", ""
-    return (before, "", after.rstrip()) if before.strip() else ("", before, after.rstrip())
-
-
-def _render(tokenizer: PreTrainedTokenizerBase, question: str, answer: str | None = None) -> str:
-    """The chat template's text of one user turn, and of the assistant's turn or its opening."""
-    turns = [{"role": "user", "content": question}]
-    if answer is not None:
-        turns.append({"role": "assistant", "content": answer})
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer is None)
-    assert isinstance(text, str), "apply_chat_template(tokenize=False) returns text"
-    return text
+    def _count(self, row: list[int]) -> int:
+        return sum(map(self._special.__contains__, row))

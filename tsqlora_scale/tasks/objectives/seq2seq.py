@@ -12,8 +12,10 @@ from tsqlora_scale.config.schema import TaskConfig
 from tsqlora_scale.tasks.batch import IGNORED, Batch, pad_rows
 from tsqlora_scale.tasks.losses import token_losses
 from tsqlora_scale.tasks.objectives.generation import generate_text
-from tsqlora_scale.tasks.objectives.objective import Rows
-from tsqlora_scale.tasks.objectives.tokenizing import encode, pad_id
+from tsqlora_scale.tasks.objectives.model_inputs import InputRows
+from tsqlora_scale.tasks.objectives.objective import MEASURED, Measured, Rows
+from tsqlora_scale.tasks.objectives.target_form import TargetForm
+from tsqlora_scale.tasks.objectives.tokenizing import TextEncoder, pad_id
 
 
 class Seq2SeqObjective:
@@ -36,21 +38,19 @@ class Seq2SeqObjective:
                 f"is a {model_config.model_type!r} model without; use a model such as T5 or BART, or task.type: causal"
             )
         self._cfg, self._tokenizer = cfg, tokenizer
-        self._start = int(start)
-        pad = model_config.pad_token_id
-        self._pad = pad_id(tokenizer) if pad is None else int(pad)
+        self._targets = TargetForm(cfg, tokenizer, model_config)
+        self._encoder = TextEncoder(tokenizer)
+        self._inputs = InputRows(self.auto_class, tokenizer, model_config)
+        self._pad = pad_id(tokenizer)
         self.columns = [cfg.source, cfg.target]
         self._source, self.answer = cfg.source, cfg.target
 
     def collate(self, rows: Rows, max_length: int) -> tuple[dict[str, Tensor], Tensor]:
         """Inputs with ``decoder_input_ids`` (B, T), and targets (B, T)."""
         sources = [self._cfg.prefix + text for text in rows[self._source]]
-        encoded = encode(self._tokenizer, sources, max_length=max_length)
-        fill = {"input_ids": self._pad, "token_type_ids": self._tokenizer.pad_token_type_id}
-        inputs = {name: pad_rows(ids, fill.get(name, 0)) for name, ids in encoded.items()}
-        limit = self._cfg.max_target_length
-        targets = self._tokenizer(text_target=rows[self.answer], truncation=True, max_length=limit)["input_ids"]
-        inputs["decoder_input_ids"] = pad_rows([[self._start, *ids[:-1]] for ids in targets], self._pad)
+        inputs = self._inputs.tensors(self._encoder.rows(sources, max_length=max_length))
+        targets = self._targets.rows(rows[self.answer], self._cfg.max_target_length)
+        inputs["decoder_input_ids"] = pad_rows([[self._targets.start, *ids[:-1]] for ids in targets], self._pad)
         return inputs, pad_rows(targets, IGNORED)
 
     def losses(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,9 +64,21 @@ class Seq2SeqObjective:
             module, self._tokenizer, inputs,
             prompt_length=1,  # the start token
             max_new_tokens=self._cfg.max_target_length, num_beams=self._cfg.num_beams, synced=synced,
-            decoder_start_token_id=self._start, pad_token_id=self._pad,
+            decoder_start_token_id=self._targets.start, pad_token_id=self._pad,
+            **self._targets.generation(module.generation_config.eos_token_id),
         )  # fmt: skip
 
     def preview(self, rows: Rows) -> list[str]:
         """``source -> target``."""
         return [f"{s} -> {t}" for s, t in zip(rows[self._source], rows[self.answer], strict=True)]
+
+    def measured(self, rows: Rows) -> list[Measured]:
+        """Lengths of source and target."""
+        around = self._tokenizer.num_special_tokens_to_add()
+        sources = self._encoder.lengths([self._cfg.prefix + text for text in rows[self._source]], at_most=MEASURED)
+        targets = self._encoder.lengths(rows[self.answer], at_most=MEASURED)
+        limits, side = (self._cfg.max_length, self._cfg.max_target_length), self._encoder.lost_side
+        return [
+            Measured(what, [length + around for length in lengths], limit, side)
+            for what, lengths, limit in zip(("source", "target"), (sources, targets), limits, strict=True)
+        ]

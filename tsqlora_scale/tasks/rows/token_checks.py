@@ -1,0 +1,91 @@
+"""Texts that are filled, and of which a tokenizer still makes nothing: a row of padding to learn from."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+import datasets
+import numpy as np
+import pyarrow.compute as pc
+from transformers import PreTrainedTokenizerBase
+
+from tsqlora_scale.common.disk_arrays import blocks, new_array
+from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.common.printing import printable, shown
+from tsqlora_scale.config.schema import TaskConfig
+from tsqlora_scale.tasks.objectives.tokenizing import TextEncoder
+from tsqlora_scale.tasks.rows.column_checks import SAMPLE_ID
+from tsqlora_scale.tasks.rows.data import Data, text_columns
+from tsqlora_scale.tasks.rows.sources import SplitName
+
+log = logging.getLogger("tsqlora_scale")
+
+#: Letters, digits, punctuation, signs of mathematics and money: what every normaliser keeps.
+_SOLID = r"[\p{L}\p{N}\p{P}\p{Sm}\p{Sc}]"
+#: Characters of many scripts. A tokenizer that drops one can drop a text of solid characters, too.
+_SCRIPTS = ("Ж", "中", "ก", "\U0001d356", "ꙮ", "∯", "\U0001f600")
+#: Rows that are in memory at once.
+_ROWS = 2**14
+#: Characters of a text that are looked at first.
+_BEGINNING = 1000
+
+
+def with_tokens(cfg: TaskConfig, data: Data, tokenizer: PreTrainedTokenizerBase) -> Data:
+    """The rows of which the tokenizer makes something.
+
+    Characters that normalisers drop (control, format and combining characters, blanks of all kinds) make a text that
+    is filled and gives no token. Only texts of such alone are tokenised, unless the tokenizer drops what it does not
+    know.
+
+    Raises:
+        UserError: naming the first row that gives nothing, unless ``task.dataset.drop_empty`` leaves such rows out.
+    """
+    encoder = TextEncoder(tokenizer)
+    drops = any(not _gives_tokens(encoder, character) for character in _SCRIPTS)
+    dev = None if data.dev is None else _split_with_tokens(cfg, data.dev, "dev", encoder, drops)
+    return dataclasses.replace(data, train=_split_with_tokens(cfg, data.train, "train", encoder, drops), dev=dev)
+
+
+def _split_with_tokens(
+    cfg: TaskConfig, rows: datasets.Dataset, split: SplitName, encoder: TextEncoder, drops: bool
+) -> datasets.Dataset:
+    if SAMPLE_ID not in rows.column_names:  # rows to be answered: each of them is
+        return rows
+    kept = new_array(len(rows), bool)
+    kept[:] = True
+    where = str(getattr(cfg.dataset, f"{split}_file") or cfg.dataset.name)
+    for name in text_columns(cfg).values():
+        view = rows.select_columns([name, SAMPLE_ID]).with_format("arrow")
+        for block in blocks(len(rows), _ROWS):
+            table = view[block]
+            solid = pc.match_substring_regex(table[name], _SOLID).to_numpy(zero_copy_only=False)
+            for place in np.flatnonzero(~solid | drops):
+                text = table[name][int(place)].as_py()
+                if _gives_tokens(encoder, text):
+                    continue
+                kept[block.start + place] = False
+                if not cfg.dataset.drop_empty:
+                    raise UserError(_refusal(cfg, where, table[SAMPLE_ID][int(place)].as_py(), name, text))
+    if kept.all():
+        return rows
+    left_out = len(kept) - int(np.count_nonzero(kept))
+    log.warning("%s: %d rows of which the tokenizer makes nothing are left out", printable(where), left_out)
+    if left_out == len(kept):
+        raise UserError(f"{where}: the tokenizer makes nothing of any row; give the model's own tokenizer")
+    return rows.select(np.flatnonzero(kept))
+
+
+def _refusal(cfg: TaskConfig, where: str, sample: str, name: str, text: str) -> str:
+    row = f"row {int(sample) + 1}" if cfg.dataset.id_column is None and sample.isdigit() else f"sample {sample!r}"
+    return (
+        f"{where}, {row}: column {name!r} is {shown(text)}, of which the tokenizer makes nothing; "
+        "fill it in, or set task.dataset.drop_empty=true to leave such rows out"
+    )
+
+
+def _gives_tokens(encoder: TextEncoder, text: str) -> bool:
+    try:
+        return any(encoder.length(part) > 0 for part in (text[:_BEGINNING], text) if part)
+    except Exception:  # the tokenizer's own, of a vocabulary without a token for unknown words
+        return False
