@@ -89,4 +89,4 @@ def write_summary(summary: dict[str, Any], folder: Path) -> None:
         OSError: it cannot be written.
     """
     with written_whole(folder / "summary.json") as partial:
-        partial.write_text(json.dumps(summary, indent=1) + "\n")
+        partial.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
