@@ -68,7 +68,7 @@ def flipped_data(config_path: str, overrides: list[str], out: Path, share: float
 def launch(command: str, config: str, overrides: list[str], out: Path, name: str) -> Path:
     """Run a command of the project unless its result is there; its run folder."""
     folder = out / name
-    done = folder / ("result.json" if command == "train" else "scores/summary.json")
+    done = folder / ("result.json" if command == "train" else "scores.json")
     if not done.exists():
         script = str(ROOT / "launch" / f"{command}.py")
         arguments = ["--config", config, "--overwrite", *overrides, f"run.output_dir={out}", f"run.name={name}"]

@@ -98,7 +98,7 @@ def test_a_dry_run_where_nothing_is_utf_8(tmp_path: Path, models_dir: Path) -> N
 @pytest.mark.slow
 def test_scoring_where_nothing_is_utf_8(tmp_path: Path, models_dir: Path) -> None:
     """The whole pass, its tables and its files."""
-    tree = run_tree("bert", tmp_path, models_dir, "run", train={"max_steps": 3})
+    tree = run_tree("bert", tmp_path, models_dir, "run")
     path = tmp_path / "data-classification" / "train.jsonl"
     path.write_text(path.read_text(encoding="utf-8").replace("film", "фильм"), encoding="utf-8")
     config = write_config(tmp_path / "config.yaml", tree)

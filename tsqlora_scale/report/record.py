@@ -23,7 +23,17 @@ from tsqlora_scale.common.files import written_whole
 log = logging.getLogger("tsqlora_scale")
 
 #: All that a run writes.
-CONTENTS = ("config.yaml", "metrics.jsonl", "ranks.jsonl", "scores", "checkpoints", "adapter", "result.json")
+CONTENTS = (
+    "config.yaml",
+    "metrics.jsonl",
+    "ranks.jsonl",
+    "scores",
+    "scores.json",
+    "score-parts",
+    "checkpoints",
+    "adapter",
+    "result.json",
+)
 
 
 class RunRecord:
