@@ -85,7 +85,7 @@ class RunRecord:
         """Go on by another config: it takes the old one's place, and a result of the old one goes."""
         if self._writes:
             with written_whole(self.folder / "config.yaml") as partial:
-                partial.write_text(config_yaml)
+                partial.write_text(config_yaml, encoding="utf-8")
             (self.folder / "result.json").unlink(missing_ok=True)
 
     @contextmanager
