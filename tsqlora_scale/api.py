@@ -163,7 +163,7 @@ def score(
         run = build_run(checked, resume=place, adapter=start, stop=stop, lock=lock)
         warm_up_and_score(run, warm_up=adapter is None)
         summary: dict[str, Any] = {}
-        files: list[Path] = []
+        files: list[Path | None] = []
         if run.is_main:
             assert isinstance(run.selector, QualitySelector)
             summary = summarise(
@@ -176,8 +176,7 @@ def score(
             )
 
         def write() -> None:
-            assert run.selector.table is not None
-            files.append(run.selector.table.write(folder, run.task.sample_ids, given=run.task.given))
+            files.append(run.write_scores(with_texts=True))  # again: where the pass could not, no checkpoint holds them
             write_summary(summary, config.run_dir)
 
         run.write_on_main(f"the scores, {str(folder)!r},", write)
