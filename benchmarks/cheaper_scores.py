@@ -58,7 +58,7 @@ def main() -> None:
         cells = [f"{spearmanr(getattr(table, t)[scored], getattr(full, t)[scored]).statistic:.3f}" for t in TERMS]
         best = [set(np.argsort(-t.quality[scored])[: int(0.3 * scored.sum())]) for t in (table, full)]
         cells.append(f"{len(best[0] & best[1]) / max(len(best[0]), 1):.2f}")
-        seconds = json.loads((run / "scores" / "summary.json").read_text())["seconds"]
+        seconds = json.loads((run / "scores.json").read_text(encoding="utf-8"))["seconds"]
         cells += [f"{seconds.get(phase, 0.0):.0f}" for phase in ("warmup", "scoring")]
         print(f"| {name} | {scored.mean():.0%} | {' | '.join(cells)} |", flush=True)
 

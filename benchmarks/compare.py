@@ -27,7 +27,7 @@ def run(config: str, overrides: list[str], out: Path, name: str, seed: int) -> d
         command = [sys.executable, str(LAUNCH), "--config", config, "--overwrite", *overrides]
         command += [f"run.output_dir={out}", f"run.name={name}", f"run.seed={seed}"]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    loaded: dict[str, Any] = json.loads(result.read_text())
+    loaded: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
     return loaded
 
 

@@ -37,7 +37,7 @@ GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "6553
 
 def resident() -> int:
     """Bytes of this process in memory."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
 
 
@@ -79,7 +79,7 @@ def make_model(folder: Path, hidden: int, layers: int) -> None:
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     ).save_pretrained(folder / "model")
     rows = [{"source": f"w{n % 60} w{n % 7}", "target": f"w{n % 5}"} for n in range(64)]
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def train(folder: Path, base: str, *, checkpointing: bool = False) -> None:
@@ -148,7 +148,7 @@ def launch(folder: Path, base: str, ranks: int, *, checkpointing: bool) -> dict[
         few = PARAMETERS_ALIVE
         zero = {"stage": 3, "stage3_max_live_parameters": few, "stage3_max_reuse_distance": few}
         zero |= {"stage3_prefetch_bucket_size": few, "reduce_bucket_size": few}
-        config.write_text(json.dumps({"zero_optimization": zero, **dict.fromkeys(sizes, "auto")}))
+        config.write_text(json.dumps({"zero_optimization": zero, **dict.fromkeys(sizes, "auto")}), encoding="utf-8")
         command = [str(Path(sys.executable).parent / "accelerate"), "launch", "--use_deepspeed"]
         command += ["--deepspeed_config_file", str(config), "--num_processes", str(ranks), "--num_machines", "1"]
         command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]

@@ -61,14 +61,14 @@ def flipped_data(config_path: str, overrides: list[str], out: Path, share: float
         lines = ["\t".join([*task.text, task.label, "spread"])]
         for i, texts in enumerate(zip(*columns, strict=True)):
             lines.append("\t".join([*(" ".join(text.split()) for text in texts), names[values[i]], str(spread[i])]))
-        (folder / f"{split}.tsv").write_text("\n".join(lines) + "\n")
+        (folder / f"{split}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder, flipped
 
 
 def launch(command: str, config: str, overrides: list[str], out: Path, name: str) -> Path:
     """Run a command of the project unless its result is there; its run folder."""
     folder = out / name
-    done = folder / ("result.json" if command == "train" else "scores/summary.json")
+    done = folder / ("result.json" if command == "train" else "scores.json")
     if not done.exists():
         script = str(ROOT / "launch" / f"{command}.py")
         arguments = ["--config", config, "--overwrite", *overrides, f"run.output_dir={out}", f"run.name={name}"]
@@ -99,7 +99,10 @@ def scores(options: argparse.Namespace) -> None:
             run = launch("score", options.config, overrides, options.out, f"score-{warmup}-{seed}")
             table, _ = ScoreTable.read(run / "scores")
             spread = np.array(
-                [float(line.rsplit("\t", 1)[1]) for line in (folder / "train.tsv").read_text().splitlines()[1:]]
+                [
+                    float(line.rsplit("\t", 1)[1])
+                    for line in (folder / "train.tsv").read_text(encoding="utf-8").splitlines()[1:]
+                ]
             )
             for term, sign in TERMS.items():
                 columns.setdefault(term, []).append(roc_auc_score(flipped, sign * getattr(table, term)))
@@ -130,7 +133,9 @@ def train(options: argparse.Namespace) -> None:
                 ]
                 place = f"{name.replace(' ', '-')}-{share:g}-{seed}"
                 result: dict[str, Any] = json.loads(
-                    (launch("train", options.config, overrides, options.out, place) / "result.json").read_text()
+                    (launch("train", options.config, overrides, options.out, place) / "result.json").read_text(
+                        encoding="utf-8"
+                    )
                 )
                 values.append(next(iter(result["metrics"].values())))
             cells.append(cell(values))

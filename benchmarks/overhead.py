@@ -60,10 +60,10 @@ STEPS_PER_EVENT = 100
 def write_data(folder: Path, length: int) -> None:
     """2,000 samples of at least ``length`` words, of sentences of one label."""
     rng = random.Random(0)
-    with gzip.open(DATA, "rt") as file:
+    with gzip.open(DATA, "rt", encoding="utf-8") as file:
         rows = [(row["text"], row["label"]) for row in csv.DictReader(file, delimiter="\t")]
     by_label = {label: [text for text, found in rows if found == label] for label in ("negative", "positive")}
-    with (folder / "train.tsv").open("w") as out:
+    with (folder / "train.tsv").open("w", encoding="utf-8") as out:
         writer = csv.writer(out, delimiter="\t")
         writer.writerow(["text", "label"])
         for number in range(2000):

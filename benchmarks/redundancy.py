@@ -25,15 +25,15 @@ from benchmarks.noise import cell, flipped_data, launch, on_data  # noqa: E402
 
 def with_copies(clean: Path, share: float, copies: int, seed: int) -> tuple[Path, np.ndarray, float]:
     """A folder like ``clean`` with repeated samples; which rows (N,) are of a repeated one; their share, each once."""
-    lines = (clean / "train.tsv").read_text().splitlines()
+    lines = (clean / "train.tsv").read_text(encoding="utf-8").splitlines()
     generator = np.random.default_rng([seed, 2])
     repeated = generator.random(len(lines) - 1) < share
     rows = np.repeat(np.arange(len(repeated)), np.where(repeated, copies, 1))
     generator.shuffle(rows)
     folder = clean.parent / f"{clean.name}-{share:g}x{copies}"
     folder.mkdir(exist_ok=True)
-    (folder / "train.tsv").write_text("\n".join([lines[0], *(lines[1 + row] for row in rows)]) + "\n")
-    (folder / "dev.tsv").write_text((clean / "dev.tsv").read_text())
+    (folder / "train.tsv").write_text("\n".join([lines[0], *(lines[1 + row] for row in rows)]) + "\n", encoding="utf-8")
+    (folder / "dev.tsv").write_text((clean / "dev.tsv").read_text(encoding="utf-8"), encoding="utf-8")
     return folder, repeated[rows], float(repeated.mean())
 
 
@@ -61,7 +61,7 @@ def main() -> None:
             folder, repeated, once = with_copies(clean, options.share, options.copies, seed)
             keys = [*options.overrides, *on_data(folder), f"sampling.redundancy={power:g}", f"run.seed={seed}"]
             run = launch("train", options.config, keys, options.out, f"power-{power:g}-{seed}")
-            result = json.loads((run / "result.json").read_text())
+            result = json.loads((run / "result.json").read_text(encoding="utf-8"))
             table, _ = ScoreTable.read(run / "scores")
             values = {
                 "draws": table.probability[repeated].sum(),

@@ -28,7 +28,7 @@ CHUNK = 10**6
 
 def anonymous_bytes() -> int:
     """Resident memory that belongs to no file (Linux)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith("RssAnon"):
             return int(line.split()[1]) * 1024
     raise SystemExit("needs Linux: /proc/self/status without RssAnon")

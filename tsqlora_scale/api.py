@@ -45,13 +45,16 @@ class ScoreResult:
     """What a scored pool looks like.
 
     Attributes:
-        folder: where the scores lie, as parquet; :meth:`.ScoreTable.read` reads them.
-        summary: distribution of the terms, best and worst samples, groups of similar ones, as ``summary.json`` in the
-            folder holds it; empty on other ranks than 0.
+        folder: where the scores lie, as parquet and nothing else; :meth:`.ScoreTable.read` reads them, and so do pandas
+            and ``datasets``.
+        summary: distribution of the terms, best and worst samples, groups of similar ones, as ``scores.json`` in the
+            run folder holds it; empty on other ranks than 0.
+        file: the parquet file, with every sample's id, text and answer beside its scores; None on other ranks than 0.
     """
 
     folder: Path
     summary: dict[str, Any]
+    file: Path | None = None
 
 
 def train(config: Config, *, resume: str | Path | None = None, overwrite: bool = False) -> TrainResult:
@@ -164,6 +167,7 @@ def score(
         run = build_run(checked, resume=place, adapter=start, stop=stop, lock=lock)
         warm_up_and_score(run, warm_up=adapter is None)
         summary: dict[str, Any] = {}
+        files: list[Path | None] = []
         if run.is_main:
             assert isinstance(run.selector, QualitySelector)
             summary = summarise(
@@ -176,12 +180,12 @@ def score(
             )
 
         def write() -> None:
-            run.write_scores()  # again: where the pass could not, no checkpoint holds them
-            write_summary(summary, folder)
+            files.append(run.write_scores(with_texts=True))  # again: where the pass could not, no checkpoint holds them
+            write_summary(summary, config.run_dir)
 
         run.write_on_main(f"the scores, {str(folder)!r},", write)
     run.engine.close()
-    return ScoreResult(folder, summary)
+    return ScoreResult(folder, summary, files[0] if files else None)
 
 
 def _for_scoring(config: Config) -> Config:

@@ -14,6 +14,7 @@ import torch
 
 from tsqlora_scale.config.schema import Config
 from tsqlora_scale.quality import ScoreTable
+from tsqlora_scale.quality.scores.score_parts import PARTS
 from tsqlora_scale.quality.selectors.by_quality import QualitySelector
 from tsqlora_scale.report.record import RunRecord
 from tsqlora_scale.run.build import build_run
@@ -47,7 +48,7 @@ class ProxyScores:
 def discard_parts(config: Config) -> None:
     """Remove the raw numbers that a proxy's pass has left, once they are in a checkpoint or of no use. On rank 0."""
     if config.scores_by_proxy and not config.scoring.keep_sketches:
-        shutil.rmtree(config.of_proxy().run_dir / "scores" / "parts", ignore_errors=True)
+        shutil.rmtree(config.of_proxy().run_dir / PARTS, ignore_errors=True)
 
 
 def score_by_proxy(

@@ -35,7 +35,7 @@ def test_a_whole_life(tmp_path: Path, models_dir: Path) -> None:
     assert "rank" in notes[0]
     scores = score(config_of(tmp_path, models_dir, "pool"), adapter=result.adapter, top=2)
     assert len(scores.summary["best"]) == 2
-    assert json.loads((scores.folder / "summary.json").read_text()) == scores.summary
+    assert json.loads((scores.folder.parent / "scores.json").read_text()) == scores.summary
 
 
 @pytest.mark.slow

@@ -383,7 +383,7 @@ def test_scores_that_cannot_be_written(
         patch.setattr(Measurer, "_chunk", full)
         assert cli.main(["score", "--config", str(config), "--resume"]) == 0
     assert len(ScoreTable.read(folder)[0]) == 48
-    assert json.loads((folder / "summary.json").read_text())["scored"] == 48
+    assert json.loads((folder.parent / "scores.json").read_text())["scored"] == 48
 
 
 @pytest.mark.parametrize("where", ["mkdir", "rmtree", "unlink", "rmtree of its own"])
@@ -427,7 +427,7 @@ def test_a_proxys_parts_stay_until_a_checkpoint_has_its_scores(
     tree = run_tree("bert", tmp_path, models_dir, "run")
     tree["scoring"] |= {"proxy_model": str(tiny_model("deberta", models_dir)), "refresh": "none"}
     config = write_config(tmp_path / "config.yaml", tree)
-    parts = tmp_path / "runs" / "run-proxy" / "scores" / "parts"
+    parts = tmp_path / "runs" / "run-proxy" / "score-parts"
     with monkeypatch.context() as patch:
         full_disk_from(patch, 3)
         save = Run.save_checkpoint

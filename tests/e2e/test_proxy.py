@@ -36,7 +36,7 @@ def test_a_proxy_scores_the_pool(tmp_path: Path, models_dir: Path) -> None:
     assert len(ranks_of(run_dir)) == 2
     assert "warmup" not in result_of(run_dir)["seconds"], "the warm-up is the proxy's"
     assert len(losses_of(tmp_path / "runs" / "run-proxy")) == 2
-    assert not (tmp_path / "runs" / "run-proxy" / "scores" / "parts").exists()
+    assert not (tmp_path / "runs" / "run-proxy" / "score-parts").exists()
 
     # the same as scoring with the proxy alone
     alone = run_tree("deberta", tmp_path, models_dir, "alone")

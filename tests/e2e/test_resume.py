@@ -111,7 +111,7 @@ def test_a_run_killed_while_it_scores(
     for scores in sorted((reference / "scores").rglob("*.parquet")):
         assert (folder / scores.relative_to(reference)).read_bytes() == scores.read_bytes()
     assert run.step == 13
-    assert sorted(path.name for path in (folder / "scores" / "parts").iterdir()) == ["pass-002"]
+    assert sorted(path.name for path in (folder / "score-parts").iterdir()) == ["pass-002"]
 
 
 def test_resuming_a_finished_run_adds_nothing(

@@ -6,7 +6,9 @@ import json
 import random
 from pathlib import Path
 
+import datasets
 import numpy as np
+import pandas as pd
 import pytest
 
 from tests.runs import go, read_lines, run_tree, write_config
@@ -14,6 +16,7 @@ from tsqlora_scale.api import score
 from tsqlora_scale.commands import main as cli
 from tsqlora_scale.config.load import parse_config
 from tsqlora_scale.quality import ScoreTable
+from tsqlora_scale.quality.scores import score_table
 from tsqlora_scale.quality.selectors.by_quality import QualitySelector
 
 
@@ -33,7 +36,7 @@ def test_scoring_a_pool(tmp_path: Path, models_dir: Path, capsys: pytest.Capture
     out = capsys.readouterr().out
     folder = tmp_path / "runs" / "pool"
     table, ids = ScoreTable.read(folder / "scores")
-    summary = json.loads((folder / "scores" / "summary.json").read_text())
+    summary = json.loads((folder / "scores.json").read_text())
     assert (summary["scored"], summary["pool"], summary["warm-up steps"]) == (48, 48, 2)
     answers = np.array([row["label"] for row in read_lines(tmp_path / "data-classification" / "train.jsonl")])
     for title, sign in (("best", -1), ("worst", 1)):
@@ -54,12 +57,63 @@ def test_scoring_a_pool(tmp_path: Path, models_dir: Path, capsys: pytest.Capture
 
     assert cli.main(["score", "--config", str(config)]) == 2
     assert "--overwrite" in capsys.readouterr().err
-    parts = sorted((folder / "scores" / "parts" / "pass-000").iterdir())
+    parts = sorted((folder / "score-parts" / "pass-000").iterdir())
     assert len(parts) == 3
     before = (folder / "scores" / "pass-000.parquet").read_bytes()
     parts[-1].unlink()
     assert cli.main(["score", "--config", str(config), "--resume"]) == 0
     assert (folder / "scores" / "pass-000.parquet").read_bytes() == before
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_the_scores_open_as_one_table(
+    suffix: str, tmp_path: Path, models_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By pandas and datasets, file and folder, with ids, texts and labels as the data has them."""
+    monkeypatch.setattr(score_table, "WITH_TEXTS", 20)  # several row groups
+    tree = run_tree("bert", tmp_path, models_dir, "pool", scoring={"shard_size": 20})
+    folder = tmp_path / "data-classification"
+    rows = read_lines(folder / "train.jsonl")
+    data = pd.DataFrame(
+        {"key": [100 + i for i in range(len(rows))], "loss": [row["text"] for row in rows], "spare": 1.5,
+         "label": [row["label"] for row in rows]}
+    )  # fmt: skip
+    data.to_csv(folder / "train.csv", index=False)
+    data.to_json(folder / "train.jsonl", orient="records", lines=True)
+    dev = pd.DataFrame(read_lines(folder / "dev.jsonl")).rename(columns={"text": "loss"})
+    dev.to_csv(folder / "dev.csv", index=False)
+    dev.to_json(folder / "dev.jsonl", orient="records", lines=True)
+    tree["task"] |= {"text": ["loss"]}
+    tree["task"]["dataset"] |= {"id_column": "key", "train_file": f"train.{suffix}", "dev_file": f"dev.{suffix}"}
+    config = write_config(tmp_path / "config.yaml", tree)
+    assert cli.main(["score", "--config", str(config)]) == 0
+    file = Path(capsys.readouterr().out.splitlines()[-1].removeprefix("scores: "))
+    assert file.suffix == ".parquet"
+    assert [path.name for path in file.parent.iterdir()] == [file.name], "nothing else that a reader would stumble over"
+    table, ids = ScoreTable.read(file.parent)
+    for found in (
+        pd.read_parquet(file),
+        pd.read_parquet(file.parent),
+        datasets.load_dataset(str(file.parent), split="train", cache_dir=str(tmp_path / "cache")).to_pandas(),
+    ):
+        assert found["key"].tolist() == ids, "as text, which is what these readers read"
+        assert found["sample_id"].tolist() == ids == [str(key) for key in data["key"]]
+        assert found["data_loss"].tolist() == data["loss"].tolist(), "a column that is called as one of ours"
+        assert found["label"].tolist() == data["label"].tolist()
+        assert "spare" not in found
+        np.testing.assert_array_equal(found["loss"], table.loss)
+        np.testing.assert_array_equal(found["quality"], table.quality)
+
+
+def test_scores_of_texts_hold_source_and_target(tmp_path: Path, models_dir: Path) -> None:
+    tree = run_tree("llama", tmp_path, models_dir, "pool")
+    result = score(parse_config(tree))
+    rows = read_lines(tmp_path / "data-causal" / "train.jsonl")
+    assert result.file is not None
+    found = pd.read_parquet(result.file)
+    assert found["text"].tolist() == [row["text"] for row in rows]
+    assert found["summary"].tolist() == [row["summary"] for row in rows]
+    assert found["sample_id"].tolist() == [str(i) for i in range(len(rows))]
 
 
 FIELDS = {"film": ["film", "movie", "actor"], "sound": ["music", "with", "of"], "text": ["script", "story", "plot"]}

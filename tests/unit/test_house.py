@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeGuard
 
 import pytest
 
@@ -49,6 +50,25 @@ def riddles(source: str) -> Iterator[str]:
         names += [node.arg] if isinstance(node, ast.arg) else []
         names += [node.name] if isinstance(node, FUNCTION) else []
         yield from (name for name in names if name in RIDDLES)
+
+
+def texts_by_locale(source: str) -> Iterator[str]:
+    """Text files that are read or written in whatever encoding the machine's locale names."""
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call) or any(option.arg == "encoding" for option in node.keywords):
+            continue
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        values = [item.value for item in [*node.args, *[option.value for option in node.keywords]] if is_text(item)]
+        modes = [value for value in values if set(value) <= set("rwaxtb+")]
+        owner = ast.unparse(node.func).removesuffix(f".{name}")
+        opens = name == "open" and owner not in ("os", "self.parts") and not any("b" in mode for mode in modes)
+        if opens or name in ("read_text", "write_text"):
+            yield ast.unparse(node)
+
+
+def is_text(node: ast.expr) -> TypeGuard[ast.Constant]:
+    """Whether it is a string."""
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
 
 
 def outside_texts(source: str) -> Iterator[str]:
@@ -151,6 +171,11 @@ def test_names_are_no_riddles() -> None:
     assert [f"{path}: {name}" for path, source in sources(MODULES) for name in riddles(source)] == []
 
 
+def test_text_files_are_utf_8() -> None:
+    paths = [*MODULES, *BENCHMARKS, *sorted((ROOT / "launch").glob("*.py")), *sorted((ROOT / "docs").glob("*.py"))]
+    assert [f"{path}: {call}" for path, source in sources(paths) for call in texts_by_locale(source)] == []
+
+
 def test_nothing_cites_a_text_outside_of_the_repository() -> None:
     assert [path for path, source in sources(MODULES) if list(outside_texts(source))] == []
 
@@ -189,6 +214,11 @@ def test_policies_and_selectors_are_chosen_by_the_config() -> None:
         (long_parts, "def f():\n" + "    x = 1\n" * 60),
         (riddles, "said = 1"),
         (riddles, "def f(room): pass"),
+        (texts_by_locale, "path.read_text()"),
+        (texts_by_locale, "path.write_text(text)"),
+        (texts_by_locale, "with open(path) as file: pass"),
+        (texts_by_locale, 'path.open("a")'),
+        (texts_by_locale, 'gzip.open(path, mode="rt")'),
         (outside_texts, '"""As METHOD 3 says."""'),
         (engine_matters, "shape = parameter.ds_shape"),
         (engine_matters, "if is_deepspeed_zero3_enabled(): pass"),
@@ -229,6 +259,7 @@ def test_an_import_of_a_test_is_found(source: str) -> None:
     ("rule", "source"),
     [
         (long_parts, "def f():\n    '''" + "long\n" * 70 + "'''\n" + "    x = 1\n" * 50),
+        (texts_by_locale, 'path.open("rb")\nos.open(path, flags)\npath.read_text(encoding="utf-8")\npath.read_bytes()'),
         (engine_matters, "ids_of = 1"),
         (exits, "system.exit_code(2)"),
         (policies_put_in_by_hand, "self.policy = policy\npolicy = make()\nassert run.policy == 1"),

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from tsqlora_scale.common.launcher import launched_rank
 from tsqlora_scale.common.printing import printable
+from tsqlora_scale.common.streams import take_whatever_is_printed
 
 
 class Parser(argparse.ArgumentParser):
     """A parser whose complaints are one line, as all others are."""
+
+    def __init__(self, **options: Any) -> None:
+        take_whatever_is_printed()
+        super().__init__(**options)
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong, on rank 0, and leave with exit code 2."""

@@ -11,6 +11,7 @@ from tsqlora_scale.common.failures import fail, leave_group, let_others_speak, r
 from tsqlora_scale.common.launcher import launched_rank, launched_size, speaks_for_machine
 from tsqlora_scale.common.printing import printable
 from tsqlora_scale.common.quiet import prepare_environment
+from tsqlora_scale.common.streams import take_whatever_is_printed
 
 
 def guard(command: Callable[[], None], *, resume: str = "--resume auto") -> int:
@@ -21,6 +22,7 @@ def guard(command: Callable[[], None], *, resume: str = "--resume auto") -> int:
     Args:
         resume: the option by which the command continues after it was asked to stop.
     """
+    take_whatever_is_printed()
     prepare_environment()
     code = 0
     try:

@@ -36,4 +36,4 @@ def _score(options: argparse.Namespace) -> None:
     if launched_rank() == 0:
         from tsqlora_scale.report.score_tables import print_scores
 
-        print_scores(result.summary, str(result.folder))
+        print_scores(result.summary, str(result.file))

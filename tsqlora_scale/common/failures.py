@@ -37,7 +37,7 @@ def record_cause(message: str, detail: str) -> None:
     if file:
         extra = {"py_callstack": detail, "timestamp": str(int(time.time()))}
         with contextlib.suppress(OSError):  # a full disk must not keep this process from ending
-            Path(file).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
+            Path(file).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}), encoding="utf-8")
 
 
 def lost_another(error: BaseException) -> bool:

@@ -43,7 +43,7 @@ class ScoringConfig(Section):
     batch_size: PositiveInt | Literal["auto"] = "auto"
     #: Samples after which the numbers of a pass are written, so that a killed pass goes on from there.
     shard_size: PositiveInt = 4096
-    #: Leave the raw numbers and the sketches of the last pass (4 sketch_dim bytes a sample) in ``scores/parts``.
+    #: Leave the raw numbers and the sketches of the last pass (4 sketch_dim bytes a sample) in ``score-parts/``.
     keep_sketches: bool = False
     #: Score a uniform subsample and give the rest the mean score.
     max_samples: PositiveInt | None = None

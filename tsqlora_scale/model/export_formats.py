@@ -99,10 +99,10 @@ def _pad(adapter: Path, out: Path) -> list[str]:
         padded[layer + suffix] = torch.cat([a, a.new_zeros(missing, a.shape[1])])
         padded[f"{layer}.lora_B.weight"] = torch.cat([b * (scaling(layer) / common), b.new_zeros(len(b), missing)], 1)
     save_file(padded, out / WEIGHTS, metadata={"format": "pt"})
-    described = json.loads((adapter / DESCRIPTION).read_text())
+    described = json.loads((adapter / DESCRIPTION).read_text(encoding="utf-8"))
     described |= {"r": rank, "rank_pattern": {}, "alpha_pattern": {}}
     described["lora_alpha"] = common * (math.sqrt(rank) if config.use_rslora else rank)
-    (out / DESCRIPTION).write_text(json.dumps(described, indent=2, sort_keys=True))
+    (out / DESCRIPTION).write_text(json.dumps(described, indent=2, sort_keys=True), encoding="utf-8")
     return [f"every adapted layer has rank {rank} now, filled up with zeros"]
 
 

@@ -23,7 +23,17 @@ from tsqlora_scale.common.files import written_whole
 log = logging.getLogger("tsqlora_scale")
 
 #: All that a run writes.
-CONTENTS = ("config.yaml", "metrics.jsonl", "ranks.jsonl", "scores", "checkpoints", "adapter", "result.json")
+CONTENTS = (
+    "config.yaml",
+    "metrics.jsonl",
+    "ranks.jsonl",
+    "scores",
+    "scores.json",
+    "score-parts",
+    "checkpoints",
+    "adapter",
+    "result.json",
+)
 
 
 class RunRecord:
@@ -69,13 +79,13 @@ class RunRecord:
                     shutil.rmtree(path)
                 else:
                     path.unlink(missing_ok=True)
-            (self.folder / "config.yaml").write_text(config_yaml)
+            (self.folder / "config.yaml").write_text(config_yaml, encoding="utf-8")
 
     def change_config(self, config_yaml: str) -> None:
         """Go on by another config: it takes the old one's place, and a result of the old one goes."""
         if self._writes:
             with written_whole(self.folder / "config.yaml") as partial:
-                partial.write_text(config_yaml)
+                partial.write_text(config_yaml, encoding="utf-8")
             (self.folder / "result.json").unlink(missing_ok=True)
 
     @contextmanager
@@ -102,21 +112,21 @@ class RunRecord:
         for name in ("metrics.jsonl", "ranks.jsonl"):
             path = self.folder / name
             if path.exists():
-                found = [(text, _parsed(text)) for text in path.read_text().splitlines()]
+                found = [(text, _parsed(text)) for text in path.read_text(encoding="utf-8").splitlines()]
                 lines = [
                     text
                     for text, line in found
                     if line is not None and line["step"] <= step and not ("eval" in line and line["step"] == last_step)
                 ]
                 with written_whole(path) as partial:
-                    partial.write_text("".join(f"{text}\n" for text in lines))
+                    partial.write_text("".join(f"{text}\n" for text in lines), encoding="utf-8")
 
     def result(self, result: dict[str, Any]) -> None:
         """Write ``result.json``, whole or not at all."""
         if self._writes:
             self.flush()
             with written_whole(self.folder / "result.json") as partial:
-                partial.write_text(json.dumps(result, indent=1) + "\n")
+                partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
         """Write a line; one that cannot be written waits for the next. The file never ends in half a line."""
@@ -129,7 +139,7 @@ class RunRecord:
         size: int | None = None
         try:
             size = path.stat().st_size if path.exists() else 0
-            with path.open("a") as file:
+            with path.open("a", encoding="utf-8") as file:
                 file.write("".join(waiting))
         except OSError as error:
             with contextlib.suppress(OSError):

@@ -83,10 +83,10 @@ def _entry(table: ScoreTable, task: Task, index: int) -> dict[str, Any]:
 
 
 def write_summary(summary: dict[str, Any], folder: Path) -> None:
-    """Write ``folder/summary.json``, whole or not at all.
+    """Write ``folder/scores.json``, whole or not at all.
 
     Raises:
         OSError: it cannot be written.
     """
-    with written_whole(folder / "summary.json") as partial:
-        partial.write_text(json.dumps(summary, indent=1) + "\n")
+    with written_whole(folder / "scores.json") as partial:
+        partial.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")

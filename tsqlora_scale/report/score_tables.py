@@ -13,8 +13,8 @@ from tsqlora_scale.common.printing import printable
 WIDTH = 90
 
 
-def print_scores(summary: dict[str, Any], folder: str) -> None:
-    """Tables of the distribution, of the ends of the ranking, and of similar samples."""
+def print_scores(summary: dict[str, Any], file: str) -> None:
+    """Tables of the distribution, of the ends of the ranking, and of similar samples; and where the scores are."""
     console = Console()
     table = Table(title=f"{summary['scored']} of {summary['pool']} samples scored, {summary['warm-up steps']} steps in")
     table.add_column("term", no_wrap=True, min_width=11)
@@ -34,7 +34,7 @@ def print_scores(summary: dict[str, Any], folder: str) -> None:
         )
         for group in summary["similar"]:
             console.print(_samples(f"{group['samples']} similar samples", group["first"]))
-    console.print(plain(f"scores: {folder}"))
+    console.print(plain(f"scores: {file}"), soft_wrap=True)  # one line, to be copied
 
 
 def plain(text: str) -> Text:

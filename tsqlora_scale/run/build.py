@@ -20,6 +20,7 @@ from tsqlora_scale.engine.start import shards_parameters, start_accelerator
 from tsqlora_scale.engine.train_state import TrainState
 from tsqlora_scale.model.adapters.adapter_type import adapter_type
 from tsqlora_scale.model.base_model import load_base
+from tsqlora_scale.quality.scores.score_parts import PARTS
 from tsqlora_scale.quality.selectors.selector import Selector, SelectorContext
 from tsqlora_scale.quality.selectors.selector_names import selector_class
 from tsqlora_scale.ranks import set_ranks
@@ -223,7 +224,7 @@ def build_selector(preflight: Preflight, world: World, stop: StopRequest, watchd
         scoring_step=plan.scoring_step,
         events=plan.schedule.events if plan.schedule else (),
         progress=progress,
-        parts_folder=config.run_dir / "scores" / "parts",
+        parts_folder=config.run_dir / PARTS,
     )
     return selector_class(config.sampling.selector)(context)
 

@@ -67,9 +67,9 @@ def _write(partial: Path, state: TrainState, tree: dict[str, Any]) -> None:
     arrays: dict[str, torch.Tensor] = {}
     plain = _without_tensors({"optimizer_steps": state.optimizer_steps, **tree}, "", arrays)
     save_file(arrays, partial / "state.safetensors")
-    (partial / "state.json").write_text(json.dumps(plain, indent=1))
+    (partial / "state.json").write_text(json.dumps(plain, indent=1), encoding="utf-8")
     digests = {p.relative_to(partial).as_posix(): _sha256(p) for p in sorted(partial.rglob("*")) if p.is_file()}
-    (partial / MANIFEST).write_text(json.dumps(digests, indent=1))
+    (partial / MANIFEST).write_text(json.dumps(digests, indent=1), encoding="utf-8")
     for path in [*partial.rglob("*"), partial]:
         fsync(path)
 
@@ -82,7 +82,7 @@ def verify_checkpoint(folder: Path) -> None:
     """
     otherwise = "resume from another checkpoint"
     try:
-        digests = json.loads((folder / MANIFEST).read_text())
+        digests = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         digests = None
     unnamed = f"checkpoint {str(folder)!r} has no {MANIFEST} that names its files; {otherwise}"
@@ -134,7 +134,9 @@ def read_checkpoint(folder: Path, *, verified: bool = False) -> tuple[TrainState
     """
     if not verified:
         verify_checkpoint(folder)
-    tree = _with_tensors(json.loads((folder / "state.json").read_text()), load_file(folder / "state.safetensors"))
+    tree = _with_tensors(
+        json.loads((folder / "state.json").read_text(encoding="utf-8")), load_file(folder / "state.safetensors")
+    )
     tensors = load_file(folder / "parameters.safetensors")
     names = [key.removeprefix("value/") for key in tensors if key.startswith("value/")]
     params = {n: ParamState(tensors[f"value/{n}"], tensors[f"exp_avg/{n}"], tensors[f"exp_avg_sq/{n}"]) for n in names}

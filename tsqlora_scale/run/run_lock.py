@@ -195,7 +195,7 @@ class FolderLock:
         end = time.monotonic() + patience
         while True:
             try:
-                found = json.loads(self.path.read_text())
+                found = json.loads(self.path.read_text(encoding="utf-8"))
             except (OSError, ValueError):
                 found = None
             if isinstance(found, dict) and found:

@@ -157,10 +157,16 @@ class Run:
             except WRITE_ERRORS as error:  # for people; the run has it in its checkpoints
                 log.warning("the scores cannot be written (%s); the run goes on", error)
 
-    def write_scores(self) -> None:
-        """Write the selector's table to ``scores/``, if it has one. On rank 0."""
-        if self.selector.table is not None:
-            self.selector.table.write(self.record.folder / "scores", self.task.sample_ids)
+    def write_scores(self, *, with_texts: bool = False) -> Path | None:
+        """Write the selector's table to ``scores/``, if it has one; the file. On rank 0.
+
+        Args:
+            with_texts: beside the samples' ids, texts and answers as the data have them.
+        """
+        if self.selector.table is None:
+            return None
+        given = self.task.given if with_texts else None
+        return self.selector.table.write(self.record.folder / "scores", self.task.sample_ids, given=given)
 
     def after_step(self) -> None:
         """Evaluate and save, as far as either is due. A collective."""

@@ -8,6 +8,7 @@ from typing import Any, TypeGuard
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from tsqlora_scale.tasks.objectives.causal import CausalObjective
 from tsqlora_scale.tasks.objectives.label_heads import LabelObjective
 from tsqlora_scale.tasks.objectives.objective import Measured, Objective, Rows
 from tsqlora_scale.tasks.objectives.seq2seq import Seq2SeqObjective
+from tsqlora_scale.tasks.rows.column_checks import SAMPLE_ID
 from tsqlora_scale.tasks.rows.data import Data, text_columns
 from tsqlora_scale.tasks.rows.sources import SplitName
 
@@ -243,6 +245,19 @@ class Task:
         for block in blocks(len(view), ROWS):
             weights[block] = view[block][name].to_numpy()
         return weights
+
+    def given(self, block: slice) -> pa.Table:
+        """The pool's samples of a block as they are in the data: its own id, the texts, and the answer (a class by its
+        name)."""
+        own_id = self._cfg.dataset.id_column
+        names = [] if own_id in (None, SAMPLE_ID) else [own_id]
+        names = list(dict.fromkeys([*names, *text_columns(self._cfg).values(), self._objective.answer]))
+        table: pa.Table = self.train.select_columns(names).with_format("arrow")[block]
+        place = names.index(self._objective.answer)
+        if self._cfg.type == "classification" and isinstance(self._cfg.labels, list):
+            classes = pa.array(self._cfg.labels).take(table.column(place).combine_chunks())
+            table = table.set_column(place, names[place], classes)
+        return table
 
     def preview(self, row: int, *, split: SplitName = "train") -> str:
         """One sample's text on one line, for tables."""

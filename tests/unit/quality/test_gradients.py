@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tests.reference.quality import score_one_by_one
 from tests.unit.quality.toys import KINDS, Batch, RandomPool, lora_model
 from tsqlora_scale.model.adapters.lora import lora_layers, theta_modules
+from tsqlora_scale.quality.gradients.batch_memory import bytes_kept
 from tsqlora_scale.quality.gradients.per_sample import PerSampleGradients
 from tsqlora_scale.ranks import current_ranks, set_ranks
 
@@ -64,12 +67,63 @@ def test_layers_of_rank_0_have_no_gradient_and_change_no_other(kind, removed, ti
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "mpnet"])  # which has no checkpointing
-def test_gradient_checkpointing_changes_nothing(kind, tiny_folder):
+def test_gradient_checkpointing_changes_nothing(kind, tiny_folder, monkeypatch):
+    """Not the gradients, to the bit, and not the losses after a step; and it takes place."""
     model, pool = lora_model(kind, tiny_folder), RandomPool(kind, 5)
-    expected = reference(model, pool)
+    model.config.use_cache = False  # as a loaded base has it
+    for part in model.modules():  # the models have none, and evaluation mode must leave it out, everywhere
+        if isinstance(part, nn.Dropout):
+            part.p = 0.5
+        for name in ("dropout", "activation_dropout", "attention_dropout", "layerdrop"):
+            if isinstance(getattr(part, name, None), float):
+                setattr(part, name, 0.5)
+
+    def found():
+        with PerSampleGradients(model, theta_modules(model)) as gradients:
+            losses, of_theta = gradients.per_sample(pool.losses, pool.batch(ALL))
+            with gradients.stepped(of_theta, 0.1):
+                after = pool.losses(model, pool.batch(ALL))
+        return {**of_theta, "losses": losses, "after": after}
+
+    plain = found()
+    counts = {"calls": 0, "forwards": 0, "kept": []}
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    with PerSampleGradients(model, theta_modules(model)) as gradients:
-        assert_same_gradients(gradients.per_sample(pool.losses, pool.batch(ALL))[1], expected)
+    layers = [part for part in model.modules() if getattr(part, "gradient_checkpointing", False) is True]
+    layers = [part for part in layers if isinstance(part, GradientCheckpointingLayer)]
+    original = layers[0]._gradient_checkpointing_func
+
+    def counting(*args, **kwargs):
+        counts["calls"] += 1
+        return original(*args, **kwargs)
+
+    for layer in layers:
+        layer._gradient_checkpointing_func = counting
+        name = next(iter(theta_modules(layer)))
+        theta_modules(layer)[name].register_forward_hook(lambda *_: counts.update(forwards=counts["forwards"] + 1))
+    checkpointed = found()
+    assert counts["calls"] == len(layers) >= 2, "once a layer; not by the forward pass without a graph"
+    assert counts["forwards"] >= 3 * len(layers), "before the step, again in its backward pass, and after it"
+    assert plain.keys() == checkpointed.keys()
+    for name, value in plain.items():
+        assert torch.equal(value, checkpointed[name]), name
+    assert all(layer._gradient_checkpointing_func is counting and layer.training for layer in layers)
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_checkpointed_activations_are_not_kept(kind, tiny_folder):
+    """Nor the adapters' inputs: of every layer its own input is left, and one layer is recomputed at a time."""
+    model, pool = lora_model(kind, tiny_folder), RandomPool(kind, 5)
+    kept = {}
+    for how in ("plain", "checkpointed"):
+        if how == "checkpointed":
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        with PerSampleGradients(model, theta_modules(model)) as gradients:
+            gradients.recomputed = 0
+            work = partial(gradients.per_sample, pool.losses, pool.batch(ALL))
+            kept[how] = (bytes_kept(model, work), gradients.recomputed)
+    assert kept["plain"][1] == 0
+    assert kept["checkpointed"][0] < kept["plain"][0] / 4
+    assert 0 < kept["checkpointed"][1] < kept["plain"][0]
 
 
 @pytest.mark.parametrize("kind", ["mpnet", "bert", "deberta"])

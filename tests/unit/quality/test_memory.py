@@ -7,6 +7,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from tsqlora_scale.quality.gradients.batch_memory import LiveBytes
 
 PROBE = """
 import sys, psutil, torch
@@ -27,3 +30,13 @@ def test_freed_memory_is_kept() -> None:
         return int(done.stdout.splitlines()[-1])
 
     assert kept("default") < 64 < 200 < kept("reuse")
+
+
+def test_the_most_that_is_alive_at_once() -> None:
+    weight = torch.ones(64, 64)
+    with LiveBytes([weight]) as live:
+        for _ in range(5):
+            x = torch.ones(1000)  # 4 kB, one at a time, but for the moment of the change
+        y = weight.t() + x[:64]  # 16 kB
+        del y
+    assert 4000 + 64 * 64 * 4 <= live.peak <= 2 * 4000 + 64 * 64 * 4

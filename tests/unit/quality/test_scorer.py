@@ -392,8 +392,80 @@ def test_a_failed_allocation_halves_the_batch_and_goes_on(tiny_folder, caplog):
         "out of memory while scoring 4 samples at once; going on with 2",
     ]
     made._measurer.losses = lambda module, batch: (_ for _ in ()).throw(torch.OutOfMemoryError("all is full"))
-    with pytest.raises(torch.OutOfMemoryError, match="all is full"):
+    with pytest.raises(UserError, match=r"single sample \(all is full\).*scoring.max_length"):
         made.score(model)
+
+
+class FailsBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values):
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        if len(gradient) > 2:
+            raise torch.OutOfMemoryError("backward")
+        return gradient
+
+
+@pytest.mark.parametrize("batch_size", [8, "auto"])
+@pytest.mark.parametrize("place", ["forward", "backward", "step", "sketch"])
+def test_memory_may_run_out_in_the_probe_the_check_and_the_pass(place, batch_size, tiny_folder, monkeypatch, caplog):
+    model, pool = lora_model("bert", tiny_folder), RandomPool("bert", 11)
+    expected = scorer(pool, batch_size=8).score(model)
+    made = scorer(pool, batch_size=batch_size)
+
+    def losses(module, batch):
+        if batch.size > 2 and place == ("forward" if torch.is_grad_enabled() else "step"):
+            raise torch.OutOfMemoryError(place)
+        values = RandomPool.losses(pool, module, batch)
+        return FailsBackward.apply(values) if place == "backward" else values
+
+    sketch = made._measurer._sketch
+
+    def sketched(gradients):
+        if place == "sketch" and len(next(iter(gradients.values()))) > 2:
+            raise torch.OutOfMemoryError(place)
+        return sketch(gradients)
+
+    made._measurer.losses, made._measurer._sketch = losses, sketched
+    with caplog.at_level(logging.WARNING, "tsqlora_scale"):
+        assert_same_tables(expected, made.score(model))
+    assert made._measurer._fits in (1, 2)
+    assert "out of memory" in caplog.text
+    assert not made._measurer.one_at_a_time
+
+
+def agrees(together, alone, eps=1.2e-7):
+    return measurer.Measurer._agree(torch.tensor(together).double(), torch.tensor(alone).double(), eps)
+
+
+def test_whether_batches_agree_with_samples_alone():
+    ordinary = [[0.7, 2.0, 0.1]] * 8
+    assert agrees(ordinary, ordinary)
+    wrong = [[0.7, 3.0, 0.1]] * 8
+    assert not agrees(wrong, ordinary), "all are wrong"
+    assert agrees([*wrong[:3], *ordinary[3:]], ordinary), "a few may be off"
+    assert not agrees([*wrong[:4], *ordinary[4:]], ordinary)
+    assert not agrees([[0.7, 2.0, 0.2]] * 8, ordinary)
+    assert not agrees([wrong[0], ordinary[0]], ordinary[:2]), "one of two"
+    nowhere = [[float("nan")] * 3]
+    assert agrees([*nowhere, *ordinary[1:]], [*nowhere, *ordinary[1:]])
+    assert not agrees(nowhere * 8, ordinary)
+    bf16 = 2**-7
+    assert agrees([[0.7, 2.15, 0.1]] * 8, ordinary, bf16)
+    assert not agrees([[0.7, 2.5, 0.1]] * 8, ordinary, bf16)
+    known = [[1e-3, 2e-3, 1e-6]] * 8  # in bf16 the probability of its answer is 1, but for rounding
+    assert agrees([[1e-3, 6e-3, 1e-6]] * 8, known, bf16)
+    assert not agrees([[1e-3, 6e-3, 1e-6]] * 8, known), "float32 tells them apart"
+
+
+def test_samples_that_are_compared_differ_in_length():
+    found = measurer._spread(np.arange(100) * 10, 8)
+    assert found.tolist()[:3] == [0, 990, 140]
+    assert len(set(found.tolist())) == 8
+    assert measurer._spread(np.array([4, 7, 9]), 8).tolist() == [4, 9, 7]
+    assert measurer._spread(np.array([4]), 8).tolist() == [4]
 
 
 def test_redundant_samples_share_their_weight(tiny_folder):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 #: Share of the free memory that a batch may take: its gradients and the second forward come on top of what is measured.
 SHARE_OF_FREE = 0.5
@@ -50,6 +52,36 @@ def bytes_kept(module: nn.Module, call: Callable[[], Any]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         call()
     return sum(kept.values())
+
+
+class LiveBytes(TorchDispatchMode):
+    """Follows the bytes of what is computed inside and still there.
+
+    Args:
+        parameters: whose storages are not counted.
+
+    Attributes:
+        peak: the most at any time.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.peak = 0
+        self._others = {p.untyped_storage().data_ptr() for p in parameters if p.numel()}
+        self._live: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Called instead of every operation."""
+        result = func(*args, **(kwargs or {}))
+        self._live = {key: entry for key, entry in self._live.items() if not entry[0].expired()}
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in self._others:
+                storage = tensor.untyped_storage()
+                self._live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.peak = max(self.peak, sum(size for _, size in self._live.values()))
+        return result
 
 
 def free_bytes(device: torch.device, ranks_here: int) -> int:

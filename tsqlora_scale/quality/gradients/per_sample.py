@@ -3,31 +3,60 @@
 For a linear module the gradient of sample ``i`` is ``sum_t delta_it x_it^T``, with ``x`` the module's input and
 ``delta`` the gradient of its output. Both are seen by hooks on the adapter's own small modules; no weight is ever
 read, so weights may be sharded (ZeRO-3: shape (0,)) or packed to 4 bits.
+
+Under activation checkpointing the forward pass of a layer runs again within the backward pass. The inputs are saved
+tensors of the autograd graph, so they are dropped and recomputed like any other activation, and every call is heard
+once: the graph that the repetition builds is never gone through.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from tsqlora_scale.quality.gradients.batch_memory import LiveBytes
 from tsqlora_scale.quality.gradients.batchless import NoSecondBatch, give_batch, same_mark
+from tsqlora_scale.quality.gradients.evaluation_mode import evaluation_mode
 from tsqlora_scale.quality.pool import BatchT, LossFn
 
 #: half-precision gradients underflow below 6e-8; a power of two costs no digits
 FP16_LOSS_SCALE = 2.0**10
 
 
+class _Heard(torch.autograd.Function):
+    """Identity on a module's output; in the backward pass, hands the module's input and the output's gradient over.
+
+    ``anchor`` is an empty tensor that requires grad: nothing before the first layers does, nor before DeBERTa's
+    positions. It never receives a gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, anchor: Tensor, x: Tensor, receive: Callable[[Tensor, Tensor], None]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.receive = receive
+        return out.view_as(out)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor, None, None, None]:
+        (x,) = ctx.saved_tensors
+        ctx.receive(x, delta.detach())
+        return delta, None, None, None
+
+
 class PerSampleGradients:
     """Per-sample gradients of theta; a context manager around any number of batches.
 
-    Inside it ``module`` is in evaluation mode and no parameter requires grad, so backward computes input gradients
-    alone and the reduction hooks of DDP and ZeRO stay silent. On leaving, also by an exception, training modes and
-    ``requires_grad`` are as they were; ``.grad`` is never touched.
+    Inside it ``module`` is in evaluation mode (and goes on checkpointing activations, :mod:`.evaluation_mode`) and no
+    parameter requires grad, so backward computes input gradients alone and the reduction hooks of DDP and ZeRO stay
+    silent. On leaving, also by an exception, training modes and ``requires_grad`` are as they were; ``.grad`` is never
+    touched.
 
     ``module`` must be the unwrapped model: a forward through a DeepSpeed engine changes the engine's next step.
 
@@ -41,6 +70,7 @@ class PerSampleGradients:
         batchless: name of the first module that was called with an input without the batch's dimension and could
             not be given it (see :mod:`.batchless`); None while there was none. Its output gradient arrives summed
             over the batch, so :meth:`per_sample` is then wrong for this model, but for batches of one.
+        recomputed: set to a number to have it raised to the bytes that the repetition of a checkpointed layer takes.
     """
 
     def __init__(self, module: nn.Module, theta: Mapping[str, nn.Linear]) -> None:
@@ -53,7 +83,7 @@ class PerSampleGradients:
         self._mode: Literal["idle", "collect", "shift"] = "idle"
         self._size = 0
         self._gradients: dict[str, Tensor] = {}
-        self._held: dict[int, int] = {}
+        self.recomputed: int | None = None
         self._eta = 0.0
         half = any(parameter.dtype == torch.float16 for parameter in module.parameters())
         self._scale = FP16_LOSS_SCALE if half else 1.0
@@ -66,14 +96,10 @@ class PerSampleGradients:
         """Machine epsilon of the coarsest type computed in: weights, 4-bit layers' compute type, autocast's outputs."""
         return max(torch.finfo(kind).eps for kind in self._types if kind.is_floating_point)
 
-    @property
-    def held_bytes(self) -> int:
-        """Bytes of the adapters' inputs that the last :meth:`per_sample` held until its backward pass."""
-        return sum(self._held.values())
-
     def __enter__(self) -> PerSampleGradients:
-        for part in self.module.modules():
-            self._undo.append(partial(setattr, part, "training", part.training))
+        evaluating = ExitStack()
+        evaluating.enter_context(evaluation_mode(self.module, self._recomputing))
+        self._undo.append(evaluating.close)
         trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         for parameter in trained:
             parameter.requires_grad_(False)
@@ -81,7 +107,6 @@ class PerSampleGradients:
         for name, part in self._theta.items():
             handle = part.register_forward_hook(self._hook(name, has_bias=part.bias is not None))
             self._undo.append(handle.remove)
-        self.module.eval()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -98,7 +123,6 @@ class PerSampleGradients:
         """
         assert self._undo, "use inside 'with'"
         self._mode, self._size, self._gradients = "collect", batch.size, {}
-        self._held.clear()
         try:
             with torch.enable_grad():
                 with self._batching():
@@ -137,6 +161,21 @@ class PerSampleGradients:
             yield
         self._early = bool(self._early)
 
+    @contextmanager
+    def _recomputing(self) -> Iterator[None]:
+        """Around the repetition of a checkpointed layer's forward pass, on whatever thread."""
+        with ExitStack() as stack:
+            if self._size > 1 and self._early:
+                stack.enter_context(NoSecondBatch(self._size))
+            live = None
+            if self.recomputed is not None:
+                live = stack.enter_context(LiveBytes(self.module.parameters()))
+            try:
+                yield
+            finally:  # a repetition is broken off as soon as it has given what is wanted
+                if live is not None:
+                    self.recomputed = max(self.recomputed or 0, live.peak)
+
     def _hook(self, name: str, *, has_bias: bool) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             if self._mode == "idle":
@@ -153,24 +192,24 @@ class PerSampleGradients:
 
     def _listen(self, name: str, x: Tensor, output: Tensor, has_bias: bool) -> Tensor:
         self._types.add(output.dtype)
-        if not output.requires_grad:  # nothing before it does: the first layers, DeBERTa's positions
-            output.requires_grad_(True)
-        self._held[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         rows, gradients = self._size, self._gradients
-        if rows > 1 and (output.dim() < 2 or output.shape[0] != rows):
+        lacks_batch = rows > 1 and (output.dim() < 2 or output.shape[0] != rows)
+        if lacks_batch:
             self.batchless = self.batchless or name
-            return output
 
-        # input and gradient in one closure per call: a module may be called several times, in any backward order
-        def add(delta: Tensor) -> None:
+        # input and gradient come together, call by call: a module may be called several times, in any backward order
+        def add(x: Tensor, delta: Tensor) -> None:
+            if lacks_batch:
+                return
             wide = torch.promote_types(delta.dtype, x.dtype)
             d = delta.to(wide).reshape(rows, -1, delta.shape[-1])
             _accumulate(gradients, f"{name}.weight", _outer(d, _rows(x.to(wide), rows)))
             if has_bias:
                 _accumulate(gradients, f"{name}.bias", d.float().sum(1))
 
-        output.register_hook(add)  # type: ignore[no-untyped-call]
-        return output
+        anchor = output.new_empty(0, requires_grad=True)
+        heard: Tensor = _Heard.apply(output, anchor, x, add)  # type: ignore[no-untyped-call]
+        return same_mark(heard, output)
 
     def _shift(self, name: str, x: Tensor, output: Tensor) -> Tensor:
         weight, bias = (self._gradients.get(f"{name}.{kind}") for kind in ("weight", "bias"))

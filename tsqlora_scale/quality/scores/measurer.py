@@ -12,19 +12,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.schema import ScoringConfig
 from tsqlora_scale.engine.collectives import World
-from tsqlora_scale.engine.sharded import has_shards
 from tsqlora_scale.quality.gradients.batch_memory import (
     bytes_kept,
     fitting_batch,
     free_bytes,
-    is_out_of_memory,
     reuse_freed_memory,
 )
 from tsqlora_scale.quality.gradients.per_sample import PerSampleGradients
 from tsqlora_scale.quality.gradients.sketch import Sketch
 from tsqlora_scale.quality.pool import BatchT, Pool
+from tsqlora_scale.quality.scores.memory_guard import MemoryGuard
 from tsqlora_scale.quality.scores.score_parts import PassPart
 
 log = logging.getLogger("tsqlora_scale")
@@ -33,6 +33,8 @@ log = logging.getLogger("tsqlora_scale")
 NOISE_ROUNDINGS = 16
 #: samples on which memory is measured for ``batch_size: auto``
 PROBE = 4
+#: samples whose numbers in a batch are compared with those alone
+CHECKED = 8
 
 
 class Measurer(Generic[BatchT]):
@@ -43,9 +45,10 @@ class Measurer(Generic[BatchT]):
     (ZeRO-3 would hang otherwise).
 
     Batched per-sample gradients are exact only if every adapter call has the batch's dimension, or can be given it
-    (:mod:`.batchless`). That is checked once in the structure and once in the numbers: two
-    samples of the first batch are scored alone too. A model that fails either is scored one sample at a time; the
-    ranks decide together.
+    (:mod:`.batchless`). That is checked once in the structure and once in the numbers: eight samples of the first
+    shard are scored alone too. A model that fails either is scored one sample at a time; the ranks decide together.
+
+    Every pass goes through a :class:`.MemoryGuard`, those of the checks and of the probe for memory among them.
 
     Attributes:
         one_at_a_time: the decision; None before the first batch of more than one sample.
@@ -73,7 +76,8 @@ class Measurer(Generic[BatchT]):
         self._sketch = Sketch(scoring.sketch_dim, seed=seed)
         self._sketches_wanted = scoring.convergence != "loss_trend"
         self._gradients: PerSampleGradients | None = None
-        self._fits: int | None = None  # after an allocation failed on this rank
+        self._fits: int | None = None  # after an allocation failed
+        self._guard: MemoryGuard | None = None
 
     @contextmanager
     def on(self, module: nn.Module) -> Iterator[None]:
@@ -82,10 +86,12 @@ class Measurer(Generic[BatchT]):
             reuse_freed_memory()
         with PerSampleGradients(module, self._theta(module)) as gradients:
             self._gradients = gradients
+            self._guard = MemoryGuard(module, self.world, fits=self._fits)
             try:
                 yield
             finally:
-                self._gradients = None
+                self._fits = self._guard.fits
+                self._gradients = self._guard = None
 
     def measure(
         self, indices: np.ndarray, *, exact: bool, progress: Callable[[int], None] | None = None
@@ -136,15 +142,22 @@ class Measurer(Generic[BatchT]):
         size = 1 if self.one_at_a_time else self.batch_size
         assert size is not None
         batches = [indices[start : start + size] for start in range(0, len(indices), size)]
-        own: list[tuple[np.ndarray, Tensor, Tensor]] = []
+        own: list[tuple[np.ndarray | Tensor, ...]] = []
+        problem: UserError | None = None
         for turn in range(math.ceil(len(batches) / self.world.size)):
-            number = turn * self.world.size + self.world.rank
-            chunk = batches[number % len(batches)]
-            measured = self._within_memory(gradients, chunk, exact)
-            if number < len(batches):  # else a repeated batch, so that every rank runs as many
-                own.append((chunk, *measured))
+            chunks = [batches[(turn * self.world.size + r) % len(batches)] for r in range(self.world.size)]
+            number, chunk = turn * self.world.size + self.world.rank, chunks[self.world.rank]
+            try:
+                measured = self._measured(gradients, chunk, exact, longest=max(map(len, chunks)))
+                if number < len(batches):  # else a repeated batch, so that every rank runs as many
+                    own.append((chunk, *measured))
+            except UserError as error:
+                problem = error  # perhaps of this rank alone: the others must not wait for it
             if progress is not None:
                 progress(min(len(indices), (turn + 1) * self.world.size * size))
+        with self.world.together():
+            if problem is not None:
+                raise problem
         found = self.world.gather_on_main([[np.asarray(column) for column in batch] for batch in own])
         if found is None:
             return None
@@ -153,24 +166,13 @@ class Measurer(Generic[BatchT]):
         order = np.argsort(drawn, kind="stable")[np.argsort(np.argsort(indices, kind="stable"), kind="stable")]
         return PassPart(drawn[order], values[order], sketches[order], gradients.rounding, size, self.one_at_a_time)
 
-    def _within_memory(self, gradients: PerSampleGradients, chunk: np.ndarray, exact: bool) -> tuple[Tensor, Tensor]:
-        """:meth:`_chunk`, in smaller pieces once an allocation has failed on this rank."""
-        size = min(self._fits or len(chunk), len(chunk))
-        try:
-            pieces = [
-                self._chunk(gradients, chunk[start : start + size], exact) for start in range(0, len(chunk), size)
-            ]
-        except (RuntimeError, MemoryError) as error:
-            # under ZeRO-3 a rank that runs more forwards than the others would hang them all
-            if not is_out_of_memory(error) or size == 1 or has_shards(gradients.module):
-                raise
-            self._fits = size // 2
-        else:
-            return torch.cat([values for values, _ in pieces]), torch.cat([sketch for _, sketch in pieces])
-        log.warning("out of memory while scoring %d samples at once; going on with %d", size, self._fits)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        return self._within_memory(gradients, chunk, exact)
+    def _measured(
+        self, gradients: PerSampleGradients, rows: np.ndarray, exact: bool, *, longest: int | None = None
+    ) -> tuple[Tensor, ...]:
+        """:meth:`_chunk` in pieces that fit."""
+        assert self._guard is not None
+        kind = "exact" if exact else "first order"
+        return self._guard.run(kind, lambda piece: self._chunk(gradients, piece, exact), rows, longest=longest)
 
     def _chunk(self, gradients: PerSampleGradients, chunk: np.ndarray, exact: bool) -> tuple[Tensor, Tensor]:
         """(B, 3) float64 of loss, norm and loss reduction, and sketches (B, sketch_dim), on the CPU."""
@@ -189,24 +191,49 @@ class Measurer(Generic[BatchT]):
         return torch.stack([before, norm, delta], 1).cpu().double(), sketch
 
     def _fitting_batch_size(self, gradients: PerSampleGradients, indices: np.ndarray) -> int:
-        """``scoring.batch_size: auto``: what the longest samples of the shard leave room for. Collective."""
-        probe = self._batch(indices[-PROBE:])  # a shard is sorted by length
-        of_theta: dict[str, Tensor] = {}
-        kept = bytes_kept(gradients.module, lambda: of_theta.update(gradients.per_sample(self.losses, probe)[1]))
-        own = sum(g.numel() * g.element_size() for g in of_theta.values())
-        kept += gradients.held_bytes
+        """``scoring.batch_size: auto``: what the longest samples of the shard leave room for. Collective.
+
+        Measured on one sample and, where there is room for more, on a few.
+        """
+        longest = indices[::-1]  # a shard is sorted by length
+        fits = self._fitting_by(gradients, longest[:1])
+        return fits if fits == 1 else self._fitting_by(gradients, longest[: min(fits, PROBE)])
+
+    def _fitting_by(self, gradients: PerSampleGradients, rows: np.ndarray) -> int:
+        assert self._guard is not None
+
+        def measured(piece: np.ndarray) -> tuple[Tensor]:
+            of_theta: dict[str, Tensor] = {}
+            gradients.recomputed = 0
+            batch = self._batch(piece)
+            kept = bytes_kept(gradients.module, lambda: of_theta.update(gradients.per_sample(self.losses, batch)[1]))
+            own = sum(g.numel() * g.element_size() for g in of_theta.values())
+            # a sample's gradient is there twice, the second time on its way into the sketch
+            return (torch.full((len(piece),), (kept + gradients.recomputed + 2 * own) / len(piece)),)
+
+        try:
+            with self.world.together():
+                (taken,) = self._guard.run("gradients", measured, rows)
+        finally:
+            gradients.recomputed = None
         device = self.world.device
-        # a sample's gradient is there twice, the second time on its way into the sketch
-        fits = fitting_batch((kept + 2 * own) / probe.size, free_bytes(device, self.world.size_here), device)
+        fits = fitting_batch(float(taken.max()), free_bytes(device, self.world.size_here), device)
+        fits = min(fits, self._guard.fits or fits)
         return -int(self.world.max(torch.tensor([-fits])).item())
 
     def _cannot_batch(self, gradients: PerSampleGradients, indices: np.ndarray, exact: bool) -> bool | None:
         """Whether samples must be scored one at a time; None if batches hold one sample anyway. Collective."""
-        assert self.batch_size is not None
+        assert self.batch_size is not None and self._guard is not None
         if min(self.batch_size, len(indices)) == 1:
             return None
-        chunk = indices[[0, -1]]  # the shortest and the longest
-        gradients.per_sample(self.losses, self._batch(chunk))
+        chosen = _spread(indices, CHECKED)
+
+        def structure(piece: np.ndarray) -> tuple[Tensor]:
+            gradients.per_sample(self.losses, self._batch(piece))
+            return (torch.zeros(len(piece)),)
+
+        with self.world.together():
+            self._guard.run("gradients", structure, chosen[:2])
         batchless, gradients.batchless = gradients.batchless, None
         if self._on_any_rank(batchless is not None):
             if self.world.is_main:
@@ -216,20 +243,33 @@ class Measurer(Generic[BatchT]):
                     batchless,
                 )
             return True
-        together = self._chunk(gradients, chunk, exact)[0]
-        alone = torch.cat([self._chunk(gradients, chunk[[i]], exact)[0] for i in (0, 1)])
-        if self._on_any_rank(not self._agree(together, alone, gradients.rounding)):
+        with self.world.together():
+            batched, alone = (
+                torch.cat(
+                    [self._measured(gradients, chosen[i : i + size], exact)[0] for i in range(0, len(chosen), size)]
+                )
+                for size in (min(self.batch_size, len(chosen)), 1)
+            )
+        if self._on_any_rank(not self._agree(batched, alone, gradients.rounding)):
             self._warn("scores of samples in a batch differ from their scores alone")
             return True
         return False
 
     @staticmethod
     def _agree(together: Tensor, alone: Tensor, eps: float) -> bool:
-        """Equal to 0.1 % in float32 (looser in half precision), or both not finite."""
+        """Whether more than half of the samples have equal numbers: to 0.1 % in float32 (looser in half precision), or
+        both not finite.
+
+        A sample that the model knows has a small gradient, a difference of nearly equal probabilities, that is mostly
+        rounding: by ``eps`` of what it is where nothing is known, about the norm over the loss.
+        """
+        loss, norm = alone[:, 0].abs(), alone[:, 1]
         tolerance = max(1e-3, 12 * eps)
-        noise = NOISE_ROUNDINGS * eps * (1 + alone[:, 0].abs())  # of a loss; a norm is not a difference and has none
-        slack = torch.stack([noise, torch.zeros_like(noise), noise], 1) + tolerance * alone.abs()
-        return bool((((together - alone).abs() <= slack) | ~(together.isfinite() | alone.isfinite())).all())
+        noise = NOISE_ROUNDINGS * eps * (1 + loss)  # of a loss
+        of_norm = 2 * eps * norm / loss.clamp(min=eps, max=1.0)
+        slack = torch.stack([noise, of_norm, noise], 1) + tolerance * alone.abs()
+        equal = ((together - alone).abs() <= slack) | ~(together.isfinite() | alone.isfinite())
+        return bool(equal.all(1).double().mean() > 0.5)
 
     def _on_any_rank(self, flag: bool) -> bool:
         return bool(self.world.max(torch.tensor([int(flag)])).item())
@@ -237,3 +277,12 @@ class Measurer(Generic[BatchT]):
     def _warn(self, reason: str) -> None:
         if self.world.is_main:
             log.warning("%s; this model is scored one sample at a time", reason)
+
+
+def _spread(indices: np.ndarray, count: int) -> np.ndarray:
+    """At most ``count`` of ``indices``, which are sorted by length: the shortest, the longest, the next ones from both
+    ends in turn, so that any two that follow one another differ in length as far as may be."""
+    places = np.unique(np.linspace(0, len(indices) - 1, min(count, len(indices))).round().astype(int))
+    turns = np.stack([places, places[::-1]], 1).reshape(-1)[: len(places)]
+    chosen: np.ndarray = indices[turns]
+    return chosen

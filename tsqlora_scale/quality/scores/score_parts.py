@@ -20,6 +20,8 @@ from tsqlora_scale.common.files import written_whole
 
 log = logging.getLogger(__name__)
 
+#: The folder of the parts in a run folder. Not in ``scores/``, which other programs open as one table.
+PARTS = "score-parts"
 _METADATA = b"tsqlora_scale"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 #: pass number of a sample that was never scored itself and carries the mean of those that were
 NEVER = -1
+#: samples of a row group that holds their texts
+WITH_TEXTS = 2**16
 #: types of the columns that are not float64
 KINDS: dict[str, type] = {"selected": bool, "scoring_pass": np.int64}
 
@@ -88,8 +90,15 @@ class ScoreTable:
         """The table of :meth:`state_dict`; it shares no memory with it."""
         return cls(**{name: copied(column.numpy()) for name, column in state.items()})
 
-    def write(self, folder: str | Path, sample_ids: Sequence[str]) -> Path:
-        """Write ``folder/pass-NNN.parquet``, NNN the last pass, whole or not at all; call on one rank."""
+    def write(
+        self, folder: str | Path, sample_ids: Sequence[str], *, given: Callable[[slice], pa.Table] | None = None
+    ) -> Path:
+        """Write ``folder/pass-NNN.parquet``, NNN the last pass, whole or not at all; call on one rank.
+
+        Args:
+            given: the samples of a block as they are in the data, to stand beside their scores; of its columns those
+                that are called as one of ours are called ``data_…``.
+        """
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -97,12 +106,14 @@ class ScoreTable:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"pass-{max(self.scoring_pass.max(initial=NEVER), 0):03d}.parquet"
-        schema = _schema()
+        ours, beside = _schema(), [] if given is None else list(_beside(given(slice(0, 0)).schema))
+        schema = pa.schema([ours.field(0), *beside, *list(ours)[1:]])
         with written_whole(path) as partial, pq.ParquetWriter(partial, schema) as writer:
-            for block in blocks(len(self)):  # a row group each
+            for block in blocks(len(self), None if given is None else WITH_TEXTS):  # a row group each
                 ids = pa.array([str(i) for i in sample_ids[block]], pa.string())
-                numbers = [pa.array(getattr(self, name)[block]) for name in schema.names[1:]]
-                writer.write_table(pa.table([ids, *numbers], schema=schema), row_group_size=len(ids))
+                texts = [] if given is None else given(block).columns
+                numbers = [pa.array(getattr(self, name)[block]) for name in ours.names[1:]]
+                writer.write_table(pa.table([ids, *texts, *numbers], schema=schema), row_group_size=len(ids))
         return path
 
     @classmethod
@@ -140,6 +151,17 @@ class ScoreTable:
             reason = " ".join(str(error).split())
             raise UserError(f"{path}: not a score file ({reason}); score the pool again") from None
         return table, ids
+
+
+def _beside(given: pa.Schema) -> Iterator[pa.Field]:
+    """The data's fields under names that are none of ours."""
+    taken = set(_schema().names)
+    for field in given:
+        name = field.name
+        while name in taken:
+            name = f"data_{name}"
+        taken.add(name)
+        yield field.with_name(name).remove_metadata()
 
 
 def _schema() -> pa.Schema:

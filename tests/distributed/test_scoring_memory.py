@@ -1,0 +1,46 @@
+"""Under ZeRO-3 ranks halve their batches together when one runs out of memory, wherever in the pass, and none hangs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.distributed.launch import launch
+from tests.runs import run_tree, write_config
+
+pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(300)]
+
+SCRIPT = Path(__file__).with_name("scoring_memory.py")
+
+
+@pytest.mark.parametrize(("batch_size", "checkpointing"), [(8, False), ("auto", True)])
+def test_ranks_halve_together(batch_size: Any, checkpointing: bool, tmp_path: Path, models_dir: Path) -> None:
+    tree = run_tree("llama", tmp_path, models_dir, "memory", allocation={"policy": "fixed"})
+    tree["model"]["gradient_checkpointing"] = checkpointing
+    tree["scoring"] |= {
+        "batch_size": batch_size,
+        "shard_size": 18,
+        "max_length": 12,
+        "warmup_steps": 12,
+        "refresh": "none",
+        "eta": 1.0,
+    }
+    tree["train"]["lr"] = 1e-9  # the weights stay as they are
+    config = write_config(tmp_path / "config.yaml", tree)
+    launch("zero3-2", SCRIPT, [str(config), str(tmp_path / "out.json")], tmp_path, timeout=200)
+    outcome = json.loads((tmp_path / "out.json").read_text())
+    assert outcome["engine"] == "zero3"
+    expected = outcome["passes"].pop("None")
+    assert expected["raised"] == [0, 0]
+    assert len(outcome["passes"]) == 7
+    for place, found in outcome["passes"].items():
+        assert found["raised"][0] == 0, place
+        assert found["raised"][1] >= 1, f"{place}: rank 1 never ran out of memory"
+        assert found["fits"] in ([1, 1], [2, 2]), place
+        assert not found["one_at_a_time"], place
+        np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-4, err_msg=place)
+        np.testing.assert_allclose(found["grad_norm"], expected["grad_norm"], rtol=1e-3, err_msg=place)
