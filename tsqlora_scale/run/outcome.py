@@ -64,6 +64,7 @@ def build_result(run: Run, metrics: dict[str, float], adapter: Path) -> dict[str
 
 def _best(run: Run) -> dict[str, Any] | None:
     """The best evaluation; its checkpoint is none where that could not be written."""
-    if run.best is None or Path(run.best["checkpoint"]).name == run.checkpoints.best:
-        return run.best
-    return {**run.best, "checkpoint": None}
+    if run.best is None:
+        return None
+    best = {key: value for key, value in run.best.items() if key != "metrics"}
+    return best if Path(best["checkpoint"]).name == run.checkpoints.best else {**best, "checkpoint": None}
