@@ -39,7 +39,9 @@ def given_metrics(values: dict[int, float], monkeypatch: pytest.MonkeyPatch) -> 
 
     def pretend(run: Run) -> dict[str, float]:
         with monkeypatch.context() as patch:
-            patch.setattr("tsqlora_scale.run.training_run.evaluate", lambda *_, **__: {"accuracy": values[run.step]})
+            patch.setattr(
+                "tsqlora_scale.run.training_run.evaluate_all", lambda *_, **__: {"accuracy": values[run.step]}
+            )
             return evaluate(run)
 
     monkeypatch.setattr(Run, "evaluate", pretend)
