@@ -8,13 +8,17 @@ calls.
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.quiet import prepare_environment
 from tsqlora_scale.config.schema import Config
+
+if TYPE_CHECKING:
+    from tsqlora_scale.run.run_lock import RunLock
 
 
 @dataclass(frozen=True)
@@ -23,10 +27,11 @@ class TrainResult:
 
     Attributes:
         folder: the run folder.
-        adapter: the adapter in it; ``peft.PeftModel.from_pretrained`` opens it.
-        metrics: on the held-out set, at the end; empty without one.
+        adapter: the adapter in it, of the last step or the best (``train.keep``); ``peft.PeftModel.from_pretrained``
+            opens it.
+        metrics: of that adapter on the held-out set; empty without one.
         metrics_before: the same before the first step.
-        ranks: of every adapted layer, at the end.
+        ranks: of every adapted layer in that adapter.
         seconds: wall seconds by phase.
         record: all that ``result.json`` holds.
     """
@@ -77,19 +82,16 @@ def train(config: Config, *, resume: str | Path | None = None, overwrite: bool =
 
     place = None if resume is None else str(resume)
     preflight.check_run_dir(config, overwrite=overwrite, resume=place)
-    checked = preflight.check(config)
+    from tsqlora_scale.run.resume import has_checkpoint
+
+    checked = preflight.check(config, starts=place is None or not has_checkpoint(config.run_dir, place))
     from tsqlora_scale.proxy import discard_parts, score_by_proxy, take_scores
     from tsqlora_scale.report.input_preview import input_preview
     from tsqlora_scale.run.build import build_run
     from tsqlora_scale.run.preemption import StopRequest
-    from tsqlora_scale.run.run_lock import RunLock
     from tsqlora_scale.training import train_to_the_end
 
-    def still_right() -> None:
-        preflight.check_run_dir(config, overwrite=overwrite, resume=place)
-
-    folders = [config.run_dir, *([config.of_proxy().run_dir] if config.scores_by_proxy else [])]
-    with StopRequest() as stop, RunLock(folders, still_right) as lock:
+    with StopRequest() as stop, _only_writer(config, overwrite=overwrite, resume=place) as lock:
         scores = score_by_proxy(checked, resume=place, stop=stop, lock=lock)
         run = build_run(checked, resume=place, stop=stop, lock=lock)
         are_kept = scores is None or take_scores(run, scores)
@@ -106,7 +108,7 @@ def train(config: Config, *, resume: str | Path | None = None, overwrite: bool =
         adapter=Path(record["adapter"]),
         metrics=record["metrics"],
         metrics_before=record["metrics_before"],
-        ranks=record["ranks_end"],
+        ranks=record["kept"]["ranks"],
         seconds=record["seconds"],
         record=record,
     )
@@ -124,8 +126,8 @@ def score(
     """Score a pool without training on the scores. A collective, under a launcher.
 
     Args:
-        adapter: a trained adapter's folder to score with; without it a fresh one warms up first, as at step 0 scores
-            are blind.
+        adapter: a trained adapter to score with: its folder, a run folder or a checkpoint; without it a fresh one
+            warms up first, as at step 0 scores are blind.
         top: samples of each list of the summary, and groups of similar ones.
         similarity: cosine of two gradients from which on two samples are said to teach the same.
         resume: go on with a pass that was killed.
@@ -148,22 +150,22 @@ def score(
     preflight.check_run_dir(config, overwrite=overwrite, resume=place)
     if adapter is not None:
         config = preflight.with_labels_of(config, Path(adapter))
-    checked = preflight.check(config)
-    if adapter is not None:
-        check_adapter_fits(checked.config, checked.model_config, adapter)
+    checked = preflight.check(config, starts=adapter is None and not resume)
     from tsqlora_scale.quality.selectors.by_quality import QualitySelector
     from tsqlora_scale.report.score_summary import summarise, write_summary
     from tsqlora_scale.run.build import build_run
     from tsqlora_scale.run.preemption import StopRequest
-    from tsqlora_scale.run.run_lock import RunLock
+    from tsqlora_scale.run.trained_adapter import adapter_folder
     from tsqlora_scale.training import warm_up_and_score
 
-    def still_right() -> None:
-        preflight.check_run_dir(config, overwrite=overwrite, resume=place)
-
     folder = config.run_dir / "scores"
-    start = None if adapter is None else str(adapter)
-    with StopRequest() as stop, RunLock([config.run_dir], still_right) as lock:
+    with ExitStack() as stack:
+        start = None
+        if adapter is not None:
+            start = str(stack.enter_context(adapter_folder(adapter)))
+            check_adapter_fits(checked.config, checked.model_config, start)
+        stop = stack.enter_context(StopRequest())
+        lock = stack.enter_context(_only_writer(config, overwrite=overwrite, resume=place))
         run = build_run(checked, resume=place, adapter=start, stop=stop, lock=lock)
         warm_up_and_score(run, warm_up=adapter is None)
         summary: dict[str, Any] = {}
@@ -188,6 +190,15 @@ def score(
     return ScoreResult(folder, summary, files[0] if files else None)
 
 
+def _only_writer(config: Config, *, overwrite: bool, resume: str | None) -> RunLock:
+    """The lock of the folders that a run writes into, whose checks are made again once it is held."""
+    from tsqlora_scale.run import preflight
+    from tsqlora_scale.run.run_lock import RunLock
+
+    folders = [config.run_dir, *([config.of_proxy().run_dir] if config.scores_by_proxy else [])]
+    return RunLock(folders, lambda: preflight.check_run_dir(config, overwrite=overwrite, resume=resume))
+
+
 def _for_scoring(config: Config) -> Config:
     """The config of a run that warms up and scores: nothing else happens meanwhile.
 
@@ -209,16 +220,22 @@ def _for_scoring(config: Config) -> Config:
 def evaluate(config: Config, adapter: str | Path) -> dict[str, float]:
     """Metrics of a saved adapter on the config's held-out set; the training file need not be there. A collective.
 
+    Args:
+        adapter: an adapter's folder, a run folder or a checkpoint.
+
     Raises:
         UserError: naming the key, the file or the tensor.
     """
     prepare_environment()
     from tsqlora_scale.run import preflight
+    from tsqlora_scale.run.trained_adapter import adapter_folder
 
-    checked = preflight.check_evaluation(config, adapter)
-    from tsqlora_scale.run.build import evaluate_adapter
+    config = preflight.with_labels_of(config, Path(adapter))
+    with adapter_folder(adapter) as folder:
+        checked = preflight.check_evaluation(config, folder)
+        from tsqlora_scale.run.build import evaluate_adapter
 
-    return evaluate_adapter(checked, str(adapter))
+        return evaluate_adapter(checked, str(folder))
 
 
 @dataclass(frozen=True)
@@ -253,7 +270,7 @@ def predict(
         out: the file to write, of any of these formats, by its suffix; whole or not at all. Beside the file's own
             columns it has ``prediction``, and ``probability_NAME`` of every class.
         run: a run folder, for its ``config.yaml`` and its ``adapter/``.
-        adapter: a saved adapter's folder, in the place of the run's.
+        adapter: an adapter's folder, or a checkpoint, in the place of the run's.
         config: of the run, in the place of its ``config.yaml``; without one it is looked for beside the adapter.
         overwrite: replace what is there.
 
@@ -267,9 +284,13 @@ def predict(
     config = config or find_config(run, place)
     check_files(Path(data), Path(out), overwrite=overwrite)
     from tsqlora_scale.run.prediction_run import check_prediction, predict_file
+    from tsqlora_scale.run.preflight import with_labels_of
+    from tsqlora_scale.run.trained_adapter import adapter_folder
 
-    request = check_prediction(config, place, Path(data), Path(out))
-    return PredictResult(Path(out), len(request.filled), predict_file(request))
+    config = with_labels_of(config, place)
+    with adapter_folder(place) as folder:
+        request = check_prediction(config, folder, Path(data), Path(out))
+        return PredictResult(Path(out), len(request.filled), predict_file(request))
 
 
 def export(
@@ -283,6 +304,7 @@ def export(
     """Write a trained adapter in another form, whole or not at all.
 
     Args:
+        adapter: an adapter's folder, a run folder or a checkpoint.
         form: as it is, with one rank everywhere, or merged into its base.
         out: the folder to write.
         config: of the run; needed to merge.
@@ -305,5 +327,7 @@ def export(
         from tsqlora_scale.run.preflight import with_labels_of
 
         config = with_labels_of(config, Path(adapter))
-    with quiet_libraries():
-        return write(Path(adapter), form, Path(out), config=config, overwrite=overwrite)
+    from tsqlora_scale.run.trained_adapter import adapter_folder
+
+    with adapter_folder(adapter) as folder, quiet_libraries():
+        return write(folder, form, Path(out), config=config, overwrite=overwrite)

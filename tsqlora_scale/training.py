@@ -35,7 +35,7 @@ def take_steps(run: Run, *, until: int | None = None) -> StepResult | None:
     last = run.plan.total_steps if until is None else until
     result: StepResult | None = None
     with run.progress("training") as bar:
-        while run.step < last:
+        while run.step < last and not run.is_over:
             if selector.due(run.step):
                 with run.scoring():
                     selector.score(engine.module, run.step)  # lines 2 and 9: Q, p and S
@@ -79,10 +79,10 @@ def warm_up_and_score(run: Run, *, warm_up: bool = True) -> None:
 
 def finish(run: Run) -> dict[str, Any]:
     """Evaluate, and write the adapter and the result."""
-    metrics = run.evaluate()
+    metrics = run.final_metrics()
     run.note_best(metrics)
     run.save_checkpoint()
-    adapter = run.save_adapter()
+    adapter = run.save_adapter(metrics)
     run.selector.finish()
     result = build_result(run, metrics, adapter)
     run.write_on_main("result.json", lambda: run.record.result(result))

@@ -175,6 +175,22 @@ OPTIONS = [
         "score",
     ),
     Case("evaluation of nothing", ("--adapter", "--help"), lambda p: None, "evaluate"),
+    Case(
+        "evaluation of a run that is none",
+        ("--adapter 'nowhere'", "no folder"),
+        lambda p: p.arguments.extend(["--run", "nowhere"]),
+        "evaluate",
+    ),
+    Case(
+        "evaluation of two things",
+        ("--run", "--adapter", "--help"),
+        lambda p: p.arguments.extend(["--run", "a", "--adapter", "b"]),
+        "evaluate",
+    ),
+    settings("a start from nowhere", "adapter.init_from='nowhere'", "no folder", adapter={"init_from": "nowhere"}),
+    settings("a start from no adapter", "adapter.init_from='.'", "adapter_config.json", adapter={"init_from": "."}),
+    settings("the best of nothing", "train.keep", "set 'train.eval_every'", train={"keep": "best"}),
+    settings("patience for nothing", "train.patience", "set 'train.eval_every'", train={"patience": 2}),
     Case("an unknown form", ("--format", "'zip'", "--help"), _out("--format", "zip", "--out", "{}/out"), "export"),
 ]
 

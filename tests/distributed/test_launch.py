@@ -141,3 +141,28 @@ def test_a_signal_to_one_rank_stops_all(tmp_path: Path, models_dir: Path, engine
     assert (run_dir / "checkpoints" / "step-00000006").is_dir()
     launch(engine, script, ["--config", str(config), "--resume", "auto"], tmp_path)
     assert losses_of(run_dir) == losses_of(tmp_path / "whole" / "run")
+
+
+@pytest.mark.parametrize("engine", ["ddp-2", "zero3-2"])
+def test_the_best_is_kept_and_patience_ends_every_rank(tmp_path: Path, models_dir: Path, engine: str) -> None:
+    """And what the run has left starts another one on the same engine, and is made longer there."""
+    train = {"eval_every": 2, "patience": 2, "keep": "best"}
+    config = write_config(tmp_path / "config.yaml", run_tree("bert", tmp_path, models_dir, "run", train=train))
+    launch(engine, TRAIN, ["--config", str(config)], tmp_path)
+    run_dir = tmp_path / "runs" / "run"
+    found = result_of(run_dir)
+    evaluated = {line["step"]: line["eval"] for line in read_lines(run_dir / "metrics.jsonl") if "eval" in line}
+    values = {step: one["accuracy"] for step, one in evaluated.items() if step}
+    best = max(values, key=lambda step: (values[step], -step))
+    assert (found["kept"]["which"], found["kept"]["step"]) == ("best", best)
+    assert found["metrics"] == evaluated[best]
+    if found["stopped_early"]:
+        assert found["steps"] == best + 4
+    ranks = found["kept"]["ranks"]
+    arguments = ["--config", str(config), "run.name=next", f"adapter.init_from={run_dir}", "train.patience=null"]
+    launch(engine, TRAIN, [*arguments, "train.max_steps=9"], tmp_path)
+    launch(engine, TRAIN, [*arguments, "train.max_steps=10", "--resume", "auto"], tmp_path)
+    following = result_of(tmp_path / "runs" / "next")
+    assert following["ranks_start"] == ranks
+    assert following["metrics_before"] == pytest.approx(found["metrics"])
+    assert following["lengths"] == [{"step": 9, "before": 9, "after": 10}]

@@ -25,12 +25,42 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def config_parser(name: str, description: str) -> Parser:
-    """A parser of a config file and values that win over it."""
+def config_parser(name: str, description: str, *, of_run: bool = False) -> Parser:
+    """A parser of a config file and values that win over it.
+
+    Args:
+        of_run: whether the config may be left out, because the command is about a run that has one.
+    """
     parser = Parser(prog=name, description=description)
-    parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file (configs/)")
+    note = ", in the place of the run's own" if of_run else " (configs/)"
+    parser.add_argument("--config", required=not of_run, metavar="FILE", help=f"a YAML file{note}")
     add_overrides(parser)
     return parser
+
+
+def add_trained(parser: argparse.ArgumentParser) -> None:
+    """What a run has trained: one of two options, for the same things."""
+    either = parser.add_mutually_exclusive_group(required=True)
+    either.add_argument("--adapter", metavar="DIR", help="the adapter folder that a run wrote, or a checkpoint of it")
+    either.add_argument("--run", metavar="DIR", help="a run folder, for its adapter and its config.yaml")
+
+
+def trained_place(options: argparse.Namespace) -> str:
+    """The folder that ``--adapter`` or ``--run`` names."""
+    return str(options.run if options.adapter is None else options.adapter)
+
+
+def config_file(options: argparse.Namespace) -> str:
+    """The config's file: ``--config``, or that of the run that the trained adapter belongs to.
+
+    Raises:
+        UserError: neither.
+    """
+    if options.config is not None:
+        return str(options.config)
+    from tsqlora_scale.run.trained_adapter import config_of
+
+    return str(config_of(trained_place(options), option="--adapter" if options.run is None else "--run"))
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from tsqlora_scale.api import export
-from tsqlora_scale.commands.arguments import Parser, add_overrides
+from tsqlora_scale.commands.arguments import Parser, add_overrides, add_trained, config_file, trained_place
 from tsqlora_scale.commands.guard import guard
 from tsqlora_scale.common.printing import printable
 from tsqlora_scale.config.load import load_config
@@ -15,10 +15,10 @@ from tsqlora_scale.config.load import load_config
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; its exit code."""
     parser = Parser(prog="export", description="Write a trained adapter in another form.")
-    parser.add_argument("--adapter", required=True, metavar="DIR", help="the adapter folder that a run wrote")
+    add_trained(parser)
     parser.add_argument("--format", required=True, choices=["peft", "padded", "merged"], help="the form")
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
-    parser.add_argument("--config", metavar="FILE", help="the run's config.yaml, to merge by")
+    parser.add_argument("--config", metavar="FILE", help="a config to merge by, in the place of the run's own")
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     add_overrides(parser)
     options = parser.parse_intermixed_args(argv)
@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _export(options: argparse.Namespace) -> None:
-    config = load_config(options.config, options.overrides) if options.config else None
-    notes = export(options.adapter, options.format, options.out, config=config, overwrite=options.overwrite)
+    needs_config = options.config is not None or options.run is not None
+    config = load_config(config_file(options), options.overrides) if needs_config else None
+    notes = export(trained_place(options), options.format, options.out, config=config, overwrite=options.overwrite)
     print("\n".join([*notes, f"written: {printable(options.out)}"]))

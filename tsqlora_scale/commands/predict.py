@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     # the second name is for torchrun, which takes the first for an abbreviation of two of its own
     parser.add_argument("--run", "--run-dir", metavar="DIR", help="the run folder, for its config and its adapter")
-    parser.add_argument("--adapter", metavar="DIR", help="the adapter folder that a run wrote")
+    parser.add_argument("--adapter", metavar="DIR", help="the adapter folder that a run wrote, or a checkpoint of it")
     parser.add_argument("--config", metavar="FILE", help="the run's config, where it does not lie beside the adapter")
     parser.add_argument("--data", required=True, metavar="FILE", help="the rows: csv, tsv, jsonl or parquet")
     parser.add_argument(

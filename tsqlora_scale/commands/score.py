@@ -15,7 +15,11 @@ from tsqlora_scale.config.load import load_config
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; its exit code."""
     parser = config_parser("score", "Score a pool: the samples that look best, worst, mislabelled, and redundant.")
-    parser.add_argument("--adapter", metavar="DIR", help="score with this trained adapter; without it, warm up first")
+    parser.add_argument(
+        "--adapter",
+        metavar="DIR",
+        help="score with this trained adapter (a checkpoint, a run folder); without it, warm up",
+    )
     parser.add_argument("--top", type=int, default=5, help="samples in each list (default 5)")
     parser.add_argument("--similarity", type=float, default=0.98, help="cosine of like samples (default 0.98)")
     parser.add_argument("--overwrite", action="store_true", help="start anew where another run has been")

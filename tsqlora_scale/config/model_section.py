@@ -63,3 +63,6 @@ class AdapterConfig(Section):
     #: Module-name suffixes, or ``auto``: every linear layer of attention and feed-forward blocks that text gives a
     #: gradient to.
     target_modules: list[str] | Literal["auto"] = "auto"
+    #: A trained adapter that the run starts from, with its ranks and values: its folder, a run folder or a checkpoint.
+    #: A head of another task, or with other labels, is newly drawn.
+    init_from: Annotated[str, Field(min_length=1)] | None = None

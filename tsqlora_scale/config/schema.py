@@ -108,6 +108,12 @@ class Config(Section):
                 f"'train.eval_every' is {self.train.eval_every}, but there is nothing to evaluate on; "
                 "set 'task.dataset.dev_file', or 'dev_split' of a hub dataset"
             )
+        for key in ("keep", "patience"):
+            if getattr(self.train, key) not in ("last", None) and not self.train.eval_every:
+                raise ValueError(
+                    f"'train.{key}' is {getattr(self.train, key)!r}, but there are no evaluations while it trains; "
+                    f"set 'train.eval_every', or remove it"
+                )
         return self
 
     @property
@@ -124,7 +130,7 @@ class Config(Section):
                 "model": self.model.model_copy(
                     update={"name_or_path": model, "revision": None, "quantization": "none", "quant_storage": "uint8"}
                 ),
-                "adapter": self.adapter.model_copy(update={"target_modules": "auto"}),
+                "adapter": self.adapter.model_copy(update={"target_modules": "auto", "init_from": None}),
                 "scoring": self.scoring.model_copy(update={"proxy_model": None}),
                 **self._nothing_but_scores(),
             }
@@ -149,7 +155,9 @@ class Config(Section):
         """Sections of a run that ends with its first pass over the pool."""
         return {
             "allocation": self.allocation.model_copy(update={"policy": "fixed"}),
-            "train": self.train.model_copy(update={"checkpoint_every": None, "eval_every": None}),
+            "train": self.train.model_copy(
+                update={"checkpoint_every": None, "eval_every": None, "keep": "last", "patience": None}
+            ),
         }
 
     @property

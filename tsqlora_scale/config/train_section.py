@@ -53,6 +53,11 @@ class TrainConfig(Section):
     checkpoint_keep: PositiveInt = 2
     #: Optimizer steps between evaluations; none evaluates before and after training only.
     eval_every: PositiveInt | None = None
+    #: What ``adapter/`` holds at the end, and ``metrics`` of the result are of: the last step, or the best evaluation.
+    keep: Literal["last", "best"] = "last"
+    #: Evaluations in a row that bring no better one, after which training ends; none: it goes on. Learning rate and the
+    #: schedule of ranks are those of the whole length all the same.
+    patience: PositiveInt | None = None
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ Shape = tuple[int, ...]
 #: What PEFT puts before the names of the base model's modules.
 PREFIX = "base_model.model."
 DESCRIPTION, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADVICE = "give the config, with the base model, that it was trained with"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -117,6 +119,47 @@ def check_adapter(folder: Path) -> dict[str, Any]:
     return description
 
 
+def check_layers(folder: Path, model: nn.Module) -> None:
+    """Check that the layers of a whole adapter are this model's.
+
+    Raises:
+        UserError: naming the first that is missing, or of another shape.
+    """
+    from tsqlora_scale.model.linear_layers import linear_layers, weight_shape
+
+    tensors = tensor_shapes(folder / WEIGHTS)
+    own: dict[str, Shape] = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    linear = linear_layers(model)
+    for layer in _layers(tensors):
+        size = own.get(f"{layer}.weight")
+        a, b = (tensors[f"{PREFIX}{layer}.lora_{part}.weight"] for part in "AB")
+        if size is None:
+            raise UserError(f"adapter {str(folder)!r}: the model has no layer {layer}; {ADVICE}")
+        fits = (b[0], a[1])
+        if layer in linear and fits != weight_shape(linear[layer]):
+            raise UserError(f"adapter {str(folder)!r}: {layer} is for a weight {fits}, the model's is {size}; {ADVICE}")
+
+
+def layer_ranks(folder: Path) -> dict[str, int]:
+    """Ranks of a whole adapter's layers by module name, those of rank 0 among them."""
+    tensors = tensor_shapes(folder / WEIGHTS)
+    removed = read_json(folder / DESCRIPTION).get("exclude_modules") or []
+    ranks = {layer: tensors[f"{PREFIX}{layer}.lora_A.weight"][0] for layer in _layers(tensors)}
+    return {**ranks, **dict.fromkeys([removed] if isinstance(removed, str) else removed, 0)}
+
+
+def layer_scalings(folder: Path) -> dict[str, float]:
+    """What PEFT multiplies a layer's B A by, of the layers of a whole adapter that have a rank."""
+    description = read_json(folder / DESCRIPTION)
+    alphas = description.get("alpha_pattern") or {}
+    return {
+        layer: _of_pattern(alphas, layer, description["lora_alpha"])
+        / (math.sqrt(rank) if description.get("use_rslora") else rank)
+        for layer, rank in layer_ranks(folder).items()
+        if rank
+    }
+
+
 def check_fits(folder: Path, model: nn.Module) -> None:
     """Check that an adapter is whole and one of this model, tensor by tensor.
 
@@ -127,22 +170,15 @@ def check_fits(folder: Path, model: nn.Module) -> None:
     Raises:
         UserError: naming the first tensor that is missing, too much, or of another shape.
     """
-    from tsqlora_scale.model.linear_layers import linear_layers, weight_shape
+    from tsqlora_scale.model.linear_layers import linear_layers
 
     description = check_adapter(folder)
+    check_layers(folder, model)
     tensors = tensor_shapes(folder / WEIGHTS)
     own: dict[str, Shape] = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     linear = linear_layers(model)
     layers = _layers(tensors)
-    advice = "give the config, with the base model, that it was trained with"
-    for layer in layers:
-        size = own.get(f"{layer}.weight")
-        a, b = (tensors[f"{PREFIX}{layer}.lora_{part}.weight"] for part in "AB")
-        if size is None:
-            raise UserError(f"adapter {str(folder)!r}: the model has no layer {layer}; {advice}")
-        fits = (b[0], a[1])
-        if layer in linear and fits != weight_shape(linear[layer]):
-            raise UserError(f"adapter {str(folder)!r}: {layer} is for a weight {fits}, the model's is {size}; {advice}")
+    advice = ADVICE
     for name, shape in tensors.items():
         inner = name.removeprefix(PREFIX).replace(".base_layer.", ".")  # PEFT copies an adapted head's own weight, too
         if ".lora_" not in inner and own.get(inner) != shape:

@@ -40,6 +40,12 @@ def print_result(result: dict[str, Any]) -> None:
         table.add_row(
             f"best {best['metric']}", f"{best['value']:.4f} at step {best['step']} ({best['checkpoint'] or 'not kept'})"
         )
+    kept, early = result["kept"], result["stopped_early"]
+    if kept["step"] != result["steps"]:
+        for name, value in result["metrics_last"].items():
+            table.add_row(plain(f"{result.get('metric_titles', {}).get(name, name)} of the last step"), f"{value:.4f}")
+    if early:
+        table.add_row("stopped early", f"after step {early['step']}: {early['patience']} evaluations brought no better")
     table.add_row(
         "samples",
         f"{result['distinct_samples_seen']} of the pool's {result['pool_size']} seen, "
@@ -50,7 +56,8 @@ def print_result(result: dict[str, Any]) -> None:
         table.add_row(f"{name} cost", f"{100 * share:.1f} % of the run's {result['wall_seconds']:.0f} s")
     if result["samples_per_second"]:
         table.add_row("training speed", f"{result['samples_per_second']:.1f} samples/s")
-    table.add_row("adapter", plain(result["adapter"]))
+    holds = f"the {'best evaluation' if kept['step'] != result['steps'] else 'last step'}, {kept['step']}"
+    table.add_row("adapter", f"{plain(result['adapter'])} ({holds})")
     console.print(table)
     if result["ranks_start"] != result["ranks_end"]:
         ranks = Table("layer", "rank at start", "rank at end", title="ranks")

@@ -29,6 +29,7 @@ from tsqlora_scale.ranks.policies.policy_names import policy_class
 from tsqlora_scale.report.progress import Progress
 from tsqlora_scale.report.record import RunRecord
 from tsqlora_scale.run.checkpoint import drop_after, read_checkpoint
+from tsqlora_scale.run.initial_adapter import start_from
 from tsqlora_scale.run.old_checkpoints import of_today
 from tsqlora_scale.run.plan import RunPlan
 from tsqlora_scale.run.preemption import StopRequest
@@ -92,6 +93,10 @@ def build_run(
             saved_ranks, values = adapter_type(config.adapter.type).read(model, Path(adapter))
             set_ranks(model, saved_ranks)
             write_values(model, values)
+        elif config.adapter.init_from is not None:
+            for line in start_from(model, config):
+                if accelerator.is_main_process:
+                    log.warning("%s", line)
         engine = start_engine(
             accelerator,
             model,

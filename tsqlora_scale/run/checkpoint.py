@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tsqlora_scale.common.errors import UserError
@@ -141,6 +142,19 @@ def read_checkpoint(folder: Path, *, verified: bool = False) -> tuple[TrainState
     names = [key.removeprefix("value/") for key in tensors if key.startswith("value/")]
     params = {n: ParamState(tensors[f"value/{n}"], tensors[f"exp_avg/{n}"], tensors[f"exp_avg_sq/{n}"]) for n in names}
     return TrainState(params, tree.pop("optimizer_steps")), tree
+
+
+def read_values(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """A checkpoint's state, tensors aside, and its parameters without their moments, after checking every file.
+
+    Raises:
+        UserError: naming the file that is missing or damaged.
+    """
+    verify_checkpoint(folder)
+    with safe_open(folder / "parameters.safetensors", framework="pt") as file:
+        keys = [key for key in file.keys() if key.startswith("value/")]  # noqa: SIM118
+        values = {key.removeprefix("value/"): file.get_tensor(key) for key in keys}
+    return json.loads((folder / "state.json").read_text()), values
 
 
 def complete_checkpoints(root: Path) -> list[Path]:

@@ -14,7 +14,12 @@ from tsqlora_scale.tasks.metrics import metric_title
 
 
 def build_result(run: Run, metrics: dict[str, float], adapter: Path) -> dict[str, Any]:
-    """Everything that the run is judged by. A collective (peak memory of every rank)."""
+    """Everything that the run is judged by. A collective (peak memory of every rank).
+
+    Args:
+        metrics: of the last step; those of what ``adapter/`` holds stand before them.
+        adapter: that folder.
+    """
     world = run.engine.world
     seconds = {name: round(value, 3) for name, value in sorted(run.record.seconds.items())}
     stepping = seconds.get("warmup", 0.0) + seconds.get("training", 0.0)
@@ -30,7 +35,14 @@ def build_result(run: Run, metrics: dict[str, float], adapter: Path) -> dict[str
         "steps": run.step,
         "lengths": run.lengths,
         "metrics_before": run.metrics_before,
-        "metrics": metrics,
+        "metrics": run.kept["metrics"],
+        "metrics_last": metrics,
+        "kept": {
+            "which": run.kept["which"],
+            "step": run.kept["step"],
+            "ranks": {short_name(n): r for n, r in run.kept["ranks"].items()},
+        },
+        "stopped_early": run.early_stop and {key: run.early_stop[key] for key in ("step", "patience")},
         "metric_titles": {name: metric_title(name, run.config.task.labels) for name in metrics},
         "best": _best(run),
         "pool_size": run.plan.pool_size,
@@ -52,6 +64,7 @@ def build_result(run: Run, metrics: dict[str, float], adapter: Path) -> dict[str
 
 def _best(run: Run) -> dict[str, Any] | None:
     """The best evaluation; its checkpoint is none where that could not be written."""
-    if run.best is None or Path(run.best["checkpoint"]).name == run.checkpoints.best:
-        return run.best
-    return {**run.best, "checkpoint": None}
+    if run.best is None:
+        return None
+    best = {key: value for key, value in run.best.items() if key != "metrics"}
+    return best if Path(best["checkpoint"]).name == run.checkpoints.best else {**best, "checkpoint": None}

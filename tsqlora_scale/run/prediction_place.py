@@ -11,11 +11,10 @@ from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.launcher import launched_rank
 from tsqlora_scale.config.load import load_config
 from tsqlora_scale.config.schema import Config
+from tsqlora_scale.run.trained_adapter import config_beside
 
 #: What an answer can be written as.
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
-#: Folders above an adapter that may be its run's: ``adapter/`` lies in it, a checkpoint two below.
-NEAREST = 3
 
 
 def find_adapter(run: str | Path | None, adapter: str | Path | None) -> Path:
@@ -46,10 +45,9 @@ def find_config(run: str | Path | None, adapter: Path, overrides: Sequence[str] 
     Raises:
         UserError: there is none, or it is not valid.
     """
-    folders = [Path(run)] if run is not None else list(adapter.absolute().parents)[:NEAREST]
-    for folder in folders:
-        if (folder / "config.yaml").is_file():
-            return load_config(folder / "config.yaml", list(overrides))
+    found = config_beside(adapter if run is None else run)
+    if found is not None:
+        return load_config(found, list(overrides))
     where = f"--run {str(run)!r} holds" if run is not None else f"--adapter {str(adapter)!r} lies beside"
     raise UserError(f"{where} no config.yaml; give the run's config by --config")
 

@@ -61,13 +61,14 @@ class Preflight(Described):
     proxy: Preflight | None = None
 
 
-def check(config: Config, *, data: Data | None = None) -> Preflight:
+def check(config: Config, *, data: Data | None = None, starts: bool = True) -> Preflight:
     """Run every check that needs no weights.
 
     What the data alone decides, the classes where the config names none, is in the config that is returned.
 
     Args:
         data: of ``config.task``, where it has been loaded already.
+        starts: whether the run starts, and so reads ``adapter.init_from``; it does not go on from a checkpoint.
 
     Raises:
         UserError: naming the key, the value and the remedy.
@@ -90,6 +91,10 @@ def check(config: Config, *, data: Data | None = None) -> Preflight:
     if dropped and launched_rank() == 0:
         log.warning("%s of the model's config (LayerDrop) is 0 in training: every step takes every layer", dropped[0])
     findings = check_pass(config, described.model_config, described.task)
+    if starts and config.adapter.init_from is not None:
+        from tsqlora_scale.run.initial_adapter import check_initial
+
+        check_initial(config, described.model_config, unreached=findings.unreached)
     proxy = None
     if config.scores_by_proxy:
         with naming_the_proxy(config):
@@ -121,14 +126,12 @@ def with_labels_of(config: Config, adapter: Path) -> Config:
         UserError: that run's ``config.yaml`` is none.
     """
     from tsqlora_scale.config.load import load_config
+    from tsqlora_scale.run.trained_adapter import config_beside
 
     task = config.task
     if task.type != "classification" or task.labels is not None:
         return config
-    written = next(
-        (folder / "config.yaml" for folder in adapter.absolute().parents[:3] if (folder / "config.yaml").is_file()),
-        None,
-    )
+    written = config_beside(adapter)
     if written is None:
         return config
     run = load_config(written)

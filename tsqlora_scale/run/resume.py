@@ -18,6 +18,7 @@ MAY_CHANGE = {
     "run.output_dir": "another folder: a new run in it, from that checkpoint on",
     "run.name": "the same",
     "run.timeout_minutes": "nothing of the result",
+    "adapter.init_from": "nothing: only a start reads it",
     "train.max_steps": "longer or shorter, not below the step reached: what follows from the length is taken anew",
     "train.epochs": "the same; one of the two may take the other's place",
     "train.micro_batch_size": "nothing but the last bits of sums",
@@ -25,6 +26,8 @@ MAY_CHANGE = {
     "train.checkpoint_every": "which checkpoints there are",
     "train.checkpoint_keep": "the same",
     "train.eval_every": "when it is evaluated, and so which checkpoint can be the best",
+    "train.keep": "what adapter/ holds at the end",
+    "train.patience": "when it ends early; a larger one lets a run that has go on",
     "train.max_nonfinite": "when the run is given up",
     "scoring.keep_sketches": "what is left in scores/parts",
 }

@@ -32,10 +32,12 @@ from tsqlora_scale.run.nonfinite import NonFiniteSteps
 from tsqlora_scale.run.plan import RunPlan
 from tsqlora_scale.run.preemption import StopRequest
 from tsqlora_scale.run.run_checkpoints import RunCheckpoints
+from tsqlora_scale.run.trained_adapter import write_from_checkpoint
 from tsqlora_scale.tasks import Task
 from tsqlora_scale.tasks.evaluation import evaluate_all
 
 if TYPE_CHECKING:
+    from tsqlora_scale.engine.train_state import TrainState
     from tsqlora_scale.step import StepResult
 
 log = logging.getLogger("tsqlora_scale")
@@ -66,6 +68,12 @@ class Run:
     nonfinite: NonFiniteSteps = field(init=False)
     initial_ranks: dict[str, int] = field(default_factory=dict)
     metrics_before: dict[str, float] = field(default_factory=dict)
+    #: Evaluations since the best one.
+    stale: int = 0
+    #: Where ``train.patience`` was at its end: ``step``, ``patience``, and the ``metrics`` of that evaluation.
+    early_stop: dict[str, Any] | None = None
+    #: What ``adapter/`` holds, once it is written.
+    kept: dict[str, Any] = field(default_factory=dict)
     #: Where a resumed run became longer or shorter: ``step``, and the total steps ``before`` and ``after``.
     lengths: list[dict[str, int]] = field(default_factory=list)
 
@@ -80,6 +88,11 @@ class Run:
     def is_main(self) -> bool:
         """Whether this process writes and prints."""
         return self.engine.world.is_main
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is left to train."""
+        return self.step >= self.plan.total_steps or self.early_stop is not None
 
     @property
     def lr(self) -> float:
@@ -171,8 +184,13 @@ class Run:
     def after_step(self) -> None:
         """Evaluate and save, as far as either is due. A collective."""
         train = self.config.train
-        evaluates = due(train.eval_every, self.step) and self.step < self.plan.total_steps
-        is_best = evaluates and self.note_best(self.evaluate())
+        is_best = False
+        if due(train.eval_every, self.step) and self.step < self.plan.total_steps:
+            metrics = self.evaluate()
+            is_best = self.note_best(metrics)
+            self.stale = 0 if is_best else self.stale + 1
+            if train.patience is not None and self.stale >= train.patience:
+                self.early_stop = {"step": self.step, "patience": train.patience, "metrics": metrics}
         if due(train.checkpoint_every, self.step) or is_best:
             self.save_checkpoint()
 
@@ -183,7 +201,7 @@ class Run:
             Stopped: on every rank.
             UserError: on every rank, when the checkpoint cannot be written: the run's state is lost.
         """
-        if not self.stop.agreed or self.step >= self.plan.total_steps:
+        if not self.stop.agreed or self.is_over:
             return
         place = f"stopped on request after step {self.step} of {self.plan.total_steps}"
         if self.save_checkpoint():
@@ -197,11 +215,24 @@ class Run:
 
     def say_if_finished(self) -> None:
         """Say that nothing is left to do, where a run is resumed at its end."""
-        if self.is_main and self.step >= self.plan.total_steps:
+        if not self.is_main or not self.is_over:
+            return
+        if self.early_stop is not None:
+            log.warning(
+                "the run is finished: it stopped early after step %d, as %d evaluations brought nothing better; "
+                "a larger train.patience, or null, lets it go on",
+                self.step,
+                self.stale,
+            )
+        else:
             log.warning(
                 "the run is finished: all of its %d steps are done; train.max_steps (or train.epochs) extends it",
                 self.step,
             )
+
+    def final_metrics(self) -> dict[str, float]:
+        """Metrics of what the run has come to; those of the evaluation that has ended it, if one has. A collective."""
+        return self.evaluate() if self.early_stop is None else dict(self.early_stop["metrics"])
 
     def evaluate(self) -> dict[str, float]:
         """Metrics on every development set; empty without one."""
@@ -215,6 +246,7 @@ class Run:
                 batch_size=self.config.train.eval_batch_size,
                 progress=bar,
             )
+        metrics = self.engine.world.broadcast(metrics)  # what follows from them is decided alike on every rank
         self.record.metrics(step=self.step, eval=metrics)
         return metrics
 
@@ -230,7 +262,13 @@ class Run:
         if self.best is not None and value == self.best["value"]:
             return False
         name = checkpoint_dir(Path("checkpoints"), self.step).as_posix()
-        self.best = {"step": self.step, "metric": self.task.best_metric, "value": value, "checkpoint": name}
+        self.best = {
+            "step": self.step,
+            "metric": self.task.best_metric,
+            "value": value,
+            "checkpoint": name,
+            "metrics": metrics,
+        }
         return True
 
     def save_checkpoint(self) -> bool:
@@ -241,7 +279,9 @@ class Run:
             if self.is_main:
                 self.record.flush()  # the lines up to this step are what a run that resumes from it does not write
                 is_best = self.best is not None and self.best["step"] == self.step
-                self.checkpoints.write(self.step, state, self.state_dict(), is_best=is_best)
+                self.checkpoints.write(
+                    self.step, state, {**self.state_dict(), "adapter": self.describe_adapter(state)}, is_best=is_best
+                )
             self.checkpoints.newest = self.engine.world.broadcast(self.checkpoints.newest)
         return self.checkpoints.newest == checkpoint_dir(Path(), self.step).name
 
@@ -260,18 +300,47 @@ class Run:
                         f"{what} cannot be written ({error}); make room there, then resume (--resume)"
                     ) from None
 
-    def save_adapter(self) -> Path:
-        """Write ``adapter/``, plain PEFT. A collective; rank 0 writes."""
+    def describe_adapter(self, state: TrainState) -> dict[str, Any]:
+        """By which a checkpoint's parameters ``state`` become an adapter without the model. On rank 0."""
+        values = {name: entry.value for name, entry in state.params.items()}
+        kind = adapter_type(self.config.adapter.type)
+        return kind.describe(self.engine.module, values, base_name=self.config.model.name_or_path)
+
+    def save_adapter(self, metrics: dict[str, float]) -> Path:
+        """Write ``adapter/``, plain PEFT, as ``train.keep`` says. A collective; rank 0 writes.
+
+        Args:
+            metrics: of the last step.
+        """
         folder = self.record.folder / "adapter"
         values = {name: entry.value for name, entry in self.engine.gather().params.items()}
         kind = adapter_type(self.config.adapter.type)
+        is_best = self.best is not None and self.best["step"] == self.step
+        which = "best" if is_best and self.config.train.keep == "best" else "last"
+        self.kept = {"which": which, "step": self.step, "metrics": metrics, "ranks": current_ranks(self.engine.module)}
 
         def write() -> None:
             kind.save(self.engine.module, values, folder, base_name=self.config.model.name_or_path)
+            best = self.best_checkpoint()
+            if best is not None:  # in the place of the last step's two files; what else belongs to an adapter stays
+                assert self.best is not None
+                ranks = write_from_checkpoint(best, folder)["ranks"]
+                best_metrics = self.best.get("metrics", {self.best["metric"]: self.best["value"]})
+                self.kept = {"which": "best", "step": self.best["step"], "metrics": best_metrics, "ranks": ranks}
             self.task.tokenizer.save_pretrained(str(folder))
 
         self.write_on_main(f"the adapter, {str(folder)!r},", write)
+        self.kept = self.engine.world.broadcast(self.kept)
         return folder
+
+    def best_checkpoint(self) -> Path | None:
+        """The checkpoint that ``train.keep`` asks for in the place of the last step. On rank 0."""
+        if self.config.train.keep != "best" or (self.best is not None and self.best["step"] == self.step):
+            return None
+        if self.best is None or Path(self.best["checkpoint"]).name != self.checkpoints.best:
+            log.warning("adapter/ holds the last step: the best evaluation's checkpoint could not be kept")
+            return None
+        return self.record.folder / str(self.best["checkpoint"])
 
     def state_dict(self) -> dict[str, Any]:
         """All that changes during a run, beside parameters and moments: JSON values and tensors."""
@@ -285,6 +354,8 @@ class Run:
             "best_kept": self.checkpoints.best,
             "nonfinite": self.nonfinite.count,
             "lengths": self.lengths,
+            "stale": self.stale,
+            "early_stop": self.early_stop,
             "loss_scaler": self.engine.scaler_state(),
             "metrics_before": self.metrics_before,
             "seen": torch.from_numpy(self.seen.view(np.uint8)),
@@ -300,7 +371,10 @@ class Run:
         self.ranks.load_state_dict(tree["controller"])
         self.step, self.best, self.checkpoints.best = tree["step"], tree["best"], tree["best_kept"]
         self.nonfinite.count = tree["nonfinite"]
-        self.lengths = tree.get("lengths", [])
+        self.lengths, self.stale = tree.get("lengths", []), tree.get("stale", 0)
+        patience = self.config.train.patience
+        if patience is not None and self.stale >= patience:
+            self.early_stop = tree.get("early_stop")
         self.engine.load_scaler_state(tree["loss_scaler"])
         self.metrics_before, self.initial_ranks = tree["metrics_before"], tree["initial_ranks"]
         self.record.seconds.update(tree["seconds"])

@@ -50,6 +50,10 @@ class AdapterType(Protocol):
         """Write an adapter that PEFT opens. On one process."""
         ...
 
+    def describe(self, model: nn.Module, values: Mapping[str, torch.Tensor], *, base_name: str) -> dict[str, Any]:
+        """JSON values by which :func:`~.adapter_files.write_adapter` writes what :meth:`save` does, later."""
+        ...
+
     def load(self, base: nn.Module, folder: Path, *, dtype: str) -> Any:
         """Put a saved adapter on a fresh base.
 
@@ -58,8 +62,13 @@ class AdapterType(Protocol):
         """
         ...
 
-    def read(self, model: nn.Module, folder: Path) -> tuple[dict[str, int], dict[str, torch.Tensor]]:
+    def read(
+        self, model: nn.Module, folder: Path, *, whole: bool = True
+    ) -> tuple[dict[str, int], dict[str, torch.Tensor]]:
         """Ranks by layer and values by parameter name of a saved adapter, for a model with a fresh one.
+
+        Args:
+            whole: whether what is trained beside the layers, a head, must be there, too.
 
         Raises:
             UserError: no adapter there, or one that does not fit.

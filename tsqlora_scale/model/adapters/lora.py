@@ -18,6 +18,7 @@ from torch import nn
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.schema import AdapterConfig
 from tsqlora_scale.engine.sharded import read_parameter
+from tsqlora_scale.model.adapters.adapter_files import describe_adapter
 from tsqlora_scale.model.base_model import use_autocast
 from tsqlora_scale.model.linear_layers import linear_layers, resolve_targets
 from tsqlora_scale.model.weight_files import check_adapter
@@ -74,6 +75,29 @@ def _is_idle(module: str, layers: Iterable[str], unreached: Collection[str]) -> 
     """Whether a module has linear layers, and text passes through none of them (a pooler that the head leaves out)."""
     inside = [name for name in layers if name == module or name.startswith(f"{module}.")]
     return bool(inside) and all(name in unreached for name in inside)
+
+
+def with_ranks(model: PeftModel, *, base_name: str) -> LoraConfig:
+    """PEFT's config of a trained model, with the ranks and the scalings as they are.
+
+    ``rank_pattern`` and ``alpha_pattern`` give every layer its rank and keep its scaling exactly; layers of rank 0 are
+    named in ``exclude_modules``.
+
+    Args:
+        base_name: what it names as the base.
+    """
+    config: Any = copy.copy(model.peft_config[ADAPTER])
+    layers = lora_layers(model)
+    ranks = {short_name(n): layer.r[ADAPTER] for n, layer in layers.items()}
+    if any(rank != config.r for rank in ranks.values()):
+        config.rank_pattern = {name: rank for name, rank in ranks.items() if rank}
+        scalings = {short_name(n): layer.scaling[ADAPTER] for n, layer in layers.items()}
+        divisors = {name: math.sqrt(rank) if config.use_rslora else rank for name, rank in config.rank_pattern.items()}
+        config.alpha_pattern = {name: scalings[name] * divisor for name, divisor in divisors.items()}
+        config.exclude_modules = [name for name, rank in ranks.items() if not rank] or None
+    config.base_model_name_or_path = base_name
+    config.target_modules = sorted(config.target_modules)  # PEFT keeps a set: another order in every process
+    return config  # type: ignore[no-any-return]
 
 
 class LoraAdapter:
@@ -134,22 +158,10 @@ class LoraAdapter:
             values: full trainable parameters by name.
             folder: written by the caller's process alone.
             base_name: what ``adapter_config.json`` names as the base.
-
-        ``rank_pattern`` and ``alpha_pattern`` give every layer its rank and keep its scaling s = alpha / r exactly;
-        layers of rank 0 are named in ``exclude_modules``.
         """
         assert isinstance(model, PeftModel)
         trained: Any = model.peft_config[ADAPTER]
-        config = copy.copy(trained)
-        layers = lora_layers(model)
-        ranks = {short_name(n): layer.r[ADAPTER] for n, layer in layers.items()}
-        if any(rank != config.r for rank in ranks.values()):
-            config.rank_pattern = {name: rank for name, rank in ranks.items() if rank}
-            scalings = {short_name(n): layer.scaling[ADAPTER] for n, layer in layers.items()}
-            config.alpha_pattern = {name: scalings[name] * rank for name, rank in config.rank_pattern.items()}
-            config.exclude_modules = [name for name, rank in ranks.items() if not rank] or None
-        config.base_model_name_or_path = base_name
-        config.target_modules = sorted(config.target_modules)  # PEFT keeps a set: another order in every process
+        config = with_ranks(model, base_name=base_name)
         state = {name: value.contiguous() for name, value in values.items()}
         empty = [n for n, v in state.items() if v.numel() == 0]
         assert not empty, f"sharded parameters reached the adapter file: {empty}"
@@ -158,6 +170,11 @@ class LoraAdapter:
             model.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
         finally:
             model.peft_config[ADAPTER] = trained
+
+    def describe(self, model: nn.Module, values: Mapping[str, torch.Tensor], *, base_name: str) -> dict[str, Any]:
+        """What :func:`.write_adapter` needs beside ``values`` to write what :meth:`save` writes, later, by itself."""
+        assert isinstance(model, PeftModel)
+        return describe_adapter(model, values, with_ranks(model, base_name=base_name))
 
     def load(self, base: nn.Module, folder: Path, *, dtype: str) -> PeftModel:
         """Put a saved adapter on a fresh base, for evaluation.
@@ -170,8 +187,13 @@ class LoraAdapter:
         use_autocast(model, dtype)
         return model
 
-    def read(self, model: nn.Module, folder: Path) -> tuple[dict[str, int], dict[str, torch.Tensor]]:
+    def read(
+        self, model: nn.Module, folder: Path, *, whole: bool = True
+    ) -> tuple[dict[str, int], dict[str, torch.Tensor]]:
         """A saved adapter's ranks by layer and values by parameter name, for a model with a fresh one of the config.
+
+        Args:
+            whole: whether what is trained beside the layers, a head, must be there, too.
 
         Raises:
             UserError: when the folder holds no adapter, or one of other layers or another scaling.
@@ -186,6 +208,9 @@ class LoraAdapter:
         for name, param in model.named_parameters():
             if param.requires_grad and name not in absent:
                 key = name.replace(f".modules_to_save.{ADAPTER}.", ".").replace(f".{ADAPTER}.", ".")
+                key = key.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector")
+                if key not in tensors and not whole and ".lora_" not in name:
+                    continue
                 if key not in tensors:
                     raise UserError(f"adapter {str(folder)!r} has no {key}; give the config that it was trained with")
                 values[name] = tensors[key].float()

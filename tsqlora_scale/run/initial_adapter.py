@@ -1,0 +1,136 @@
+"""A new run from a trained adapter: ``adapter.init_from``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import nn
+
+from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.config.locations import resolve
+from tsqlora_scale.config.schema import Config
+from tsqlora_scale.engine.sharded import whole_shape, write_parameter
+from tsqlora_scale.model.adapters.adapter_type import adapter_type
+from tsqlora_scale.model.base_model import skeleton
+from tsqlora_scale.model.linear_layers import resolve_targets
+from tsqlora_scale.model.weight_files import check_adapter, check_layers, layer_ranks, layer_scalings
+from tsqlora_scale.ranks import set_ranks
+from tsqlora_scale.run.trained_adapter import adapter_folder, config_of
+from tsqlora_scale.tasks import auto_class_of
+
+
+def check_initial(config: Config, model_config: Any, *, unreached: Collection[str] = ()) -> None:
+    """``adapter.init_from`` against the config and its model, before weights are loaded.
+
+    Args:
+        unreached: layers of the model that are not adapted, as the logits do not depend on them.
+
+    Raises:
+        UserError: no adapter there, or one of another type, base, layers, shapes, scaling or range of ranks.
+    """
+    place = config.adapter.init_from
+    if place is None:
+        return
+    key = f"adapter.init_from={place!r}"
+    if not Path(place).is_dir():
+        raise UserError(f"{key}: is no folder; give an adapter's folder, a run folder or a checkpoint")
+    bare = skeleton(auto_class_of(config.task), model_config, trust_remote_code=config.model.trust_remote_code)
+    with adapter_folder(place, option="adapter.init_from") as folder:
+        try:
+            description = check_adapter(folder)
+            check_layers(folder, bare)
+        except UserError as error:
+            raise UserError(f"{key}: {str(error).replace(str(folder), place)}") from None
+        ranks, scalings = layer_ranks(folder), layer_scalings(folder)
+    _check_kind(config, description, key)
+    targets = set(resolve_targets(bare, config.adapter.target_modules, unreached=unreached))
+    differing = sorted(targets ^ ranks.keys())
+    if differing:
+        which = "not adapted there" if differing[0] in targets else "adapted there, and not by adapter.target_modules"
+        raise UserError(f"{key}: {differing[0]} is {which}; set adapter.target_modules to the same layers")
+    _check_ranks(config, ranks, scalings, key)
+
+
+def _check_kind(config: Config, description: dict[str, Any], key: str) -> None:
+    kinds = [name for name in ("dora", "rslora") if description.get(f"use_{name}")]
+    kind = kinds[0] if kinds else "lora"
+    if kind != config.adapter.type:
+        raise UserError(f"{key}: is a {kind} adapter, adapter.type is {config.adapter.type!r}; set it to {kind!r}")
+    base, own = str(description.get("base_model_name_or_path")), config.model.name_or_path
+    if not same_base(base, own):
+        raise UserError(
+            f"{key}: was trained on {base!r}, model.name_or_path is {own!r}; set it to that, or, if it is the same "
+            "model, mend base_model_name_or_path in the adapter's adapter_config.json"
+        )
+
+
+def _check_ranks(config: Config, ranks: dict[str, int], scalings: dict[str, float], key: str) -> None:
+    adapter = config.adapter
+    wanted = adapter.alpha / (math.sqrt(adapter.r) if adapter.type == "rslora" else adapter.r)
+    for name, scaling in scalings.items():
+        if abs(scaling - wanted) > 1e-6 * wanted:
+            raise UserError(
+                f"{key}: {name} is scaled by {scaling:g}, adapter.alpha and adapter.r make it {wanted:g}; set "
+                f"adapter.alpha={adapter.alpha * scaling / wanted:g}"
+            )
+    if config.adapts_ranks:
+        lowest, highest = config.allocation.r_min, config.allocation.r_max or 4 * adapter.r
+        for name, rank in ranks.items():
+            if not lowest <= rank <= highest:
+                raise UserError(
+                    f"{key}: {name} has rank {rank}, outside of allocation.r_min={lowest} to allocation.r_max="
+                    f"{highest}; change them, or set allocation.policy=fixed"
+                )
+
+
+def same_base(written: str, own: str) -> bool:
+    """Whether two names of a base mean the same one: the same name or folder, or a folder of that name elsewhere."""
+    places = [Path(resolve(name, key="model.name_or_path") if name == own else name) for name in (written, own)]
+    return written == own or places[0].resolve() == places[1].resolve() or places[0].name == places[1].name
+
+
+def start_from(model: nn.Module, config: Config) -> list[str]:
+    """Give a model with a fresh adapter the ranks and values of ``adapter.init_from``. With ZeRO-3 a collective.
+
+    A head is taken over where its task is the same, and else stays as it was drawn.
+
+    Returns:
+        What to say of the head, line by line.
+    """
+    place = config.adapter.init_from
+    assert place is not None
+    with adapter_folder(place, option="adapter.init_from") as folder:
+        ranks, values = adapter_type(config.adapter.type).read(model, folder, whole=False)
+    params = {name: param for name, param in model.named_parameters() if param.requires_grad}
+    heads = {name for name in params if ".lora_" not in name}
+    reason = other_task(config, place)
+    if reason is None:
+        missing = [name for name in heads if name not in values or values[name].shape != whole_shape(params[name])]
+        reason = "it has none of that shape" if missing else None
+    set_ranks(model, ranks)
+    params = dict(model.named_parameters())
+    for name, value in sorted(values.items()):
+        if name not in heads or reason is None:
+            write_parameter(params[name], value)
+    if not heads or reason is None:
+        return []
+    return [f"adapter.init_from={place!r}: the head is newly drawn, as {reason}"]
+
+
+def other_task(config: Config, place: str) -> str | None:
+    """Why the head of a run's adapter is of no use for the config's task; None where it is, or nothing speaks of it."""
+    try:
+        tree = yaml.safe_load(config_of(place).read_text(encoding="utf-8"))
+        task = tree["task"]
+        kind, labels = task["type"], task.get("labels")
+    except (UserError, OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+        return None
+    if kind != config.task.type:
+        return f"its task was {kind}"
+    if labels != config.task.labels:
+        return "its labels were others"
+    return None
