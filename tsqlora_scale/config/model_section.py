@@ -62,3 +62,6 @@ class AdapterConfig(Section):
     dropout: Below1 = 0.0
     #: Module-name suffixes, or ``auto``: every linear layer of attention and feed-forward blocks.
     target_modules: list[str] | Literal["auto"] = "auto"
+    #: Train the head of a classification or regression model whole, be it new or the checkpoint's; false keeps the
+    #: checkpoint's as it is.
+    train_head: bool = True

@@ -27,9 +27,8 @@ def load_descriptions(config: Config, path: str) -> tuple[Any, Any]:
         "revision": config.model.revision,
         "trust_remote_code": config.model.trust_remote_code,
     }
-    labels = {"num_labels": config.task.num_labels} if config.task.num_labels else {}
     try:
-        model_config = AutoConfig.from_pretrained(path, **options, **labels)
+        model_config = AutoConfig.from_pretrained(path, **options)
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
     except Exception as error:  # hub, network, JSON and import errors of several libraries
         reason = " ".join(str(error).split())[:300]
@@ -40,6 +39,8 @@ def load_descriptions(config: Config, path: str) -> tuple[Any, Any]:
         raise UserError(f"{key}: cannot be loaded ({reason}); give a folder with config.json or a hub name") from None
     if config.model.dropout is not None:
         set_dropout(model_config, config.model.dropout)
+    if config.task.num_labels:
+        model_config.num_labels = config.task.num_labels  # keeps the checkpoint's names if there are as many
     if config.task.type == "regression":
         model_config.problem_type = "regression"
     elif config.task.type == "classification":

@@ -22,7 +22,7 @@ from tsqlora_scale.model.describe import check_adapter_fits, check_architecture,
 from tsqlora_scale.model.linear_layers import transpose_again, transposed_layers
 from tsqlora_scale.model.tied_weights import is_untied, save_untied, ties_of, untie_adapted
 from tsqlora_scale.model.weight_files import DESCRIPTION, WEIGHTS, check_adapter
-from tsqlora_scale.tasks import auto_class_of
+from tsqlora_scale.tasks import auto_class_of, objective_class
 
 FORMATS = ("peft", "padded", "merged")
 
@@ -124,6 +124,9 @@ def _merge(adapter: Path, out: Path, config: Config) -> list[str]:
         model_config=model_config,
         unquantised=unquantised,
         generator=generator_for(config.run.seed, "head"),
+        peft_task_type=objective_class(config.task).peft_task_type,
+        train_head=config.adapter.train_head,
+        says=False,
     )
     ties, transposed = ties_of(base), transposed_layers(base)
     if config.model.quantization != "none":

@@ -259,6 +259,7 @@ class Run:
         folder = self.record.folder / "adapter"
         values = {name: entry.value for name, entry in self.engine.gather().params.items()}
         kind = adapter_type(self.config.adapter.type)
+        values |= kind.untrained(self.engine.module)
 
         def write() -> None:
             kind.save(self.engine.module, values, folder, base_name=self.config.model.name_or_path)

@@ -6,6 +6,17 @@
 from tsqlora_scale.tasks.batch import IGNORED, Batch
 from tsqlora_scale.tasks.objectives.tokenizing import check_lengths
 from tsqlora_scale.tasks.rows.data import Data, load_data, load_dev
-from tsqlora_scale.tasks.task import Task, auto_class_of, build_task
+from tsqlora_scale.tasks.task import Task, auto_class_of, build_task, objective_class
 
-__all__ = ["IGNORED", "Batch", "Data", "Task", "auto_class_of", "build_task", "check_lengths", "load_data", "load_dev"]
+__all__ = [
+    "IGNORED",
+    "Batch",
+    "Data",
+    "Task",
+    "auto_class_of",
+    "build_task",
+    "check_lengths",
+    "load_data",
+    "load_dev",
+    "objective_class",
+]

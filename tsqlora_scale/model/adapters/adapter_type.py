@@ -42,6 +42,10 @@ class AdapterType(Protocol):
         """
         ...
 
+    def untrained(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """Values by name that are no trained parameters and belong into the file. With ZeRO-3 a collective."""
+        ...
+
     def theta(self, module: nn.Module, *, include_head: bool = False) -> dict[str, nn.Linear]:
         """The linear modules whose parameters are scored, by name, sorted."""
         ...

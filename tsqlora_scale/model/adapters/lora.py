@@ -19,8 +19,9 @@ from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.schema import AdapterConfig
 from tsqlora_scale.engine.sharded import read_parameter
 from tsqlora_scale.model.base_model import use_autocast
+from tsqlora_scale.model.heads import has_head, head_modules
 from tsqlora_scale.model.linear_layers import linear_layers, resolve_targets
-from tsqlora_scale.model.weight_files import check_adapter
+from tsqlora_scale.model.weight_files import PREFIX, check_adapter
 
 #: PEFT's name of the one adapter that a run trains.
 ADAPTER = "default"
@@ -76,6 +77,15 @@ def _is_idle(module: str, layers: Iterable[str], unreached: Collection[str]) -> 
     return bool(inside) and all(name in unreached for name in inside)
 
 
+def _whole_modules(model: nn.Module) -> dict[str, ModulesToSaveWrapper]:
+    """PEFT's copies of modules that are saved whole, by the module's name in the base."""
+    return {
+        name.removeprefix(PREFIX): module
+        for name, module in model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper) and ADAPTER in module.modules_to_save
+    }
+
+
 class LoraAdapter:
     """``adapter.type: lora``. See :class:`~tsqlora_scale.model.adapters.adapter_type.AdapterType`."""
 
@@ -111,7 +121,11 @@ class LoraAdapter:
             task_type=task_type,  # type: ignore[arg-type]
             **self.peft_options,
         )
+        kept = head_modules(base) if has_head(task_type) and not adapter.train_head else []
         model = get_peft_model(base, config)
+        for name, wrapper in _whole_modules(model).items():
+            if name in kept:
+                wrapper.modules_to_save.requires_grad_(False)
         for layer in lora_layers(model).values():
             weight: nn.Parameter = layer.lora_A[ADAPTER].weight  # type: ignore[assignment]
             weight.data.copy_(torch.empty(weight.shape).uniform_(-1, 1, generator=generator) / weight.shape[1] ** 0.5)
@@ -122,6 +136,17 @@ class LoraAdapter:
         use_autocast(model, dtype)
         return model
 
+    def untrained(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """What the adapter's file holds beside trained parameters: a head that stays as it is. With ZeRO-3 a
+        collective.
+        """
+        return {
+            f"{PREFIX}{name}.modules_to_save.{ADAPTER}.{inner}": read_parameter(param)
+            for name, wrapper in _whole_modules(model).items()
+            for inner, param in wrapper.modules_to_save[ADAPTER].named_parameters()
+            if not param.requires_grad
+        }
+
     def theta(self, module: nn.Module, *, include_head: bool = False) -> dict[str, nn.Linear]:
         """See :func:`theta_modules`."""
         return theta_modules(module, include_head=include_head)
@@ -131,7 +156,7 @@ class LoraAdapter:
 
         Args:
             model: the trained PEFT model; its parameters may be sharded.
-            values: full trainable parameters by name.
+            values: full trainable parameters by name, and those of :meth:`untrained`.
             folder: written by the caller's process alone.
             base_name: what ``adapter_config.json`` names as the base.
 
