@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -13,11 +14,16 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.common.launcher import launched_rank
 from tsqlora_scale.config.schema import ModelConfig
 from tsqlora_scale.engine.sharded import whole_shape, write_parameter
 from tsqlora_scale.engine.zero_internals import loading_as, shards_while_loading
+from tsqlora_scale.model.base_folder import NO_ADAPTER
 from tsqlora_scale.model.generation_files import settings_that_load
 from tsqlora_scale.model.heads import adopt_head, has_head, head_modules, own_labels, with_labels_of
+from tsqlora_scale.model.stored_quantization import loads_stored, stored_quantization, unpack
+
+log = logging.getLogger("tsqlora_scale")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -73,8 +79,14 @@ def load_base(
         own = own_labels(name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code)
         if len(own) != len(model_config.id2label):  # the output layer is exchanged after loading, on every engine
             kwargs["config"] = with_labels_of(model_config, own)
+    is_stored = stored_quantization(model_config) is not None
     if model.quantization == "nf4":
-        kwargs["quantization_config"] = _nf4_config(model, unquantised)
+        if is_stored:
+            kwargs["config"] = loads_stored(
+                kwargs["config"], compute_dtype=DTYPES[model.dtype], unquantised=unquantised
+            )
+        else:
+            kwargs["quantization_config"] = _nf4_config(model, unquantised)
         if device is not None and device.type == "cuda" and not shards_while_loading():
             kwargs["device_map"] = {"": device}
     try:
@@ -86,6 +98,7 @@ def load_base(
                 output_loading_info=True,
                 trust_remote_code=model.trust_remote_code,
                 weights_only=True,
+                **NO_ADAPTER,
                 **kwargs,
             )
     except Exception as error:
@@ -103,6 +116,15 @@ def load_base(
     new = set(info["missing_keys"])
     _refuse_new_language_head(loaded, sorted(new), auto_class=auto_class, name_or_path=name_or_path)
     if with_head:
+        if is_stored:
+            unpacked = unpack(loaded, head_modules(loaded), dtype=DTYPES[model.dtype])
+            if unpacked and says and launched_rank() == 0:
+                log.warning(
+                    "model.name_or_path=%r: its head is 4-bit (%s), and is unpacked to train; PEFT alone does not open "
+                    "the adapter on it, a merged export does without",
+                    model.name_or_path,
+                    ", ".join(unpacked),
+                )
         new = adopt_head(loaded, model_config, own, new, name=model.name_or_path, train_head=train_head, says=says)
     initialise_new(loaded, new, std=getattr(model_config, "initializer_range", 0.02), generator=generator)
     if model.gradient_checkpointing:

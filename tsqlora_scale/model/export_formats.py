@@ -20,6 +20,7 @@ from tsqlora_scale.config.schema import Config
 from tsqlora_scale.model.base_model import load_base
 from tsqlora_scale.model.describe import check_adapter_fits, check_architecture, check_weights, load_descriptions
 from tsqlora_scale.model.linear_layers import transpose_again, transposed_layers
+from tsqlora_scale.model.stored_quantization import dequantised
 from tsqlora_scale.model.tied_weights import is_untied, save_untied, ties_of, untie_adapted
 from tsqlora_scale.model.weight_files import DESCRIPTION, WEIGHTS, check_adapter
 from tsqlora_scale.tasks import auto_class_of, objective_class
@@ -130,7 +131,7 @@ def _merge(adapter: Path, out: Path, config: Config) -> list[str]:
     )
     ties, transposed = ties_of(base), transposed_layers(base)
     if config.model.quantization != "none":
-        base = base.dequantize()
+        base = dequantised(base)
         notes.append(f"the base was dequantised to {config.model.dtype}; the file is as large as that, not 4-bit")
     try:
         adapted: Any = PeftModel.from_pretrained(base, str(adapter))

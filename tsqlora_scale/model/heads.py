@@ -58,7 +58,7 @@ def own_labels(name_or_path: str, **options: Any) -> dict[int, str]:
     """
     from transformers import AutoConfig
 
-    return dict(AutoConfig.from_pretrained(name_or_path, **options).id2label or {})
+    return dict(sorted((AutoConfig.from_pretrained(name_or_path, **options).id2label or {}).items()))
 
 
 def with_labels_of(model_config: Any, labels: Mapping[int, str]) -> Any:
@@ -74,6 +74,8 @@ def row_order(own: Mapping[int, str], wanted: Mapping[int, str]) -> list[int] | 
 
     Case, blanks, hyphens and underscores do not count.
     """
+    if sorted(own) != list(range(len(own))):
+        return None
     rows = {_plain(name): number for number, name in own.items()}
     order = [rows.get(_plain(wanted[number])) for number in sorted(wanted)]
     if len(rows) != len(own) or len(set(order)) != len(own) or None in order:
@@ -134,7 +136,7 @@ def adopt_head(
             note = f"its head names its classes {names}; they are taken by position, as {ours} of task.labels"
         elif order != sorted(order):
             if not train_head:
-                right = [own[number] for number in sorted(own)]
+                right = list(own.values())
                 raise UserError(
                     f"adapter.train_head=false keeps the head of {key} as it is, whose classes are {names} in this "
                     f"order; give task.labels in it: {right!r}"
