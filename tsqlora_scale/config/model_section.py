@@ -18,8 +18,8 @@ class ModelConfig(Section):
     revision: str | None = None
     #: Storage and compute type of the base; the LoRA factors are float32 in any case.
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    #: ``nf4`` packs the base into 4 bits as it loads; a base whose files are 4-bit by bitsandbytes already needs it, and
-    #: keeps its own type (nf4 or fp4).
+    #: ``nf4`` packs the base into 4 bits as it loads; a base whose files are 4-bit by bitsandbytes already needs it,
+    #: and keeps its own type (nf4 or fp4).
     quantization: Literal["none", "nf4"] = "none"
     #: Storage type of packed 4-bit weights; a float type lets sharding engines treat them as ordinary tensors.
     quant_storage: Literal["uint8", "bf16", "fp32"] = "uint8"

@@ -67,9 +67,9 @@ def check_base_weights(folder: Path, *, key: str) -> None:
     elif not (folder / "pytorch_model.bin").is_file():
         if not (folder / "pytorch_model.bin.index.json").is_file():
             others = sorted({path.name for kind in _OTHER_FORMATS for path in folder.glob(kind)})[:3]
-            held = f", but {', '.join(others)}, which is not read" if others else ""
+            instead = f", but {', '.join(others)}, which is not read" if others else ""
             raise UserError(
-                f"{key}: its weights cannot be loaded (no model.safetensors in it{held}); give a complete model"
+                f"{key}: its weights cannot be loaded (no model.safetensors in it{instead}); give a complete model"
             )
         placed = read_json(folder / "pytorch_model.bin.index.json").get("weight_map")
         files = sorted(map(str, set(placed.values()))) if isinstance(placed, dict) else []
