@@ -20,6 +20,7 @@ from tsqlora_scale.config.schema import Config
 from tsqlora_scale.model.base_model import load_base
 from tsqlora_scale.model.describe import check_adapter_fits, check_architecture, check_weights, load_descriptions
 from tsqlora_scale.model.linear_layers import transpose_again, transposed_layers
+from tsqlora_scale.model.model_card import NAME, result_beside, write_card
 from tsqlora_scale.model.stored_quantization import dequantised
 from tsqlora_scale.model.tied_weights import is_untied, save_untied, ties_of, untie_adapted
 from tsqlora_scale.model.weight_files import DESCRIPTION, WEIGHTS, check_adapter
@@ -56,6 +57,7 @@ def export(adapter: Path, form: str, out: Path, *, config: Config | None, overwr
         if form == "merged":
             assert config is not None
             notes = _merge(adapter, partial, config)
+            write_card(partial, config, result_beside(adapter), merged=True)
         else:
             notes = _copy(adapter, partial) if form == "peft" else _pad(adapter, partial)
         if out.exists():
@@ -104,6 +106,9 @@ def _pad(adapter: Path, out: Path) -> list[str]:
     described |= {"r": rank, "rank_pattern": {}, "alpha_pattern": {}}
     described["lora_alpha"] = common * (math.sqrt(rank) if config.use_rslora else rank)
     (out / DESCRIPTION).write_text(json.dumps(described, indent=2, sort_keys=True))
+    if (out / NAME).is_file():
+        with (out / NAME).open("a", encoding="utf-8") as card:
+            card.write(f"\nIn this copy every layer has rank {rank}, filled up with zeros: the same function.\n")
     return [f"every adapted layer has rank {rank} now, filled up with zeros"]
 
 

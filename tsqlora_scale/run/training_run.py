@@ -18,6 +18,7 @@ from tsqlora_scale.common.disk_arrays import filled
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.failures import Watchdog
 from tsqlora_scale.common.files import WRITE_ERRORS
+from tsqlora_scale.config.locations import lasting
 from tsqlora_scale.config.schema import Config
 from tsqlora_scale.engine.engine import Engine
 from tsqlora_scale.model.adapters.adapter_type import adapter_type
@@ -261,8 +262,11 @@ class Run:
         kind = adapter_type(self.config.adapter.type)
         values |= kind.untrained(self.engine.module)
 
+        model = self.config.model
+        base = lasting(model.name_or_path, key="model.name_or_path")
+
         def write() -> None:
-            kind.save(self.engine.module, values, folder, base_name=self.config.model.name_or_path)
+            kind.save(self.engine.module, values, folder, base_name=base, revision=model.revision)
             self.task.tokenizer.save_pretrained(str(folder))
 
         self.write_on_main(f"the adapter, {str(folder)!r},", write)

@@ -50,7 +50,15 @@ class AdapterType(Protocol):
         """The linear modules whose parameters are scored, by name, sorted."""
         ...
 
-    def save(self, model: nn.Module, values: Mapping[str, torch.Tensor], folder: Path, *, base_name: str) -> None:
+    def save(
+        self,
+        model: nn.Module,
+        values: Mapping[str, torch.Tensor],
+        folder: Path,
+        *,
+        base_name: str,
+        revision: str | None = None,
+    ) -> None:
         """Write an adapter that PEFT opens. On one process."""
         ...
 

@@ -151,7 +151,15 @@ class LoraAdapter:
         """See :func:`theta_modules`."""
         return theta_modules(module, include_head=include_head)
 
-    def save(self, model: nn.Module, values: Mapping[str, torch.Tensor], folder: Path, *, base_name: str) -> None:
+    def save(
+        self,
+        model: nn.Module,
+        values: Mapping[str, torch.Tensor],
+        folder: Path,
+        *,
+        base_name: str,
+        revision: str | None = None,
+    ) -> None:
         """Write a plain PEFT adapter: ``PeftModel.from_pretrained`` opens it, nothing of ours needed.
 
         Args:
@@ -159,6 +167,7 @@ class LoraAdapter:
             values: full trainable parameters by name, and those of :meth:`untrained`.
             folder: written by the caller's process alone.
             base_name: what ``adapter_config.json`` names as the base.
+            revision: of the base, likewise.
 
         ``rank_pattern`` and ``alpha_pattern`` give every layer its rank and keep its scaling s = alpha / r exactly;
         layers of rank 0 are named in ``exclude_modules``.
@@ -173,7 +182,7 @@ class LoraAdapter:
             scalings = {short_name(n): layer.scaling[ADAPTER] for n, layer in layers.items()}
             config.alpha_pattern = {name: scalings[name] * rank for name, rank in config.rank_pattern.items()}
             config.exclude_modules = [name for name, rank in ranks.items() if not rank] or None
-        config.base_model_name_or_path = base_name
+        config.base_model_name_or_path, config.revision = base_name, revision
         config.target_modules = sorted(config.target_modules)  # PEFT keeps a set: another order in every process
         state = {name: value.contiguous() for name, value in values.items()}
         empty = [n for n, v in state.items() if v.numel() == 0]
