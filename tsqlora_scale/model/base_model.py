@@ -73,22 +73,13 @@ def load_base(
     Raises:
         UserError: the weights cannot be loaded, or are not those of the config.
     """
-    kwargs: dict[str, Any] = {"config": model_config, "dtype": DTYPES[model.dtype], "revision": model.revision}
     with_head = has_head(peft_task_type)
+    config = model_config
     if with_head:
         own = own_labels(name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code)
         if len(own) != len(model_config.id2label):  # the output layer is exchanged after loading, on every engine
-            kwargs["config"] = with_labels_of(model_config, own)
-    is_stored = stored_quantization(model_config) is not None
-    if model.quantization == "nf4":
-        if is_stored:
-            kwargs["config"] = loads_stored(
-                kwargs["config"], compute_dtype=DTYPES[model.dtype], unquantised=unquantised
-            )
-        else:
-            kwargs["quantization_config"] = _nf4_config(model, unquantised)
-        if device is not None and device.type == "cuda" and not shards_while_loading():
-            kwargs["device_map"] = {"": device}
+            config = with_labels_of(model_config, own)
+    kwargs = _loading_options(model, config, unquantised, device)
     try:
         if auto_class in (AutoModelForCausalLM, AutoModelForSeq2SeqLM):
             kwargs |= settings_that_load(name_or_path, model.revision)
@@ -116,15 +107,8 @@ def load_base(
     new = set(info["missing_keys"])
     _refuse_new_language_head(loaded, sorted(new), auto_class=auto_class, name_or_path=name_or_path)
     if with_head:
-        if is_stored:
-            unpacked = unpack(loaded, head_modules(loaded), dtype=DTYPES[model.dtype])
-            if unpacked and says and launched_rank() == 0:
-                log.warning(
-                    "model.name_or_path=%r: its head is 4-bit (%s), and is unpacked to train; PEFT alone does not open "
-                    "the adapter on it, a merged export does without",
-                    model.name_or_path,
-                    ", ".join(unpacked),
-                )
+        if stored_quantization(model_config) is not None:
+            _unpack_head(loaded, model, says=says)
         new = adopt_head(loaded, model_config, own, new, name=model.name_or_path, train_head=train_head, says=says)
     initialise_new(loaded, new, std=getattr(model_config, "initializer_range", 0.02), generator=generator)
     if model.gradient_checkpointing:
@@ -133,6 +117,33 @@ def load_base(
         loaded.config.use_cache = False
     trained = {_new_module(loaded, key) for key in new}
     return loaded, sorted(trained.union(head_modules(loaded) if with_head else ()))
+
+
+def _loading_options(
+    model: ModelConfig, config: Any, unquantised: list[str], device: torch.device | None
+) -> dict[str, Any]:
+    """Arguments of ``from_pretrained``: the base's type, and how it is packed or was."""
+    options: dict[str, Any] = {"config": config, "dtype": DTYPES[model.dtype], "revision": model.revision}
+    if model.quantization == "nf4":
+        if stored_quantization(config) is not None:
+            options["config"] = loads_stored(config, compute_dtype=DTYPES[model.dtype], unquantised=unquantised)
+        else:
+            options["quantization_config"] = _nf4_config(model, unquantised)
+        if device is not None and device.type == "cuda" and not shards_while_loading():
+            options["device_map"] = {"": device}
+    return options
+
+
+def _unpack_head(loaded: nn.Module, model: ModelConfig, *, says: bool) -> None:
+    """Let a head whose files are 4-bit, too, train."""
+    unpacked = unpack(loaded, head_modules(loaded), dtype=DTYPES[model.dtype])
+    if unpacked and says and launched_rank() == 0:
+        log.warning(
+            "model.name_or_path=%r: its head is 4-bit (%s), and is unpacked to train; PEFT alone does not open the "
+            "adapter on it, a merged export does without",
+            model.name_or_path,
+            ", ".join(unpacked),
+        )
 
 
 def _refuse_new_language_head(model: nn.Module, new: list[str], *, auto_class: Any, name_or_path: str) -> None:

@@ -46,9 +46,9 @@ def check_stored(model: ModelConfig, model_config: Any, *, key: str) -> None:
         "quant_method", "bitsandbytes" if "load_in_4bit" in stored or "load_in_8bit" in stored else None
     )
     if method != "bitsandbytes" or not stored.get("load_in_4bit"):
-        said = "8-bit by bitsandbytes" if method == "bitsandbytes" else f"quantised by {shown(method)}"
+        how = "8-bit by bitsandbytes" if method == "bitsandbytes" else f"quantised by {shown(method)}"
         raise UserError(
-            f"{key}: its weights are {said}, on which no exact gradients are taken; give the model that is not "
+            f"{key}: its weights are {how}, on which no exact gradients are taken; give the model that is not "
             "quantised (model.quantization=nf4 packs it into 4 bits as it loads), or one in 4-bit by bitsandbytes"
         )
     if model.quantization != "nf4":
