@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.common.launcher import launched_rank
 from tsqlora_scale.common.quiet import prepare_environment
 from tsqlora_scale.config.schema import Config
 
@@ -300,8 +301,10 @@ def export(
     *,
     config: Config | None = None,
     overwrite: bool = False,
+    push: str | None = None,
+    public: bool = False,
 ) -> list[str]:
-    """Write a trained adapter in another form, whole or not at all.
+    """Write a trained adapter in another form, whole or not at all. Under a launcher rank 0 alone does it.
 
     Args:
         adapter: an adapter's folder, a run folder or a checkpoint.
@@ -309,20 +312,29 @@ def export(
         out: the folder to write.
         config: of the run; needed to merge.
         overwrite: replace what is there.
+        push: a repository of the Hugging Face hub (or of ``HF_ENDPOINT``) that gets the folder's files, too.
+        public: whether everybody may read that repository.
 
     Returns:
-        What is worth saying about it, line by line.
+        What is worth saying about it, line by line; nothing on other ranks.
 
     Raises:
-        UserError: no adapter there, no config to merge by, or something at ``out`` already.
+        UserError: no adapter there, no config to merge by, or something at ``out`` already; or no hub that takes it.
     """
     prepare_environment()
+    if launched_rank() != 0:
+        return []
     from tsqlora_scale.common.quiet import quiet_libraries
+    from tsqlora_scale.model import hub_push
     from tsqlora_scale.model.export_formats import FORMATS
     from tsqlora_scale.model.export_formats import export as write
 
     if form not in FORMATS:
         raise UserError(f"form={form!r}: is none of {', '.join(map(repr, FORMATS))}")
+    if public and push is None:
+        raise UserError("--public (public) is about a repository; give --push REPO with it")
+    if push is not None:
+        hub_push.check_push(push)
     if config is not None:
         from tsqlora_scale.run.preflight import with_labels_of
 
@@ -330,4 +342,5 @@ def export(
     from tsqlora_scale.run.trained_adapter import adapter_folder
 
     with adapter_folder(adapter) as folder, quiet_libraries():
-        return write(folder, form, Path(out), config=config, overwrite=overwrite)
+        notes = write(folder, form, Path(out), config=config, overwrite=overwrite)
+        return notes if push is None else [*notes, *hub_push.push(Path(out), push, public=public)]

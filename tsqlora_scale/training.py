@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tsqlora_scale.model.model_card import write_card
 from tsqlora_scale.run.outcome import build_result
 from tsqlora_scale.run.training_run import Run
 from tsqlora_scale.step import StepResult, optimizer_step
@@ -85,5 +86,6 @@ def finish(run: Run) -> dict[str, Any]:
     adapter = run.save_adapter(metrics)
     run.selector.finish()
     result = build_result(run, metrics, adapter)
+    run.write_on_main("the model card", lambda: write_card(adapter, run.config, result))
     run.write_on_main("result.json", lambda: run.record.result(result))
     return result

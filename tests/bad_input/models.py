@@ -145,6 +145,38 @@ def file(name: str, content: str | bytes) -> Callable[[Path], Any]:
     return lambda folder: (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
 
 
+def quantised_by(method: str, **more: Any) -> Callable[[Path], None]:
+    """A config that says how its weights were quantised."""
+    return config_json(quantization_config={"quant_method": method, **more})
+
+
+def an_adapter_alone(folder: Path) -> None:
+    empty(folder)
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "some/base"}')
+
+
+def of_sentence_transformers(folder: Path) -> None:
+    (folder / "0_Transformer").mkdir()
+    for path in folder.glob("*.*"):
+        path.rename(folder / "0_Transformer" / path.name)
+    modules = [{"idx": 0, "path": "0_Transformer", "type": "sentence_transformers.models.Transformer"}]
+    (folder / "modules.json").write_text(json.dumps(modules))
+
+
+def packed(folder: Path) -> None:
+    """As GPTQ's tools wrote it: another file says so."""
+    (folder / "quantize_config.json").write_text('{"bits": 4}')
+    name = "encoder.layer.0.output.dense"
+    edit(folder / "model.safetensors", lambda t: t.update({f"{name}.qweight": t.pop(f"{name}.weight").int()}))
+
+
+def a_pickled_shard_is_missing(folder: Path) -> None:
+    names = list(load_file(folder / "model.safetensors"))
+    (folder / "model.safetensors").unlink()
+    placed = dict.fromkeys(names, "pytorch_model-00001-of-00001.bin")
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": placed}))
+
+
 MODELS = [
     settings("no model", "model.name_or_path='./nowhere'", "no such folder", model={"name_or_path": "./nowhere"}),
     settings("no hub model", "model.name_or_path='no/such'", "hub name", model={"name_or_path": "no/such"}),
@@ -234,6 +266,22 @@ MODELS = [
         ("task.source_lang='de'", "'bart'", "remove it"),
         lambda place: _of_kind(place, "bart", "seq2seq", source_lang="de"),
     ),
+    model("a pickled shard is missing", a_pickled_shard_is_missing, "lack pytorch_model-00001-of-00001.bin"),
+    model(
+        "weights of Mistral's program",
+        lambda f: (f / "model.safetensors").rename(f / "consolidated.safetensors"),
+        "no model.safetensors in it, but consolidated.safetensors",
+        "complete model",
+    ),
+    model("an adapter alone", an_adapter_alone, "is an adapter", "some/base", "export --format merged"),
+    model("a folder of sentence-transformers", of_sentence_transformers, "set model.name_or_path to", "0_Transformer"),
+    *(
+        model(f"quantised by {method}", quantised_by(method), f"quantised by '{method}'", "model.quantization=nf4")
+        for method in ("gptq", "awq", "fp8", "hqq", "compressed-tensors", "no_such_method")
+    ),
+    model("quantised to 8 bits", quantised_by("bitsandbytes", load_in_8bit=True), "8-bit by bitsandbytes"),
+    model("quantised to 4 bits", quantised_by("bitsandbytes", load_in_4bit=True), "set model.quantization=nf4"),
+    model("packed weights", packed, "dense.qweight is packed", "model.quantization=nf4"),
     Case("a model without the task's form", ("llama", "no seq2seq form", "task.type"), _other_task),
 ]
 

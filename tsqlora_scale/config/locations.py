@@ -46,6 +46,18 @@ def resolve(location: str, *, key: str) -> str:
     )
 
 
+def lasting(location: str, *, key: str) -> str:
+    """What other processes, in any working directory, find the same folder by: its absolute path.
+
+    The name of a hub's model or dataset stays as it is.
+
+    Raises:
+        UserError: as :func:`resolve`.
+    """
+    path = Path(resolve(location, key=key))
+    return str(path.resolve()) if path.is_dir() else location
+
+
 def _package_roots(top: str) -> list[Path]:
     """Folders of the top-level package ``top``; none where it is missing or a single module."""
     try:

@@ -18,6 +18,8 @@ class ModelConfig(Section):
     revision: str | None = None
     #: Storage and compute type of the base; the LoRA factors are float32 in any case.
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    #: ``nf4`` packs the base into 4 bits as it loads; a base whose files are 4-bit by bitsandbytes already needs it,
+    #: and keeps its own type (nf4 or fp4).
     quantization: Literal["none", "nf4"] = "none"
     #: Storage type of packed 4-bit weights; a float type lets sharding engines treat them as ordinary tensors.
     quant_storage: Literal["uint8", "bf16", "fp32"] = "uint8"
@@ -63,6 +65,9 @@ class AdapterConfig(Section):
     #: Module-name suffixes, or ``auto``: every linear layer of attention and feed-forward blocks that text gives a
     #: gradient to.
     target_modules: list[str] | Literal["auto"] = "auto"
+    #: Train the head of a classification or regression model whole, be it new or the checkpoint's; false keeps the
+    #: checkpoint's as it is.
+    train_head: bool = True
     #: A trained adapter that the run starts from, with its ranks and values: its folder, a run folder or a checkpoint.
     #: A head of another task, or with other labels, is newly drawn.
     init_from: Annotated[str, Field(min_length=1)] | None = None

@@ -94,6 +94,11 @@ class Config(Section):
                 f"'sampling.selector: quality' needs gradients by sample, and 'adapter.type: {self.adapter.type}' has "
                 "none that are exact; set 'sampling.selector: full' or 'adapter.type: lora'"
             )
+        if self.scoring.include_head and not self.adapter.train_head:
+            raise ValueError(
+                "'scoring.include_head' scores by the head's gradients, and 'adapter.train_head: false' does not train "
+                "it; turn one of them off"
+            )
         if self.sampling.redundancy and self.scoring.convergence == "loss_trend":
             raise ValueError(
                 "'sampling.redundancy' compares gradients, and 'scoring.convergence: loss_trend' keeps none; "

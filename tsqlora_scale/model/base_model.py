@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -13,10 +14,16 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.common.launcher import launched_rank
 from tsqlora_scale.config.schema import ModelConfig
 from tsqlora_scale.engine.sharded import whole_shape, write_parameter
 from tsqlora_scale.engine.zero_internals import loading_as, shards_while_loading
+from tsqlora_scale.model.base_folder import NO_ADAPTER
 from tsqlora_scale.model.generation_files import settings_that_load
+from tsqlora_scale.model.heads import adopt_head, has_head, head_modules, own_labels, with_labels_of
+from tsqlora_scale.model.stored_quantization import loads_stored, stored_quantization, unpack
+
+log = logging.getLogger("tsqlora_scale")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -45,22 +52,34 @@ def load_base(
     unquantised: list[str],
     generator: torch.Generator,
     device: torch.device | None = None,
+    peft_task_type: str | None = None,
+    train_head: bool = True,
+    says: bool = True,
 ) -> tuple[nn.Module, list[str]]:
     """Load the frozen base. Layers that the checkpoint lacks (a new head) are drawn from ``generator``, so that every
-    engine starts from the same values.
+    engine starts from the same values; a head that it has becomes the task's (:func:`~.heads.adopt_head`).
 
     Args:
         unquantised: modules that a 4-bit base keeps in floating point (:func:`.heads_of`); PEFT's modules_to_save
             cannot train packed weights.
+        peft_task_type: the task, by which the model has a head or not.
+        train_head: ``adapter.train_head``.
+        says: whether to report what becomes of a head.
 
     Returns:
-        The model, and the top-level modules that hold newly initialised parameters.
+        The model, and the top-level modules that are saved whole: the head, and what holds newly initialised
+        parameters.
+
+    Raises:
+        UserError: the weights cannot be loaded, or are not those of the config.
     """
-    kwargs: dict[str, Any] = {"config": model_config, "dtype": DTYPES[model.dtype], "revision": model.revision}
-    if model.quantization == "nf4":
-        kwargs["quantization_config"] = _nf4_config(model, unquantised)
-        if device is not None and device.type == "cuda" and not shards_while_loading():
-            kwargs["device_map"] = {"": device}
+    with_head = has_head(peft_task_type)
+    config = model_config
+    if with_head:
+        own = own_labels(name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+        if len(own) != len(model_config.id2label):  # the output layer is exchanged after loading, on every engine
+            config = with_labels_of(model_config, own)
+    kwargs = _loading_options(model, config, unquantised, device)
     try:
         if auto_class in (AutoModelForCausalLM, AutoModelForSeq2SeqLM):
             kwargs |= settings_that_load(name_or_path, model.revision)
@@ -70,6 +89,7 @@ def load_base(
                 output_loading_info=True,
                 trust_remote_code=model.trust_remote_code,
                 weights_only=True,
+                **NO_ADAPTER,
                 **kwargs,
             )
     except Exception as error:
@@ -84,8 +104,12 @@ def load_base(
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # Left on, an evaluation forward repacks the 4-bit weight and the next training step fails.
             module.support_avx512bf16_for_cpu = False
-    new = sorted(info["missing_keys"])
-    _refuse_new_language_head(loaded, new, auto_class=auto_class, name_or_path=name_or_path)
+    new = set(info["missing_keys"])
+    _refuse_new_language_head(loaded, sorted(new), auto_class=auto_class, name_or_path=name_or_path)
+    if with_head:
+        if stored_quantization(model_config) is not None:
+            _unpack_head(loaded, model, says=says)
+        new = adopt_head(loaded, model_config, own, new, name=model.name_or_path, train_head=train_head, says=says)
     initialise_new(loaded, new, std=getattr(model_config, "initializer_range", 0.02), generator=generator)
     if model.gradient_checkpointing:
         loaded.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -93,7 +117,35 @@ def load_base(
         loaded.config.use_cache = False
     if getattr(loaded, "generation_config", None) is not None:  # the folder's may name another token than is used
         loaded.generation_config.pad_token_id = model_config.get_text_config().pad_token_id
-    return loaded, sorted({_new_module(loaded, key) for key in new})
+    trained = {_new_module(loaded, key) for key in new}
+    return loaded, sorted(trained.union(head_modules(loaded) if with_head else ()))
+
+
+def _loading_options(
+    model: ModelConfig, config: Any, unquantised: list[str], device: torch.device | None
+) -> dict[str, Any]:
+    """Arguments of ``from_pretrained``: the base's type, and how it is packed or was."""
+    options: dict[str, Any] = {"config": config, "dtype": DTYPES[model.dtype], "revision": model.revision}
+    if model.quantization == "nf4":
+        if stored_quantization(config) is not None:
+            options["config"] = loads_stored(config, compute_dtype=DTYPES[model.dtype], unquantised=unquantised)
+        else:
+            options["quantization_config"] = _nf4_config(model, unquantised)
+        if device is not None and device.type == "cuda" and not shards_while_loading():
+            options["device_map"] = {"": device}
+    return options
+
+
+def _unpack_head(loaded: nn.Module, model: ModelConfig, *, says: bool) -> None:
+    """Let a head whose files are 4-bit, too, train."""
+    unpacked = unpack(loaded, head_modules(loaded), dtype=DTYPES[model.dtype])
+    if unpacked and says and launched_rank() == 0:
+        log.warning(
+            "model.name_or_path=%r: its head is 4-bit (%s), and is unpacked to train; PEFT alone does not open the "
+            "adapter on it, a merged export does without",
+            model.name_or_path,
+            ", ".join(unpacked),
+        )
 
 
 def _refuse_new_language_head(model: nn.Module, new: list[str], *, auto_class: Any, name_or_path: str) -> None:

@@ -6,9 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.config.locations import resolve
 from tsqlora_scale.config.schema import Config
+from tsqlora_scale.model.base_folder import check_folder
 from tsqlora_scale.model.dropouts import set_dropout
 from tsqlora_scale.model.generation_files import check_generation_file
+from tsqlora_scale.model.stored_quantization import (
+    check_packed,
+    check_stored,
+    kept_in_floating_point,
+    names_in_files,
+    stored_quantization,
+)
 from tsqlora_scale.model.tokenizer import fit_tokenizer
 from tsqlora_scale.model.weight_files import check_base_weights, check_fits
 
@@ -24,13 +33,14 @@ def load_descriptions(config: Config, path: str) -> tuple[Any, Any]:
     key = f"model.name_or_path={config.model.name_or_path!r}"
     if path.startswith((".", "/")) and not Path(path).is_dir():
         raise UserError(f"{key}: no such folder")
+    if Path(path).is_dir():
+        check_folder(Path(path), key=key)
     options: dict[str, Any] = {
         "revision": config.model.revision,
         "trust_remote_code": config.model.trust_remote_code,
     }
-    labels = {"num_labels": config.task.num_labels} if config.task.num_labels else {}
     try:
-        model_config = AutoConfig.from_pretrained(path, **options, **labels)
+        model_config = AutoConfig.from_pretrained(path, **options)
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
     except Exception as error:  # hub, network, JSON and import errors of several libraries
         reason = " ".join(str(error).split())[:300]
@@ -39,8 +49,11 @@ def load_descriptions(config: Config, path: str) -> tuple[Any, Any]:
                 f"{key}: brings code of its own, which runs only with model.trust_remote_code=true; read it first"
             ) from None
         raise UserError(f"{key}: cannot be loaded ({reason}); give a folder with config.json or a hub name") from None
+    check_stored(config.model, model_config, key=key)
     if config.model.dropout is not None:
         set_dropout(model_config, config.model.dropout)
+    if config.task.num_labels:
+        model_config.num_labels = config.task.num_labels  # keeps the checkpoint's names if there are as many
     if config.task.type == "regression":
         model_config.problem_type = "regression"
     elif config.task.type == "classification":
@@ -69,7 +82,9 @@ def check_weights(config: Config, path: str) -> None:
         UserError: see :func:`tsqlora_scale.model.weight_files.check_base_weights`.
     """
     if Path(path).is_dir():
-        check_base_weights(Path(path), key=f"model.name_or_path={config.model.name_or_path!r}")
+        key = f"model.name_or_path={config.model.name_or_path!r}"
+        check_base_weights(Path(path), key=key)
+        check_packed(Path(path), key=key)
 
 
 def check_adapter_fits(config: Config, model_config: Any, adapter: str | Path) -> None:
@@ -93,7 +108,8 @@ def check_architecture(config: Config, model_config: Any, tokenizer: Any) -> lis
     Runs before the process group exists: under ZeRO-3, Transformers would shard even a skeleton.
 
     Returns:
-        The linear layers outside the repeated blocks.
+        The linear layers that a 4-bit base keeps in floating point: those outside the repeated blocks, or what its
+        files say.
     """
     from tsqlora_scale.model.base_model import skeleton
     from tsqlora_scale.model.linear_layers import heads_of, linear_layers, resolve_targets
@@ -119,4 +135,7 @@ def check_architecture(config: Config, model_config: Any, tokenizer: Any) -> lis
             "or choose other adapter.target_modules"
         )
     check_lengths(config.task, bare)
+    if stored_quantization(model_config) is not None:
+        path = resolve(config.model.name_or_path, key="model.name_or_path")
+        return kept_in_floating_point(bare, names_in_files(path, revision=config.model.revision))
     return heads_of(bare)

@@ -20,9 +20,11 @@ from tsqlora_scale.config.schema import Config
 from tsqlora_scale.model.base_model import load_base
 from tsqlora_scale.model.describe import check_adapter_fits, check_architecture, check_weights, load_descriptions
 from tsqlora_scale.model.linear_layers import transpose_again, transposed_layers
+from tsqlora_scale.model.model_card import NAME, result_beside, write_card
+from tsqlora_scale.model.stored_quantization import dequantised
 from tsqlora_scale.model.tied_weights import is_untied, save_untied, ties_of, untie_adapted
 from tsqlora_scale.model.weight_files import DESCRIPTION, WEIGHTS, check_adapter
-from tsqlora_scale.tasks import auto_class_of
+from tsqlora_scale.tasks import auto_class_of, objective_class
 
 FORMATS = ("peft", "padded", "merged")
 
@@ -55,6 +57,7 @@ def export(adapter: Path, form: str, out: Path, *, config: Config | None, overwr
         if form == "merged":
             assert config is not None
             notes = _merge(adapter, partial, config)
+            write_card(partial, config, result_beside(adapter), merged=True)
         else:
             notes = _copy(adapter, partial) if form == "peft" else _pad(adapter, partial)
         if out.exists():
@@ -103,6 +106,9 @@ def _pad(adapter: Path, out: Path) -> list[str]:
     described |= {"r": rank, "rank_pattern": {}, "alpha_pattern": {}}
     described["lora_alpha"] = common * (math.sqrt(rank) if config.use_rslora else rank)
     (out / DESCRIPTION).write_text(json.dumps(described, indent=2, sort_keys=True), encoding="utf-8")
+    if (out / NAME).is_file():
+        with (out / NAME).open("a", encoding="utf-8") as card:
+            card.write(f"\nIn this copy every layer has rank {rank}, filled up with zeros: the same function.\n")
     return [f"every adapted layer has rank {rank} now, filled up with zeros"]
 
 
@@ -124,10 +130,13 @@ def _merge(adapter: Path, out: Path, config: Config) -> list[str]:
         model_config=model_config,
         unquantised=unquantised,
         generator=generator_for(config.run.seed, "head"),
+        peft_task_type=objective_class(config.task).peft_task_type,
+        train_head=config.adapter.train_head,
+        says=False,
     )
     ties, transposed = ties_of(base), transposed_layers(base)
     if config.model.quantization != "none":
-        base = base.dequantize()
+        base = dequantised(base)
         notes.append(f"the base was dequantised to {config.model.dtype}; the file is as large as that, not 4-bit")
     try:
         adapted: Any = PeftModel.from_pretrained(base, str(adapter))

@@ -22,6 +22,8 @@ Shape = tuple[int, ...]
 PREFIX = "base_model.model."
 DESCRIPTION, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ADVICE = "give the config, with the base model, that it was trained with"
+#: Weights of other programs.
+_OTHER_FORMATS = ("consolidated*", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ckpt", "*.safetensors")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -64,8 +66,18 @@ def check_base_weights(folder: Path, *, key: str) -> None:
             missing = next((name for name, where in placed.items() if where == shard and name not in held), None)
             if missing is not None:
                 raise UserError(f"{folder / shard}: {missing} is missing; copy the file again from where it came")
-    elif not any((folder / name).is_file() for name in ("pytorch_model.bin", "pytorch_model.bin.index.json")):
-        raise UserError(f"{key}: its weights cannot be loaded (no model.safetensors in it); give a complete model")
+    elif not (folder / "pytorch_model.bin").is_file():
+        if not (folder / "pytorch_model.bin.index.json").is_file():
+            others = sorted({path.name for kind in _OTHER_FORMATS for path in folder.glob(kind)})[:3]
+            instead = f", but {', '.join(others)}, which is not read" if others else ""
+            raise UserError(
+                f"{key}: its weights cannot be loaded (no model.safetensors in it{instead}); give a complete model"
+            )
+        placed = read_json(folder / "pytorch_model.bin.index.json").get("weight_map")
+        files = sorted(map(str, set(placed.values()))) if isinstance(placed, dict) else []
+        lacking = [file for file in files if not (folder / file).is_file()]
+        if lacking or not files:
+            raise UserError(f"{key}: its weights lack {lacking[0] if lacking else 'a weight_map'}; copy it again")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -173,8 +173,8 @@ def write_values(model: torch.nn.Module, values: dict[str, torch.Tensor]) -> Non
         write_parameter(params[name], value)
 
 
-def build_base(described: Described, *, device: torch.device) -> tuple[torch.nn.Module, list[str]]:
-    """The frozen base, a new head in it the same on every rank and engine; and the modules that are new."""
+def build_base(described: Described, *, device: torch.device, says: bool = True) -> tuple[torch.nn.Module, list[str]]:
+    """The frozen base, a new head in it the same on every rank and engine; and the modules that train whole."""
     config = described.config
     return load_base(
         described.model_path,
@@ -184,6 +184,9 @@ def build_base(described: Described, *, device: torch.device) -> tuple[torch.nn.
         unquantised=described.heads,
         generator=generator_for(config.run.seed, "head"),
         device=device,
+        peft_task_type=described.task.peft_task_type,
+        train_head=config.adapter.train_head,
+        says=says,
     )
 
 
@@ -238,7 +241,7 @@ def load_adapted(described: Described, adapter: Path, *, device: torch.device) -
     """A saved adapter on a fresh base, in evaluation mode."""
     config = described.config
     with quiet_libraries():
-        base, _ = build_base(described, device=device)
+        base, _ = build_base(described, device=device, says=False)  # the adapter has its own head
         return adapter_type(config.adapter.type).load(base, adapter, dtype=config.model.dtype).to(device).eval()
 
 

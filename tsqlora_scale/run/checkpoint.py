@@ -145,7 +145,7 @@ def read_checkpoint(folder: Path, *, verified: bool = False) -> tuple[TrainState
 
 
 def read_values(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """A checkpoint's state, tensors aside, and its parameters without their moments, after checking every file.
+    """A checkpoint's state, tensors aside, and all values of its adapter, after checking every file.
 
     Raises:
         UserError: naming the file that is missing or damaged.
@@ -154,7 +154,11 @@ def read_values(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     with safe_open(folder / "parameters.safetensors", framework="pt") as file:
         keys = [key for key in file.keys() if key.startswith("value/")]  # noqa: SIM118
         values = {key.removeprefix("value/"): file.get_tensor(key) for key in keys}
-    return json.loads((folder / "state.json").read_text()), values
+    tree = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    untrained = tree.get("adapter", {}).get("untrained", {})
+    with safe_open(folder / "state.safetensors", framework="pt") as file:
+        values |= {name: file.get_tensor(reference[TENSOR]) for name, reference in untrained.items()}
+    return tree, values
 
 
 def complete_checkpoints(root: Path) -> list[Path]:

@@ -18,6 +18,7 @@ from tsqlora_scale.common.disk_arrays import filled
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.failures import Watchdog
 from tsqlora_scale.common.files import WRITE_ERRORS
+from tsqlora_scale.config.locations import lasting
 from tsqlora_scale.config.schema import Config
 from tsqlora_scale.engine.engine import Engine
 from tsqlora_scale.model.adapters.adapter_type import adapter_type
@@ -275,13 +276,13 @@ class Run:
         """Write ``checkpoints/step-…``; whether one of this step is there. A collective; rank 0 writes."""
         with self.record.phase("checkpointing"):
             state = self.engine.gather()
+            untrained = adapter_type(self.config.adapter.type).untrained(self.engine.module)
             self.ranks.synchronize(self.engine.world)
             if self.is_main:
                 self.record.flush()  # the lines up to this step are what a run that resumes from it does not write
                 is_best = self.best is not None and self.best["step"] == self.step
-                self.checkpoints.write(
-                    self.step, state, {**self.state_dict(), "adapter": self.describe_adapter(state)}, is_best=is_best
-                )
+                tree = {**self.state_dict(), "adapter": self.describe_adapter(state, untrained)}
+                self.checkpoints.write(self.step, state, tree, is_best=is_best)
             self.checkpoints.newest = self.engine.world.broadcast(self.checkpoints.newest)
         return self.checkpoints.newest == checkpoint_dir(Path(), self.step).name
 
@@ -300,11 +301,20 @@ class Run:
                         f"{what} cannot be written ({error}); make room there, then resume (--resume)"
                     ) from None
 
-    def describe_adapter(self, state: TrainState) -> dict[str, Any]:
-        """By which a checkpoint's parameters ``state`` become an adapter without the model. On rank 0."""
-        values = {name: entry.value for name, entry in state.params.items()}
+    def describe_adapter(self, state: TrainState, untrained: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """By which a checkpoint's parameters ``state`` become an adapter without the model. On rank 0.
+
+        Args:
+            untrained: what the adapter's file holds beside them.
+        """
+        values = {name: entry.value for name, entry in state.params.items()} | untrained
         kind = adapter_type(self.config.adapter.type)
-        return kind.describe(self.engine.module, values, base_name=self.config.model.name_or_path)
+        return {**kind.describe(self.engine.module, values, **self._base()), "untrained": untrained}
+
+    def _base(self) -> dict[str, Any]:
+        """What ``adapter_config.json`` says of the base."""
+        model = self.config.model
+        return {"base_name": lasting(model.name_or_path, key="model.name_or_path"), "revision": model.revision}
 
     def save_adapter(self, metrics: dict[str, float]) -> Path:
         """Write ``adapter/``, plain PEFT, as ``train.keep`` says. A collective; rank 0 writes.
@@ -315,12 +325,13 @@ class Run:
         folder = self.record.folder / "adapter"
         values = {name: entry.value for name, entry in self.engine.gather().params.items()}
         kind = adapter_type(self.config.adapter.type)
+        values |= kind.untrained(self.engine.module)
         is_best = self.best is not None and self.best["step"] == self.step
         which = "best" if is_best and self.config.train.keep == "best" else "last"
         self.kept = {"which": which, "step": self.step, "metrics": metrics, "ranks": current_ranks(self.engine.module)}
 
         def write() -> None:
-            kind.save(self.engine.module, values, folder, base_name=self.config.model.name_or_path)
+            kind.save(self.engine.module, values, folder, **self._base())
             best = self.best_checkpoint()
             if best is not None:  # in the place of the last step's two files; what else belongs to an adapter stays
                 assert self.best is not None

@@ -7,7 +7,7 @@ from tsqlora_scale.tasks.batch import IGNORED, Batch
 from tsqlora_scale.tasks.objectives.positions import check_lengths
 from tsqlora_scale.tasks.rows.data import Data, load_data, load_dev
 from tsqlora_scale.tasks.rows.token_checks import with_tokens
-from tsqlora_scale.tasks.task import Task, auto_class_of, build_task
+from tsqlora_scale.tasks.task import Task, auto_class_of, build_task, objective_class
 
 __all__ = [
     "IGNORED",
@@ -19,5 +19,6 @@ __all__ = [
     "check_lengths",
     "load_data",
     "load_dev",
+    "objective_class",
     "with_tokens",
 ]

@@ -20,7 +20,7 @@ def describe_adapter(model: PeftModel, values: Mapping[str, torch.Tensor], confi
 
     Args:
         model: that the adapter is on.
-        values: full trainable parameters by name.
+        values: full parameters by name, all that the file is to hold.
         config: PEFT's, with the ranks as they are.
 
     Returns:
@@ -48,4 +48,4 @@ def write_adapter(folder: Path, description: Mapping[str, Any], values: Mapping[
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {key: values[name].contiguous() for name, key in description["keys"].items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / DESCRIPTION).write_text(json.dumps(description["config"], indent=2, sort_keys=True))
+    (folder / DESCRIPTION).write_text(json.dumps(description["config"], indent=2, sort_keys=True), encoding="utf-8")

@@ -42,15 +42,29 @@ class AdapterType(Protocol):
         """
         ...
 
+    def untrained(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """Values by name that are no trained parameters and belong into the file. With ZeRO-3 a collective."""
+        ...
+
     def theta(self, module: nn.Module, *, include_head: bool = False) -> dict[str, nn.Linear]:
         """The linear modules whose parameters are scored, by name, sorted."""
         ...
 
-    def save(self, model: nn.Module, values: Mapping[str, torch.Tensor], folder: Path, *, base_name: str) -> None:
+    def save(
+        self,
+        model: nn.Module,
+        values: Mapping[str, torch.Tensor],
+        folder: Path,
+        *,
+        base_name: str,
+        revision: str | None = None,
+    ) -> None:
         """Write an adapter that PEFT opens. On one process."""
         ...
 
-    def describe(self, model: nn.Module, values: Mapping[str, torch.Tensor], *, base_name: str) -> dict[str, Any]:
+    def describe(
+        self, model: nn.Module, values: Mapping[str, torch.Tensor], *, base_name: str, revision: str | None = None
+    ) -> dict[str, Any]:
         """JSON values by which :func:`~.adapter_files.write_adapter` writes what :meth:`save` does, later."""
         ...
 

@@ -20,8 +20,9 @@ from tsqlora_scale.config.schema import AdapterConfig
 from tsqlora_scale.engine.sharded import read_parameter
 from tsqlora_scale.model.adapters.adapter_files import describe_adapter
 from tsqlora_scale.model.base_model import use_autocast
+from tsqlora_scale.model.heads import has_head, head_modules
 from tsqlora_scale.model.linear_layers import linear_layers, resolve_targets
-from tsqlora_scale.model.weight_files import check_adapter
+from tsqlora_scale.model.weight_files import PREFIX, check_adapter
 
 #: PEFT's name of the one adapter that a run trains.
 ADAPTER = "default"
@@ -77,7 +78,7 @@ def _is_idle(module: str, layers: Iterable[str], unreached: Collection[str]) -> 
     return bool(inside) and all(name in unreached for name in inside)
 
 
-def with_ranks(model: PeftModel, *, base_name: str) -> LoraConfig:
+def with_ranks(model: PeftModel, *, base_name: str, revision: str | None) -> LoraConfig:
     """PEFT's config of a trained model, with the ranks and the scalings as they are.
 
     ``rank_pattern`` and ``alpha_pattern`` give every layer its rank and keep its scaling exactly; layers of rank 0 are
@@ -85,6 +86,7 @@ def with_ranks(model: PeftModel, *, base_name: str) -> LoraConfig:
 
     Args:
         base_name: what it names as the base.
+        revision: of the base, likewise.
     """
     config: Any = copy.copy(model.peft_config[ADAPTER])
     layers = lora_layers(model)
@@ -95,9 +97,18 @@ def with_ranks(model: PeftModel, *, base_name: str) -> LoraConfig:
         divisors = {name: math.sqrt(rank) if config.use_rslora else rank for name, rank in config.rank_pattern.items()}
         config.alpha_pattern = {name: scalings[name] * divisor for name, divisor in divisors.items()}
         config.exclude_modules = [name for name, rank in ranks.items() if not rank] or None
-    config.base_model_name_or_path = base_name
+    config.base_model_name_or_path, config.revision = base_name, revision
     config.target_modules = sorted(config.target_modules)  # PEFT keeps a set: another order in every process
     return config  # type: ignore[no-any-return]
+
+
+def _whole_modules(model: nn.Module) -> dict[str, ModulesToSaveWrapper]:
+    """PEFT's copies of modules that are saved whole, by the module's name in the base."""
+    return {
+        name.removeprefix(PREFIX): module
+        for name, module in model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper) and ADAPTER in module.modules_to_save
+    }
 
 
 class LoraAdapter:
@@ -135,7 +146,11 @@ class LoraAdapter:
             task_type=task_type,  # type: ignore[arg-type]
             **self.peft_options,
         )
+        kept = head_modules(base) if has_head(task_type) and not adapter.train_head else []
         model = get_peft_model(base, config)
+        for name, wrapper in _whole_modules(model).items():
+            if name in kept:
+                wrapper.modules_to_save.requires_grad_(False)
         for layer in lora_layers(model).values():
             weight: nn.Parameter = layer.lora_A[ADAPTER].weight  # type: ignore[assignment]
             weight.data.copy_(torch.empty(weight.shape).uniform_(-1, 1, generator=generator) / weight.shape[1] ** 0.5)
@@ -146,22 +161,42 @@ class LoraAdapter:
         use_autocast(model, dtype)
         return model
 
+    def untrained(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """What the adapter's file holds beside trained parameters: a head that stays as it is. With ZeRO-3 a
+        collective.
+        """
+        return {
+            f"{PREFIX}{name}.modules_to_save.{ADAPTER}.{inner}": read_parameter(param)
+            for name, wrapper in _whole_modules(model).items()
+            for inner, param in wrapper.modules_to_save[ADAPTER].named_parameters()
+            if not param.requires_grad
+        }
+
     def theta(self, module: nn.Module, *, include_head: bool = False) -> dict[str, nn.Linear]:
         """See :func:`theta_modules`."""
         return theta_modules(module, include_head=include_head)
 
-    def save(self, model: nn.Module, values: Mapping[str, torch.Tensor], folder: Path, *, base_name: str) -> None:
+    def save(
+        self,
+        model: nn.Module,
+        values: Mapping[str, torch.Tensor],
+        folder: Path,
+        *,
+        base_name: str,
+        revision: str | None = None,
+    ) -> None:
         """Write a plain PEFT adapter: ``PeftModel.from_pretrained`` opens it, nothing of ours needed.
 
         Args:
             model: the trained PEFT model; its parameters may be sharded.
-            values: full trainable parameters by name.
+            values: full trainable parameters by name, and those of :meth:`untrained`.
             folder: written by the caller's process alone.
             base_name: what ``adapter_config.json`` names as the base.
+            revision: of the base, likewise.
         """
         assert isinstance(model, PeftModel)
         trained: Any = model.peft_config[ADAPTER]
-        config = with_ranks(model, base_name=base_name)
+        config = with_ranks(model, base_name=base_name, revision=revision)
         state = {name: value.contiguous() for name, value in values.items()}
         empty = [n for n, v in state.items() if v.numel() == 0]
         assert not empty, f"sharded parameters reached the adapter file: {empty}"
@@ -171,10 +206,12 @@ class LoraAdapter:
         finally:
             model.peft_config[ADAPTER] = trained
 
-    def describe(self, model: nn.Module, values: Mapping[str, torch.Tensor], *, base_name: str) -> dict[str, Any]:
+    def describe(
+        self, model: nn.Module, values: Mapping[str, torch.Tensor], *, base_name: str, revision: str | None = None
+    ) -> dict[str, Any]:
         """What :func:`.write_adapter` needs beside ``values`` to write what :meth:`save` writes, later, by itself."""
         assert isinstance(model, PeftModel)
-        return describe_adapter(model, values, with_ranks(model, base_name=base_name))
+        return describe_adapter(model, values, with_ranks(model, base_name=base_name, revision=revision))
 
     def load(self, base: nn.Module, folder: Path, *, dtype: str) -> PeftModel:
         """Put a saved adapter on a fresh base, for evaluation.
