@@ -106,11 +106,11 @@ def test_the_revision_is_kept(trained: tuple[Run, Path], tmp_path: Path) -> None
     kept = run.config
     try:
         run.config = kept.model_copy(update={"model": kept.model.model_copy(update={"revision": "abc123"})})
-        folder = run.save_adapter()
+        folder = run.save_adapter(run.kept["metrics"])
         assert json.loads((folder / "adapter_config.json").read_text())["revision"] == "abc123"
     finally:
         run.config = kept
-        run.save_adapter()
+        run.save_adapter(run.kept["metrics"])
 
 
 def test_the_card(trained: tuple[Run, Path], tmp_path: Path) -> None:
