@@ -154,7 +154,7 @@ def read_values(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     with safe_open(folder / "parameters.safetensors", framework="pt") as file:
         keys = [key for key in file.keys() if key.startswith("value/")]  # noqa: SIM118
         values = {key.removeprefix("value/"): file.get_tensor(key) for key in keys}
-    return json.loads((folder / "state.json").read_text()), values
+    return json.loads((folder / "state.json").read_text(encoding="utf-8")), values
 
 
 def complete_checkpoints(root: Path) -> list[Path]:

@@ -48,4 +48,4 @@ def write_adapter(folder: Path, description: Mapping[str, Any], values: Mapping[
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {key: values[name].contiguous() for name, key in description["keys"].items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / DESCRIPTION).write_text(json.dumps(description["config"], indent=2, sort_keys=True))
+    (folder / DESCRIPTION).write_text(json.dumps(description["config"], indent=2, sort_keys=True), encoding="utf-8")
