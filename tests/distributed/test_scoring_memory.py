@@ -17,10 +17,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(300
 SCRIPT = Path(__file__).with_name("scoring_memory.py")
 
 
-@pytest.mark.parametrize(("batch_size", "checkpointing"), [(8, False), ("auto", True)])
-def test_ranks_halve_together(batch_size: Any, checkpointing: bool, tmp_path: Path, models_dir: Path) -> None:
+@pytest.mark.parametrize("batch_size", [8, "auto"])
+def test_ranks_halve_together(batch_size: Any, tmp_path: Path, models_dir: Path) -> None:
     tree = run_tree("llama", tmp_path, models_dir, "memory", allocation={"policy": "fixed"})
-    tree["model"]["gradient_checkpointing"] = checkpointing
     tree["scoring"] |= {
         "batch_size": batch_size,
         "shard_size": 18,

@@ -46,6 +46,9 @@ class Lockstep:
 
     Attributes:
         matters: whether the model is sharded. If not, :meth:`run` only calls.
+        caught_up: whether the ranks can go on after the error that :meth:`run` has raised. They cannot where it came
+            from a collective itself, or where activations are checkpointed: a layer's repetition gathers what the
+            calls of modules alone do not tell.
     """
 
     def __init__(self, module: nn.Module, *, mends: Callable[[BaseException], bool]) -> None:
@@ -54,6 +57,8 @@ class Lockstep:
         self._mends = mends
         self._passes: dict[str, list[_Event]] = {}
         self._inside = False
+        self._repeats = any(getattr(part, "gradient_checkpointing", False) for part in module.modules())
+        self.caught_up = True
 
     def knows(self, kind: str) -> bool:
         """Whether a pass of this kind need not be seen once, small enough to succeed, before one may fail."""
@@ -77,7 +82,9 @@ class Lockstep:
                 found = work()
             except Exception as error:
                 known = self._passes.get(kind)
-                if known is None or self._inside or not self._mends(error) or not _begins(known, done):
+                lost = known is None or self._inside or self._repeats
+                if known is None or lost or not self._mends(error) or not _begins(known, done):
+                    self.caught_up = False
                     raise
                 failed = error.with_traceback(None)  # whose frames hold what there is no room for
             else:

@@ -24,7 +24,8 @@ class MemoryGuard:
     """All forward and backward passes of scoring go through this.
 
     A rank whose model is its own halves alone. Under ZeRO-3 a pass is a collective: there all ranks take as many pieces
-    and halve together, one that has run out of memory in the middle of a pass included (:mod:`~.lockstep`).
+    and halve together, one that has run out of memory in the middle of a pass included (:mod:`~.lockstep`). Where
+    that cannot be, the error ends the run.
 
     Attributes:
         fits: samples that have been found to fit at once; None while no allocation has failed.
@@ -71,7 +72,7 @@ class MemoryGuard:
         try:
             return self._passes.run(kind, lambda: work(piece))
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
+            if not is_out_of_memory(error) or not self._passes.caught_up:  # else the others wait in a gather
                 raise
             self._reason = " ".join(str(error).split())[:200]
         return None
