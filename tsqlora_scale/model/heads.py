@@ -142,7 +142,11 @@ def adopt_head(
                     f"order; give task.labels in it: {right!r}"
                 )
             _reorder(layer[1], order)
-            note = f"its head has the classes {names}; its rows are put in the order of task.labels"
+            note = (
+                f"its head has the classes {names}; its rows are put in the order of task.labels. PEFT alone calls the "
+                "adapter's classes by the base's order: give it id2label, as the adapter's README.md shows, or export "
+                "a merged model"
+            )
     drawn = sorted(name for name in new if name.split(".")[0] in head_modules(model))
     if drawn and not train_head:
         raise UserError(
