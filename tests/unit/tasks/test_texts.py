@@ -163,3 +163,14 @@ def test_words_that_are_special_tokens_are_no_marks() -> None:
     tokenizer.pad_token = "film"
     assert tokenizer.convert_tokens_to_ids("film") not in special_ids(tokenizer)
     assert re.fullmatch(r"the f\w+", TextEncoder(tokenizer).broken("the film"))
+
+
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_marks_in_a_long_source_cost_no_more_than_their_tokens(kind: str, chat: bool) -> None:
+    """A mark is several tokens of a text: counted as one, a cut would take most of what is kept."""
+    made = trained(kind)
+    made.chat_template = CHAT if chat else None
+    form, limit = PromptFormat(made), 60
+    (ids,) = form.prompts(["film " * 200 + "</s> " * 30 + "good " * 40], limit)
+    assert limit - 10 <= len(ids) <= limit

@@ -66,8 +66,7 @@ class PromptFormat:
         return [[*ids, *self._end][:limit] for ids in self._texts.plain(texts)]
 
     def _cut(self, source: str, ids: list[int], limit: int) -> list[int]:
-        encoded = self._tokenizer(source, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        offsets = encoded["offset_mapping"]
+        source, offsets = self._texts.with_offsets(source)
         keep = len(offsets)
         while keep > 1 and len(ids) > limit:  # a cut inside a word can make other tokens of it: count again
             keep = max(1, keep - (len(ids) - limit))

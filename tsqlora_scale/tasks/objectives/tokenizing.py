@@ -80,6 +80,15 @@ class TextEncoder:
                 ids[i] = row
         return ids
 
+    def with_offsets(self, text: str) -> tuple[str, list[tuple[int, int]]]:
+        """The text as :meth:`plain` reads it, its marks broken where they have to be, and its tokens' characters."""
+        options: dict[str, Any] = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
+        encoded = self._tokenizer(text, **options, **self._options)
+        if not self._special.isdisjoint(encoded["input_ids"]):
+            text = self.broken(text)
+            encoded = self._tokenizer(text, **options, **self._options)
+        return text, encoded["offset_mapping"]
+
     def length(self, text: str) -> int:
         """Tokens of a text."""
         return len(self.plain([text])[0])
