@@ -225,6 +225,15 @@ def test_a_text_that_gives_no_token(nothing: str, column: str, tmp_path: Path) -
     assert kept.train["sample_id"][:] == ["0", "2"]
 
 
+def test_every_held_out_set_is_looked_at(tmp_path: Path) -> None:
+    for name, text in (("train", "the film"), ("a", "the film"), ("b", "\u200b")):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"source": text, "target": "good"}))
+    sets = {"first": "a.jsonl", "second": "b.jsonl"}
+    cfg = task_config(tmp_path, SUMMARIES, train_file="train.jsonl", dev_file=sets)
+    with pytest.raises(UserError, match=r"the held-out set 'second', row 1: column 'source' is '.*', of which"):
+        with_tokens(cfg, load_data(cfg, seed=0), dropping())
+
+
 def test_a_tokenizer_that_drops_what_it_does_not_know(tmp_path: Path) -> None:
     """Byte-pair merges without a token for unknown characters: a whole text of another script is gone."""
     from tests.unit.tasks.vocabularies import whole_text_bpe

@@ -17,7 +17,6 @@ from tsqlora_scale.config.schema import TaskConfig
 from tsqlora_scale.tasks.objectives.tokenizing import TextEncoder
 from tsqlora_scale.tasks.rows.column_checks import SAMPLE_ID
 from tsqlora_scale.tasks.rows.data import Data, text_columns
-from tsqlora_scale.tasks.rows.sources import SplitName
 
 log = logging.getLogger("tsqlora_scale")
 
@@ -43,25 +42,40 @@ def with_tokens(cfg: TaskConfig, data: Data, tokenizer: PreTrainedTokenizerBase)
     """
     encoder = TextEncoder(tokenizer)
     drops = any(not _gives_tokens(encoder, character) for character in _SCRIPTS)
-    dev = None if data.dev is None else _split_with_tokens(cfg, data.dev, "dev", encoder, drops)
-    return dataclasses.replace(data, train=_split_with_tokens(cfg, data.train, "train", encoder, drops), dev=dev)
+    first, *_ = cfg.dataset.dev_sets or [""]
+    sets = {name: rows for name, rows in {first: data.dev, **data.more_dev}.items() if rows is not None}
+    for name, rows in sets.items():
+        where = f"the held-out set {name!r}" if name else _place(cfg, "dev_file")
+        sets[name] = _split_with_tokens(cfg, rows, where, encoder, drops)
+    return dataclasses.replace(
+        data,
+        train=_split_with_tokens(cfg, data.train, _place(cfg, "train_file"), encoder, drops),
+        dev=sets.pop(first, None),
+        more_dev=sets,
+    )
+
+
+def _place(cfg: TaskConfig, key: str) -> str:
+    """The words for where the rows of a split come from."""
+    given = getattr(cfg.dataset, key)
+    return given if isinstance(given, str) else cfg.dataset.name or f"the files of task.dataset.{key}"
 
 
 def _split_with_tokens(
-    cfg: TaskConfig, rows: datasets.Dataset, split: SplitName, encoder: TextEncoder, drops: bool
+    cfg: TaskConfig, rows: datasets.Dataset, where: str, encoder: TextEncoder, drops: bool
 ) -> datasets.Dataset:
     if SAMPLE_ID not in rows.column_names:  # rows to be answered: each of them is
         return rows
     kept = new_array(len(rows), bool)
     kept[:] = True
-    where = str(getattr(cfg.dataset, f"{split}_file") or cfg.dataset.name)
     for name in text_columns(cfg).values():
         view = rows.select_columns([name, SAMPLE_ID]).with_format("arrow")
         for block in blocks(len(rows), _ROWS):
             table = view[block]
-            solid = pc.match_substring_regex(table[name], _SOLID).to_numpy(zero_copy_only=False)
+            texts = table[name].combine_chunks()  # of selected rows every one is a chunk, for which a regex is compiled
+            solid = pc.match_substring_regex(texts, _SOLID).to_numpy(zero_copy_only=False)
             for place in np.flatnonzero(~solid | drops):
-                text = table[name][int(place)].as_py()
+                text = texts[int(place)].as_py()
                 if _gives_tokens(encoder, text):
                     continue
                 kept[block.start + place] = False
