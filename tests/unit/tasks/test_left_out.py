@@ -48,6 +48,12 @@ def test_rows_are_left_out_by_their_ids(
     assert "2 rows that task.dataset.exclude lists are left out" in caplog.text
 
 
+def test_ids_of_several_files(write: Write, tmp_path: Path) -> None:
+    write("drop_1.txt", "a\n")
+    write("drop_2.csv", "id\nc\n")
+    assert load(tmp_path, id_column="key", exclude="drop_*").train["sample_id"][:] == ["b"]
+
+
 def test_ids_that_are_row_numbers(write: Write, tmp_path: Path) -> None:
     write("out.jsonl", '{"sample_id": 1}')
     data = load(tmp_path, exclude="out.jsonl", dev_file="train.tsv")

@@ -23,16 +23,17 @@ COLUMNS = (SAMPLE_ID, "id")
 
 
 def read_ids(value: str) -> pa.Array:
-    """The ids that a file lists, each once: lines of a ``.txt``, else a column of a table.
+    """The ids that a file lists, or several, each once: lines of a ``.txt``, else a column of a table.
 
     Args:
-        value: the file, found from the current folder.
+        value: the file, found from the current folder, or a pattern of several.
 
     Raises:
         UserError: no such file, no column of ids, or an empty one.
     """
-    (path,) = find_files([value], None, key=KEY)[:1]
-    ids = _lines(path) if path.suffix.lower() == ".txt" else _column(path)
+    ids: list[str | None] = []
+    for path in find_files([value], None, key=KEY):
+        ids += _lines(path) if path.suffix.lower() == ".txt" else _column(path)
     filled = [text.strip() for text in ids if text is not None and text.strip()]
     if not filled:
         raise UserError(f"{KEY}={value!r}: holds no ids; leave the key out to exclude nothing")
