@@ -31,6 +31,7 @@ class Task:
         self.dev = range(total)
         self.batches: list[list[int]] = []
         self.needs_answers, self.needs_losses = "answers" in needs, "losses" in needs
+        self.answers_by_forward = True
 
     def lengths(self, split: str) -> np.ndarray:
         return np.random.default_rng(0).integers(1, 9, len(self.dev))

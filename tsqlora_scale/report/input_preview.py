@@ -34,6 +34,8 @@ def _marked(task: Task, row: int) -> str:
     """The tokens of a row as text, special ones too, with what is supervised in brackets."""
     batch = task.batch([row])
     decode, targets = task.tokenizer.decode, batch.targets[0]
+    if "input_ids" not in batch.inputs or (targets.dim() and targets.is_floating_point()):
+        return task.preview(row)  # an objective of a user's own, whose targets are no tokens
     ids, mask = batch.inputs["input_ids"][0], batch.inputs.get("attention_mask")
     if mask is not None:
         ids = ids[mask[0].bool()]

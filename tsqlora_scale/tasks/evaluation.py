@@ -53,6 +53,8 @@ def evaluate(
         for rows, batch in own_batches(task, world, order, batch_size=batch_size, split=split, progress=progress):
             outputs = module(**batch.inputs) if task.needs_losses else None
             losses = None if outputs is None else torch.stack(task.loss_sums(outputs, batch)).cpu().numpy()
+            if not task.answers_by_forward:
+                outputs = None  # its logits of every position would be kept while texts are generated
             answers: list[Any] = []
             if task.needs_answers:
                 answers = task.predict(module, batch, synced=world.size > 1, outputs=outputs)
@@ -60,6 +62,7 @@ def evaluate(
                 judged.rows.append(rows)
                 judged.answers.extend(answers)
                 judged.losses.extend([] if losses is None else [losses])
+            outputs = None  # not beside those of the next batch
     return _metrics(task, world.gather_objects(judged), total, split)
 
 

@@ -149,6 +149,11 @@ class Task:
         return self._objective.predict(module, batch, synced=synced)
 
     @property
+    def answers_by_forward(self) -> bool:
+        """Whether :meth:`predict` makes its answers of one forward's logits."""
+        return _answers_by_forward(self._objective)
+
+    @property
     def gives_probabilities(self) -> bool:
         """Whether :meth:`predict_in_full` gives probabilities of classes."""
         return self._cfg.type == "classification" and _answers_by_forward(self._objective)
