@@ -29,7 +29,7 @@ MAY_CHANGE = {
     "train.keep": "what adapter/ holds at the end",
     "train.patience": "when it ends early; a larger one lets a run that has go on",
     "train.max_nonfinite": "when the run is given up",
-    "scoring.keep_sketches": "what is left in scores/parts",
+    "scoring.keep_sketches": "what is left in score-parts/",
 }
 
 
