@@ -11,6 +11,9 @@ stream                      who draws from it                      depends on, b
 ``philox "sketch/NAME"``    offset, pitch and signs of sketches    the parameter's name
 ``philox "input preview"``  rows that a reader is shown            nothing more
 ``philox "simhash"``        hyperplanes for similar gradients      the table
+``philox "fitted to the pool"``  rows that features are compared on  nothing more
+``philox "query folds"``    folds of the query                     nothing more
+``philox "feature projection"``  projection of wide features       nothing more
 ``generator_for`` "head"    a new head's weights                   nothing more
 ``generator_for`` "adapter" A of the adapted layers                nothing more
 ``generator_for`` "gradient sketch"  projections of gradients      the layer

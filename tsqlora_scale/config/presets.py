@@ -27,6 +27,15 @@ def with_preset(tree: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
+def with_query(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A config's mapping in which a query is chosen by, where there is one and nothing says by what to choose."""
+    out = dict(tree)
+    scores = _get(tree, "adapter.method", "tsqlora") == "tsqlora"
+    if scores and _get(tree, "task.query") is not None and _get(tree, "sampling.selector") is None:
+        _set(out, "sampling.selector", "query")
+    return out
+
+
 def from_0_1(tree: Mapping[str, Any]) -> dict[str, Any]:
     """A config of release 0.1 in the keys of today; any other one as it is.
 

@@ -16,6 +16,15 @@ from tsqlora_scale.config.fields import (
     name_or_extension,
 )
 
+#: Names of ``sampling.selector``: those that look at nothing, at hidden states of the base before the first step, and
+#: at gradients after a warm-up.
+BLIND_SELECTORS = ("full", "random")
+FORWARD_SELECTORS = ("query",)
+GRADIENT_SELECTORS = ("quality",)
+SELECTORS = (*BLIND_SELECTORS, *FORWARD_SELECTORS, *GRADIENT_SELECTORS)
+#: Those that choose by ``task.query``, and need it.
+QUERY_SELECTORS = ("query",)
+
 
 class ScoringConfig(Section):
     """Per-sample quality scores (paper 2.1, Eq. 1 and 2)."""
@@ -93,11 +102,14 @@ class ScoringConfig(Section):
 class SamplingConfig(Section):
     """Which samples are trained on, and how often (Algorithm 1, lines 4 and 9)."""
 
-    #: ``full``: the whole pool, evenly; ``random``: a random part of it, evenly; ``quality``: by Eq. 2; or a selector
-    #: of one's own, ``FILE.py:NAME`` or ``package.module:NAME``.
-    selector: name_or_extension("full", "random", "quality") = "quality"  # type: ignore[valid-type]
+    #: ``full``: the whole pool, evenly; ``random``: a random part of it, evenly; ``quality``: by Eq. 2; ``query``: what
+    #: is like the rows of ``task.query``, by the density ratio of wanted to pool; or a selector of one's own,
+    #: ``FILE.py:NAME`` or ``package.module:NAME``. By default ``query`` where there is a query, else ``quality``.
+    selector: name_or_extension(*SELECTORS) = "quality"  # type: ignore[valid-type]
     tau: PositiveFloat = 0.7
-    keep_fraction: UnitInterval = 1.0
+    #: Size of S as a share of the pool (the query's rows, which S always has, not counted). ``auto``: what the selector
+    #: finds worth training on, for ``query``; the whole pool for others.
+    keep_fraction: UnitInterval | Literal["auto"] = "auto"
     replacement: bool = True
     #: Classification: Eq. 2 within every label, so that each keeps its share of the draws. ``auto`` is yes, but for
     #: ``scoring.preset: paper``, which is to the letter.
@@ -111,3 +123,8 @@ class SamplingConfig(Section):
     unbiased: bool = False
     #: Largest such weight; 1 is that of a sample drawn as often as by uniform draws.
     max_weight: PositiveFloat = 10.0
+
+    @property
+    def most_kept(self) -> float:
+        """``keep_fraction``, or all where it is not known beforehand."""
+        return 1.0 if self.keep_fraction == "auto" else self.keep_fraction

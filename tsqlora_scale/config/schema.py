@@ -15,8 +15,8 @@ from pydantic import model_validator
 
 from tsqlora_scale.config.fields import Section
 from tsqlora_scale.config.model_section import ADAPTER_TRAITS, AdapterConfig, ModelConfig
-from tsqlora_scale.config.presets import from_0_1, with_preset
-from tsqlora_scale.config.quality_sections import SamplingConfig, ScoringConfig
+from tsqlora_scale.config.presets import from_0_1, with_preset, with_query
+from tsqlora_scale.config.quality_sections import FORWARD_SELECTORS, QUERY_SELECTORS, SamplingConfig, ScoringConfig
 from tsqlora_scale.config.rank_sections import AllocationConfig, ResizeConfig, ScheduleConfig, SensitivityConfig
 from tsqlora_scale.config.task_section import DatasetConfig, TaskConfig
 from tsqlora_scale.config.train_section import RunConfig, TrainConfig
@@ -57,7 +57,7 @@ class Config(Section):
     @classmethod
     def _spelled_out(cls, tree: Any) -> Any:
         """The keys of the method, and those of release 0.1, as the keys of today."""
-        return with_preset(from_0_1(tree)) if isinstance(tree, dict) else tree
+        return with_preset(with_query(from_0_1(tree))) if isinstance(tree, dict) else tree
 
     @model_validator(mode="after")
     def _ranks_agree(self) -> Config:
@@ -86,6 +86,16 @@ class Config(Section):
         if self.sampling.stratify is True and self.task.type != "classification":
             raise ValueError(
                 f"'sampling.stratify: true' needs labels, but 'task.type' is {self.task.type!r}; remove it"
+            )
+        selector = self.sampling.selector
+        if selector in QUERY_SELECTORS and self.task.query is None:
+            raise ValueError(
+                f"'sampling.selector: {selector}' chooses by the rows of 'task.query', which is not set; name a file"
+            )
+        if selector == "query" and self.sampling.keep_fraction == "auto" and self.train.epochs is not None:
+            raise ValueError(
+                "'train.epochs' counts passes over S, whose size 'sampling.keep_fraction: auto' finds in the run; set "
+                "'train.max_steps', or 'keep_fraction' to a number"
             )
         if not self.scores_data:
             return self
@@ -171,10 +181,15 @@ class Config(Section):
         return bool(self.sampling.selector == "quality")
 
     @property
+    def looks_before_training(self) -> bool:
+        """Whether the selector looks at the pool before the first step, by forward passes alone."""
+        return self.sampling.selector in FORWARD_SELECTORS
+
+    @property
     def stratifies(self) -> bool:
         """Whether p is taken within labels (``sampling.stratify``)."""
         if self.sampling.stratify == "auto":
-            return self.task.type == "classification" and self.scoring.preset != "paper"
+            return self.scores_data and self.task.type == "classification" and self.scoring.preset != "paper"
         return self.sampling.stratify
 
     @property

@@ -99,6 +99,11 @@ class TaskConfig(Section):
     #: An objective of one's own in the place of the type's: ``FILE.py:NAME`` or ``package.module:NAME``.
     objective: name_or_extension() | None = None  # type: ignore[valid-type]
     dataset: DatasetConfig
+    #: A file of 10 to 500 rows of the wanted task, with the columns of the pool, none of them in a held-out set: what
+    #: ``sampling.selector: query`` (and others that look for a target) chooses the pool's samples by.
+    query: str | list[str] | None = None
+    #: Whether the query's rows are trained on, too: they join the pool, and every selector's S.
+    train_on_query: bool = True
     #: One or two text columns (classification, regression); a single one needs no list.
     text: list[str] = []
     label: str | None = None
@@ -144,6 +149,8 @@ class TaskConfig(Section):
                 raise ValueError(f"'label' must name the label column of a {self.type} task")
         elif self.source is None or self.target is None:
             raise ValueError(f"'source' and 'target' must name the input and output columns of a {self.type} task")
+        if self.query in ("", []) or (isinstance(self.query, list) and "" in self.query):
+            raise ValueError("'query' names no file: give one, or leave it out")
         for key, type_ in (("source_lang", "seq2seq"), ("target_lang", "seq2seq"), ("chat_date", "causal")):
             if getattr(self, key) is not None and self.type != type_:
                 raise ValueError(f"'{key}' is for {type_} tasks, and 'type' is {self.type!r}; remove it")

@@ -52,6 +52,20 @@ class Pool(Protocol[BatchT]):
         """Groups of the pool, (N,) numbers from 0 without gaps (the classes); None where there are none."""
         ...
 
+    def class_ids(self) -> np.ndarray | None:
+        """The class of every sample as the model numbers them, (N,) int32; None where there are none."""
+        ...
+
+    @property
+    def query(self) -> Pool[BatchT] | None:
+        """The samples of the wanted task (``task.query``); None without them."""
+        ...
+
+    @property
+    def query_rows(self) -> int:
+        """How many samples at the end of the pool are the query's own: known to be wanted."""
+        ...
+
     def draw_weights(self) -> np.ndarray | None:
         """What multiplies how often each sample is drawn, (N,) float64, above 0; None: nothing does."""
         ...

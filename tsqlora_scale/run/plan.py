@@ -7,6 +7,7 @@ from math import ceil
 
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.fields import LARGEST, as_steps
+from tsqlora_scale.config.quality_sections import BLIND_SELECTORS
 from tsqlora_scale.config.schema import Config, TrainConfig
 from tsqlora_scale.quality.draws.subset import share_of
 from tsqlora_scale.ranks.schedule import Schedule
@@ -42,8 +43,12 @@ class RunPlan:
         return lines
 
 
-def plan_run(config: Config, pool_size: int, world_size: int) -> RunPlan:
+def plan_run(config: Config, pool_size: int, world_size: int, *, query_rows: int = 0) -> RunPlan:
     """Steps, batches and events.
+
+    Args:
+        pool_size: samples, the query's among them.
+        query_rows: how many these are; all belong to S.
 
     Raises:
         UserError: when the batch does not divide, the schedule never fires, or scoring comes after the end.
@@ -51,7 +56,7 @@ def plan_run(config: Config, pool_size: int, world_size: int) -> RunPlan:
     micro = _micro_batch_size(config, world_size)
     subset = pool_size
     if config.sampling.selector != "full":
-        subset = share_of(config.sampling.keep_fraction, pool_size)
+        subset = share_of(config.sampling.most_kept, pool_size - query_rows) + query_rows
     total = total_steps(config.train, subset)
     moves = config.adapts_ranks or config.refreshes_scores
     return RunPlan(
@@ -96,8 +101,10 @@ def total_steps(train: TrainConfig, subset: int) -> int:
 
 
 def _scoring_step(config: Config, total: int) -> int | None:
-    if config.sampling.selector in ("full", "random"):
+    if config.sampling.selector in BLIND_SELECTORS:
         return None
+    if config.looks_before_training:
+        return 0
     step = as_steps(config.scoring.warmup_steps, total)
     if step >= total:
         raise UserError(

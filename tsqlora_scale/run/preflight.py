@@ -81,11 +81,14 @@ def check(config: Config, *, data: Data | None = None, starts: bool = True) -> P
     data = data or load_data(config.task, seed=config.run.seed)
     config = config.with_labels(data.labels)
     check_extensions(config)
-    plan = plan_run(config, len(data.train), launched_size())
+    plan = plan_run(config, len(data.pool(with_query=config.task.train_on_query)), launched_size())
     check_deepspeed_sizes(config, micro_batch_size=plan.micro_batch_size, accumulation=plan.accumulation)
     check_space(config, plan.pool_size)
     described = describe(config, data)
-    plan = plan_run(config, len(described.data.train), launched_size())  # fewer rows, where some gave no tokens
+    queried = described.task.query_rows
+    plan = plan_run(
+        config, len(described.task), launched_size(), query_rows=queried
+    )  # fewer rows, where some gave no tokens
     check_scoring(config, described.task)
     dropped = set_layer_drop(described.model_config)
     if dropped and launched_rank() == 0:

@@ -37,7 +37,7 @@ def score_bytes(config: Config, pool_size: int) -> int:
     :meth:`.QualityScorer.score` and :meth:`.QualitySelector.score`.
     """
     sampling, scoring = config.sampling, config.scoring
-    kept = sampling.keep_fraction
+    kept = sampling.most_kept
     discounted = 8 if sampling.redundancy else 0
     sampler = (32 if sampling.replacement else 16) * kept
     importance = 8 if sampling.unbiased else 0

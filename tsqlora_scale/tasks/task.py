@@ -28,7 +28,9 @@ from tsqlora_scale.tasks.objectives.seq2seq import Seq2SeqObjective
 from tsqlora_scale.tasks.rows.column_checks import SAMPLE_ID
 from tsqlora_scale.tasks.rows.data import Data, text_columns
 from tsqlora_scale.tasks.rows.sources import SplitName
+from tsqlora_scale.tasks.split_pool import SplitPool
 
+QUERY: SplitName = "query"
 Indices = Sequence[int] | np.ndarray
 #: rows of text that are in memory at once
 ROWS = 2**16
@@ -49,9 +51,14 @@ class Task:
     def __init__(self, cfg: TaskConfig, data: Data, tokenizer: PreTrainedTokenizerBase, objective: Objective) -> None:
         self._cfg, self._objective = cfg, objective
         self.tokenizer = tokenizer
-        self.train, self.dev = data.train, data.dev
+        self.train, self.dev = data.pool(with_query=cfg.train_on_query), data.dev
+        #: Rows of the query at the end of the pool.
+        self.query_rows = len(self.train) - len(data.train)
+        self._data = {"train": self.train, QUERY: data.query}
         self._digests: dict[SplitName, str] = {}
-        self._views: dict[SplitName, datasets.Dataset] = {"train": data.train.select_columns(objective.columns)}
+        self._views: dict[SplitName, datasets.Dataset] = {"train": self.train.select_columns(objective.columns)}
+        if data.query is not None:
+            self._views[QUERY] = data.query.select_columns(objective.columns)
         if data.dev is not None:
             self._views["dev"] = data.dev.select_columns(objective.columns)
         for name, rows in data.more_dev.items():
@@ -228,16 +235,23 @@ class Task:
 
     def strata(self) -> np.ndarray | None:
         """The class of every sample of the pool as numbers from 0 without gaps, (N,) int32; None without classes."""
-        if self._cfg.type != "classification":
+        labels = self.class_ids()
+        if labels is None:
             return None
-        answer = self._objective.answer
-        view = self._views["train"].select_columns([answer]).with_format("arrow")
-        labels = new_array(len(view), np.int32)
-        for block in blocks(len(view), ROWS):
-            labels[block] = view[block][answer].to_numpy()
         present = np.flatnonzero(counts(labels))
         for block in blocks(len(labels)):
             labels[block] = np.searchsorted(present, labels[block])
+        return labels
+
+    def class_ids(self, split: SplitName = "train") -> np.ndarray | None:
+        """The class of every row of a split, (N,) int32; None without classes."""
+        if self._cfg.type != "classification":
+            return None
+        answer = self._objective.answer
+        view = self._views[split].select_columns([answer]).with_format("arrow")
+        labels = new_array(len(view), np.int32)
+        for block in blocks(len(view), ROWS):
+            labels[block] = view[block][answer].to_numpy()
         return labels
 
     def draw_weights(self) -> np.ndarray | None:
@@ -268,6 +282,15 @@ class Task:
         """One sample's text on one line, for tables."""
         (text,) = self._objective.preview(self._rows(split, [row]))
         return " ".join(text.split())
+
+    def rows_of(self, split: SplitName) -> datasets.Dataset:
+        """The rows of a split with the columns of the data."""
+        return self._data[split]
+
+    @property
+    def query(self) -> SplitPool | None:
+        """The rows of ``task.query``; None without them."""
+        return SplitPool(self, QUERY) if QUERY in self._views else None
 
     def _rows(self, split: SplitName, indices: Indices) -> Rows:
         if split not in self._views:

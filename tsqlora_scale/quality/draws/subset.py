@@ -14,7 +14,13 @@ from tsqlora_scale.quality.draws.key_order import largest, stratum_of
 
 
 def select_subset(
-    size: int, log_p: np.ndarray | None, sampling: SamplingConfig, *, seed: int, strata: np.ndarray | None = None
+    size: int,
+    log_p: np.ndarray | None,
+    sampling: SamplingConfig,
+    *,
+    seed: int,
+    strata: np.ndarray | None = None,
+    always: int = 0,
 ) -> np.ndarray:
     """Membership in S, (size,) bool, with ``ceil(keep_fraction * size)`` members (all, for ``selector: full``).
 
@@ -27,7 +33,19 @@ def select_subset(
         sampling: selector and keep_fraction.
         seed: the same seed and scores give the same subset, on any number of ranks.
         strata: groups of the pool, (size,) numbers from 0, of which S keeps the shares; None is one group.
+        always: samples at the pool's end that belong to S whatever they are, beside those counted.
     """
+    if always:
+        whole = filled(size, bool, True)
+        rest = slice(0, size - always)
+        whole[rest] = select_subset(
+            size - always,
+            None if log_p is None else log_p[rest],
+            sampling,
+            seed=seed,
+            strata=None if strata is None else strata[rest],
+        )
+        return whole
     if sampling.selector == "full":
         return filled(size, bool, True)
     keys = gumbel(philox(seed, "select"), size)
@@ -37,7 +55,7 @@ def select_subset(
         assert all(np.isfinite(log_p[block]).all() for block in blocks(size))
         np.add(keys, log_p, out=keys)
     sizes = np.array([size]) if strata is None else counts(strata)
-    return largest(keys, quotas(sizes, share_of(sampling.keep_fraction, size)), strata)
+    return largest(keys, quotas(sizes, share_of(sampling.most_kept, size)), strata)
 
 
 def share_of(fraction: float, total: int) -> int:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,13 +24,17 @@ NEVER = -1
 WITH_TEXTS = 2**16
 #: types of the columns that are not float64
 KINDS: dict[str, type] = {"selected": bool, "scoring_pass": np.int64}
+#: what every table has, in the order of the files
+COLUMNS = (
+    "loss", "grad_norm", "delta_loss", "convergence", "quality", "probability", "selected", "scoring_pass",
+)  # fmt: skip
 
 
 @dataclass
 class ScoreTable:
     """Scores of the whole pool, one entry per sample, in pool order. The same on every rank.
 
-    57 bytes a sample, in columns that are mapped to disk where they are large (:mod:`~.disk_arrays`).
+    57 bytes a sample, and 8 for each of ``terms``, in columns that are mapped to disk where they are large (:mod:`~.disk_arrays`).
 
     Attributes:
         loss: loss of the sample alone.
@@ -41,6 +45,7 @@ class ScoreTable:
         probability: softmax of Q / tau over the pool.
         selected: whether the sample belongs to S.
         scoring_pass: number of the pass that scored it last; -1 if none did.
+        terms: what else a selector has found, by name, (N,) float64 each.
     """
 
     loss: np.ndarray
@@ -51,11 +56,12 @@ class ScoreTable:
     probability: np.ndarray
     selected: np.ndarray
     scoring_pass: np.ndarray
+    terms: dict[str, np.ndarray] = field(default_factory=dict)
 
     @classmethod
     def empty(cls, size: int) -> ScoreTable:
         """A table in which nothing is known yet."""
-        unknown = {f.name: np.nan for f in fields(cls)} | {"selected": False, "scoring_pass": NEVER}
+        unknown = dict.fromkeys(COLUMNS, np.nan) | {"selected": False, "scoring_pass": NEVER}
         return cls(**{name: filled(size, KINDS.get(name, np.float64), value) for name, value in unknown.items()})
 
     def __len__(self) -> int:
@@ -79,16 +85,21 @@ class ScoreTable:
 
     def copy(self) -> ScoreTable:
         """A table that shares no memory with this one."""
-        return ScoreTable(**{f.name: copied(getattr(self, f.name)) for f in fields(self)})
+        columns = {name: copied(getattr(self, name)) for name in COLUMNS}
+        return ScoreTable(**columns, terms={name: copied(values) for name, values in self.terms.items()})
 
     def state_dict(self) -> dict[str, Any]:
         """The columns as tensors, which share the table's memory."""
-        return {f.name: torch.from_numpy(getattr(self, f.name)) for f in fields(self)}
+        columns: dict[str, Any] = {name: torch.from_numpy(getattr(self, name)) for name in COLUMNS}
+        if self.terms:
+            columns["terms"] = {name: torch.from_numpy(values) for name, values in self.terms.items()}
+        return columns
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> ScoreTable:
         """The table of :meth:`state_dict`; it shares no memory with it."""
-        return cls(**{name: copied(column.numpy()) for name, column in state.items()})
+        terms = {name: copied(column.numpy()) for name, column in state.get("terms", {}).items()}
+        return cls(**{name: copied(state[name].numpy()) for name in COLUMNS}, terms=terms)
 
     def write(
         self, folder: str | Path, sample_ids: Sequence[str], *, given: Callable[[slice], pa.Table] | None = None
@@ -106,13 +117,17 @@ class ScoreTable:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"pass-{max(self.scoring_pass.max(initial=NEVER), 0):03d}.parquet"
-        ours, beside = _schema(), [] if given is None else list(_beside(given(slice(0, 0)).schema))
+        ours, beside = (
+            _schema(self.terms),
+            [] if given is None else list(_beside(given(slice(0, 0)).schema, self.terms)),
+        )
         schema = pa.schema([ours.field(0), *beside, *list(ours)[1:]])
         with written_whole(path) as partial, pq.ParquetWriter(partial, schema) as writer:
             for block in blocks(len(self), None if given is None else WITH_TEXTS):  # a row group each
                 ids = pa.array([str(i) for i in sample_ids[block]], pa.string())
                 texts = [] if given is None else given(block).columns
-                numbers = [pa.array(getattr(self, name)[block]) for name in ours.names[1:]]
+                columns = {name: getattr(self, name) for name in COLUMNS} | self.terms
+                numbers = [pa.array(columns[name][block]) for name in ours.names[1:]]
                 writer.write_table(pa.table([ids, *texts, *numbers], schema=schema), row_group_size=len(ids))
         return path
 
@@ -153,9 +168,9 @@ class ScoreTable:
         return table, ids
 
 
-def _beside(given: pa.Schema) -> Iterator[pa.Field]:
+def _beside(given: pa.Schema, terms: Iterable[str]) -> Iterator[pa.Field]:
     """The data's fields under names that are none of ours."""
-    taken = set(_schema().names)
+    taken = set(_schema(terms).names)
     for field in given:
         name = field.name
         while name in taken:
@@ -164,11 +179,11 @@ def _beside(given: pa.Schema) -> Iterator[pa.Field]:
         yield field.with_name(name).remove_metadata()
 
 
-def _schema() -> pa.Schema:
+def _schema(terms: Iterable[str] = ()) -> pa.Schema:
     """Of a score file."""
     import pyarrow as pa
 
-    kinds = [(f.name, pa.from_numpy_dtype(KINDS.get(f.name, np.float64))) for f in fields(ScoreTable)]
+    kinds = [(name, pa.from_numpy_dtype(KINDS.get(name, np.float64))) for name in (*COLUMNS, *terms)]
     return pa.schema([("sample_id", pa.string()), *kinds])
 
 

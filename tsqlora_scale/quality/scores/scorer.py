@@ -380,4 +380,11 @@ class QualityScorer(Generic[BatchT]):
         np.exp(log_p, out=table.probability)
         if first:
             with self.world.together():
-                table.selected = select_subset(len(table), log_p, self.sampling, seed=self.seed, strata=self.strata)
+                table.selected = select_subset(
+                    len(table),
+                    log_p,
+                    self.sampling,
+                    seed=self.seed,
+                    strata=self.strata,
+                    always=self.pool.query_rows,
+                )

@@ -14,4 +14,5 @@ class RandomSelector(FullSelector):
 
     def subset(self) -> np.ndarray:
         """The part."""
-        return positions(select_subset(len(self.pool), None, self.config.sampling, seed=self.config.run.seed))
+        sampling, seed = self.config.sampling, self.config.run.seed
+        return positions(select_subset(len(self.pool), None, sampling, seed=seed, always=self.pool.query_rows))

@@ -8,6 +8,7 @@ from typing import Any
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.extensions import load_extension
 from tsqlora_scale.quality.selectors.by_quality import QualitySelector
+from tsqlora_scale.quality.selectors.by_query import QuerySelector
 from tsqlora_scale.quality.selectors.full import FullSelector
 from tsqlora_scale.quality.selectors.random_subset import RandomSelector
 from tsqlora_scale.quality.selectors.selector import Selector, SelectorContext
@@ -15,6 +16,7 @@ from tsqlora_scale.quality.selectors.selector import Selector, SelectorContext
 SELECTORS: dict[str, Callable[[SelectorContext], Selector]] = {
     "full": FullSelector,
     "random": RandomSelector,
+    "query": QuerySelector,
     "quality": QualitySelector,
 }
 

@@ -21,8 +21,9 @@ from tsqlora_scale.tasks.rows.column_checks import SAMPLE_ID, check_text, sample
 from tsqlora_scale.tasks.rows.excluded_ids import digest_of, not_excluded, read_ids
 from tsqlora_scale.tasks.rows.label_cells import class_ids, draw_weights, infer_labels, regression_targets
 from tsqlora_scale.tasks.rows.origin import Origin
+from tsqlora_scale.tasks.rows.query_rows import check_query, query_ids
 from tsqlora_scale.tasks.rows.row_ids import text_column
-from tsqlora_scale.tasks.rows.sources import Opened, open_dev, open_pool
+from tsqlora_scale.tasks.rows.sources import Opened, open_dev, open_pool, open_query
 from tsqlora_scale.tasks.rows.wanted import ID_KEY, LABEL_KEY, WEIGHT_KEY, Wanted, no_plain_cells
 
 log = logging.getLogger("tsqlora_scale")
@@ -40,12 +41,20 @@ class Data:
         dev: the held-out set, or the first of several.
         more_dev: the others, by name.
         labels: ``task.labels``, or the classes that the pool holds where the config names none.
+        query: the rows of ``task.query``, with the pool's columns.
     """
 
     train: datasets.Dataset
     dev: datasets.Dataset | None
     more_dev: dict[str, datasets.Dataset] = field(default_factory=dict)
     labels: list[str] | int | None = None
+    query: datasets.Dataset | None = None
+
+    def pool(self, *, with_query: bool) -> datasets.Dataset:
+        """The rows that may be trained on: those of the pool and, behind them, the query's."""
+        if self.query is None or not with_query:
+            return self.train
+        return datasets.concatenate_datasets([self.train, self.query.select_columns(self.train.column_names)])
 
 
 def load_dev(cfg: TaskConfig, *, seed: int) -> Data:
@@ -83,8 +92,11 @@ def load_data(cfg: TaskConfig, *, seed: int) -> Data:
     _check_declared_labels(cfg)
     opened = open_pool(cfg.dataset, _wanted(cfg, pool=True), label=_label(cfg))
     train, labels = _load_pool(cfg, opened, seed)
-    dev, more = _first_and_more(_load_dev_sets(cfg.model_copy(update={"labels": labels}), seed, opened.classes))
-    return Data(train, dev, more, labels)
+    cfg = cfg.model_copy(update={"labels": labels})
+    sets = _load_dev_sets(cfg, seed, opened.classes)
+    dev, more = _first_and_more(sets)
+    query = None if cfg.query is None else _load_query(cfg, train, sets, opened.classes)
+    return Data(train, dev, more, labels, query)
 
 
 def check_classes_known(cfg: TaskConfig) -> None:
@@ -183,6 +195,26 @@ def _load_dev_sets(cfg: TaskConfig, seed: int, classes: list[str] | None = None)
         dataset = _checked(cfg, opened, _ids(cfg, opened), kept, None, identity="")
         sets[name] = _part(dataset, cfg.dataset.max_dev_samples, seed, f"dev {name}" if name else "dev")
     return sets
+
+
+def _load_query(
+    cfg: TaskConfig, train: datasets.Dataset, sets: dict[str, datasets.Dataset], classes: list[str] | None
+) -> datasets.Dataset:
+    """The checked rows of ``task.query``.
+
+    Args:
+        train: the pool.
+        sets: the held-out sets.
+        classes: the pool's own class names, where it has some.
+    """
+    assert cfg.query is not None
+    opened = open_query(cfg.dataset, cfg.query, _wanted(cfg, pool=False), label=_label(cfg))
+    _check_numbered_alike(cfg, opened, classes)
+    kept = filled_array(len(opened.rows), bool, True)
+    weights = None if cfg.dataset.weight is None else filled_array(len(kept), np.float64, 1.0)
+    rows = _checked(cfg, opened, query_ids(_ids(cfg, opened)), kept, weights, identity="query")
+    check_query(rows, train, sets, list(text_columns(cfg).values()), where=opened.where)
+    return rows
 
 
 def _ids(cfg: TaskConfig, opened: Opened) -> pa.ChunkedArray | pa.Array:

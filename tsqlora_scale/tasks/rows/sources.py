@@ -77,6 +77,15 @@ def open_dev(cfg: DatasetConfig, name: str, wanted: Wanted, *, label: str | None
     return _from_files(cfg, place, f"dev_file{key}", wanted, label)
 
 
+def open_query(cfg: DatasetConfig, value: str | list[str], wanted: Wanted, *, label: str | None) -> Opened:
+    """The files of ``task.query``, as :func:`open_pool` opens the pool's.
+
+    Raises:
+        UserError: see there.
+    """
+    return _from_paths(find_files(value, cfg.path, key="task.query"), cfg, wanted, label)
+
+
 def _from_hub(cfg: DatasetConfig, split: str, key: str, wanted: Wanted, label: str | None) -> Opened:
     where = f"dataset {cfg.name}{f'/{cfg.subset}' if cfg.subset else ''}, split {split!r}"
     try:

@@ -50,6 +50,7 @@ def with_tokens(cfg: TaskConfig, data: Data, tokenizer: PreTrainedTokenizerBase)
     return dataclasses.replace(
         data,
         train=_split_with_tokens(cfg, data.train, _place(cfg, "train_file"), encoder, drops),
+        query=None if data.query is None else _split_with_tokens(cfg, data.query, "task.query", encoder, drops),
         dev=sets.pop(first, None),
         more_dev=sets,
     )

@@ -1,0 +1,1 @@
+"""What the frozen base makes of a sample: forward passes alone, no gradients."""

@@ -1,0 +1,64 @@
+"""Mean-pooled hidden states of the base, the frozen features of a sample."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tsqlora_scale.tasks.batch import IGNORED, Batch
+
+
+@contextmanager
+def without_adapters(module: nn.Module) -> Iterator[None]:
+    """Inside, adapted layers are what they are in the base. Nothing else of them changes, ``requires_grad`` neither."""
+    layers: list[Any] = [part for part in module.modules() if hasattr(part, "_disable_adapters")]
+    before = [layer._disable_adapters for layer in layers]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer, state in zip(layers, before, strict=True):
+            layer._disable_adapters = state
+
+
+def mean_states(outputs: Any, batch: Batch) -> Tensor:
+    """Mean hidden states of a batch's samples, (B, L, R, d) float32, by layer (the embeddings first) and region.
+
+    A text that is classified has one region (R = 1): all its tokens. Where a text follows a text there are two: the
+    source and the target; in a model of an encoder and a decoder the encoder's states and the decoder's.
+
+    Args:
+        outputs: of the model on the batch, with ``output_hidden_states=True``.
+    """
+    targets = batch.targets if batch.targets.dim() == 2 else None
+    attended = batch.inputs.get("attention_mask")
+    encoded = getattr(outputs, "encoder_hidden_states", None)
+    if encoded is not None:
+        # a classifier of this kind reads the source a second time in its decoder: of that, nothing
+        decoded = outputs.decoder_hidden_states
+        read = attended if targets is None else targets != IGNORED
+        layers = min(len(encoded), len(decoded))
+        regions = [(encoded[-layers:], attended), (decoded[-layers:], read)][: 1 if targets is None else 2]
+    else:
+        states = outputs.hidden_states
+        if targets is None:
+            regions = [(states, attended)]
+        else:  # position t of the targets is the token after position t
+            answered = torch.zeros_like(targets, dtype=torch.bool)
+            answered[:, 1:] = (targets != IGNORED)[:, :-1]
+            asked = ~answered if attended is None else attended.bool() & ~answered
+            regions = [(states, asked), (states, answered)]
+    return torch.stack([torch.stack([_mean(state, mask) for state in of], 1) for of, mask in regions], 2)
+
+
+def _mean(states: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean of (B, T, d) over the positions in (B, T), float32; zero where there is none."""
+    if mask is None:
+        return states.float().mean(1)
+    weights = mask.unsqueeze(-1).float()
+    return (states.float() * weights).sum(1) / weights.sum(1).clamp(min=1)

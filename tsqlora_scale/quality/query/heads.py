@@ -1,0 +1,74 @@
+"""Linear heads on frozen features by least squares, every row scored by heads that have not seen it.
+
+The prediction of a row by the fit to all others has a closed form (Allen's PRESS residuals), so that leaving every row
+out once costs no more than one fit; and one decomposition of the features serves every strength of the ridge.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+#: Strengths of the ridge that are tried, in units of the sum of squares of a standardised feature over n rows / n.
+RIDGES = (3e1, 1e2, 3e2, 1e3, 3e3, 1e4, 3e4, 1e5)
+
+
+@dataclass(frozen=True)
+class Heads:
+    """One head a layer, whose scores are averaged.
+
+    Attributes:
+        weights: (L, d, C).
+        bias: (C,).
+        ridge: the strength, of :data:`RIDGES`, with the least square error on rows left out.
+    """
+
+    weights: np.ndarray
+    bias: np.ndarray
+    ridge: float
+
+    def scores(self, features: np.ndarray) -> np.ndarray:
+        """(n, C) of rows that the heads have not seen, from their features (n, L, d)."""
+        layers, width, outputs = self.weights.shape
+        flat = features.reshape(len(features), layers * width)
+        mean: np.ndarray = flat @ self.weights.reshape(layers * width, outputs) / layers + self.bias
+        return mean
+
+
+def fit_heads(features: np.ndarray, targets: np.ndarray) -> tuple[Heads, np.ndarray]:
+    """Heads that explain ``targets``, and every row's scores by heads fitted to all other rows, (n, C).
+
+    Args:
+        features: (n, L, d) float64, n >= 2.
+        targets: (n, C) float64: classes one-hot, or a number (C = 1).
+    """
+    layers = [_layer(features[:, layer], targets) for layer in range(features.shape[1])]
+    held_out = np.mean([left_out for left_out, _, _ in layers], axis=0)  # (ridges, n, C)
+    best = int(np.argmin(np.square(held_out - targets).mean((1, 2))))
+    weights = np.stack([w[best] for _, w, _ in layers])
+    bias = np.mean([b[best] for _, _, b in layers], axis=0)
+    return Heads(weights, bias, RIDGES[best]), held_out[best]
+
+
+def _layer(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of every ridge: scores of the rows left out (k, n, C), weights (k, d, C), biases (k, C)."""
+    center, level = x.mean(0), y.mean(0)
+    centred = x - center
+    # the smaller of the two Gram matrices: eigenvectors of one give those of the other
+    wide = centred.shape[1] > len(centred)
+    squares, vectors = np.linalg.eigh(centred @ centred.T if wide else centred.T @ centred)
+    usable = squares > squares[-1] * 1e-12
+    squares, vectors = squares[usable], vectors[:, usable]
+    left = vectors if wide else centred @ vectors / np.sqrt(squares)
+    right = centred.T @ vectors / np.sqrt(squares) if wide else vectors
+    of_targets = left.T @ (y - level)
+    held_out, weights, biases = [], [], []
+    for ridge in RIDGES:
+        shrunk = squares / (squares + ridge)
+        fitted = (left * shrunk) @ of_targets + level
+        leverage = np.minimum(np.square(left) @ shrunk + 1 / len(x), 1 - 1e-9)
+        held_out.append(y - (y - fitted) / (1 - leverage)[:, None])
+        weights.append(right @ ((np.sqrt(squares) / (squares + ridge))[:, None] * of_targets))
+        biases.append(level - center @ weights[-1])
+    return np.stack(held_out), np.stack(weights), np.stack(biases)

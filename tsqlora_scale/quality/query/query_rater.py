@@ -1,0 +1,170 @@
+"""A pool against the rows of a query: features by forward passes, terms, and the density ratio of every row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tsqlora_scale.common.disk_arrays import new_array, positions
+from tsqlora_scale.common.random_streams import philox, uniform
+from tsqlora_scale.config.schema import ScoringConfig
+from tsqlora_scale.engine.collectives import World
+from tsqlora_scale.quality.draws.key_order import smallest
+from tsqlora_scale.quality.features.forward_pass import ForwardPass
+from tsqlora_scale.quality.pool import Pool
+from tsqlora_scale.quality.query.density_ratio import EVIDENCE, DensityRatio, separation, wanted_share
+from tsqlora_scale.quality.query.looks import FeatureLook, Shape
+from tsqlora_scale.quality.query.terms import Terms, fit_terms
+
+#: Rows of the pool that models are fitted to; of a larger one a random part.
+FITTED = 10_000
+
+
+@dataclass(frozen=True)
+class QueryRating:
+    """What a pool is worth for the query's task.
+
+    Attributes:
+        log_ratio: log density ratio of wanted to pool, up to a constant, (N,), the query's own rows by models that have
+            not seen them.
+        terms: by name, (N,) each.
+        coefficients: of the standardised terms, by name.
+        share: estimated share of the pool (without the query's rows) that is as the query is.
+        most: its upper bound.
+        area: probability that a row of the query has a higher ratio than one of the pool.
+        evidence: standard errors by which that exceeds one half.
+    """
+
+    log_ratio: np.ndarray
+    terms: dict[str, np.ndarray]
+    coefficients: dict[str, float]
+    share: float
+    most: float
+    area: float
+    evidence: float
+
+    @property
+    def is_evident(self) -> bool:
+        """Whether the query stands out of the pool at all."""
+        return self.evidence > EVIDENCE
+
+
+class QueryRater:
+    """Rates a pool by its query. Everything is the same on every rank.
+
+    Args:
+        scoring: batches, and how texts are cut.
+        pool: the samples; at their end the query's own, if these are trained on.
+        world: the ranks.
+        seed: of the run.
+        model_name: says which base the model has.
+        progress: told (samples done, samples of the pass).
+        folder: where numbers are kept while a pass runs.
+    """
+
+    def __init__(
+        self,
+        scoring: ScoringConfig,
+        *,
+        pool: Pool[Any],
+        world: World,
+        seed: int,
+        model_name: str = "",
+        progress: Callable[[int, int], None] | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        self.pool, self.world, self.seed = pool, world, seed
+        self._scoring, self._name, self._progress, self._folder = scoring, model_name, progress, folder
+
+    def rate(self, module: nn.Module) -> QueryRating:
+        """Look at every sample once, of a large pool at some twice. A collective.
+
+        Raises:
+            UserError: a sample does not fit in memory, or the disk has no room; on every rank.
+        """
+        query = self.pool.query
+        assert query is not None, "needs a query"
+        size = len(self.pool) - self.pool.query_rows
+        rows = self._fitted(size)
+        scoring = self._scoring
+        passes = ForwardPass(
+            module,
+            self.world,
+            batch_size=scoring.batch_size,
+            shard_size=scoring.shard_size,
+            max_length=scoring.max_length,
+            progress=self._progress,
+            folder=self._folder,
+        )
+        look = FeatureLook(self.pool, seed=self.seed)
+        name = f"features {self._name} {self.seed}"
+        wanted = passes.run(query, np.arange(len(query)), look, name=name)
+        numbers = passes.run(self.pool, rows, look, name=name)
+        terms, of_rows, of_query = self._fit(look.shape, numbers, wanted)
+        ratio, of_fit = self._on_main(lambda: _ratio(terms, of_rows, of_query))
+        values = new_array(len(self.pool) * len(terms.names), np.float32).reshape(len(self.pool), len(terms.names))
+        values[rows] = of_rows
+        if len(rows) < size:
+            rest = np.ones(size, dtype=bool)
+            rest[rows] = False
+            seen = passes.run(self.pool, np.flatnonzero(rest), _TermLook(look, terms), name=f"terms of {name}")
+            values[np.flatnonzero(rest)] = seen
+        if self.pool.query_rows:
+            values[size:] = of_query
+        passes.forget()
+        return QueryRating(
+            log_ratio=ratio.log_ratio(values),
+            terms={each: values[:, place].astype(np.float64) for place, each in enumerate(terms.names)},
+            coefficients=dict(zip(terms.names, ratio.coefficients.tolist(), strict=True)),
+            **of_fit,
+        )
+
+    def _fitted(self, size: int) -> np.ndarray:
+        if size <= FITTED:
+            return np.arange(size)
+        return positions(smallest(uniform(philox(self.seed, "fitted to the pool"), size), FITTED))
+
+    def _fit(
+        self, shape: Shape | None, numbers: np.ndarray, wanted: np.ndarray
+    ) -> tuple[Terms, np.ndarray, np.ndarray]:
+        # rank 0's look may have seen nothing, all of it being kept of a killed pass
+        shapes = [found for found in self.world.gather_objects(shape) if found is not None]
+        assert shapes
+        found: tuple[Terms, np.ndarray, np.ndarray] = self._on_main(
+            lambda: fit_terms(shapes[0], numbers, wanted, seed=self.seed)
+        )
+        return found
+
+    def _on_main(self, work: Callable[[], Any]) -> Any:
+        """What rank 0 finds, on every rank: sums may round otherwise with other numbers of threads."""
+        found = None
+        with self.world.together():
+            if self.world.is_main:
+                found = work()
+        return self.world.broadcast(found)
+
+
+def _ratio(terms: Terms, of_rows: np.ndarray, of_query: np.ndarray) -> tuple[DensityRatio, dict[str, float]]:
+    ratio = DensityRatio.fit(of_rows, of_query, rising=terms.rising)
+    pool, query = ratio.log_ratio(of_rows), ratio.log_ratio(of_query)
+    (area, evidence), (share, most) = separation(pool, query), wanted_share(pool, query)
+    return ratio, {"area": area, "evidence": evidence, "share": share, "most": most}
+
+
+class _TermLook:
+    """The terms of the samples of a batch, by one forward."""
+
+    def __init__(self, look: FeatureLook, terms: Terms) -> None:
+        self._look, self._terms = look, terms
+
+    def __call__(self, module: nn.Module, batch: Any) -> Tensor:
+        """(B, m) float32."""
+        numbers = self._look(module, batch).double().cpu().numpy()
+        assert self._look.shape is not None
+        return torch.from_numpy(self._terms.of(*self._look.shape.split(numbers)))

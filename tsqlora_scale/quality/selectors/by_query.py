@@ -1,0 +1,63 @@
+"""``sampling.selector: query``: train on what is like the rows of ``task.query``, by the ratio of their densities."""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import nn
+
+from tsqlora_scale.quality.query.query_rater import QueryRater, QueryRating
+from tsqlora_scale.quality.selectors.ranked import RankedSelector, Rating
+
+#: Rows of every class that are added to the query's before its shares are taken: few rows say little of them.
+PRIOR = 2
+
+
+class QuerySelector(RankedSelector):
+    """Eq. 1's convergence term as what it says: contribution to convergence *on the wanted task*, and that alone.
+
+    ``sampling.keep_fraction: auto`` keeps the share of the pool that is found to be as the query is; all of it where
+    the query does not stand out, for a choice without evidence costs samples. Classes have the query's shares in S.
+    """
+
+    def rate(self, module: nn.Module) -> Rating:
+        """See :class:`~tsqlora_scale.quality.query.query_rater.QueryRater`."""
+        config, context = self.config, self.context
+        rater = QueryRater(
+            config.scoring,
+            pool=self.pool,
+            world=context.world,
+            seed=config.run.seed,
+            model_name=f"{config.model.name_or_path} {config.model.dtype} {config.model.quantization}",
+            progress=context.progress,
+            folder=context.parts_folder,
+        )
+        found = rater.rate(module)
+        return Rating(
+            quality=found.log_ratio,
+            terms=found.terms,
+            keep=self._keep(found),
+            shares=self._shares(),
+            strata=self.pool.class_ids(),
+            findings={
+                "share on target": round(found.share, 4),
+                "at most": round(found.most, 4),
+                "query against pool": {"area": round(found.area, 4), "standard errors": round(found.evidence, 2)},
+                "evident": found.is_evident,
+                "coefficients": {name: round(value, 4) for name, value in found.coefficients.items()},
+            },
+        )
+
+    def _keep(self, found: QueryRating) -> int:
+        size = len(self.pool) - self.pool.query_rows
+        if not found.is_evident:
+            return size
+        assert self.pool.query is not None
+        return min(size, max(round(found.share * size), len(self.pool.query)))
+
+    def _shares(self) -> np.ndarray | None:
+        """Of the classes among the query's rows; None without classes."""
+        query = self.pool.query
+        ids, all_ids = (None if query is None else query.class_ids()), self.pool.class_ids()
+        if ids is None or all_ids is None:
+            return None
+        return np.bincount(ids, minlength=int(all_ids.max()) + 1) + float(PRIOR)

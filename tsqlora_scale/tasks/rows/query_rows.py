@@ -1,0 +1,88 @@
+"""The rows of ``task.query``: how many there must be, what they are called, and that no held-out set has them too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from tsqlora_scale.common.disk_arrays import blocks
+from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.tasks.rows.column_checks import SAMPLE_ID
+from tsqlora_scale.tasks.rows.origin import Origin
+
+KEY = "task.query"
+#: Fewer rows say too little of a task; with more, train on them.
+FEWEST, MOST = 10, 500
+#: What goes before the ids of the query's rows, which join the pool's.
+PREFIX = "query-"
+#: Rows of text that are compared at once.
+_ROWS = 2**16
+
+
+def query_ids(ids: pa.ChunkedArray | pa.Array) -> pa.ChunkedArray | pa.Array:
+    """The ids of the query's rows, (n,), under names of their own."""
+    return pc.binary_join_element_wise(PREFIX, pc.cast(ids, pa.string()), "")
+
+
+def check_query(
+    rows: datasets.Dataset,
+    train: datasets.Dataset,
+    sets: Mapping[str, datasets.Dataset],
+    columns: Sequence[str],
+    *,
+    where: Origin,
+) -> None:
+    """Check the query's number of rows, their ids, and that it shares no text with a held-out set.
+
+    What is chosen by rows that also judge the result would make its metrics too good.
+
+    Args:
+        rows: of the query.
+        train: the pool.
+        sets: the held-out sets by name.
+        columns: of text, all of which must be equal for rows to be the same.
+
+    Raises:
+        UserError: naming the file and the row.
+    """
+    if not FEWEST <= len(rows) <= MOST:
+        raise UserError(
+            f"{KEY}: {where} has {len(rows)} rows; give {FEWEST} to {MOST} of the wanted task"
+            + (", and train on the others" if len(rows) > MOST else "")
+        )
+    known = {text: place for place, text in enumerate(_texts(rows, columns))}
+    for name, others in sets.items():
+        for place, text in enumerate(_texts(others, columns)):
+            if text in known:
+                title = f"the held-out set {name!r}" if name else "the held-out set"
+                raise UserError(
+                    f"{KEY}: {where}, sample {_id(rows, known[text])}, is in {title}, too (sample "
+                    f"{_id(others, place)}); metrics on what the data is chosen by would be too good: take it out of "
+                    "one of them"
+                )
+    ours = pa.array(rows[SAMPLE_ID][:], pa.string())
+    view = train.select_columns([SAMPLE_ID]).with_format("arrow")
+    for block in blocks(len(view), _ROWS):
+        clash = np.flatnonzero(pc.is_in(view[block][SAMPLE_ID], value_set=ours).to_numpy())
+        if len(clash):
+            raise UserError(
+                f"{KEY}: the pool has a sample called {_id(train, block.start + int(clash[0]))!r}, and {PREFIX!r} goes "
+                "before the ids of the query's rows; rename the pool's"
+            )
+
+
+def _id(rows: datasets.Dataset, place: int) -> str:
+    return str(rows[place][SAMPLE_ID]).removeprefix(PREFIX)
+
+
+def _texts(rows: datasets.Dataset, columns: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """The texts of every row, without differences of blanks and of case."""
+    view = rows.select_columns(list(columns))
+    for block in blocks(len(view), _ROWS):
+        table = view[block]
+        for cells in zip(*(table[name] for name in columns), strict=True):
+            yield tuple(" ".join(cell.split()).casefold() for cell in cells)
