@@ -85,10 +85,8 @@ def check(config: Config, *, data: Data | None = None, starts: bool = True) -> P
     check_deepspeed_sizes(config, micro_batch_size=plan.micro_batch_size, accumulation=plan.accumulation)
     check_space(config, plan.pool_size)
     described = describe(config, data)
-    queried = described.task.query_rows
-    plan = plan_run(
-        config, len(described.task), launched_size(), query_rows=queried
-    )  # fewer rows, where some gave no tokens
+    task = described.task  # of fewer rows, where some gave no tokens
+    plan = plan_run(config, len(task), launched_size(), query_rows=task.query_rows)
     check_scoring(config, described.task)
     dropped = set_layer_drop(described.model_config)
     if dropped and launched_rank() == 0:

@@ -34,7 +34,8 @@ COLUMNS = (
 class ScoreTable:
     """Scores of the whole pool, one entry per sample, in pool order. The same on every rank.
 
-    57 bytes a sample, and 8 for each of ``terms``, in columns that are mapped to disk where they are large (:mod:`~.disk_arrays`).
+    57 bytes a sample, and 8 for each of ``terms``, in columns that are mapped to disk where they are large
+    (:mod:`~.disk_arrays`).
 
     Attributes:
         loss: loss of the sample alone.
@@ -85,7 +86,7 @@ class ScoreTable:
 
     def copy(self) -> ScoreTable:
         """A table that shares no memory with this one."""
-        columns = {name: copied(getattr(self, name)) for name in COLUMNS}
+        columns: dict[str, Any] = {name: copied(getattr(self, name)) for name in COLUMNS}
         return ScoreTable(**columns, terms={name: copied(values) for name, values in self.terms.items()})
 
     def state_dict(self) -> dict[str, Any]:
@@ -117,10 +118,8 @@ class ScoreTable:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"pass-{max(self.scoring_pass.max(initial=NEVER), 0):03d}.parquet"
-        ours, beside = (
-            _schema(self.terms),
-            [] if given is None else list(_beside(given(slice(0, 0)).schema, self.terms)),
-        )
+        ours = _schema(self.terms)
+        beside = [] if given is None else list(_beside(given(slice(0, 0)).schema, ours.names))
         schema = pa.schema([ours.field(0), *beside, *list(ours)[1:]])
         with written_whole(path) as partial, pq.ParquetWriter(partial, schema) as writer:
             for block in blocks(len(self), None if given is None else WITH_TEXTS):  # a row group each
@@ -168,15 +167,15 @@ class ScoreTable:
         return table, ids
 
 
-def _beside(given: pa.Schema, terms: Iterable[str]) -> Iterator[pa.Field]:
+def _beside(given: pa.Schema, names: Iterable[str]) -> Iterator[pa.Field]:
     """The data's fields under names that are none of ours."""
-    taken = set(_schema(terms).names)
-    for field in given:
-        name = field.name
+    taken = set(names)
+    for column in given:
+        name = column.name
         while name in taken:
             name = f"data_{name}"
         taken.add(name)
-        yield field.with_name(name).remove_metadata()
+        yield column.with_name(name).remove_metadata()
 
 
 def _schema(terms: Iterable[str] = ()) -> pa.Schema:
