@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tsqlora_scale.quality.query.feature_heads import Heads, fit_heads
 from tsqlora_scale.quality.query.fits import folds_of, log_linear
-from tsqlora_scale.quality.query.heads import Heads, fit_heads
 from tsqlora_scale.quality.query.looks import Shape
 
 #: Parts that the query is cut into, so that the mixture of its heads and the pool's is judged on rows it has not seen.
