@@ -127,6 +127,12 @@ class NumberedPool:
         """None: there is no content."""
         return ""
 
+    query = None
+    query_rows = 0
+
+    def class_ids(self) -> None:
+        """None: there are no classes."""
+
     def lengths(self) -> np.ndarray:
         """All alike."""
         return np.broadcast_to(np.int32(1), len(self))

@@ -78,6 +78,12 @@ class RandomPool:
     def strata(self) -> np.ndarray:
         return self.labels
 
+    def class_ids(self) -> np.ndarray:
+        return self.labels
+
+    query = None
+    query_rows = 0
+
     def draw_weights(self) -> np.ndarray | None:
         return None
 
