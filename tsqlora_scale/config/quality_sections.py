@@ -110,6 +110,9 @@ class SamplingConfig(Section):
     #: Size of S as a share of the pool (the query's rows, which S always has, not counted). ``auto``: what the selector
     #: finds worth training on, for ``query``; the whole pool for others.
     keep_fraction: UnitInterval | Literal["auto"] = "auto"
+    #: ``selector: query``: draw the samples of S by the estimated probability that each is wanted, not evenly. With
+    #: ``keep_fraction: 1.0`` nothing is cut off.
+    soft: bool = False
     replacement: bool = True
     #: Classification: Eq. 2 within every label, so that each keeps its share of the draws. ``auto`` is yes, but for
     #: ``scoring.preset: paper``, which is to the letter.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from torch import nn
 
+from tsqlora_scale.common.disk_arrays import new_array
 from tsqlora_scale.quality.query.query_rater import QueryRater, QueryRating
 from tsqlora_scale.quality.selectors.ranked import RankedSelector, Rating
 
@@ -38,6 +39,7 @@ class QuerySelector(RankedSelector):
             keep=self._keep(found),
             shares=self._shares(),
             strata=self.pool.class_ids(),
+            weights=self._weights(found) if config.sampling.soft else None,
             findings={
                 "share on target": round(found.share, 4),
                 "at most": round(found.most, 4),
@@ -53,6 +55,15 @@ class QuerySelector(RankedSelector):
             return size
         assert self.pool.query is not None
         return min(size, max(round(found.share * size), len(self.pool.query)))
+
+    def _weights(self, found: QueryRating) -> np.ndarray:
+        """The probability that a row is wanted, (N,): ``pi q / p``, and 1 for the query's own."""
+        share = found.share if found.is_evident else 1.0
+        weights = new_array(len(self.pool), np.float64)
+        np.minimum(found.log_ratio + np.log(max(share, 1e-3)), 0.0, out=weights)
+        np.exp(weights, out=weights)
+        weights[len(self.pool) - self.pool.query_rows :] = 1.0
+        return weights
 
     def _shares(self) -> np.ndarray | None:
         """Of the classes among the query's rows; None without classes."""
