@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from tsqlora_scale.common.random_streams import seed_dropout
+from tsqlora_scale.engine.transfers import HostCopy, to_device
 
 if TYPE_CHECKING:
     from tsqlora_scale.engine.collectives import World
@@ -85,6 +86,9 @@ def optimizer_step(
     accumulation and the number of ranks do not change the gradient. A loss that is not finite makes the gradient not
     finite on all ranks, and all leave the step out: parameters, moments and sensitivity stay as they are.
 
+    The host waits for a GPU once, for the gradient's norm: terms are counted before a batch is copied, losses are
+    summed where they are, and what is said of them comes along.
+
     Args:
         rows: of the pool, the global batch, (batch_size,).
         listener: told of every pass.
@@ -96,12 +100,14 @@ def optimizer_step(
     world = engine.world
     weights = np.ones(len(rows)) if weights is None else weights
     parts = micro_batches(rows, micro_batch_size, world.rank, world.size)
-    shares = [
+    on_host = [
         torch.from_numpy(part).float() for part in micro_batches(weights, micro_batch_size, world.rank, world.size)
     ]
-    batches = [task.batch(part).to(world.device) for part in parts]
-    terms = count_terms(world, task, batches, shares)
-    loss_sum = torch.zeros((), dtype=torch.float64)
+    batches = [task.batch(part) for part in parts]
+    terms = count_terms(world, task, batches, on_host)
+    batches = [batch.to(world.device) for batch in batches]
+    shares = [to_device(share, world.device) for share in on_host]
+    loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
     losses: list[torch.Tensor] = []
     listener.start_step(step, loss_scale=engine.gradient_scale)
     for number, (batch, share) in enumerate(zip(batches, shares, strict=True)):
@@ -112,14 +118,15 @@ def optimizer_step(
             sums, _ = task.loss_sums(engine.forward(**batch.inputs), batch)
             sums = sums * share.to(sums)
             losses.append(sums.detach())
-            loss_sum += sums.detach().double().sum().cpu()
-            finite = 1.0 if loss_sum.isfinite() else math.nan
+            loss_sum += sums.detach().double().sum()
+            finite = torch.where(loss_sum.isfinite(), 1.0, math.nan)
             engine.backward(sums.sum() / terms.to(sums) * finite)
         beat()
+    told = HostCopy(world.sum(torch.stack([loss_sum, torch.full_like(loss_sum, float(stop))])), terms)
     grad_norm = engine.step(lr)
     listener.end_step(taken=math.isfinite(grad_norm))
-    loss_sum, asked = world.sum(torch.stack([loss_sum, loss_sum.new_tensor(float(stop))]))
-    return outcome_of(engine, float(loss_sum / terms), grad_norm, bool(asked > 0), parts, losses)
+    (total, asked), (count,) = told.read()
+    return outcome_of(engine, total / count if count else math.nan, grad_norm, asked > 0, parts, losses)
 
 
 def outcome_of(
@@ -138,16 +145,15 @@ def outcome_of(
 
 
 def count_terms(world: World, task: Task, batches: Sequence[Batch], shares: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Loss terms of the whole step, each counted by its sample's weight: a float64 scalar. A collective.
+    """Loss terms of the whole step, each counted by its sample's weight: a float64 scalar on the rank's device. A
+    collective.
 
     Args:
-        batches: this rank's micro-batches.
-        shares: weights of their samples, (micro_batch_size,) each.
+        batches: this rank's micro-batches, still on the host.
+        shares: weights of their samples, (micro_batch_size,) each, likewise.
     """
-    counts = [
-        (task.loss_terms(batch).cpu() * share).sum().double() for batch, share in zip(batches, shares, strict=True)
-    ]
-    return world.sum(torch.stack(counts).sum())
+    counts = [(task.loss_terms(batch) * share).sum().double() for batch, share in zip(batches, shares, strict=True)]
+    return world.sum(to_device(torch.stack(counts).sum(), world.device))
 
 
 def not_finite(world: World, parts: list[np.ndarray], losses: list[torch.Tensor]) -> tuple[int, ...]:

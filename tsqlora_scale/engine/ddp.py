@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 
-from tsqlora_scale.engine.base_engine import BaseEngine, trainable
+from tsqlora_scale.engine.base_engine import BaseEngine
 from tsqlora_scale.engine.numerics import clip_gradients
 from tsqlora_scale.engine.train_state import ParamState, TrainState
 
@@ -47,6 +48,11 @@ class DdpEngine(BaseEngine):
         scaler = self.accelerator.scaler
         return scaler is not None and scaler.get_scale() > 1
 
+    @property
+    def _fuses(self) -> bool:
+        """On a GPU: DeepSpeed has few and large tensors, and DDP on a CPU its pinned trajectories."""
+        return bool(self.accelerator.device.type == "cuda")
+
     def backward(self, loss: torch.Tensor) -> None:
         """Backward of one micro-batch's share of the step's loss."""
         self.accelerator.backward(loss * self.loss_scale)
@@ -57,21 +63,21 @@ class DdpEngine(BaseEngine):
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self.accelerator.unscale_gradients(self._optimizer)
-        params = trainable(self.module)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
-        if norm.isfinite():
-            if self._train.max_grad_norm is not None:
-                clip_gradients(params, norm, self._train.max_grad_norm)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self._trained if p.grad is not None])
+        if self._train.max_grad_norm is not None:  # of a gradient that is not finite, too: nothing uses that one
+            clip_gradients(self._trained, norm, self._train.max_grad_norm)
+        found = float(norm)  # the step's one wait for a GPU
+        if math.isfinite(found):
             self._optimizer.step()
         elif self.accelerator.scaler is not None:
             self.accelerator.scaler.update()  # which step() would do
         self._optimizer.zero_grad()
-        return float(norm)
+        return found
 
     def gather(self) -> TrainState:
         """Every trainable parameter and its moments."""
         inner = self._optimizer.optimizer.state
-        state = TrainState()
+        state, steps = TrainState(), torch.zeros(())
         for name, param in sorted(self.module.named_parameters()):
             if not param.requires_grad:
                 continue
@@ -79,8 +85,9 @@ class DdpEngine(BaseEngine):
             if param in inner:
                 entry.exp_avg = inner[param]["exp_avg"].detach().cpu().clone()
                 entry.exp_avg_sq = inner[param]["exp_avg_sq"].detach().cpu().clone()
-                state.optimizer_steps = int(inner[param]["step"])
+                steps = inner[param]["step"]
             state.params[name] = entry
+        state.optimizer_steps = int(steps)
         return state
 
     def _agreed(self, module: nn.Module, state: TrainState) -> TrainState:

@@ -82,6 +82,7 @@ class Run:
         self.nonfinite = NonFiniteSteps(self.config.train.max_nonfinite)
         self.checkpoints = RunCheckpoints(self.record.folder / "checkpoints", keep=self.config.train.checkpoint_keep)
         self.initial_ranks = current_ranks(self.engine.module)
+        self._total_rank = sum(self.initial_ranks.values())
         with self.engine.world.together():
             self.seen = filled(self.plan.pool_size, bool, False)
 
@@ -143,7 +144,7 @@ class Run:
             lr=lr,
             grad_norm=result.grad_norm if result.taken else None,
             samples_seen=self.step * self.config.train.batch_size,
-            total_rank=sum(current_ranks(self.engine.module).values()),
+            total_rank=self._total_rank,
             seconds=round(time.perf_counter() - self._step_started, 6),
         )
         if result.failed:
@@ -151,6 +152,7 @@ class Run:
 
     def note_event(self, event: RankEvent) -> None:
         """Write the line of a rank event."""
+        self._total_rank = sum(current_ranks(self.engine.module).values())  # a walk over all modules: not every step
         self.record.event(
             step=self.step,
             phi=event.plan.phi,
@@ -226,10 +228,8 @@ class Run:
                 self.stale,
             )
         else:
-            log.warning(
-                "the run is finished: all of its %d steps are done; train.max_steps (or train.epochs) extends it",
-                self.step,
-            )
+            what = "the run is finished: all of its %d steps are done; train.max_steps (or train.epochs) extends it"
+            log.warning(what, self.step)
 
     def final_metrics(self) -> dict[str, float]:
         """Metrics of what the run has come to; those of the evaluation that has ended it, if one has. A collective."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from tsqlora_scale.engine.sharded import has_shards
 from tsqlora_scale.tasks.metrics import SampleLosses
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def evaluate(
     """
     with world.together():
         lengths = task.lengths(split)
-    total = len(lengths)
+    total, sharded = len(lengths), has_shards(module)
     judged = _Judged()
     order = np.argsort(lengths, kind="stable")
     with evaluating(module):
@@ -57,7 +58,7 @@ def evaluate(
                 outputs = None  # its logits of every position would be kept while texts are generated
             answers: list[Any] = []
             if task.needs_answers:
-                answers = task.predict(module, batch, synced=world.size > 1, outputs=outputs)
+                answers = task.predict(module, batch, synced=sharded, outputs=outputs)
             if rows is not None:
                 judged.rows.append(rows)
                 judged.answers.extend(answers)

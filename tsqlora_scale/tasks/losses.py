@@ -36,7 +36,7 @@ def token_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     Position t of the logits is scored against position t of the targets. Only positions with a target are taken
     to float32: of a causal model's (B, T, V) logits most belong to the prompt.
     """
-    counted = targets != IGNORED
+    counted = torch.nonzero(targets != IGNORED, as_tuple=True)  # once: a GPU is waited for to know how many they are
     per_token = torch.zeros(targets.shape, dtype=torch.float32, device=logits.device)
     per_token[counted] = F.cross_entropy(logits[counted].float(), targets[counted], reduction="none")
     return per_token.sum(dim=1), loss_terms(targets)
