@@ -83,6 +83,8 @@ def leave(code: int) -> None:
 def leave_group(code: int) -> None:
     """End this process if it has joined others; return if it is alone.
 
+    After an error nothing is taken down: that waits for the other ranks, and they may be inside a collective.
+
     A gloo group must not be taken down in the ordinary way: DDP holds it until Python frees its reducer, and frees it
     under the interpreter's lock, which the group's thread may be waiting for: the process never ends (torch 2.13;
     one launch in a hundred).
@@ -92,7 +94,7 @@ def leave_group(code: int) -> None:
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized():
-        if dist.get_backend() == "nccl":
+        if code == 0 and dist.get_backend() == "nccl":
             dist.destroy_process_group()
         leave(code)
 

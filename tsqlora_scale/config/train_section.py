@@ -25,6 +25,9 @@ class RunConfig(Section):
     seed: Annotated[int, Field(ge=0, le=LARGEST)] = 0
     #: How long ranks wait for one another, before a run with a rank that hangs ends.
     timeout_minutes: PositiveFloat = 10.0
+    #: Kernels that give the same bits in every run on the same GPUs, some of them slower; an operation without one ends
+    #: the run. On a CPU runs are the same to the bit in any case.
+    deterministic: bool = False
 
 
 class TrainConfig(Section):

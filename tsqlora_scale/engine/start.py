@@ -15,6 +15,7 @@ from accelerate.utils import DistributedType, GradientAccumulationPlugin
 
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.launcher import launched, launched_size
+from tsqlora_scale.engine.arithmetic import set_arithmetic
 from tsqlora_scale.engine.deepspeed_settings import without_what_is_off
 from tsqlora_scale.engine.launcher_settings import deepspeed_wanted
 
@@ -32,7 +33,13 @@ def shards_parameters(accelerator: Accelerator) -> bool:
 
 
 def start_accelerator(
-    *, accumulation: int, mixed_precision: str = "no", timeout_minutes: float, trains: bool = True
+    *,
+    accumulation: int,
+    mixed_precision: str = "no",
+    timeout_minutes: float,
+    trains: bool = True,
+    deterministic: bool = False,
+    tf32: bool = False,
 ) -> Accelerator:
     """Build the Accelerator of this process.
 
@@ -41,11 +48,13 @@ def start_accelerator(
         mixed_precision: ``fp16`` hands loss scaling to Accelerate; with bf16, whose autocast is ours, it is ``no``.
         timeout_minutes: how long a collective may wait for a rank before the run ends.
         trains: whether there will be an optimizer; without one DeepSpeed only starts the processes.
+        deterministic, tf32: see :func:`.arithmetic.set_arithmetic`.
 
     Raises:
         UserError: when the launcher asked for an engine that is not supported, or for several processes that
             did not come about.
     """
+    set_arithmetic(deterministic=deterministic, tf32=tf32)
     handlers: list[Any] = []
     if not launched():  # a notebook that trains again, perhaps otherwise: Accelerate's state is the process's
         AcceleratorState._reset_state(reset_partial_state=True)

@@ -6,9 +6,7 @@ import contextlib
 import json
 import logging
 import os
-import resource
 import shutil
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -19,6 +17,7 @@ from typing import Any
 import torch
 
 from tsqlora_scale.common.files import written_whole
+from tsqlora_scale.report.peak_memory import PeakMemory
 
 log = logging.getLogger("tsqlora_scale")
 
@@ -44,12 +43,18 @@ class RunRecord:
     Args:
         folder: the run folder.
         writes: whether this process writes (rank 0).
+        device: whose memory the phases' peaks are of.
+
+    Attributes:
+        seconds: wall seconds by phase.
+        memory: peaks by phase.
     """
 
-    def __init__(self, folder: Path, *, writes: bool) -> None:
+    def __init__(self, folder: Path, *, writes: bool, device: torch.device | None = None) -> None:
         self.folder = folder
         self._writes = writes
         self.seconds: dict[str, float] = defaultdict(float)
+        self.memory = PeakMemory(device)
         self._waiting: dict[str, list[str]] = defaultdict(list)
         #: Files whose lines wait, as has been said.
         self._full: set[str] = set()
@@ -90,10 +95,12 @@ class RunRecord:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count wall seconds under a phase: load, warmup, scoring, training, resizing, evaluation, checkpointing."""
+        """Count wall seconds, and the peak of memory, under a phase: load, warmup, scoring, training, resizing,
+        evaluation, checkpointing."""
         start = time.perf_counter()
         try:
-            yield
+            with self.memory.phase(name):
+                yield
         finally:
             self.seconds[name] += time.perf_counter() - start
 
@@ -151,14 +158,6 @@ class RunRecord:
         else:
             waiting.clear()
             self._full.discard(name)
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Peak memory of this process: on the GPU what the allocator held, else resident memory."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _parsed(text: str) -> dict[str, Any] | None:

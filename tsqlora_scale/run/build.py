@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.failures import Watchdog
@@ -68,10 +69,8 @@ def build_run(
     """
     stop = stop or StopRequest()
     config, plan = preflight.config, preflight.plan
-    accelerator = start_accelerator(
-        accumulation=plan.accumulation,
-        mixed_precision="fp16" if config.model.dtype == "fp16" else "no",
-        timeout_minutes=config.run.timeout_minutes,
+    accelerator = started(
+        config, accumulation=plan.accumulation, mixed_precision="fp16" if config.model.dtype == "fp16" else "no"
     )
     if preflight.findings.reads_past and shards_parameters(accelerator):
         raise UserError(
@@ -81,7 +80,7 @@ def build_run(
     if lock is not None:
         lock.take(World.current(accelerator.device))
     watchdog = Watchdog(minutes=config.run.timeout_minutes, acts=accelerator.device.type == "cpu")
-    record = RunRecord(config.run_dir, writes=accelerator.is_main_process)
+    record = RunRecord(config.run_dir, writes=accelerator.is_main_process, device=accelerator.device)
     with record.phase("load"), quiet_libraries():
         state, tree = find_state(preflight, resume, World.current(accelerator.device))
         model = build_model(preflight, device=accelerator.device)
@@ -245,10 +244,20 @@ def load_adapted(described: Described, adapter: Path, *, device: torch.device) -
         return adapter_type(config.adapter.type).load(base, adapter, dtype=config.model.dtype).to(device).eval()
 
 
+def started(config: Config, **options: Any) -> Accelerator:
+    """:func:`.start_accelerator` as the config says, and with further options."""
+    return start_accelerator(
+        timeout_minutes=config.run.timeout_minutes,
+        deterministic=config.run.deterministic,
+        tf32=config.model.tf32,
+        **options,
+    )
+
+
 def evaluate_adapter(preflight: Described, adapter: str) -> dict[str, float]:
     """Metrics of a saved adapter on a fresh base. A collective."""
     config = preflight.config
-    accelerator = start_accelerator(accumulation=1, timeout_minutes=config.run.timeout_minutes, trains=False)
+    accelerator = started(config, accumulation=1, trains=False)
     world = World.current(accelerator.device)
     model = load_adapted(preflight, Path(adapter), device=accelerator.device)
     with Progress("evaluating", shows=world.is_main) as bar:

@@ -7,7 +7,6 @@ from typing import Any
 
 from tsqlora_scale.model.adapters.lora import short_name
 from tsqlora_scale.ranks import current_ranks
-from tsqlora_scale.report.record import peak_memory_bytes
 from tsqlora_scale.report.result_table import versions
 from tsqlora_scale.run.training_run import Run
 from tsqlora_scale.tasks.metrics import metric_title
@@ -56,10 +55,17 @@ def build_result(run: Run, metrics: dict[str, float], adapter: Path) -> dict[str
         "wall_seconds": round(whole, 3),
         "samples_per_second": round(run.step * run.config.train.batch_size / stepping, 2) if stepping else None,
         "share_of_run": {k: round(seconds.get(k, 0.0) / whole, 4) for k in ("scoring", "resizing")} if whole else {},
-        "peak_memory_bytes": world.gather_objects(peak_memory_bytes(world.device)),
+        "peak_memory_bytes": world.gather_objects(run.record.memory.highest),
+        "peak_memory_by_phase": _highest(world.gather_objects(run.record.memory.bytes)),
         "adapter": str(adapter),
         "versions": versions(),
     }
+
+
+def _highest(peaks: list[dict[str, int]]) -> dict[str, int]:
+    """Of every phase the peak of the rank that needs most; nothing without a GPU."""
+    names = sorted({name for one in peaks for name in one})
+    return {name: max(one.get(name, 0) for one in peaks) for name in names}
 
 
 def _best(run: Run) -> dict[str, Any] | None:

@@ -14,10 +14,9 @@ from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.printing import printable
 from tsqlora_scale.config.schema import Config, TaskConfig
 from tsqlora_scale.engine.collectives import World
-from tsqlora_scale.engine.start import start_accelerator
 from tsqlora_scale.report.prediction_file import answer_names, prediction_writer, writing
 from tsqlora_scale.report.progress import Progress
-from tsqlora_scale.run.build import load_adapted
+from tsqlora_scale.run.build import load_adapted, started
 from tsqlora_scale.run.preflight import Described, check_machine, describe, with_labels_of
 from tsqlora_scale.tasks.prediction import Answers, predict_windows
 from tsqlora_scale.tasks.rows.given_rows import given_names
@@ -69,7 +68,7 @@ def predict_file(request: Prediction) -> int:
     """
     described, filled = request.described, request.filled
     config, task = described.config, described.task
-    accelerator = start_accelerator(accumulation=1, timeout_minutes=config.run.timeout_minutes, trains=False)
+    accelerator = started(config, accumulation=1, trains=False)
     world = World.current(accelerator.device)
     model = load_adapted(described, request.adapter, device=accelerator.device)
     with contextlib.ExitStack() as stack, Progress("predicting", shows=world.is_main) as bar:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from tsqlora_scale.engine.arithmetic import unit_roundoff
 from tsqlora_scale.quality.gradients.batch_memory import LiveBytes
 from tsqlora_scale.quality.gradients.batchless import NoSecondBatch, give_batch, same_mark
 from tsqlora_scale.quality.gradients.evaluation_mode import evaluation_mode
@@ -94,7 +95,7 @@ class PerSampleGradients:
     @property
     def rounding(self) -> float:
         """Machine epsilon of the coarsest type computed in: weights, 4-bit layers' compute type, autocast's outputs."""
-        return max(torch.finfo(kind).eps for kind in self._types if kind.is_floating_point)
+        return max(unit_roundoff(kind) for kind in self._types if kind.is_floating_point)
 
     def __enter__(self) -> PerSampleGradients:
         evaluating = ExitStack()
