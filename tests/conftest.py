@@ -12,9 +12,16 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.devices import hide_gpus
+
 # machines are noisy: time is never a test's result
 settings.register_profile("tests", deadline=None)
 settings.load_profile("tests")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before CUDA is looked for."""
+    hide_gpus([str(argument) for argument in config.args])
 
 
 @pytest.fixture(scope="session")
