@@ -1,4 +1,4 @@
-"""DeepSpeed's engines with one rank, and DDP with one, launched as a user does."""
+"""DeepSpeed's engines with one rank, launched as a user does."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def launched(arguments: list[str], config: Path) -> None:
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_zero_takes_the_same_steps_as_a_plain_run(tmp_path: Path, models_dir: Path, stage: int) -> None:
-    """Scores, rank events and all; ZeRO-3 in bf16's factors and gathers, each on the engine that it says."""
+    """Scores, rank events and all, to rounding, until a decision falls otherwise."""
     if importlib.util.find_spec("deepspeed") is None:
         pytest.skip("no DeepSpeed")
     tree = run_tree("bert", tmp_path, models_dir, "plain", train={"micro_batch_size": 12})
