@@ -61,10 +61,10 @@ def test_the_same_run_as_on_a_cpu(tmp_path: Path, models_dir: Path) -> None:
     command = [sys.executable, str(ROOT / "launch" / "train.py"), "--config", str(other)]
     done = subprocess.run(command, env=hidden, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert losses_of(folder)[:4] == pytest.approx(losses_of(tmp_path / "runs" / "cpu")[:4], rel=1e-4)
+    assert losses_of(folder)[:4] == pytest.approx(losses_of(tmp_path / "runs" / "cpu")[:4], rel=1e-3)
     first, expected = ranks_of(folder)[0], ranks_of(tmp_path / "runs" / "cpu")[0]
     assert sum(first.values()) == sum(expected.values())
-    assert sum(abs(first[layer] - expected[layer]) for layer in first) <= 2
+    assert sum(abs(first[layer] - expected[layer]) for layer in first) <= 4
 
 
 def without_times(path: Path) -> list[dict[str, Any]]:
