@@ -19,7 +19,7 @@ FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 COMMANDS = {
     "cheaper_scores": "--config CONFIG --out OUT --variant short:scoring.max_length=4",
     "compare": "--config CONFIG --out OUT --seeds 0 --variant lora:adapter.method=lora train.max_steps=9",
-    "gpu": "--tiny --out OUT --rows 24 --steps 1 --repeats 1",
+    "gpu": "--tiny --out OUT --sections minilm,nf4 --rows 24 --steps 1 --repeats 1",
     "growth": "--config CONFIG --out OUT --seeds 0 --event 4 --steps 2",
     "memory": "--ranks 0 2 --bases fp32 --hidden 64 --layers 1",
     "noise scores": "scores --config CONFIG --out OUT --seeds 0 --warmup 0",
@@ -31,13 +31,8 @@ COMMANDS = {
     "sampler": "--out OUT --sizes 1e4,1e5 --seconds 0.1",
     "scoring": "--model MODEL --batch 4 --length 8 --repeat 2 --loop-repeat 1",
 }
-NOT_RUN = {
-    "make_movie_snippets",
-    "policies",
-    "random_models",
-    "steps",
-    "traffic",
-}  # needs the original package; parts of others
+#: The first needs the original package, the others are parts of benchmarks.
+NOT_RUN = {"make_movie_snippets", "policies", "random_models", "steps", "traffic"}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
