@@ -180,13 +180,13 @@ class Suspicion:
     agreed: bool = True
 
 
-def read_audit(site: Site) -> dict[str, Suspicion]:
+def read_audit(pool: Path) -> dict[str, Suspicion]:
     """By the id of a row.
 
     Raises:
         Unavailable: there is no audit of this pool.
     """
-    path = site.pool / "audit.csv"
+    path = pool / "audit.csv"
     if not path.exists():
         raise Unavailable(f"{path} is not there")
     found = {}
@@ -202,19 +202,19 @@ def read_audit(site: Site) -> dict[str, Suspicion]:
 
 def suspects_dropped(site: Site) -> list[str]:
     """Rows that are rather wrong than right, left out."""
-    return [*even(site), *site.write_ids([name for name, s in read_audit(site).items() if s.probability > 0.5])]
+    return [*even(site), *site.write_ids([name for name, s in read_audit(site.pool).items() if s.probability > 0.5])]
 
 
 def suspects_weighed(site: Site) -> list[str]:
     """Drawn in proportion to the probability of being right."""
-    audit = read_audit(site)
+    audit = read_audit(site.pool)
     rows = [{**row, "weight": max(1 - audit.get(row["id"], Suspicion()).probability, LEAST)} for row in site.rows]
     return [*site.write_pool(rows), "task.dataset.weight=weight"]
 
 
 def suspects_corrected(site: Site) -> list[str]:
     """Rows that are rather wrong than right get the suggested label, where the folds agree on it."""
-    audit = read_audit(site)
+    audit = read_audit(site.pool)
     rows = []
     for row in site.rows:
         found = audit.get(row["id"], Suspicion())
@@ -225,7 +225,7 @@ def suspects_corrected(site: Site) -> list[str]:
 
 def suspects_dropped_late(site: Site) -> list[str]:
     """Rows that are rather wrong than right are left out after some steps on all."""
-    suspects = {name for name, found in read_audit(site).items() if found.probability > 0.5}
+    suspects = {name for name, found in read_audit(site.pool).items() if found.probability > 0.5}
     rows = [{**row, "weight": 1e-9 if row["id"] in suspects else 1.0} for row in site.rows]
     return [*site.write_pool(rows), *_late()]
 

@@ -7,7 +7,7 @@
                     query.jsonl   64 rows of the wanted task, like the pool's, that are not in it
                     tune.jsonl    half of the development set: learning rates and steps are chosen on it
                     test.jsonl    the other half: what is reported
-                    truth.jsonl   what nobody knows in life: id, on_target, wrong, origin
+                    truth.jsonl   what nobody knows in life: id, on_target, wrong, copy (of another row), origin
                     meta.json     counts, and the metric
 
 The wanted task is SST-2 (summaries: XSum). Query rows are from its *training* file, so that the development set is
@@ -18,6 +18,7 @@ are distinct.
     length     600 SST-2, 1,400 of its sentences labelled by whether they have more words than the median
     noise      600 SST-2, 1,400 of its sentences with random labels
     clean      2,000 SST-2: all on target
+    rte        2,000 RTE, its query and halves of RTE: all on target
     flips      1,000 SST-2, 30 % of the labels flipped
     summaries  300 XSum, 600 of its documents with another's summary, 500 RTE, 600 QNLI pairs as text to be written
 """
@@ -40,6 +41,8 @@ sys.path[0] = str(ROOT)
 from benchmarks.studies.corpora import Corpus, Example, entailed_pairs, read_corpus  # noqa: E402
 
 QUERY_ROWS = 64
+#: Pools whose wanted task is not SST-2.
+WANTED = {"summaries": "xsum", "rte": "rte"}
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class PoolRow:
     origin: str
     on_target: bool = True
     wrong: bool = False
+    is_copy: bool = False
 
 
 @dataclass(frozen=True)
@@ -124,7 +128,7 @@ class Maker:
     def make(self, name: str) -> StudyPool:
         """One of :data:`POOLS`: a function of the data, the name, the seed and the scale."""
         generator = np.random.default_rng([self.seed, *name.encode()])
-        wanted = self.draw("xsum" if name == "summaries" else "sst2", generator)
+        wanted = self.draw(WANTED.get(name, "sst2"), generator)
         rows = POOLS[name](self, wanted, generator)
         query = wanted.take(self.count(QUERY_ROWS))
         order = generator.permutation(len(rows)).tolist()
@@ -157,6 +161,10 @@ class Maker:
         """All on target."""
         return rows_of(wanted.take(self.count(2000)), "sst2")
 
+    def rte(self, wanted: Draw, generator: np.random.Generator) -> list[PoolRow]:
+        """All on target, another task."""
+        return rows_of(wanted.take(self.count(2000)), "rte")
+
     def flips(self, wanted: Draw, generator: np.random.Generator) -> list[PoolRow]:
         """Wrong labels."""
         return flipped(rows_of(wanted.take(self.count(1000)), "sst2"), 0.3, generator)
@@ -180,13 +188,14 @@ POOLS: dict[str, Callable[[Maker, Draw, np.random.Generator], list[PoolRow]]] = 
     "length": Maker.length,
     "noise": Maker.noise,
     "clean": Maker.clean,
+    "rte": Maker.rte,
     "flips": Maker.flips,
     "summaries": Maker.summaries,
 }
 
 
 def write_pool(folder: Path, pool: StudyPool, seed: int) -> None:
-    """The files of a pool."""
+    """The files of a pool; its rows are written in their order."""
     folder.mkdir(parents=True, exist_ok=True)
     tune, test = pool.corpus.halves()
     write_rows(folder / "train.jsonl", [record(f"p{i}", row.example) for i, row in enumerate(pool.rows)])
@@ -194,7 +203,7 @@ def write_pool(folder: Path, pool: StudyPool, seed: int) -> None:
         if examples:
             write_rows(folder / f"{name}.jsonl", [record(f"{letter}{i}", e) for i, e in enumerate(examples)])
     truth = [
-        {"id": f"p{i}", "on_target": row.on_target, "wrong": row.wrong, "origin": row.origin}
+        {"id": f"p{i}", "on_target": row.on_target, "wrong": row.wrong, "copy": row.is_copy, "origin": row.origin}
         for i, row in enumerate(pool.rows)
     ]
     write_rows(folder / "truth.jsonl", truth)
@@ -206,6 +215,7 @@ def write_pool(folder: Path, pool: StudyPool, seed: int) -> None:
         "rows": len(pool.rows),
         "on_target": sum(row.on_target for row in pool.rows),
         "wrong": sum(row.wrong for row in pool.rows),
+        "copies": sum(row.is_copy for row in pool.rows),
         "query": len(pool.query),
     }
     (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import multiprocessing
 import os
@@ -59,15 +60,27 @@ def work(connection: Connection, settings: TrialSettings, log: Path, threads: in
     with log.open("a", encoding="utf-8", buffering=1) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-        import torch
-
-        torch.set_num_threads(threads)
+        get_ready(threads)
         while (job := connection.recv()) is not None:
             try:
                 connection.send(run_trial(settings, job))
             except Exception as error:  # one run of many: it is written down, and the others go on
                 traceback.print_exc()
                 connection.send(failed(job, " ".join(f"{type(error).__name__}: {error}".split())[:500]))
+
+
+def get_ready(threads: int) -> None:
+    """Import once what every run imports; what is there by then no collection of garbage looks at again."""
+    import torch
+    import transformers.models.auto.modeling_auto  # noqa: F401
+
+    import tsqlora_scale.proxy
+    import tsqlora_scale.run.build
+    import tsqlora_scale.training  # noqa: F401
+
+    torch.set_num_threads(threads)
+    gc.collect()
+    gc.freeze()
 
 
 class Crew:
@@ -265,6 +278,8 @@ def main() -> None:
     for line in left_out:
         print(line, flush=True)
     shutil.rmtree(options.out / "inputs", ignore_errors=True)  # what the checks have written
+    plan = {"study": options.study, "steps": options.steps, "tuning_seeds": options.tuning_seeds, "left_out": left_out}
+    (options.out / "study.json").write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
     queue = Queue(
         study=options.study,
         cells=cells,
@@ -277,6 +292,7 @@ def main() -> None:
     before = len(queue.trials)
     crew = Crew(queue, settings, workers=options.workers, budget=options.budget, threads=options.threads)
     crew.run()
+    shutil.rmtree(options.out / "cache", ignore_errors=True)  # of files that are gone
     done, failures = len(queue.trials) - before, len(queue.failed)
     print(f"{done} runs finished, {failures} failed, {queue.unfinished()} are left: {options.out / 'results.jsonl'}")
 

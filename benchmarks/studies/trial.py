@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.studies.arms import ARMS, Site
+from benchmarks.studies.arms import ARMS, Site, Suspicion, read_audit
 from benchmarks.studies.fair import auc
 from benchmarks.studies.jobs import Job
 from benchmarks.studies.pools import read_rows
@@ -90,15 +90,14 @@ def run_trial(settings: TrialSettings, job: Job) -> dict[str, Any]:
     try:
         result = train(config, overwrite=True)
         pool = settings.folder(job.key.pool, job.key.seed)
-        spent = pool / "audit_seconds.txt"
-        by_audit = "audit" in ARMS[job.key.arm].needs and spent.exists()
+        by_audit = "audit" in ARMS[job.key.arm].needs
         return {
             **asdict(job.key),
             "metric": meta["metric"],
             "curve": read_curve(folder / "metrics.jsonl"),
             "seconds": {**result.seconds, "wall": round(time.perf_counter() - start, 3)},
-            "extra_seconds": float(spent.read_text(encoding="utf-8")) if by_audit else 0.0,
-            **judged_choice(folder / "scores", pool / "truth.jsonl"),
+            "extra_seconds": audit_seconds(pool) if by_audit else 0.0,
+            **(judged_audit(pool) if by_audit else judged_choice(folder / "scores", pool / "truth.jsonl")),
             "size": job.size,
             "device": device_name(),
             "error": None,
@@ -151,6 +150,23 @@ def judged_choice(scores: Path, truth: Path) -> dict[str, Any]:
     if np.isfinite(quality).all():
         found["auc"] = auc(quality, good)
     return found
+
+
+def judged_audit(pool: Path) -> dict[str, Any]:
+    """The same of an audit: what would be kept if its suspects were dropped, whatever is done to them."""
+    audit = read_audit(pool)
+    truth = read_rows(pool / "truth.jsonl")
+    suspicion = np.array([audit.get(row["id"], Suspicion()).probability for row in truth])
+    good = np.array([not row["wrong"] for row in truth])
+    kept = suspicion <= 0.5
+    share = float(good[kept].mean()) if kept.any() else None
+    return {"rows": int(kept.sum()), "share": share, "drawn_share": share, "auc": auc(-suspicion, good)}
+
+
+def audit_seconds(pool: Path) -> float:
+    """What the audit of a pool has cost, where that is written down."""
+    path = pool / "audit_seconds.txt"
+    return float(path.read_text(encoding="utf-8")) if path.exists() else 0.0
 
 
 def device_name() -> str:
