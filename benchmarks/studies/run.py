@@ -90,7 +90,7 @@ class Crew:
         self.queue, self.settings, self.threads = queue, settings, threads
         self.ends = time.monotonic() + budget
         self.longest = 0.0
-        self.workers = [self._hire(number) for number in range(workers)]
+        self.workers = [self._hire(number) for number in range(min(workers, queue.unfinished()))]
 
     def _hire(self, number: int) -> Worker:
         ours, theirs = CONTEXT.Pipe()
@@ -174,7 +174,7 @@ def cells_of(settings: TrialSettings, options: argparse.Namespace) -> tuple[dict
             if reason is None:
                 cells.setdefault(pool, []).append(name)
             else:
-                left_out.append(f"{pool}: {name} is left out: {reason}")
+                left_out.append(f"{name!r} on {pool}: {reason}")
     return cells, left_out
 
 
@@ -189,7 +189,7 @@ def refusal(settings: TrialSettings, key: TrialKey) -> str | None:
     try:
         configured(settings, Job(key, size=1))
     except (UserError, Unavailable) as error:
-        return str(error)
+        return str(error).rpartition(".yaml: ")[2].partition(";")[0]
     return None
 
 
@@ -276,7 +276,7 @@ def main() -> None:
     )
     cells, left_out = cells_of(settings, options)
     for line in left_out:
-        print(line, flush=True)
+        print(f"left out: {line}", flush=True)
     shutil.rmtree(options.out / "inputs", ignore_errors=True)  # what the checks have written
     plan = {"study": options.study, "steps": options.steps, "tuning_seeds": options.tuning_seeds, "left_out": left_out}
     (options.out / "study.json").write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")

@@ -231,7 +231,7 @@ def report(results: Path) -> tuple[str, str]:
             lines += detailed(pool)
     lines += [EXPLANATION, ""]
     if plan["left_out"]:
-        lines += ["Not run:", "", *(f"- {line}" for line in plan["left_out"]), ""]
+        lines += [f"Not run: {'; '.join(plan['left_out'])}.", ""]
     return plan["study"], "\n".join(lines)
 
 
