@@ -223,6 +223,18 @@ def suspects_corrected(site: Site) -> list[str]:
     return site.write_pool(rows)
 
 
+def labels_softened(site: Site) -> list[str]:
+    """Each row once with its label and once with the other of two, in proportion to the probability of either: the
+    loss is in expectation that of soft labels."""
+    audit = read_audit(site.pool)
+    rows = []
+    for row in site.rows:
+        wrong = min(max(audit.get(row["id"], Suspicion()).probability, LEAST), 1 - LEAST)
+        rows.append({**row, "weight": 1 - wrong})
+        rows.append({**row, "id": f"{row['id']}-other", "label": 1 - row["label"], "weight": wrong})
+    return [*site.write_pool(rows), "task.dataset.weight=weight"]
+
+
 def suspects_dropped_late(site: Site) -> list[str]:
     """Rows that are rather wrong than right are left out after some steps on all."""
     suspects = {name for name, found in read_audit(site.pool).items() if found.probability > 0.5}
@@ -263,6 +275,7 @@ ARMS: dict[str, Arm] = {
     "oracle, put right": Arm(put_right, needs=("wrong",)),
     "drop": Arm(suspects_dropped, needs=("audit",)),
     "weigh": Arm(suspects_weighed, needs=("audit",)),
+    "soften": Arm(labels_softened, needs=("audit",)),
     "correct": Arm(suspects_corrected, needs=("audit",)),
     "drop late": Arm(suspects_dropped_late, needs=("audit",)),
     "weigh late": Arm(suspects_weighed_late, needs=("audit",)),
@@ -307,7 +320,17 @@ STUDIES: dict[str, Study] = {
     "summaries": Study(_BY_QUERY, ("summaries",), ("uniform+q", "query"), "oracle+q"),
     "noise": Study(
         (
-            *("uniform", "oracle", "oracle, put right", "drop", "weigh", "correct", "drop late", "weigh late"),
+            *(
+                "uniform",
+                "oracle",
+                "oracle, put right",
+                "drop",
+                "weigh",
+                "soften",
+                "correct",
+                "drop late",
+                "weigh late",
+            ),
             "own stop",
         ),
         ("flips",),

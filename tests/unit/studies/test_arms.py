@@ -80,6 +80,11 @@ def test_what_an_audit_is_used_for(pools: Path, tmp_path: Path) -> None:
     prepared("weigh", where)
     weights = [row["weight"] for row in read_rows(tmp_path / "train.jsonl")]
     assert weights == pytest.approx([0.1 if bad else 0.8 for bad in wrong])
+    prepared("soften", where)
+    rows = read_rows(tmp_path / "train.jsonl")
+    assert [row["label"] for row in rows] == [y for given in labels for y in (given, 1 - given)]
+    assert [row["weight"] for row in rows[::2]] == pytest.approx(weights)
+    assert [row["weight"] + other["weight"] for row, other in zip(rows[::2], rows[1::2], strict=True)] == [1.0] * 20
     prepared("correct", where)
     corrected = [row["label"] for row in read_rows(tmp_path / "train.jsonl")]
     assert corrected[:-1] == [1 - y if bad else y for y, bad in zip(labels, wrong, strict=True)][:-1]
