@@ -8,7 +8,7 @@ the ``test`` rows and of other seeds, each with a pool, a query and a head of it
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,16 +89,22 @@ def signed(value: float, metric: str) -> float:
 
 def read_trials(path: Path) -> dict[TrialKey, Trial]:
     """The finished runs of a ``results.jsonl``; those that failed are not among them, and half a line is not read."""
-    found: dict[TrialKey, Trial] = {}
+    trials = [trial_of(record) for record in _records(path) if record.get("error") is None]
+    return {trial.key: trial for trial in trials}
+
+
+def read_failures(path: Path) -> list[dict[str, str]]:
+    """``arm``, ``pool`` and ``reason`` of the runs that failed, whether or not another try has gone better."""
+    failed = [record for record in _records(path) if record.get("error") is not None]
+    return [{"arm": record["arm"], "pool": record["pool"], "reason": record["error"]} for record in failed]
+
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
         try:
-            record = json.loads(line)
-        except ValueError:
+            yield json.loads(line)
+        except ValueError:  # the last one of a process that was killed
             continue
-        if record.get("error") is None:
-            trial = trial_of(record)
-            found[trial.key] = trial
-    return found
 
 
 def trial_of(record: Mapping[str, Any]) -> Trial:

@@ -40,7 +40,7 @@ sys.path[0] = str(ROOT)
 
 from benchmarks.studies.corpora import Corpus, Example, entailed_pairs, read_corpus  # noqa: E402
 
-QUERY_ROWS = 64
+QUERY_ROWS, FEWEST = 64, 10
 #: Pools whose wanted task is not SST-2.
 WANTED = {"summaries": "xsum", "rte": "rte"}
 
@@ -121,6 +121,10 @@ class Maker:
         """Rows at this scale."""
         return max(round(self.scale * rows), 4)
 
+    def query(self, wanted: Draw) -> list[Example]:
+        """Rows of the wanted task; at a small scale as few as the package takes."""
+        return wanted.take(max(round(self.scale * QUERY_ROWS), FEWEST))
+
     def draw(self, name: str, generator: np.random.Generator) -> Draw:
         """Of a corpus."""
         return Draw(read_corpus(self.data, name), generator)
@@ -130,7 +134,7 @@ class Maker:
         generator = np.random.default_rng([self.seed, *name.encode()])
         wanted = self.draw(WANTED.get(name, "sst2"), generator)
         rows = POOLS[name](self, wanted, generator)
-        query = wanted.take(self.count(QUERY_ROWS))
+        query = self.query(wanted)
         order = generator.permutation(len(rows)).tolist()
         return StudyPool(name, [rows[i] for i in order], query, wanted.corpus)
 

@@ -158,10 +158,10 @@ class Crew:
             worker.process.join()
 
 
-def cells_of(settings: TrialSettings, options: argparse.Namespace) -> tuple[dict[str, list[str]], list[str]]:
+def cells_of(settings: TrialSettings, options: argparse.Namespace) -> tuple[dict[str, list[str]], list[dict[str, str]]]:
     """The arms that every pool can have, and what is left out and why."""
     cells: dict[str, list[str]] = {}
-    left_out: list[str] = []
+    left_out: list[dict[str, str]] = []
     seeds = [*options.tuning_seeds, *options.seeds]
     for pool in options.pools:
         for name in options.arms:
@@ -174,7 +174,7 @@ def cells_of(settings: TrialSettings, options: argparse.Namespace) -> tuple[dict
             if reason is None:
                 cells.setdefault(pool, []).append(name)
             else:
-                left_out.append(f"{name!r} on {pool}: {reason}")
+                left_out.append({"arm": name, "pool": pool, "reason": reason})
     return cells, left_out
 
 
@@ -276,7 +276,7 @@ def main() -> None:
     )
     cells, left_out = cells_of(settings, options)
     for line in left_out:
-        print(f"left out: {line}", flush=True)
+        print("left out: {arm!r} on {pool}: {reason}".format(**line), flush=True)
     shutil.rmtree(options.out / "inputs", ignore_errors=True)  # what the checks have written
     plan = {"study": options.study, "steps": options.steps, "tuning_seeds": options.tuning_seeds, "left_out": left_out}
     (options.out / "study.json").write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")

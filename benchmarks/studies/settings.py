@@ -27,7 +27,6 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[0] = str(ROOT)
 
 from benchmarks.studies.pools import (  # noqa: E402
-    QUERY_ROWS,
     Draw,
     Maker,
     PoolRow,
@@ -88,7 +87,7 @@ def make_setting(maker: Maker, name: str) -> StudyPool:
     generator = np.random.default_rng([maker.seed, *name.encode()])
     wanted = maker.draw(task, generator)
     rows = STATES[state](maker, wanted, maker.count(int(size)), generator)
-    query = wanted.take(maker.count(QUERY_ROWS)) if state == "mix" else []
+    query = maker.query(wanted) if state == "mix" else []
     order = generator.permutation(len(rows)).tolist()
     return StudyPool(name, [rows[i] for i in order], query, wanted.corpus)
 

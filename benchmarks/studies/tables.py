@@ -14,7 +14,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from benchmarks.studies.fair import (  # noqa: E402
     after_equal_time,
     choose,
     mean_of,
+    read_failures,
     read_trials,
     signed,
     step_of,
@@ -230,9 +231,19 @@ def report(results: Path) -> tuple[str, str]:
         for pool in pools:
             lines += detailed(pool)
     lines += [EXPLANATION, ""]
-    if plan["left_out"]:
-        lines += [f"Not run: {'; '.join(plan['left_out'])}.", ""]
+    finished = {(trial.key.pool, trial.key.arm) for trial in trials}
+    failures = [line for line in read_failures(results) if (line["pool"], line["arm"]) not in finished]
+    lines += not_there("Not run", plan["left_out"]) + not_there("Failed", failures)
     return plan["study"], "\n".join(lines)
+
+
+def not_there(title: str, absent: Sequence[Mapping[str, str]]) -> list[str]:
+    """Arms that no table has, with the pools and the reason."""
+    pools: dict[tuple[str, str], list[str]] = {}
+    for line in absent:
+        pools.setdefault((line["arm"], line["reason"]), []).append(line["pool"])
+    parts = [f"{arm} ({', '.join(dict.fromkeys(names))}): {reason}" for (arm, reason), names in pools.items()]
+    return [f"{title}: {'; '.join(parts)}.", ""] if parts else []
 
 
 def put_into(page: Path, study: str, text: str) -> None:

@@ -81,7 +81,7 @@ def test_what_is_written(data: Path, tmp_path: Path) -> None:
     assert [row["text"] for row in rows] == texts(pool)
     assert [row["on_target"] for row in truth] == [row.on_target for row in pool.rows]
     meta = json.loads((tmp_path / "meta.json").read_text(encoding="utf-8"))
-    assert (meta["rows"], meta["on_target"], meta["query"]) == (20, 6, 4)
+    assert (meta["rows"], meta["on_target"], meta["query"]) == (20, 6, 10)
 
 
 @pytest.mark.parametrize("name", NAMES)

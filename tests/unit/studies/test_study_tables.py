@@ -32,8 +32,16 @@ def write_results(folder: Path, seeds: tuple[int, ...] = (100, 0, 1)) -> Path:
                 {"rows": 300, "share": 0.9, "auc": 0.95} if arm == "ours" else dict.fromkeys(("rows", "share", "auc"))
             )
             lines.append(json.dumps({**line, **kept, "error": None}))
+    for pool in ("mixed", "clean"):
+        failed = {"study": "query", "pool": pool, "seed": 0, "arm": "rds", "lr": 1e-3, "error": "UserError: no"}
+        lines.append(json.dumps(failed))
     (folder / "results.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    plan = {"study": "query", "steps": 50, "tuning_seeds": [100], "left_out": ["'less' on mixed: unknown"]}
+    plan = {
+        "study": "query",
+        "steps": 50,
+        "tuning_seeds": [100],
+        "left_out": [{"arm": "less", "pool": "mixed", "reason": "unknown"}],
+    }
     (folder / "study.json").write_text(json.dumps(plan), encoding="utf-8")
     return folder / "results.jsonl"
 
@@ -54,7 +62,8 @@ def test_a_table(tmp_path: Path) -> None:
     assert ours[6:] == ["0.75 (0.75 to 0.75)", "+0.160 (+0.160 to +0.160)", "5.0 s, 5", "300 (90 %)", "0.95"]
     assert cells(text, "query")[1] == "0.001, 25"
     assert cells(text, "uniform+q")[4] == "-"
-    assert "Not run: 'less' on mixed: unknown." in text
+    assert "Not run: less (mixed): unknown." in text
+    assert "Failed: rds (mixed, clean): UserError: no." in text
 
 
 def test_an_arm_of_too_few_seeds_is_named_and_the_others_are_paired(tmp_path: Path) -> None:
