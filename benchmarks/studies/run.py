@@ -79,6 +79,8 @@ def get_ready(threads: int) -> None:
     import tsqlora_scale.training  # noqa: F401
 
     torch.set_num_threads(threads)
+    if torch.cuda.is_available():  # its libraries start up with the first product, which is no run's to pay for
+        torch.ones(8, 8, device="cuda").matmul(torch.ones(8, 8, device="cuda")).sum().item()
     gc.collect()
     gc.freeze()
 
