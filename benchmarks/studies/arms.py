@@ -268,6 +268,11 @@ ARMS: dict[str, Arm] = {
     "query": Arm(query_alone, needs=("query",), is_baseline=True),
     "oracle+q": Arm(oracle_with_query, needs=("query",)),
     "ours": Arm(chosen_by("query", share="auto"), is_selected=True, needs=("query",)),
+    "ours, soft": Arm(
+        chosen_by("query", "sampling.keep_fraction=1.0", "sampling.soft=true", share="auto"),
+        is_selected=True,
+        needs=("query",),
+    ),
     "ours, true share": Arm(chosen_by("query"), is_selected=True, needs=("query",)),
     "random+q": Arm(random_with_query, needs=("query",), sized_by="ours"),
     **{name: Arm(chosen_by(name), is_selected=True, needs=("query",)) for name in ("less", "rds", "dsir", "rho")},
@@ -313,7 +318,10 @@ class Study:
     oracle: str | None = None
 
 
-_BY_QUERY = ("uniform", "uniform+q", "query", "oracle+q", "ours", "random+q", "less", "rds", "dsir", "rho")
+_BY_QUERY = (
+    *("uniform", "uniform+q", "query", "oracle+q", "ours", "ours, soft", "random+q"),
+    *("less", "rds", "dsir", "rho"),
+)
 
 STUDIES: dict[str, Study] = {
     "query": Study(_BY_QUERY, ("mixed", "length", "noise", "clean"), ("uniform+q", "query"), "oracle+q"),

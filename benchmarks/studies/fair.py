@@ -41,7 +41,7 @@ class Trial:
         seconds: wall seconds by phase of the run.
         extra_seconds: what was spent on the choice before the run (an audit).
         rows: of the pool's rows, those that the choice has kept; None where nothing was chosen.
-        share: of these, the share that is good; ``auc``: of the scores, to tell good from bad.
+        share: of the draws among these, the share of good ones; ``auc``: of the scores, to tell good from bad.
     """
 
     key: TrialKey
@@ -112,7 +112,8 @@ def trial_of(record: Mapping[str, Any]) -> Trial:
     return Trial(
         key=TrialKey(*(record[name] for name in ("study", "pool", "seed", "arm", "lr"))),
         curve={int(step): sets for step, sets in record["curve"].items()},
-        **{name: record[name] for name in ("metric", "seconds", "extra_seconds", "rows", "share", "auc")},
+        share=record.get("drawn_share") if record.get("drawn_share") is not None else record["share"],
+        **{name: record[name] for name in ("metric", "seconds", "extra_seconds", "rows", "auc")},
     )
 
 

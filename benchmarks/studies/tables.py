@@ -45,7 +45,7 @@ EXPLANATION = (
     "step that is best on `tune`; differences are paired by seed and positive where the arm is better, with bootstrap "
     "95 % intervals over seeds; `of the way`: from the better baseline to the oracle; `equal time`: less the better "
     "baseline after as many more steps as the choice took seconds (`>`: its curve ends before); `choice`: seconds, "
-    "and what they are in steps; `kept`: rows, and the share of good ones among them."
+    "and what they are in steps; `kept`: rows, and the share of draws among them that good ones get."
 )
 
 
