@@ -108,6 +108,8 @@ def test_commands(block: Block, place: Path) -> None:
             check_installation(words)
         elif words[:3] == ["python3", "-m", "venv"]:
             continue
+        elif words[1].startswith("benchmarks/"):
+            assert {word for word in words if word.startswith("--")} <= options_of_benchmark(words[1]), words
         else:
             check_launch(words, place)
 
@@ -150,6 +152,13 @@ def options_of(name: str) -> set[str]:
     """Options of a command, from the parser's own help."""
     code = f"import sys; from tsqlora_scale.commands.{name} import main; main(['--help'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    return set(re.findall(r"--[\w-]+", done.stdout))
+
+
+@functools.cache
+def options_of_benchmark(script: str) -> set[str]:
+    """The same of a benchmark."""
+    done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=False, cwd=ROOT)
     return set(re.findall(r"--[\w-]+", done.stdout))
 
 

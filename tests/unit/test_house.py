@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "tsqlora_scale"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
-BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
+BENCHMARKS = sorted((ROOT / "benchmarks").rglob("*.py"))
 FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 #: Locals that read as riddles.
 RIDDLES = {"of", "said", "room", "saved", "some", "there", "worth"}
