@@ -96,12 +96,18 @@ def build_run(
             for line in start_from(model, config):
                 if accelerator.is_main_process:
                     log.warning("%s", line)
+        selector = build_selector(preflight, World.current(accelerator.device), stop, watchdog)
+
+        def listen(module: torch.nn.Module) -> None:
+            ranks.attach(module)
+            selector.listener.attach(module)
+
         engine = start_engine(
             accelerator,
             model,
             train=config.train,
             micro_batch_size=plan.micro_batch_size,
-            before_prepare=ranks.attach,
+            before_prepare=listen,
             state=state,
         )
         run = Run(
@@ -110,7 +116,7 @@ def build_run(
             engine=engine,
             task=preflight.task,
             record=record,
-            selector=build_selector(preflight, engine.world, stop, watchdog),
+            selector=selector,
             ranks=ranks,
             stop=stop,
             watchdog=watchdog,

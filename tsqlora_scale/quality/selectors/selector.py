@@ -12,6 +12,7 @@ from torch import nn
 
 from tsqlora_scale.config.schema import Config
 from tsqlora_scale.engine.collectives import World
+from tsqlora_scale.quality.online.sample_listener import SampleListener
 from tsqlora_scale.quality.pool import Pool
 from tsqlora_scale.quality.scores.score_table import ScoreTable
 
@@ -70,6 +71,11 @@ class Selector(Protocol):
 
     def weights(self, rows: np.ndarray) -> np.ndarray | None:
         """Weights of the losses of the drawn ``rows``, (batch_size,), up to a constant; None: all equal."""
+        ...
+
+    @property
+    def listener(self) -> SampleListener:
+        """Told of the samples of every step."""
         ...
 
     def quality(self) -> float | None:
