@@ -114,7 +114,7 @@ def optimizer_step(
     losses: list[torch.Tensor] = []
     gradient_scale = engine.gradient_scale
     listener.start_step(step, loss_scale=gradient_scale)
-    samples.start_step(len(rows))
+    samples.start_step(step, len(rows))
     for number, (batch, share) in enumerate(zip(batches, shares, strict=True)):
         place = number * world.size + world.rank
         seed_dropout(seed, step, place)

@@ -15,15 +15,19 @@ from tests.steps import Killed, killed_in_step
 from tsqlora_scale import training as loop
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.load import parse_config
+from tsqlora_scale.engine.collectives import World
+from tsqlora_scale.model.adapters.lora import theta_modules
 from tsqlora_scale.quality import QualityScorer, ScoreTable
 from tsqlora_scale.quality.selectors.by_steps import OnlineSelector
+from tsqlora_scale.quality.selectors.selector import SelectorContext
 from tsqlora_scale.ranks import current_ranks
 from tsqlora_scale.run import preflight
 from tsqlora_scale.run.build import build_run
+from tsqlora_scale.run.plan import plan_run
 from tsqlora_scale.run.training_run import Run
 from tsqlora_scale.step import optimizer_step
 
-ONLINE: dict[str, Any] = {"source": "online", "sketch_dim": 64}
+ONLINE: dict[str, Any] = {"source": "online", "sketch_dim": 64, "warmup_steps": 0}
 
 
 def online_tree(kind: str, folder: Path, models: Path, name: str = "run", **sections: dict[str, Any]) -> dict[str, Any]:
@@ -124,15 +128,14 @@ def test_alignment_is_with_the_direction_of_the_steps_before(tmp_path: Path, mod
 
 
 def test_the_first_epoch_is_even_and_the_same_training(tmp_path: Path, models_dir: Path) -> None:
-    """Listening changes no step; after it draws are by p, from S, and p moves at epochs and events."""
-    run = go(online_tree("bert", tmp_path, models_dir, "online"))
+    """Listening changes no step; after that draws are by p, from S, and p moves at epochs and events."""
+    run = go(online_tree("bert", tmp_path, models_dir, "online", scoring={"warmup_steps": 2}))
     go(run_tree("bert", tmp_path, models_dir, "full", sampling={"selector": "full"}))
     found, plain = (losses_of(tmp_path / "runs" / name) for name in ("online", "full"))
     assert found[:4] == pytest.approx(plain[:4], abs=1e-6)
     assert found[4:] != pytest.approx(plain[4:], abs=1e-3)
     selector = scores_of(run)
-    assert (selector.scorer.running.visits > 0).all()
-    assert selector.scorer.running.visits.sum() == 13 * 12
+    assert selector.scorer.running.visits.sum() == (13 - 2) * 12, "those of the warm-up do not count"
     assert selector.table is not None and selector.table.selected.sum() == 36
     chosen, p = selector.scorer.draws()
     assert p.max() > 2 * p.min()
@@ -143,9 +146,37 @@ def test_the_first_epoch_is_even_and_the_same_training(tmp_path: Path, models_di
     assert set(chosen) == set(np.flatnonzero(last.selected))
 
 
-def test_without_refresh_p_is_taken_once(tmp_path: Path, models_dir: Path) -> None:
-    go(online_tree("bert", tmp_path, models_dir, scoring={"refresh": "none"}))
-    assert [path.name for path in (tmp_path / "runs" / "run" / "scores").iterdir()] == ["pass-000.parquet"]
+@pytest.mark.parametrize(
+    ("warmup", "rows", "step"), [(0, 48, 4), (2, 48, 4), (3, 48, 8), (9, 48, 12), (0, 49, 5), (0.5, 48, 12)]
+)
+def test_when_scores_are_taken_first(warmup: float, rows: int, step: int, tmp_path: Path, models_dir: Path) -> None:
+    """At the end of the first epoch of which half or more comes after the warm-up."""
+    tree = online_tree("bert", tmp_path, models_dir, scoring={"warmup_steps": warmup})
+    plan = plan_run(parse_config(tree), rows, 1)
+    assert plan.scoring_step == step
+    assert plan.warmup_steps == (7 if warmup == 0.5 else warmup)
+
+
+def test_when_p_is_taken_anew(tmp_path: Path, models_dir: Path) -> None:
+    """Epochs of S are of 3 steps, and start again where p is taken."""
+
+    def steps_of(refresh: Any, events: tuple[int, ...]) -> list[int]:
+        config = parse_config(online_tree("bert", tmp_path, models_dir, scoring={"refresh": refresh}))
+        pool = preflight.check(config).task
+        context = SelectorContext(
+            config=config, pool=pool, theta=theta_modules, world=World(), scoring_step=4, events=events
+        )
+        selector, found = OnlineSelector(context), []
+        selector.scorer.running.visit(np.arange(48), np.random.default_rng(0).random((48, 4)))
+        for step in range(16):
+            if selector.due(step):
+                selector.score(torch.nn.Identity(), step)
+                found.append(step)
+        return found
+
+    assert steps_of("none", (5, 9)) == [4]
+    assert steps_of("every_event", (5, 9)) == [4, 5, 8, 9, 12, 15]
+    assert steps_of(2, (5, 9)) == [4, 7, 9, 12, 15]
 
 
 def test_a_run_within_its_first_epoch_draws_evenly_and_says_what_was_seen(tmp_path: Path, models_dir: Path) -> None:

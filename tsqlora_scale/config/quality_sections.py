@@ -30,9 +30,10 @@ class ScoringConfig(Section):
     """Per-sample quality scores (paper 2.1, Eq. 1 and 2)."""
 
     #: Where scores come from. ``pass``: passes over the pool. ``online``: the training steps themselves, averaged over
-    #: a sample's visits, without any pass. Then the first epoch draws every sample once, ``delta_loss`` is first order,
-    #: and p is taken anew after every epoch over S, too, unless ``refresh`` is none. What only a pass has
-    #: (``batch_size``, ``shard_size``, ``refresh_fraction``) is not looked at.
+    #: a sample's visits, without any pass. Then visits within ``warmup_steps`` do not count, draws are even up to the
+    #: end of the first epoch over the pool of which half or more comes after them, ``delta_loss`` is first order, and p
+    #: is taken anew after every epoch over S, too, unless ``refresh`` is none. What only a pass has (``batch_size``,
+    #: ``shard_size``, ``refresh_fraction``) is not looked at.
     source: Literal["pass", "online"] = "pass"
     #: Optimizer steps on uniform samples before the pool is scored: at step 0, B = 0 and scores are blind.
     warmup_steps: StepsOrFraction = 0.1
@@ -88,7 +89,7 @@ class ScoringConfig(Section):
     def _online_has_no_pass(cls, tree: Any) -> Any:
         """What a pass has by default, ``source: online`` has not."""
         if isinstance(tree, dict) and tree.get("source") == "online":
-            return {"warmup_steps": 0, "delta_loss": "first_order", **tree}
+            return {"delta_loss": "first_order", **tree}
         return tree
 
     @model_validator(mode="after")
@@ -96,7 +97,6 @@ class ScoringConfig(Section):
         if self.source != "online":
             return self
         wrong = {
-            "warmup_steps": (self.warmup_steps != 0, "0", "the first epoch is its warm-up"),
             "delta_loss": (self.delta_loss == "exact", "first_order", "a step makes no second forward pass"),
             "convergence": (self.convergence == "loss_trend", "alignment", "it keeps averages, not the last loss"),
             "proxy_model": (self.proxy_model is not None, "null", "the model that is trained scores"),

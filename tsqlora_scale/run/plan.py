@@ -29,6 +29,8 @@ class RunPlan:
     world_size: int
     #: Whether the training steps score the pool.
     scores_online: bool = False
+    #: What those say in so many first steps does not count.
+    warmup_steps: int = 0
 
     def lines(self) -> list[str]:
         """What will happen when, for people."""
@@ -38,10 +40,10 @@ class RunPlan:
             f"x {self.world_size} ranks",
         ]
         if self.scoring_step is not None and self.scores_online:
-            draws = "all draws are even: the run ends within its first epoch"
+            draws = f"all draws are even, as by scores they would be after step {self.scoring_step}"
             if self.scoring_step < self.total_steps:
-                draws = f"draws are even up to step {self.scoring_step}, the end of the first epoch"
-            lines.append(f"scoring: by the training steps; {draws}")
+                draws = f"draws are even up to step {self.scoring_step}"
+            lines.append(f"scoring: by the training steps after step {self.warmup_steps}; {draws}")
         elif self.scoring_step is not None:
             warm_up = f"after step {self.scoring_step}, on uniform samples until then"
             lines.append(f"scoring: {warm_up if self.scoring_step else 'before the first step'}")
@@ -77,6 +79,7 @@ def plan_run(config: Config, pool_size: int, world_size: int, *, query_rows: int
         accumulation=config.train.batch_size // (micro * world_size),
         world_size=world_size,
         scores_online=config.scores_online,
+        warmup_steps=as_steps(config.scoring.warmup_steps, total) if config.scores_online else 0,
     )
 
 
@@ -114,12 +117,13 @@ def _scoring_step(config: Config, total: int, pool_size: int) -> int | None:
         return None
     if config.looks_before_training:
         return 0
-    if config.scores_online:
-        return ceil(pool_size / config.train.batch_size)
     step = as_steps(config.scoring.warmup_steps, total)
     if step >= total:
         raise UserError(
             f"scoring.warmup_steps={config.scoring.warmup_steps} leaves no step to train on the scores "
             f"(the run has {total}); lower it or set sampling.selector: full"
         )
+    if config.scores_online:  # the end of the first epoch of which half or more comes after the warm-up
+        epoch = ceil(pool_size / config.train.batch_size)
+        return epoch * ceil(step / epoch + 0.5)
     return 0 if config.scores_by_proxy else step  # the warm-up is the proxy's

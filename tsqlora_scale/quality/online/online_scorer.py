@@ -48,6 +48,7 @@ class OnlineScorer:
         seed: of the run.
         eta: step size of the loss reduction.
         stratify: whether the pool's strata each keep their share of the draws.
+        warmup_steps: steps in which visits do not count, but for the direction.
 
     Raises:
         UserError: the disk of TMPDIR has no room, on any rank.
@@ -64,6 +65,7 @@ class OnlineScorer:
         seed: int,
         eta: float,
         stratify: bool = False,
+        warmup_steps: int = 0,
     ) -> None:
         self.scoring, self.sampling = scoring, sampling
         self.seed, self.eta, self.world = seed, eta, world
@@ -75,6 +77,8 @@ class OnlineScorer:
             self.running = RunningScores(ScoreTable.empty(len(pool)), sketch_dim=scoring.sketch_dim, memory=MEMORY)
         self._standardisation = Standardisation(gate=scoring.gates_convergence)
         self._gradients = FactorGradients(theta, sketch_dim=scoring.sketch_dim, seed=seed)
+        self._warmup_steps = warmup_steps
+        self._warms_up = False
         self._position = 0
         self._unheard = False
         self._warned = False
@@ -90,8 +94,9 @@ class OnlineScorer:
         """See :class:`~.sample_listener.SampleListener`, as for all that follow."""
         self._gradients.attach(module)
 
-    def start_step(self, size: int) -> None:
+    def start_step(self, step: int, size: int) -> None:
         """Nothing is heard yet."""
+        self._warms_up = step < self._warmup_steps
         self._found = np.zeros((size, GATHERED))
         self._step_sketch = torch.zeros_like(self._step_sketch)
         self._unheard = False
@@ -137,8 +142,11 @@ class OnlineScorer:
         loss, norm, cosine = found.view(len(rows), GATHERED).numpy().T
         values = np.column_stack([loss, norm, self.eta * norm**2, cosine])
         if taken:
-            self.running.visit(rows, values)
             self.running.turn(sketch)
+        if self._warms_up:
+            return
+        if taken:
+            self.running.visit(rows, values)
         else:
             bad = ~np.isfinite(loss)
             self.running.visit(rows[bad], values[bad])

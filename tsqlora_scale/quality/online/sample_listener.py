@@ -19,8 +19,8 @@ class SampleListener(Protocol):
         """Listen to ``module``; before every ``prepare`` of an engine."""
         ...
 
-    def start_step(self, size: int) -> None:
-        """A step over a global batch of ``size`` samples begins."""
+    def start_step(self, step: int, size: int) -> None:
+        """The step that follows ``step`` finished ones begins, over a global batch of ``size`` samples."""
         ...
 
     def start_micro_batch(self, size: int, position: int) -> None:
@@ -61,7 +61,7 @@ class DeafListener:
     def attach(self, module: nn.Module) -> None:
         """Nothing to do."""
 
-    def start_step(self, size: int) -> None:
+    def start_step(self, step: int, size: int) -> None:
         """Nothing to do."""
 
     def start_micro_batch(self, size: int, position: int) -> None:

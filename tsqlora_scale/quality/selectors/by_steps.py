@@ -18,11 +18,10 @@ from tsqlora_scale.quality.selectors.selector import SelectorContext
 
 
 class OnlineSelector(ScoredSelector):
-    """Draws every sample once, then from S by p, of the averages of what the steps have heard.
+    """Draws evenly for an epoch or more, then from S by p, of the averages of what the steps have heard.
 
     p is taken anew after every |S| samples drawn, and at the events that ``scoring.refresh`` names; with
-    ``refresh: none`` never. S stays as the first epoch has chosen it. A run that ends within its first epoch draws
-    evenly throughout.
+    ``refresh: none`` never. S stays as it was chosen first. A run that ends before that draws evenly throughout.
 
     Attributes:
         scorer: what is known of the samples.
@@ -39,6 +38,7 @@ class OnlineSelector(ScoredSelector):
             seed=config.run.seed,
             eta=config.scoring.eta or config.train.lr,
             stratify=config.stratifies,
+            warmup_steps=context.warmup_steps,
         )
         self._refreshes = refresh_steps(config.scoring, context.events)
         members = share_of(config.sampling.keep_fraction, len(context.pool))
@@ -51,7 +51,7 @@ class OnlineSelector(ScoredSelector):
         return self.scorer
 
     def due(self, step: int) -> bool:
-        """After the first epoch, and then after every epoch of S and at the events that refresh scores."""
+        """After the epochs of even draws, and then after every epoch of S and at the events that refresh scores."""
         if self._scored_at is None:
             return self.context.scoring_step is not None and step >= self.context.scoring_step
         if self.config.scoring.refresh == "none" or step <= self._scored_at:
@@ -77,7 +77,7 @@ class OnlineSelector(ScoredSelector):
         super().load_state_dict(state)
 
     def _make_sampler(self, rows: np.ndarray, probabilities: np.ndarray | None, *, start: int) -> BatchSampler:
-        """Without replacement in the first epoch, whatever the pool's weights: each sample is to be seen once."""
+        """Without replacement before there are scores, whatever the pool's weights: each sample is to be seen."""
         sampler = super()._make_sampler(rows, probabilities, start=start)
         if probabilities is None and sampler.replacement:
             return BatchSampler(
