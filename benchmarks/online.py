@@ -156,6 +156,7 @@ def agreement(options: argparse.Namespace) -> None:
             np.zeros(len(wanted)),
             run.config.sampling,
             seed=seed,
+            always=run.task.query_rows,
             strata=run.task.strata() if run.config.stratifies else None,
         )
         nothing = " | ".join("-" * (len(TERMS) + 1))

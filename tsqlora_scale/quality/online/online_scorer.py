@@ -14,6 +14,7 @@ from tsqlora_scale.common.disk_arrays import blocks
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.schema import SamplingConfig, ScoringConfig
 from tsqlora_scale.engine.collectives import World
+from tsqlora_scale.engine.transfers import to_device
 from tsqlora_scale.quality.draws.subset import draws_of, select_subset
 from tsqlora_scale.quality.gradients.sketch import cosines
 from tsqlora_scale.quality.online.factor_gradients import FactorGradients
@@ -39,6 +40,13 @@ class OnlineScorer:
     (``scoring.mean_gradient``: of unit length or as they are), by sketches. In the very first step there is no
     direction yet, and the cosine is 0. Sketches of single samples are not kept. All numbers are taken as the model
     trains, with dropout, at the parameters of the visit, and averaged over visits.
+
+    Measured on 2,000 film-review sentences, MiniLM, one seed, one visit each in 63 steps, against a full pass at the
+    end: the rank correlation of the gradient norm is 0.70 for the second half of the visits and 0.31 for all, that of
+    the convergence term 0.66 and 0.15 (the first half). So visits of the warm-up do not count: Pearson's correlation of
+    Q is then 0.34 in the place of 0.17 (of a pass after half of the steps: 0.42); with two epochs of 1,500 sentences it
+    is 0.64 (0.60). Subtracting moving averages from the
+    terms, and other memories of the direction (0.5 to 1), changed less.
 
     Args:
         scoring, sampling: the config sections.
@@ -79,11 +87,11 @@ class OnlineScorer:
         self._gradients = FactorGradients(theta, sketch_dim=scoring.sketch_dim, seed=seed)
         self._warmup_steps = warmup_steps
         self._warms_up = False
-        self._position = 0
+        self._size = self._position = 0
         self._unheard = False
         self._warned = False
-        self._found = np.zeros((0, GATHERED))
-        self._step_sketch = torch.zeros(scoring.sketch_dim, dtype=torch.float64)
+        self._heard: list[tuple[slice, Tensor]] = []
+        self._step_sketch: Tensor | None = None
 
     @property
     def table(self) -> ScoreTable | None:
@@ -97,9 +105,7 @@ class OnlineScorer:
     def start_step(self, step: int, size: int) -> None:
         """Nothing is heard yet."""
         self._warms_up = step < self._warmup_steps
-        self._found = np.zeros((size, GATHERED))
-        self._step_sketch = torch.zeros_like(self._step_sketch)
-        self._unheard = False
+        self._size, self._heard, self._step_sketch, self._unheard = size, [], None, False
 
     def start_micro_batch(self, size: int, position: int) -> None:
         """Listen to the passes that follow."""
@@ -109,30 +115,32 @@ class OnlineScorer:
     def end_micro_batch(self, losses: Tensor, factors: Tensor) -> None:
         """Take what was heard."""
         heard = self._gradients.stop()
-        place = slice(self._position, self._position + len(losses))
-        self._found[place, 0] = losses.double().cpu().numpy()
-        self._unheard |= heard is None
         if heard is None:
+            self._unheard = True
             return
         norms, sketches = heard
         factors = factors.to(norms)
-        sketches = sketches * factors.unsqueeze(1)
-        cosine = cosines(sketches.cpu(), self.running.direction)
-        self._found[place, 1] = (norms * factors).double().cpu().numpy()
-        self._found[place, 2] = cosine.numpy()
-        usable = sketches[sketches.isfinite().all(1)].double()
+        sketches = (sketches * factors.unsqueeze(1)).double()
+        cosine = cosines(sketches, to_device(self.running.direction, sketches.device))
+        place = slice(self._position, self._position + len(losses))
+        self._heard.append((place, torch.stack([losses.double(), (norms * factors).double(), cosine], 1)))
+        usable = torch.where(sketches.isfinite().all(1, keepdim=True), sketches, 0.0)
         if self.scoring.takes_unit_mean:
             usable = torch.nn.functional.normalize(usable)
-        self._step_sketch += usable.sum(0).cpu()
+        total = usable.sum(0)
+        self._step_sketch = total if self._step_sketch is None else self._step_sketch + total
 
-    def numbers(self) -> Tensor:
+    def numbers(self, like: Tensor) -> Tensor:
         """Whether nothing was heard, the samples' numbers, and the sum of their sketches."""
-        flag = torch.tensor([float(self._unheard)], dtype=torch.float64)
-        return torch.cat([flag, torch.from_numpy(self._found).flatten(), self._step_sketch])
+        found = like.new_zeros(self._size, GATHERED)
+        for place, values in self._heard:
+            found[place] = values.to(found)
+        sketch = like.new_zeros(self.scoring.sketch_dim) if self._step_sketch is None else self._step_sketch.to(like)
+        return torch.cat([torch.full_like(like[:1], float(self._unheard)), found.flatten(), sketch])
 
     def take(self, rows: np.ndarray, numbers: Tensor, *, taken: bool) -> None:
         """Count a visit of every sample; where the step was left out, of those that are to blame alone."""
-        flag, found, sketch = numbers.split([1, len(rows) * GATHERED, len(self._step_sketch)])
+        flag, found, sketch = numbers.split([1, len(rows) * GATHERED, self.scoring.sketch_dim])
         if float(flag) > 0:
             raise UserError(
                 "scoring.source='online': no adapted layer of this model is called with the batch's dimension first, "
@@ -164,7 +172,14 @@ class OnlineScorer:
         np.exp(log_p, out=table.probability)
         if first:
             with self.world.together():
-                table.selected = select_subset(len(table), log_p, self.sampling, seed=self.seed, strata=self.strata)
+                table.selected = select_subset(
+                    len(table),
+                    log_p,
+                    self.sampling,
+                    seed=self.seed,
+                    strata=self.strata,
+                    always=self.pool.query_rows,
+                )
         self.ratings += 1
         return table
 

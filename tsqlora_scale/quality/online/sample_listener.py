@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Protocol
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 
@@ -36,9 +35,9 @@ class SampleListener(Protocol):
         """
         ...
 
-    def numbers(self) -> Tensor:
-        """What this rank has heard in the step, (n,) float64 on the CPU, zeros where others have; n is the same on
-        every rank."""
+    def numbers(self, like: Tensor) -> Tensor:
+        """What this rank has heard in the step, (n,) of the type and on the device of ``like``, zeros where others
+        have; n is the same on every rank. The host does not wait for the device, here nor in a pass."""
         ...
 
     def take(self, rows: np.ndarray, numbers: Tensor, *, taken: bool) -> None:
@@ -46,7 +45,7 @@ class SampleListener(Protocol):
 
         Args:
             rows: its samples, (size,) rows of the pool.
-            numbers: the sum of all ranks' :meth:`numbers`.
+            numbers: the sum of all ranks' :meth:`numbers`, on the host.
             taken: whether the optimizer has stepped.
 
         Raises:
@@ -70,9 +69,9 @@ class DeafListener:
     def end_micro_batch(self, losses: Tensor, factors: Tensor) -> None:
         """Nothing to do."""
 
-    def numbers(self) -> Tensor:
+    def numbers(self, like: Tensor) -> Tensor:
         """None."""
-        return torch.zeros(0, dtype=torch.float64)
+        return like.new_zeros(0)
 
     def take(self, rows: np.ndarray, numbers: Tensor, *, taken: bool) -> None:
         """Nothing to do."""

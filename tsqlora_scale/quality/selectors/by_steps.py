@@ -41,7 +41,8 @@ class OnlineSelector(ScoredSelector):
             warmup_steps=context.warmup_steps,
         )
         self._refreshes = refresh_steps(config.scoring, context.events)
-        members = share_of(config.sampling.keep_fraction, len(context.pool))
+        always = context.pool.query_rows
+        members = share_of(config.sampling.most_kept, len(context.pool) - always) + always
         self._epoch = -(-members // config.train.batch_size)
         super().__init__(context, self.scorer)
 
