@@ -16,6 +16,7 @@ def bare_step(run: Run) -> float:
             rows,
             weights=run.selector.weights(rows),
             listener=run.ranks,
+            samples=run.selector.listener,
             step=run.step,
             lr=run.lr,
             micro_batch_size=run.plan.micro_batch_size,

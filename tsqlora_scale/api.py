@@ -204,7 +204,7 @@ def _for_scoring(config: Config) -> Config:
     """The config of a run that warms up and scores: nothing else happens meanwhile.
 
     Raises:
-        UserError: the config scores nothing, or by a proxy.
+        UserError: the config scores nothing, or by a proxy, or by training steps.
     """
     if config.scoring.proxy_model is not None:
         raise UserError(
@@ -214,6 +214,11 @@ def _for_scoring(config: Config) -> Config:
     if not config.scores_data:
         raise UserError(
             f"there is nothing to score: sampling.selector is {config.sampling.selector!r}; set it to 'quality'"
+        )
+    if config.scores_online:
+        raise UserError(
+            "scoring.source='online' scores while it trains, and leaves the scores in the run folder; "
+            "to score without training set scoring.source=pass"
         )
     return config.for_scoring()
 

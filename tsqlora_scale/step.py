@@ -12,6 +12,7 @@ import torch
 
 from tsqlora_scale.common.random_streams import seed_dropout
 from tsqlora_scale.engine.transfers import HostCopy, to_device
+from tsqlora_scale.quality.online.sample_listener import DeafListener, SampleListener
 
 if TYPE_CHECKING:
     from tsqlora_scale.engine.collectives import World
@@ -76,6 +77,7 @@ def optimizer_step(
     lr: float,
     micro_batch_size: int,
     seed: int,
+    samples: SampleListener | None = None,
     weights: np.ndarray | None = None,
     stop: bool = False,
     beat: Callable[[], None] = lambda: None,
@@ -93,11 +95,12 @@ def optimizer_step(
         rows: of the pool, the global batch, (batch_size,).
         listener: told of every pass.
         step: optimizer steps finished.
+        samples: told of every pass, and of what all ranks have heard of the samples in it; none: nobody is.
         weights: of the rows' losses, (batch_size,), up to a constant; none: all equal.
         stop: whether this rank was asked to stop; the result says whether any was.
         beat: called after every micro-batch.
     """
-    world = engine.world
+    world, samples = engine.world, samples or DeafListener()
     weights = np.ones(len(rows)) if weights is None else weights
     parts = micro_batches(rows, micro_batch_size, world.rank, world.size)
     on_host = [
@@ -109,23 +112,30 @@ def optimizer_step(
     shares = [to_device(share, world.device) for share in on_host]
     loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
     losses: list[torch.Tensor] = []
-    listener.start_step(step, loss_scale=engine.gradient_scale)
+    gradient_scale = engine.gradient_scale
+    listener.start_step(step, loss_scale=gradient_scale)
+    samples.start_step(step, len(rows))
     for number, (batch, share) in enumerate(zip(batches, shares, strict=True)):
         place = number * world.size + world.rank
         seed_dropout(seed, step, place)
         listener.start_micro_batch(batch.size, place * micro_batch_size)
+        samples.start_micro_batch(batch.size, place * micro_batch_size)
         with engine.micro_batch():
-            sums, _ = task.loss_sums(engine.forward(**batch.inputs), batch)
-            sums = sums * share.to(sums)
+            sums, counts = task.loss_sums(engine.forward(**batch.inputs), batch)
+            own, share, of_all = sums.detach() / counts, share.to(sums), terms.to(sums)
+            sums = sums * share
             losses.append(sums.detach())
             loss_sum += sums.detach().double().sum()
             finite = torch.where(loss_sum.isfinite(), 1.0, math.nan)
-            engine.backward(sums.sum() / terms.to(sums) * finite)
+            engine.backward(sums.sum() / of_all * finite)
+        samples.end_micro_batch(own, of_all / (gradient_scale * share * counts))
         beat()
-    told = HostCopy(world.sum(torch.stack([loss_sum, torch.full_like(loss_sum, float(stop))])), terms)
+    of_step = torch.stack([loss_sum, torch.full_like(loss_sum, float(stop))])
+    told = HostCopy(world.sum(torch.cat([of_step, samples.numbers(of_step)])), terms)
     grad_norm = engine.step(lr)
     listener.end_step(taken=math.isfinite(grad_norm))
-    (total, asked), (count,) = told.read()
+    (total, asked, *_), (count,) = told.read()
+    samples.take(rows, told.tensors()[0][2:], taken=math.isfinite(grad_norm))
     return outcome_of(engine, total / count if count else math.nan, grad_norm, asked > 0, parts, losses)
 
 

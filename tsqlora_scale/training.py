@@ -48,6 +48,7 @@ def take_steps(run: Run, *, until: int | None = None) -> StepResult | None:
                     rows,
                     weights=selector.weights(rows),
                     listener=ranks,
+                    samples=selector.listener,
                     step=run.step,
                     lr=run.lr,
                     micro_batch_size=run.plan.micro_batch_size,
@@ -85,6 +86,8 @@ def finish(run: Run) -> dict[str, Any]:
     run.save_checkpoint()
     adapter = run.save_adapter(metrics)
     run.selector.finish()
+    if run.config.scores_online:
+        run.note_scores()  # with what the last steps have said
     result = build_result(run, metrics, adapter)
     run.write_on_main("the model card", lambda: write_card(adapter, run.config, result))
     run.write_on_main("result.json", lambda: run.record.result(result))

@@ -24,6 +24,8 @@ COMMANDS = {
     "memory": "--ranks 0 2 --bases fp32 --hidden 64 --layers 1",
     "noise scores": "scores --config CONFIG --out OUT --seeds 0 --warmup 0",
     "noise train": "train --config CONFIG --out OUT --seeds 0 --arm ours train.max_steps=9",
+    "online cost": "cost --model MODEL --batch 4 --length 8 --repeats 2",
+    "online agreement": "agreement --config CONFIG --out OUT --seeds 0 schedule.start=8",
     "overhead": "--model MODEL --batch 4 --length 8 --repeats 2 --steps 1",
     "overhead --agreement": "--model MODEL --batch 4 --length 8 --agreement --agreement-steps 4 --agreement-every 4",
     "pool": "--out OUT --sizes 1e3,3e3 --batch 16 --shard 500",

@@ -29,6 +29,12 @@ QUERY_SELECTORS = ("query",)
 class ScoringConfig(Section):
     """Per-sample quality scores (paper 2.1, Eq. 1 and 2)."""
 
+    #: Where scores come from. ``pass``: passes over the pool. ``online``: the training steps themselves, averaged over
+    #: a sample's visits, without any pass. Then visits within ``warmup_steps`` do not count, draws are even up to the
+    #: end of the first epoch over the pool of which half or more comes after them, ``delta_loss`` is first order, and p
+    #: is taken anew after every epoch over S, too, unless ``refresh`` is none. What only a pass has (``batch_size``,
+    #: ``shard_size``, ``refresh_fraction``) is not looked at.
+    source: Literal["pass", "online"] = "pass"
     #: Optimizer steps on uniform samples before the pool is scored: at step 0, B = 0 and scores are blind.
     warmup_steps: StepsOrFraction = 0.1
     #: ``paper`` is Eq. 1 with equal weights, to the letter; ``aligned`` leads with the convergence term.
@@ -77,6 +83,33 @@ class ScoringConfig(Section):
                 "result and picked the best checkpoint, so its metrics were too good; set 'alignment'"
             )
         return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _online_has_no_pass(cls, tree: Any) -> Any:
+        """What a pass has by default, ``source: online`` has not."""
+        if isinstance(tree, dict) and tree.get("source") == "online":
+            return {"delta_loss": "first_order", **tree}
+        return tree
+
+    @model_validator(mode="after")
+    def _online_agrees(self) -> ScoringConfig:
+        if self.source != "online":
+            return self
+        wrong = {
+            "delta_loss": (self.delta_loss == "exact", "first_order", "a step makes no second forward pass"),
+            "convergence": (self.convergence == "loss_trend", "alignment", "it keeps averages, not the last loss"),
+            "proxy_model": (self.proxy_model is not None, "null", "the model that is trained scores"),
+            "max_samples": (self.max_samples is not None, "null", "it scores what is drawn"),
+            "max_length": (self.max_length is not None, "null", "it scores what is trained on"),
+            "keep_sketches": (self.keep_sketches, "false", "no sketches are kept"),
+        }
+        found = [(key, value, reason) for key, (is_wrong, value, reason) in wrong.items() if is_wrong]
+        if found:
+            reasons = "; ".join(f"'{key}' is {getattr(self, key)!r}, but {reason}" for key, _, reason in found)
+            remedy = ", ".join(f"'{key}: {value}'" for key, value, _ in found)
+            raise ValueError(f"'source: online' does without a pass over the pool: {reasons}; set {remedy}")
+        return self
 
     @model_validator(mode="after")
     def _proxy_scores_once(self) -> ScoringConfig:

@@ -109,6 +109,11 @@ class Config(Section):
                 "'scoring.include_head' scores by the head's gradients, and 'adapter.train_head: false' does not train "
                 "it; turn one of them off"
             )
+        if self.sampling.redundancy and self.scores_online:
+            raise ValueError(
+                "'sampling.redundancy' compares gradients, and 'scoring.source: online' keeps none; "
+                "set 'scoring.source: pass' or 'sampling.redundancy: 0'"
+            )
         if self.sampling.redundancy and self.scoring.convergence == "loss_trend":
             raise ValueError(
                 "'sampling.redundancy' compares gradients, and 'scoring.convergence: loss_trend' keeps none; "
@@ -196,6 +201,11 @@ class Config(Section):
     def scores_by_proxy(self) -> bool:
         """Whether another model scores (``scoring.proxy_model``)."""
         return self.scores_data and self.scoring.proxy_model is not None
+
+    @property
+    def scores_online(self) -> bool:
+        """Whether the training steps score the pool (``scoring.source: online``)."""
+        return self.scores_data and self.scoring.source == "online"
 
     @property
     def refreshes_scores(self) -> bool:

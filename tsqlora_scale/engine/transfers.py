@@ -30,6 +30,10 @@ class HostCopy:
 
     def read(self) -> list[list[float]]:
         """Every tensor's numbers."""
+        return [copy.reshape(-1).tolist() for copy in self.tensors()]
+
+    def tensors(self) -> list[torch.Tensor]:
+        """The tensors on the host."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        return [copy.reshape(-1).tolist() for copy in self._copies]
+        return self._copies

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,21 +78,20 @@ def build_run(
             f"model.name_or_path={config.model.name_or_path!r} is a {preflight.model_config.model_type} model, whose "
             "layers read one another's weights without a call; ZeRO-3 gathers none of them then: use DDP or ZeRO-2"
         )
+    world = World.current(accelerator.device)
     if lock is not None:
-        lock.take(World.current(accelerator.device))
+        lock.take(world)
     watchdog = Watchdog(minutes=config.run.timeout_minutes, acts=accelerator.device.type == "cpu")
     record = RunRecord(config.run_dir, writes=accelerator.is_main_process, device=accelerator.device)
     with record.phase("load"), quiet_libraries():
-        state, tree = find_state(preflight, resume, World.current(accelerator.device))
+        state, tree = find_state(preflight, resume, world)
+        selector = build_selector(preflight, world, stop, watchdog)
         model = build_model(preflight, device=accelerator.device)
         ranks = build_controller(config, plan)
         if tree is not None:
-            set_ranks(model, tree["ranks"])
-            write_values(model, {name: entry.value for name, entry in state.params.items()})
+            give(model, tree["ranks"], {name: entry.value for name, entry in state.params.items()})
         elif adapter is not None:
-            saved_ranks, values = adapter_type(config.adapter.type).read(model, Path(adapter))
-            set_ranks(model, saved_ranks)
-            write_values(model, values)
+            give(model, *adapter_type(config.adapter.type).read(model, Path(adapter)))
         elif config.adapter.init_from is not None:
             for line in start_from(model, config):
                 if accelerator.is_main_process:
@@ -101,7 +101,7 @@ def build_run(
             model,
             train=config.train,
             micro_batch_size=plan.micro_batch_size,
-            before_prepare=ranks.attach,
+            before_prepare=listening(ranks, selector),
             state=state,
         )
         run = Run(
@@ -110,7 +110,7 @@ def build_run(
             engine=engine,
             task=preflight.task,
             record=record,
-            selector=build_selector(preflight, engine.world, stop, watchdog),
+            selector=selector,
             ranks=ranks,
             stop=stop,
             watchdog=watchdog,
@@ -163,6 +163,12 @@ def note_length(run: Run, before: int, *, goes_on_here: bool) -> None:
         log.warning("%s", restated(run.config.train, run.plan, step=run.step, before=before))
     if goes_on_here:
         run.write_on_main(f"{str(run.record.folder)!r}", lambda: run.record.change_config(run.config.to_yaml()))
+
+
+def give(model: torch.nn.Module, ranks: dict[str, int], values: dict[str, torch.Tensor]) -> None:
+    """Ranks by layer, and parameters by name. With ZeRO-3 a collective."""
+    set_ranks(model, ranks)
+    write_values(model, values)
 
 
 def write_values(model: torch.nn.Module, values: dict[str, torch.Tensor]) -> None:
@@ -229,11 +235,22 @@ def build_selector(preflight: Preflight, world: World, stop: StopRequest, watchd
         theta=adapter_type(config.adapter.type).theta,
         world=world,
         scoring_step=plan.scoring_step,
+        warmup_steps=plan.warmup_steps,
         events=plan.schedule.events if plan.schedule else (),
         progress=progress,
         parts_folder=config.run_dir / PARTS,
     )
     return selector_class(config.sampling.selector)(context)
+
+
+def listening(ranks: RankController, selector: Selector) -> Callable[[torch.nn.Module], None]:
+    """What lets both halves hear the steps of a model."""
+
+    def attach(module: torch.nn.Module) -> None:
+        ranks.attach(module)
+        selector.listener.attach(module)
+
+    return attach
 
 
 def load_adapted(described: Described, adapter: Path, *, device: torch.device) -> Any:

@@ -20,12 +20,17 @@ class RunPlan:
     pool_size: int
     subset_size: int
     total_steps: int
-    #: The pool is scored after this many steps; none when the data half is off.
+    #: The pool is scored after this many steps, which need not be reached where the steps score it; none when the data
+    #: half is off.
     scoring_step: int | None
     schedule: Schedule | None
     micro_batch_size: int
     accumulation: int
     world_size: int
+    #: Whether the training steps score the pool.
+    scores_online: bool = False
+    #: What those say in so many first steps does not count.
+    warmup_steps: int = 0
 
     def lines(self) -> list[str]:
         """What will happen when, for people."""
@@ -34,7 +39,12 @@ class RunPlan:
             f"steps: {self.total_steps}, each of {self.micro_batch_size} samples x {self.accumulation} micro-batches "
             f"x {self.world_size} ranks",
         ]
-        if self.scoring_step is not None:
+        if self.scoring_step is not None and self.scores_online:
+            draws = f"all draws are even, as by scores they would be after step {self.scoring_step}"
+            if self.scoring_step < self.total_steps:
+                draws = f"draws are even up to step {self.scoring_step}"
+            lines.append(f"scoring: by the training steps after step {self.warmup_steps}; {draws}")
+        elif self.scoring_step is not None:
             warm_up = f"after step {self.scoring_step}, on uniform samples until then"
             lines.append(f"scoring: {warm_up if self.scoring_step else 'before the first step'}")
         if self.schedule is not None:
@@ -63,11 +73,13 @@ def plan_run(config: Config, pool_size: int, world_size: int, *, query_rows: int
         pool_size=pool_size,
         subset_size=subset,
         total_steps=total,
-        scoring_step=_scoring_step(config, total),
+        scoring_step=_scoring_step(config, total, pool_size),
         schedule=Schedule.from_config(config.schedule, total) if moves else None,
         micro_batch_size=micro,
         accumulation=config.train.batch_size // (micro * world_size),
         world_size=world_size,
+        scores_online=config.scores_online,
+        warmup_steps=as_steps(config.scoring.warmup_steps, total) if config.scores_online else 0,
     )
 
 
@@ -100,7 +112,7 @@ def total_steps(train: TrainConfig, subset: int) -> int:
     return total
 
 
-def _scoring_step(config: Config, total: int) -> int | None:
+def _scoring_step(config: Config, total: int, pool_size: int) -> int | None:
     if config.sampling.selector in BLIND_SELECTORS:
         return None
     if config.looks_before_training:
@@ -111,4 +123,7 @@ def _scoring_step(config: Config, total: int) -> int | None:
             f"scoring.warmup_steps={config.scoring.warmup_steps} leaves no step to train on the scores "
             f"(the run has {total}); lower it or set sampling.selector: full"
         )
+    if config.scores_online:  # the end of the first epoch of which half or more comes after the warm-up
+        epoch = ceil(pool_size / config.train.batch_size)
+        return epoch * ceil(step / epoch + 0.5)
     return 0 if config.scores_by_proxy else step  # the warm-up is the proxy's

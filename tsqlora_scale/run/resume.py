@@ -123,7 +123,7 @@ def restated(train: TrainConfig, plan: RunPlan, *, step: int, before: int) -> st
         f"train.lr_schedule={train.lr_schedule} is restated for that length: learning rate {old:.3g} -> {new:.3g} "
         f"here, warm-up of {warmup} steps",
     ]
-    if plan.scoring_step is not None and plan.scoring_step >= step:
+    if plan.scoring_step is not None and step <= plan.scoring_step < total:
         parts.append(f"the pool is scored after step {plan.scoring_step}")
     if plan.schedule is not None:
         left = [str(event) for event in plan.schedule.events if event > step]

@@ -50,7 +50,8 @@ def score_bytes(config: Config, pool_size: int) -> int:
     draw = max(28 * kept, sampler + weighted * kept + (8 + 8 * kept if sampling.unbiased else 0))
     stratum = 4 if config.stratifies else 0
     most = max(first, draw, refresh if config.refreshes_scores else 0)
-    return TABLE + ALWAYS + stratum + math.ceil(most)
+    visits = 4 if config.scores_online else 0
+    return TABLE + ALWAYS + stratum + visits + math.ceil(most)
 
 
 def check_space(config: Config, pool_size: int) -> None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tsqlora_scale.common.disk_arrays import blocks, counts, filled, new_array
+from tsqlora_scale.common.disk_arrays import blocks, counts, filled, new_array, positions, taken
 from tsqlora_scale.common.random_streams import gumbel, philox
 from tsqlora_scale.config.schema import SamplingConfig
 from tsqlora_scale.quality.draws.key_order import largest, stratum_of
+
+if TYPE_CHECKING:
+    from tsqlora_scale.quality.scores.score_table import ScoreTable
 
 
 def select_subset(
@@ -93,6 +97,17 @@ def renormalised(weights: np.ndarray, strata: np.ndarray | None, sizes: np.ndarr
     for block in blocks(len(weights)):
         scaled[block] = weights[block] * scale[stratum_of(strata, block)]
     return scaled
+
+
+def draws_of(table: ScoreTable, strata: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Pool indices of a table's S, and the probabilities (sum 1) by which minibatches are drawn from them.
+
+    Args:
+        strata: of the pool, (N,), each of which keeps its share; None is one group.
+    """
+    sizes = np.array([len(table)]) if strata is None else counts(strata)
+    of_members = None if strata is None else taken(strata, table.selected)
+    return positions(table.selected), renormalised(taken(table.probability, table.selected), of_members, sizes)
 
 
 def importance_weights(probabilities: np.ndarray, cut: float) -> np.ndarray:

@@ -49,15 +49,15 @@ class Sketch:
         first = next(iter(gradients.values()))
         sketch = torch.zeros(len(first), self.dim, device=first.device)
         for name in sorted(gradients):
-            gradient = gradients[name]
-            if gradient.dim() == 2:  # a bias
-                gradient = gradient.unsqueeze(1)
-            elif gradient.shape[1] > gradient.shape[2]:
-                gradient = gradient.transpose(1, 2)
-            self._add(sketch, name, gradient)
+            self.add(sketch, name, gradients[name])
         return sketch
 
-    def _add(self, sketch: Tensor, name: str, gradient: Tensor) -> None:
+    def add(self, sketch: Tensor, name: str, gradient: Tensor) -> None:
+        """Add the part of one parameter, whose gradient is (B, ...), to sketches (B, dim) float32, in place."""
+        if gradient.dim() == 2:  # a bias
+            gradient = gradient.unsqueeze(1)
+        elif gradient.shape[1] > gradient.shape[2]:
+            gradient = gradient.transpose(1, 2)
         batch, rows, columns = gradient.shape
         signs, block, pitch, offset = self._layout(name, rows, columns, gradient.device)
         blocks = math.ceil(columns / block)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tsqlora_scale.common.disk_arrays import blocks, copied, counted, counts, positions, taken
+from tsqlora_scale.common.disk_arrays import blocks, copied, counted, positions, taken
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.random_streams import philox, uniform
 from tsqlora_scale.config.schema import SamplingConfig, ScoringConfig
@@ -23,7 +23,7 @@ from tsqlora_scale.engine.collectives import World
 from tsqlora_scale.engine.sharded import read_parameter
 from tsqlora_scale.quality.draws.key_order import smallest
 from tsqlora_scale.quality.draws.redundancy import neighbours, similar_pairs
-from tsqlora_scale.quality.draws.subset import renormalised, select_subset, share_of
+from tsqlora_scale.quality.draws.subset import draws_of, select_subset, share_of
 from tsqlora_scale.quality.gradients.sketch import cosines
 from tsqlora_scale.quality.pool import BatchT, Pool
 from tsqlora_scale.quality.scores.equations import Standardisation, log_probabilities, term_weights
@@ -158,10 +158,7 @@ class QualityScorer(Generic[BatchT]):
     def draws(self) -> tuple[np.ndarray, np.ndarray]:
         """Pool indices of S, and the probabilities (sum 1) by which minibatches are drawn from them."""
         assert self.table is not None
-        chosen = positions(self.table.selected)
-        strata = None if self.strata is None else taken(self.strata, self.table.selected)
-        sizes = np.array([len(self.table)]) if self.strata is None else counts(self.strata)
-        return chosen, renormalised(taken(self.table.probability, self.table.selected), strata, sizes)
+        return draws_of(self.table, self.strata)
 
     def discard_parts(self) -> None:
         """Forget the raw numbers and sketches of the last pass, also of one that was made before a resume."""

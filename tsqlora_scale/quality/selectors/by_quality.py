@@ -5,19 +5,16 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import numpy as np
 from torch import nn
 
-from tsqlora_scale.common.disk_arrays import filled
 from tsqlora_scale.config.schema import ScoringConfig
-from tsqlora_scale.quality.draws.subset import importance_weights
 from tsqlora_scale.quality.scores.score_table import ScoreTable
 from tsqlora_scale.quality.scores.scorer import QualityScorer
-from tsqlora_scale.quality.selectors.full import FullSelector
+from tsqlora_scale.quality.selectors.by_scores import ScoredSelector
 from tsqlora_scale.quality.selectors.selector import SelectorContext
 
 
-class QualitySelector(FullSelector):
+class QualitySelector(ScoredSelector):
     """Draws evenly until the pool is scored, then from S by p; scores a share of S anew at events of the schedule.
 
     Attributes:
@@ -40,14 +37,7 @@ class QualitySelector(FullSelector):
             parts_folder=context.parts_folder,
         )
         self._refreshes = refresh_steps(config.scoring, context.events)
-        self._scored_at: int | None = None
-        self._importance: np.ndarray | None = None
-        super().__init__(context)
-
-    @property
-    def table(self) -> ScoreTable | None:
-        """Scores of the pool, from the first pass on."""
-        return self.scorer.table
+        super().__init__(context, self.scorer)
 
     def due(self, step: int) -> bool:
         """At the first pass's step, and at the events that refresh scores."""
@@ -66,22 +56,10 @@ class QualitySelector(FullSelector):
         self.scorer.adopt(table)
         self._draw_by_scores(step)
 
-    def weights(self, rows: np.ndarray) -> np.ndarray | None:
-        """``1 / (|S| p)`` under ``sampling.unbiased``."""
-        return None if self._importance is None else self._importance[rows]
-
-    def quality(self) -> float | None:
-        """Mean of sigmoid(Q) over S."""
-        return None if self.table is None else self.table.mean_quality()
-
     def finish(self) -> None:
         """Remove the parts of the last pass, unless they are to be kept."""
         if self.context.world.is_main and not self.config.scoring.keep_sketches:
             self.scorer.discard_parts()
-
-    def state_dict(self) -> dict[str, Any]:
-        """The sampler's, the scorer's, and when the pool was scored last."""
-        return {**super().state_dict(), "scored_at": self._scored_at, "scorer": self.scorer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See :class:`~tsqlora_scale.quality.selectors.selector.Selector`."""
@@ -91,22 +69,6 @@ class QualitySelector(FullSelector):
             self._draw_by_scores(state["sampler"]["start"])
             self._scored_at = state["scored_at"]
         super().load_state_dict(state)
-
-    def _draw_by_scores(self, step: int) -> None:
-        """Draw from S by p, as the scores in force say. A collective.
-
-        Raises:
-            UserError: the disk of TMPDIR has no room, on any rank.
-        """
-        self._scored_at = step
-        with self.context.world.together():
-            del self._sampler  # large pools have room on disk for one
-            self._importance = None
-            chosen, probabilities = self.scorer.draws()
-            self._sampler = self._make_sampler(chosen, probabilities, start=step)
-            if self.config.sampling.unbiased:
-                self._importance = filled(len(self.pool), np.float64, 1.0)
-                self._importance[chosen] = importance_weights(probabilities, self.config.sampling.max_weight)
 
 
 def refresh_steps(scoring: ScoringConfig, events: tuple[int, ...]) -> frozenset[int]:

@@ -9,6 +9,7 @@ from torch import nn
 
 from tsqlora_scale.common.disk_arrays import blocks, counted, new_array
 from tsqlora_scale.quality.draws.batch_sampler import BatchSampler
+from tsqlora_scale.quality.online.sample_listener import DeafListener, SampleListener
 from tsqlora_scale.quality.scores.score_table import ScoreTable
 from tsqlora_scale.quality.selectors.selector import SelectorContext
 
@@ -72,6 +73,11 @@ class FullSelector:
 
     def score(self, module: nn.Module, step: int) -> None:
         """Nothing to do."""
+
+    @property
+    def listener(self) -> SampleListener:
+        """Nothing is to be known of samples."""
+        return DeafListener()
 
     def draw(self, step: int) -> np.ndarray:
         """See :class:`~tsqlora_scale.quality.draws.batch_sampler.BatchSampler`."""

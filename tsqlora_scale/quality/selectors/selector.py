@@ -12,6 +12,7 @@ from torch import nn
 
 from tsqlora_scale.config.schema import Config
 from tsqlora_scale.engine.collectives import World
+from tsqlora_scale.quality.online.sample_listener import SampleListener
 from tsqlora_scale.quality.pool import Pool
 from tsqlora_scale.quality.scores.score_table import ScoreTable
 
@@ -26,6 +27,7 @@ class SelectorContext:
         theta: the linear modules of a model whose parameters are scored, by name (an adapter type's ``theta``).
         world: the ranks.
         scoring_step: optimizer steps after which the pool is to be scored; None where the config asks for no scores.
+        warmup_steps: optimizer steps whose samples are not to be scored by what the steps say.
         events: the schedule's steps, ascending; empty without a schedule.
         progress: told (samples done, samples of the pass) while the pool is scored.
         parts_folder: where the numbers of a pass are kept while it runs.
@@ -36,6 +38,7 @@ class SelectorContext:
     theta: Callable[..., dict[str, nn.Linear]]
     world: World
     scoring_step: int | None = None
+    warmup_steps: int = 0
     events: tuple[int, ...] = ()
     progress: Callable[[int, int], None] | None = None
     parts_folder: Path | None = None
@@ -70,6 +73,11 @@ class Selector(Protocol):
 
     def weights(self, rows: np.ndarray) -> np.ndarray | None:
         """Weights of the losses of the drawn ``rows``, (batch_size,), up to a constant; None: all equal."""
+        ...
+
+    @property
+    def listener(self) -> SampleListener:
+        """Told of the samples of every step."""
         ...
 
     def quality(self) -> float | None:

@@ -9,15 +9,22 @@ from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.extensions import load_extension
 from tsqlora_scale.quality.selectors.by_quality import QualitySelector
 from tsqlora_scale.quality.selectors.by_query import QuerySelector
+from tsqlora_scale.quality.selectors.by_steps import OnlineSelector
 from tsqlora_scale.quality.selectors.full import FullSelector
 from tsqlora_scale.quality.selectors.random_subset import RandomSelector
 from tsqlora_scale.quality.selectors.selector import Selector, SelectorContext
+
+
+def by_quality(context: SelectorContext) -> Selector:
+    """By scores of passes over the pool or of the training steps, as ``scoring.source`` says."""
+    return OnlineSelector(context) if context.config.scores_online else QualitySelector(context)
+
 
 SELECTORS: dict[str, Callable[[SelectorContext], Selector]] = {
     "full": FullSelector,
     "random": RandomSelector,
     "query": QuerySelector,
-    "quality": QualitySelector,
+    "quality": by_quality,
 }
 
 

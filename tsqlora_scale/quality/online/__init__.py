@@ -1,0 +1,1 @@
+"""Scores from the training steps themselves: ``scoring.source: online``."""
