@@ -191,6 +191,67 @@ def score(
     return ScoreResult(folder, summary, files[0] if files else None)
 
 
+@dataclass(frozen=True)
+class AuditResult:
+    """What an audit has left.
+
+    Attributes:
+        folder: ``audit/`` of the run folder.
+        page: the page to walk through.
+        fixes: the csv of samples to look at; ``task.dataset.exclude`` takes it.
+        table: the parquet file of the whole pool with what was found; as a pool it has weights to draw by.
+        summary: as ``summary.json`` there holds it; empty on other ranks than 0.
+        suspects: the most suspect samples: id, text, label, suggested label, probability; empty on other ranks.
+    """
+
+    folder: Path
+    page: Path
+    fixes: Path
+    table: Path
+    summary: dict[str, Any]
+    suspects: list[dict[str, Any]]
+
+
+def audit(
+    config: Config, *, top: int = 5, similarity: float = 0.98, resume: bool = False, overwrite: bool = False
+) -> AuditResult:
+    """Which labels of a pool are probably wrong, every sample judged by models that have not seen it. A collective.
+
+    Args:
+        top: suspects of the result's list.
+        similarity: cosine of two samples' features from which on they are nearly the same.
+        resume: go on with an audit that was killed: folds that were finished are not trained again.
+        overwrite: start anew where another run has been.
+
+    Raises:
+        UserError: as :func:`train`, or the config cannot be audited, or what is found cannot be written.
+        Stopped: SIGTERM, SIGUSR1 or Ctrl-C has come; ``resume=True`` goes on.
+    """
+    prepare_environment()
+    if top < 1:
+        raise UserError(f"--top {top} (top): must be 1 or more")
+    if not 0 < similarity <= 1:
+        raise UserError(f"--similarity {similarity:g} (similarity): must be above 0 and at most 1")
+    from tsqlora_scale.audit.checks import check_audit
+    from tsqlora_scale.run import preflight
+
+    check_audit(config)
+    config = config.for_audit()
+    place = "auto" if resume else None
+    preflight.check_run_dir(config, overwrite=overwrite, resume=place)
+    checked = preflight.check(config)
+    from tsqlora_scale.audit.audit_run import audit_and_write
+    from tsqlora_scale.run.build import build_run
+    from tsqlora_scale.run.preemption import StopRequest
+
+    with StopRequest() as stop, _only_writer(config, overwrite=overwrite, resume=place) as lock:
+        run = build_run(checked, stop=stop, lock=lock)
+        summary, suspects = audit_and_write(run, similarity=similarity, top=top, resume=resume)
+    run.engine.close()
+    folder = config.run_dir / "audit"
+    return AuditResult(folder, folder / "index.html", folder / "fixes.csv", folder / "audit.parquet", summary, suspects)
+
+
 def _only_writer(config: Config, *, overwrite: bool, resume: str | None) -> RunLock:
     """The lock of the folders that a run writes into, whose checks are made again once it is held."""
     from tsqlora_scale.run import preflight

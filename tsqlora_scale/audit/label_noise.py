@@ -8,6 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tsqlora_scale.audit.share_belief import ShareBelief, believed
+from tsqlora_scale.common.random_streams import philox
+
 #: shares of wrong labels that are weighed, as a part of what labels drawn blindly would give
 GRID = tuple(np.linspace(0.0, 0.9, 31))
 #: samples that the few numbers of the model are fitted on
@@ -27,9 +30,7 @@ class LabelNoise:
         given: calibrated out-of-sample probability of the label that each sample has, (n,).
         wrong: probability that this label is not the right one, (n,).
         classes: probabilities of the right class given text and label, (n, C).
-        rates: the flip rates that were weighed, (G,).
-        belief: how probable each is, (G,), of sum 1.
-        shares: the share of wrong labels under each, (G,).
+        share: of wrong labels.
         weights: of the sources, (S,); 0: it says nothing more.
         gain: nats a sample by which the sources tell labels better than the classes' shares do.
     """
@@ -37,24 +38,9 @@ class LabelNoise:
     given: np.ndarray
     wrong: np.ndarray
     classes: np.ndarray
-    rates: np.ndarray
-    belief: np.ndarray
-    shares: np.ndarray
+    share: ShareBelief
     weights: np.ndarray
     gain: float
-
-    @property
-    def share(self) -> float:
-        """The share of wrong labels that is expected."""
-        return float(self.belief @ self.shares)
-
-    def interval(self, level: float = 0.9) -> tuple[float, float]:
-        """Between which shares the right one lies with probability ``level``."""
-        order = np.argsort(self.shares, kind="stable")
-        reached = np.cumsum(self.belief[order])
-        ends = np.searchsorted(reached, [(1 - level) / 2, (1 + level) / 2]).clip(max=len(order) - 1)
-        low, high = self.shares[order][ends]
-        return float(low), float(high)
 
 
 def judge_labels(scores: np.ndarray, labels: np.ndarray, *, seed: int) -> LabelNoise:
@@ -73,8 +59,6 @@ def judge_labels(scores: np.ndarray, labels: np.ndarray, *, seed: int) -> LabelN
         labels: class ids (n,).
         seed: of the run; of large pools a random part is fitted on.
     """
-    from tsqlora_scale.common.random_streams import philox
-
     sources, size, classes = scores.shape
     scaled = torch.from_numpy(scores).double()
     scaled = scaled - scaled.mean(2, keepdim=True)
@@ -90,9 +74,7 @@ def judge_labels(scores: np.ndarray, labels: np.ndarray, *, seed: int) -> LabelN
         start, likelihood = fit(scaled[:, part], ids[part], float(rate), start)
         parameters.append(start)
         evidence[number] = likelihood * size / len(part) - rate / PRIOR_MEAN
-    belief = np.exp(evidence - evidence.max())
-    belief /= belief.sum()
-    return _believed(scaled, ids, rates, belief, parameters)
+    return _averaged(scaled, ids, rates, believed(evidence), parameters)
 
 
 def fit(scores: Tensor, labels: Tensor, rate: float, start: Tensor) -> tuple[Tensor, float]:
@@ -131,7 +113,7 @@ def log_labels(scores: Tensor, labels: Tensor, rate: float, parameters: Tensor) 
     return ((1 - rate) * right.exp() + rate / others * (1 - right.exp())).log()
 
 
-def _believed(
+def _averaged(
     scores: Tensor, labels: Tensor, rates: np.ndarray, belief: np.ndarray, parameters: list[Tensor]
 ) -> LabelNoise:
     """Averages over the rates."""
@@ -139,7 +121,7 @@ def _believed(
     given, wrong = torch.zeros(size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
     found = torch.zeros(size, classes, dtype=torch.float64)
     shares = np.zeros(len(rates))
-    for number, (rate, believed) in enumerate(zip(rates, belief, strict=True)):
+    for number, (rate, weight) in enumerate(zip(rates, belief, strict=True)):
         q = right_classes(scores, parameters[number]).exp()
         posterior = q * (rate / (classes - 1))
         kept = (1 - rate) * q.gather(1, labels[:, None])
@@ -148,9 +130,9 @@ def _believed(
         posterior = posterior / of_label[:, None]
         mistaken = 1 - kept.squeeze(1) / of_label
         shares[number] = float(mistaken.mean())
-        given += believed * of_label
-        wrong += believed * mistaken
-        found += believed * posterior
+        given += weight * of_label
+        wrong += weight * mistaken
+        found += weight * posterior
     of_class = torch.bincount(labels, minlength=classes).double() / size
     blind = -float((of_class[of_class > 0] * of_class[of_class > 0].log()).sum())
     best = parameters[int(belief.argmax())]
@@ -158,9 +140,7 @@ def _believed(
         given=given.numpy(),
         wrong=wrong.clamp(0, 1).numpy(),
         classes=found.numpy(),
-        rates=rates,
-        belief=belief,
-        shares=shares,
+        share=ShareBelief(rates, belief, shares),
         weights=best[: len(scores)].numpy(),
         gain=blind + float(given.log().mean()),
     )
