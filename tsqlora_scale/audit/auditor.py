@@ -60,6 +60,7 @@ def audit_pool(run: Run, *, similarity: float, parts: Path) -> Findings | None:
             del states
         if config.audits_adapters:
             folds = world.broadcast(folds)
+            assert folds is not None
             with run.record.phase("adapters"):
                 scores = cross_fitted_scores(run, folds, folder=parts)
             if scores is not None:

@@ -14,8 +14,8 @@ def check_audit(config: Config) -> None:
     """
     if config.adapter.init_from is not None:
         raise UserError(
-            f"adapter.init_from={config.adapter.init_from!r}: an audit begins anew, as an adapter may have learned from "
-            "the very labels that it is to judge; set adapter.init_from=null"
+            f"adapter.init_from={config.adapter.init_from!r}: an audit begins anew, as an adapter may have learned "
+            "from the very labels that it is to judge; set adapter.init_from=null"
         )
     task = config.task
     if task.objective is not None:

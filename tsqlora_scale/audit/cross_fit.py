@@ -31,8 +31,8 @@ def cross_fitted_scores(run: Run, folds: np.ndarray, *, folder: Path) -> np.ndar
     """What adapters say of the rows that they have not been trained on, (n, width), on rank 0; None elsewhere.
 
     For every fold a fresh adapter is trained on the other folds, at most as long as the config trains, and looked at
-    :data:`LOOKS` times: the state is kept that gives the held-out fold the smallest loss, and training ends when it only
-    grows. Held-out labels may be wrong, too, and choose nothing but the number of steps.
+    :data:`LOOKS` times: the state is kept that gives the held-out fold the smallest loss, and training ends when it
+    only grows. Held-out labels may be wrong, too, and choose nothing but the number of steps.
 
     A collective. A fold that is finished is kept in ``folder``, and not trained again.
 
@@ -89,7 +89,7 @@ def train_fold(
             if (step + 1) % every and step + 1 < last:
                 continue
             scores = look(run, held_out, class_scores(run), what=f"{name}: looking at it")
-            loss = engine.world.broadcast(None if scores is None else held_out_loss(run, held_out, scores))
+            loss = engine.world.broadcast(math.nan if scores is None else held_out_loss(run, held_out, scores))
             run.record.metrics(step=step + 1, fold=name, loss=result.loss, held_out=loss)
             if loss < best:
                 best, stale, kept = loss, 0, scores
@@ -113,7 +113,7 @@ def held_out_loss(run: Run, rows: np.ndarray, scores: np.ndarray) -> float:
 
 
 def restored(module: nn.Module, initial: TrainState) -> TrainState:
-    """The values that training began from, written into ``module``; nothing has been learned. With ZeRO-3 a collective."""
+    """The values that training began from, written into ``module``. With ZeRO-3 a collective."""
     params = dict(module.named_parameters())
     for name, entry in sorted(initial.params.items()):
         write_parameter(params[name], entry.value)

@@ -106,7 +106,7 @@ class Findings:
         return groups_of(self.first)
 
     def classes(self) -> list[dict[str, Any]]:
-        """By label: samples, how many of their labels are expected to be wrong, and what they most often are instead."""
+        """By label: samples, how many are expected to be wrong, and what they most often are instead."""
         if self.names is None or self.labels is None or self.wrong is None or self.flows is None:
             return []
         found = []

@@ -37,8 +37,8 @@ class NumberNoise:
 def judge_numbers(scores: np.ndarray, numbers: np.ndarray) -> NumberNoise:
     """A mixture: right numbers are normal about a linear function of the sources, wrong ones normal as all numbers are.
 
-    As :func:`~.label_noise.judge_labels`, the share of wrong ones is weighed on a grid; function and spread are those of
-    the largest likelihood for each, by expectation and maximisation.
+    As :func:`~.label_noise.judge_labels`, the share of wrong ones is weighed on a grid; function and spread are those
+    of the largest likelihood for each, by expectation and maximisation.
 
     Args:
         scores: out of sample, (S, n): predictions of every source.

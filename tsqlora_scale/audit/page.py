@@ -94,7 +94,7 @@ def overview(findings: Findings) -> Iterator[str]:
             "seen them. A large loss may be a wrong answer, or a rare or a long one; it is no probability.</p>\n"
         )
     judged = " and ".join(f"{name} (weight {weight:.2f})" for name, weight in findings.sources.items())
-    yield f'<p class="dim">Every sample was judged by models that have not seen it nor its copies: {safe(judged)}.</p>\n'
+    yield f'<p class="dim">Judged by models that have seen neither the sample nor its copies: {safe(judged)}.</p>\n'
     if findings.wrong is not None:
         yield from histogram(findings.wrong)
 
@@ -149,7 +149,7 @@ def listed(findings: Findings, top: int) -> np.ndarray:
 def suspects(findings: Findings, task: Task, *, top: int) -> Iterator[str]:
     """The list that one walks through."""
     places, reasons = listed(findings, top), dict(findings.fixes())
-    yield f"<h2>Suspects</h2><p class='dim'>The {len(places):,} most suspect of {len(findings):,}; all are in audit.csv."
+    yield f"<h2>Suspects</h2><p class='dim'>The {len(places):,} most suspect of {len(findings):,}; audit.csv has all."
     yield (
         '<span class="scripted"> Keys: j next, l previous, r relabel, d drop, k keep. Decisions stay in this browser; '
         "decisions.csv is a file for <code>task.dataset.exclude</code>.</span></p>\n"
@@ -213,12 +213,14 @@ def copies(findings: Findings, task: Task) -> Iterator[str]:
     yield f"<h2>Copies and near-copies</h2><p class='dim'>{min(len(groups), GROUPS):,} of {len(groups):,} groups.</p>"
     yield '<table><tr><th class="number">samples</th><th>text</th><th>labels</th></tr>\n'
     for members in groups[:GROUPS]:
-        texts = "<br>".join(
-            f"{isolated(shortened(task.preview(place), TEXT // 4))} <span class='reason'>id {safe(str(findings.ids[place]))}"
-            "</span>"
-            for place in members[:MEMBERS].tolist()
-        )
+        texts = "<br>".join(member(findings, task, place) for place in members[:MEMBERS].tolist())
         labels = sorted({findings.label(place) or task.answer(place) for place in members[:MEMBERS].tolist()})
         shown = " ".join(isolated(shortened(label, 200), "label") for label in labels)
         yield f'<tr><td class="number">{len(members)}</td><td class="text">{texts}</td><td>{shown}</td></tr>\n'
     yield "</table>\n"
+
+
+def member(findings: Findings, task: Task, place: int) -> str:
+    """A sample of a group of copies."""
+    text = isolated(shortened(task.preview(place), TEXT // 4))
+    return f'{text} <span class="reason">id {safe(str(findings.ids[place]))}</span>'

@@ -76,7 +76,8 @@ def frozen_states(run: Run) -> np.ndarray | None:
 
     A fresh adapter changes nothing, so the model must not have been trained yet. A collective.
     """
-    seed, projections = run.config.run.seed, {}
+    seed = run.config.run.seed
+    projections: dict[int, Tensor] = {}
 
     def see(module: nn.Module, batch: Batch) -> Tensor:
         outputs: Any = module(**batch.inputs, output_hidden_states=True)

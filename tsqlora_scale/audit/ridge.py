@@ -92,7 +92,8 @@ class _Smoother:
 
     def coordinates(self, features: np.ndarray) -> Tensor:
         """(k, r) of features (k, d)."""
-        return ((torch.from_numpy(np.asarray(features)).double() - self._middle) * self._scale) @ self._axes
+        found: Tensor = ((torch.from_numpy(np.asarray(features)).double() - self._middle) * self._scale) @ self._axes
+        return found
 
     def predict(self, features: np.ndarray, own: np.ndarray) -> Tensor:
         """Predictions (penalties, k, C), each without the fitted sample ``own`` (k,), which it is itself; -1: none."""
