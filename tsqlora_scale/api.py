@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from tsqlora_scale.audit.audit_result import AuditResult
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.launcher import launched_rank
 from tsqlora_scale.common.quiet import prepare_environment
@@ -140,10 +141,7 @@ def score(
     """
     prepare_environment()
     config = _for_scoring(config)
-    if top < 1:
-        raise UserError(f"--top {top} (top): must be 1 or more")
-    if not 0 < similarity <= 1:
-        raise UserError(f"--similarity {similarity:g} (similarity): must be above 0 and at most 1")
+    _check_options(top, similarity)
     from tsqlora_scale.model.describe import check_adapter_fits
     from tsqlora_scale.run import preflight
 
@@ -191,27 +189,6 @@ def score(
     return ScoreResult(folder, summary, files[0] if files else None)
 
 
-@dataclass(frozen=True)
-class AuditResult:
-    """What an audit has left.
-
-    Attributes:
-        folder: ``audit/`` of the run folder.
-        page: the page to walk through.
-        fixes: the csv of samples to look at; ``task.dataset.exclude`` takes it.
-        table: the parquet file of the whole pool with what was found; as a pool it has weights to draw by.
-        summary: as ``summary.json`` there holds it; empty on other ranks than 0.
-        suspects: the most suspect samples: id, text, label, suggested label, probability; empty on other ranks.
-    """
-
-    folder: Path
-    page: Path
-    fixes: Path
-    table: Path
-    summary: dict[str, Any]
-    suspects: list[dict[str, Any]]
-
-
 def audit(
     config: Config, *, top: int = 5, similarity: float = 0.98, resume: bool = False, overwrite: bool = False
 ) -> AuditResult:
@@ -228,10 +205,7 @@ def audit(
         Stopped: SIGTERM, SIGUSR1 or Ctrl-C has come; ``resume=True`` goes on.
     """
     prepare_environment()
-    if top < 1:
-        raise UserError(f"--top {top} (top): must be 1 or more")
-    if not 0 < similarity <= 1:
-        raise UserError(f"--similarity {similarity:g} (similarity): must be above 0 and at most 1")
+    _check_options(top, similarity)
     from tsqlora_scale.audit.checks import check_audit
     from tsqlora_scale.run import preflight
 
@@ -248,8 +222,14 @@ def audit(
         run = build_run(checked, stop=stop, lock=lock)
         summary, suspects = audit_and_write(run, similarity=similarity, top=top, resume=resume)
     run.engine.close()
-    folder = config.run_dir / "audit"
-    return AuditResult(folder, folder / "index.html", folder / "fixes.csv", folder / "audit.parquet", summary, suspects)
+    return AuditResult(config.run_dir / "audit", summary, suspects)
+
+
+def _check_options(top: int, similarity: float) -> None:
+    if top < 1:
+        raise UserError(f"--top {top} (top): must be 1 or more")
+    if not 0 < similarity <= 1:
+        raise UserError(f"--similarity {similarity:g} (similarity): must be above 0 and at most 1")
 
 
 def _only_writer(config: Config, *, overwrite: bool, resume: str | None) -> RunLock:

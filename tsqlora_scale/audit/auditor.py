@@ -63,8 +63,7 @@ def audit_pool(run: Run, *, similarity: float, parts: Path) -> Findings | None:
             assert folds is not None
             with run.record.phase("adapters"):
                 scores = cross_fitted_scores(run, folds, folder=parts)
-            if scores is not None:
-                sources["adapters"] = scores.astype(np.float64)
+            sources["adapters"] = scores.astype(np.float64)
         if groups is None:
             return None
         with run.record.phase("judging"):

@@ -27,8 +27,8 @@ LOOKS = 8
 PATIENCE = 2
 
 
-def cross_fitted_scores(run: Run, folds: np.ndarray, *, folder: Path) -> np.ndarray | None:
-    """What adapters say of the rows that they have not been trained on, (n, width), on rank 0; None elsewhere.
+def cross_fitted_scores(run: Run, folds: np.ndarray, *, folder: Path) -> np.ndarray:
+    """What adapters say of the rows that they have not been trained on, (n, width) float32, the same on every rank.
 
     For every fold a fresh adapter is trained on the other folds, at most as long as the config trains, and looked at
     :data:`LOOKS` times: the state is kept that gives the held-out fold the smallest loss, and training ends when it
@@ -49,21 +49,19 @@ def cross_fitted_scores(run: Run, folds: np.ndarray, *, folder: Path) -> np.ndar
     count = int(folds.max()) + 1
     for fold in range(count):
         rows = np.flatnonzero(folds == fold)
-        kept = parts.read(fold) if run.is_main else None
-        if not run.engine.world.broadcast(kept is not None):
+        kept = run.engine.world.broadcast(parts.read(fold) if run.is_main else None)
+        if kept is None:
             kept = train_fold(run, np.flatnonzero(folds != fold), rows, initial, name=f"fold {fold + 1} of {count}")
-            if kept is not None:
+            if run.is_main:
                 parts.write(fold, kept)
-        if kept is not None:
-            found = np.empty((len(folds), kept.shape[1]), dtype=np.float32) if found is None else found
-            found[rows] = kept
+        found = np.empty((len(folds), kept.shape[1]), dtype=np.float32) if found is None else found
+        found[rows] = kept
+    assert found is not None
     return found
 
 
-def train_fold(
-    run: Run, learned: np.ndarray, held_out: np.ndarray, initial: TrainState, *, name: str
-) -> np.ndarray | None:
-    """The best that an adapter trained on the rows ``learned`` says of ``held_out``, (k, width), on rank 0."""
+def train_fold(run: Run, learned: np.ndarray, held_out: np.ndarray, initial: TrainState, *, name: str) -> np.ndarray:
+    """The best that an adapter trained on the rows ``learned`` says of ``held_out``, (k, width). A collective."""
     engine, config, last = run.engine, run.config, run.plan.total_steps
     engine.rebuild(lambda module, _: restored(module, initial))
     sampler = BatchSampler(learned, None, batch_size=config.train.batch_size, seed=config.run.seed, replacement=False)
@@ -89,7 +87,7 @@ def train_fold(
             if (step + 1) % every and step + 1 < last:
                 continue
             scores = look(run, held_out, class_scores(run), what=f"{name}: looking at it")
-            loss = engine.world.broadcast(math.nan if scores is None else held_out_loss(run, held_out, scores))
+            loss = engine.world.broadcast(held_out_loss(run, held_out, scores))
             run.record.metrics(step=step + 1, fold=name, loss=result.loss, held_out=loss)
             if loss < best:
                 best, stale, kept = loss, 0, scores
@@ -97,7 +95,7 @@ def train_fold(
                 stale += 1
             if stale >= PATIENCE:
                 break
-    if not math.isfinite(best):
+    if kept is None:
         raise UserError(f"the model of {name} has diverged; lower train.lr={config.train.lr:g} or use model.dtype=fp32")
     return kept
 

@@ -12,13 +12,11 @@ from tsqlora_scale.audit.share_belief import ShareBelief, believed
 from tsqlora_scale.common.random_streams import philox
 
 #: shares of wrong labels that are weighed, as a part of what labels drawn blindly would give
-GRID = tuple(np.linspace(0.0, 0.9, 31))
+GRID = (*np.linspace(0.0, 0.3, 24, endpoint=False), *np.linspace(0.3, 0.9, 21))
 #: samples that the few numbers of the model are fitted on
 FIT_SAMPLES = 20_000
-#: of the exponential prior of the share: what is not seen is not believed
-PRIOR_MEAN = 0.5
 #: scores of a class are penalised as if so many samples had been seen
-PENALTY = 1.0
+PENALTY = 0.02
 ITERATIONS = 60
 
 
@@ -73,8 +71,8 @@ def judge_labels(scores: np.ndarray, labels: np.ndarray, *, seed: int) -> LabelN
     for number, rate in enumerate(rates):
         start, likelihood = fit(scaled[:, part], ids[part], float(rate), start)
         parameters.append(start)
-        evidence[number] = likelihood * size / len(part) - rate / PRIOR_MEAN
-    return _averaged(scaled, ids, rates, believed(evidence), parameters)
+        evidence[number] = likelihood * size / len(part)
+    return _averaged(scaled, ids, rates, believed(evidence, rates), parameters)
 
 
 def fit(scores: Tensor, labels: Tensor, rate: float, start: Tensor) -> tuple[Tensor, float]:

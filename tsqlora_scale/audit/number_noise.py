@@ -10,8 +10,6 @@ from tsqlora_scale.audit.share_belief import ShareBelief, believed
 
 #: shares of wrong numbers that are weighed
 GRID = tuple(np.linspace(0.0, 0.6, 25))
-#: of the exponential prior of the share
-PRIOR_MEAN = 0.5
 ITERATIONS = 50
 
 
@@ -62,10 +60,10 @@ def judge_numbers(scores: np.ndarray, numbers: np.ndarray) -> NumberNoise:
             before, weights = weights, np.exp(right - total)
             if np.abs(before - weights).max() < 1e-4:
                 break
-        evidence[place] = total.sum() - rate / PRIOR_MEAN
+        evidence[place] = total.sum()
         shares[place] = float((1 - weights).mean())
         found.append((predicted, 1 - weights, spread))
-    belief = believed(evidence)
+    belief = believed(evidence, np.array(GRID))
     columns = [sum(b * column for b, column in zip(belief, kind, strict=True)) for kind in zip(*found, strict=True)]
     predicted, mistaken, spread = columns
     explained = 1 - float(((numbers - predicted) ** 2).mean()) / scale**2

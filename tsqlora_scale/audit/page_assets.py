@@ -23,7 +23,8 @@ td.text { overflow-wrap: anywhere; white-space: pre-wrap; min-width: 16rem; }
 .label { border: 1px solid var(--line); border-radius: 1rem; padding: 0 .55rem; overflow-wrap: anywhere; }
 .suggested { border-color: var(--mark); color: var(--mark); }
 .reason { display: block; color: var(--dim); font-size: .82rem; overflow-wrap: anywhere; }
-.bar { display: block; height: .3rem; min-width: 4rem; border-radius: .2rem; background: var(--line); overflow: hidden; }
+.bar { display: block; height: .3rem; min-width: 4rem; border-radius: .2rem; background: var(--line);
+  overflow: hidden; }
 .bar i { display: block; height: 100%; background: var(--bad); }
 .filters { position: sticky; top: 0; background: var(--back); border-bottom: 1px solid var(--line); padding: .6rem 0;
   display: flex; flex-wrap: wrap; gap: .6rem; align-items: center; z-index: 1; }
