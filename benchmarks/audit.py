@@ -63,7 +63,7 @@ def read_ratings(folder: Path) -> list[tuple[tuple[str, ...], list[int]]]:
     """Sentences and all their ratings, without near-ties."""
     place = folder / "movie_snippets"
     texts = {row[0]: row[2] for row in rows_of(place / "movieReviewSnippets_GroundTruth.txt")}
-    found = []
+    found: list[tuple[tuple[str, ...], list[int]]] = []
     for row in rows_of(place / "movieReviewSnippets_anonDataRatings.txt"):
         ratings = json.loads(row[3])
         if row[0] in texts and abs(statistics.mean(ratings)) >= NEAR_TIE:

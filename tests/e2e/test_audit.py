@@ -63,9 +63,9 @@ def test_mistakes_are_found_and_taken_out(tmp_path: Path, models_dir: Path, caps
     assert low - 0.02 <= len(wrong) / 240 <= high + 0.02
     with (folder / "fixes.csv").open(encoding="utf-8", newline="") as file:
         fixes = list(csv.DictReader(file))
-    said = {int(row["id"]) for row in fixes if "probably wrong" in row["reason"]}
-    assert len(said & wrong) >= 0.8 * len(wrong)
-    assert len(said - wrong) <= 0.2 * len(wrong)
+    listed = {int(row["id"]) for row in fixes if "probably wrong" in row["reason"]}
+    assert len(listed & wrong) >= 0.8 * len(wrong)
+    assert len(listed - wrong) <= 0.2 * len(wrong)
     rows = read_lines(tmp_path / "data-classification" / "train.jsonl")
     assert all(row["label"] == rows[int(row["id"])]["label"] != row["suggested_label"] for row in fixes if row["suggested_label"])  # noqa: E501  # fmt: skip
     copies = {row["id"]: row["reason"] for row in fixes if row["reason"].startswith("copy")}

@@ -45,7 +45,8 @@ def class_scores(run: Run) -> Look:
 
     def see(module: nn.Module, batch: Batch) -> Tensor:
         if task.gives_probabilities:
-            return module(**batch.inputs).logits.float().log_softmax(-1)
+            logits: Tensor = module(**batch.inputs).logits
+            return logits.float().log_softmax(-1)
         if run.config.task.type == "regression":
             return torch.tensor(task.predict(module, batch, synced=True), dtype=torch.float32)[:, None]
         return task.losses(module, batch)[:, None]
