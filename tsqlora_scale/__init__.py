@@ -10,19 +10,32 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tsqlora_scale.api import PredictResult, ScoreResult, TrainResult, evaluate, export, predict, score, train
+    from tsqlora_scale.api import (
+        PredictResult,
+        ScoreResult,
+        TrainResult,
+        audit,
+        evaluate,
+        export,
+        predict,
+        score,
+        train,
+    )
+    from tsqlora_scale.audit.audit_result import AuditResult
     from tsqlora_scale.common.errors import Stopped, UserError
     from tsqlora_scale.config.load import load_config
     from tsqlora_scale.config.schema import Config
 
 __version__ = "0.2.0.dev0"
 __all__ = [
+    "AuditResult",
     "Config",
     "PredictResult",
     "ScoreResult",
     "Stopped",
     "TrainResult",
     "UserError",
+    "audit",
     "evaluate",
     "export",
     "load_config",
@@ -33,8 +46,9 @@ __all__ = [
 
 _HOMES = {
     **dict.fromkeys(("PredictResult", "ScoreResult", "TrainResult"), "api"),
-    **dict.fromkeys(("evaluate", "export", "predict", "score", "train"), "api"),
+    **dict.fromkeys(("audit", "evaluate", "export", "predict", "score", "train"), "api"),
     **dict.fromkeys(("Stopped", "UserError"), "common.errors"),
+    "AuditResult": "audit.audit_result",
     "Config": "config.schema",
     "load_config": "config.load",
 }

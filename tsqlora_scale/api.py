@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from tsqlora_scale.audit.audit_result import AuditResult
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.launcher import launched_rank
 from tsqlora_scale.common.quiet import prepare_environment
@@ -140,10 +141,7 @@ def score(
     """
     prepare_environment()
     config = _for_scoring(config)
-    if top < 1:
-        raise UserError(f"--top {top} (top): must be 1 or more")
-    if not 0 < similarity <= 1:
-        raise UserError(f"--similarity {similarity:g} (similarity): must be above 0 and at most 1")
+    _check_options(top, similarity)
     from tsqlora_scale.model.describe import check_adapter_fits
     from tsqlora_scale.run import preflight
 
@@ -189,6 +187,49 @@ def score(
         run.write_on_main(f"the scores, {str(folder)!r},", write)
     run.engine.close()
     return ScoreResult(folder, summary, files[0] if files else None)
+
+
+def audit(
+    config: Config, *, top: int = 5, similarity: float = 0.98, resume: bool = False, overwrite: bool = False
+) -> AuditResult:
+    """Which labels of a pool are probably wrong, every sample judged by models that have not seen it. A collective.
+
+    Args:
+        top: suspects of the result's list.
+        similarity: cosine of two samples' features from which on they are nearly the same.
+        resume: go on with an audit that was killed: folds that were finished are not trained again.
+        overwrite: start anew where another run has been.
+
+    Raises:
+        UserError: as :func:`train`, or the config cannot be audited, or what is found cannot be written.
+        Stopped: SIGTERM, SIGUSR1 or Ctrl-C has come; ``resume=True`` goes on.
+    """
+    prepare_environment()
+    _check_options(top, similarity)
+    from tsqlora_scale.audit.checks import check_audit
+    from tsqlora_scale.run import preflight
+
+    check_audit(config)
+    config = config.for_audit()
+    place = "auto" if resume else None
+    preflight.check_run_dir(config, overwrite=overwrite, resume=place)
+    checked = preflight.check(config)
+    from tsqlora_scale.audit.audit_run import audit_and_write
+    from tsqlora_scale.run.build import build_run
+    from tsqlora_scale.run.preemption import StopRequest
+
+    with StopRequest() as stop, _only_writer(config, overwrite=overwrite, resume=place) as lock:
+        run = build_run(checked, stop=stop, lock=lock)
+        summary, suspects = audit_and_write(run, similarity=similarity, top=top, resume=resume)
+    run.engine.close()
+    return AuditResult(config.run_dir / "audit", summary, suspects)
+
+
+def _check_options(top: int, similarity: float) -> None:
+    if top < 1:
+        raise UserError(f"--top {top} (top): must be 1 or more")
+    if not 0 < similarity <= 1:
+        raise UserError(f"--similarity {similarity:g} (similarity): must be above 0 and at most 1")
 
 
 def _only_writer(config: Config, *, overwrite: bool, resume: str | None) -> RunLock:

@@ -14,6 +14,10 @@ stream                      who draws from it                      depends on, b
 ``philox "fitted to the pool"``  rows that features are compared on  nothing more
 ``philox "query folds"``    folds of the query                     nothing more
 ``philox "feature projection"``  projection of wide features       nothing more
+``philox "folds"``          folds of an audit                      nothing more
+``philox "audit features"`` rows that a regression learns from     nothing more
+``philox "audit projection"`` projections of wide hidden states    the layer
+``philox "noise model"``    rows that a noise model is fitted on   nothing more
 ``generator_for`` "head"    a new head's weights                   nothing more
 ``generator_for`` "adapter" A of the adapted layers                nothing more
 ``generator_for`` "gradient sketch"  projections of gradients      the layer

@@ -72,6 +72,11 @@ class ScoringConfig(Section):
     refresh_fraction: UnitInterval = 0.1
     #: Count the head's gradient among theta.
     include_head: bool = False
+    #: Of an audit: parts of the pool, each judged by adapters that were trained on the others.
+    folds: Annotated[int, Field(ge=2, le=100)] = 4
+    #: What an audit judges by: regressions on the frozen base's ``features`` (seconds), cross-fitted ``adapters``
+    #: (``folds`` trainings), or both. ``auto`` is features, and adapters where the answers are texts.
+    audit: Literal["auto", "features", "adapters", "both"] = "auto"
 
     @field_validator("convergence", mode="before")
     @classmethod

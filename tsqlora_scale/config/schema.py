@@ -171,6 +171,29 @@ class Config(Section):
             }
         )
 
+    def for_audit(self) -> Config:
+        """The same run as an audit takes it: even draws, fixed ranks, no evaluations, no scores."""
+        return self.model_copy(
+            update={
+                **self._nothing_but_scores(),
+                "sampling": self.sampling.model_copy(
+                    update={"selector": "full", "keep_fraction": 1.0, "redundancy": 0.0, "unbiased": False}
+                ),
+            }
+        )
+
+    @property
+    def audits_features(self) -> bool:
+        """Whether an audit judges by the frozen base's features."""
+        labelled = self.task.type in ("classification", "regression")
+        return self.scoring.audit in ("features", "both") or (self.scoring.audit == "auto" and labelled)
+
+    @property
+    def audits_adapters(self) -> bool:
+        """Whether an audit trains adapters."""
+        labelled = self.task.type in ("classification", "regression")
+        return self.scoring.audit in ("adapters", "both") or (self.scoring.audit == "auto" and not labelled)
+
     def _nothing_but_scores(self) -> dict[str, Section]:
         """Sections of a run that ends with its first pass over the pool."""
         return {

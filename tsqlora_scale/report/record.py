@@ -29,6 +29,7 @@ CONTENTS = (
     "scores",
     "scores.json",
     "score-parts",
+    "audit",
     "checkpoints",
     "adapter",
     "result.json",

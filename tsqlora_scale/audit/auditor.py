@@ -1,0 +1,155 @@
+"""An audit from its passes to its findings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tsqlora_scale.audit.cross_fit import cross_fitted_scores
+from tsqlora_scale.audit.findings import WEAK_EXPLAINED, WEAK_GAIN, Findings
+from tsqlora_scale.audit.fold_plan import copy_groups, plan_folds, same_texts
+from tsqlora_scale.audit.label_noise import judge_labels
+from tsqlora_scale.audit.number_noise import judge_numbers
+from tsqlora_scale.audit.passes import frozen_states
+from tsqlora_scale.audit.ridge import left_out_predictions
+from tsqlora_scale.common.disk_arrays import blocks
+from tsqlora_scale.common.random_streams import philox
+from tsqlora_scale.quality.draws.redundancy import similar_pairs
+from tsqlora_scale.run.training_run import Run
+from tsqlora_scale.tasks.rows.data import text_columns
+
+#: samples that a regression on features learns from, as a bound of its work; all are predicted
+LEARNED = 10_000
+#: rows of text that are in memory at once
+ROWS = 2**14
+
+
+def audit_pool(run: Run, *, similarity: float, parts: Path) -> Findings | None:
+    """Judge every sample of a run's pool by what has not seen it. On rank 0; None elsewhere. A collective.
+
+    Args:
+        run: fresh: its adapter has learned nothing yet.
+        similarity: cosine of two samples' features from which on they are nearly the same.
+        parts: where finished folds are kept.
+
+    Raises:
+        UserError: a model has diverged, or the disk has no room.
+        Stopped: on every rank.
+    """
+    config, world = run.config, run.engine.world
+    sources: dict[str, np.ndarray] = {}
+    with run.record, run.watchdog:
+        states = None
+        if config.audits_features:
+            with run.record.phase("features"):
+                states = frozen_states(run)
+        exact = near = np.empty((0, 2), dtype=np.int64)
+        if run.is_main:
+            exact = same_texts(texts_of_pool(run))
+            near = exact if states is None else nearly_same(states, similarity, seed=config.run.seed)
+        groups = folds = None
+        if run.is_main:
+            groups = copy_groups(np.concatenate([exact, near]), len(run.task))
+            folds = plan_folds(groups, run.task.strata(), config.scoring.folds, seed=config.run.seed)
+        if states is not None and groups is not None:
+            with run.record.phase("regression"):
+                sources["features"] = by_features(run, states, groups)
+            del states
+        if config.audits_adapters:
+            folds = world.broadcast(folds)
+            assert folds is not None
+            with run.record.phase("adapters"):
+                scores = cross_fitted_scores(run, folds, folder=parts)
+            sources["adapters"] = scores.astype(np.float64)
+        if groups is None:
+            return None
+        with run.record.phase("judging"):
+            judged = judge(run, sources)
+    return Findings(
+        ids=run.task.sample_ids,
+        first=groups,
+        same=copy_groups(exact, len(run.task)),
+        seconds=dict(run.record.seconds),
+        **judged,
+    )
+
+
+def texts_of_pool(run: Run) -> Iterator[str]:
+    """What is read of every sample of the pool but its answer, in order."""
+    names = [name for key, name in text_columns(run.config.task).items() if key != "task.target"]
+    for block in blocks(len(run.task), ROWS):
+        table = run.task.given(block)
+        for cells in zip(*(table.column(name).to_pylist() for name in names), strict=True):
+            yield "\x1f".join("" if cell is None else str(cell) for cell in cells)
+
+
+def nearly_same(states: np.ndarray, similarity: float, *, seed: int) -> np.ndarray:
+    """Pairs (m, 2) of samples whose features, each of variance 1, have a cosine of at least ``similarity``."""
+    spread = states.std(0)
+    scaled = (states - states.mean(0)) / np.where(spread > 1e-6 * spread.max(initial=0.0), spread, np.inf)
+    return similar_pairs(scaled, similarity, seed=seed)
+
+
+def by_features(run: Run, states: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """What regressions on the frozen features say, (n, C) or (n, 1)."""
+    task = run.config.task
+    labels = np.asarray(run.task.references(np.arange(len(run.task))))
+    targets = np.eye(task.num_labels)[labels] if task.type == "classification" else labels[:, None].astype(float)
+    fitted = None
+    if len(labels) > LEARNED:
+        fitted = np.zeros(len(labels), dtype=bool)
+        fitted[philox(run.config.run.seed, "audit features").permutation(len(labels))[:LEARNED]] = True
+    predictions, _ = left_out_predictions(states, targets, groups, fitted=fitted)
+    return predictions
+
+
+def judge(run: Run, sources: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The fields of :class:`.Findings` that follow from the sources' scores, (n, width) each."""
+    task = run.config.task
+    scores, names = np.stack(list(sources.values())), list(sources)
+    if task.type not in ("classification", "regression"):
+        losses = scores[0][:, 0]
+        nothing: dict[str, Any] = dict.fromkeys(("labels", "names", "wrong", "suggested", "share", "flows"))
+        return {
+            **nothing,
+            "kind": task.type,
+            "suspicion": losses,
+            "strength": {"loss": float(losses.mean())},
+            "sources": dict.fromkeys(names, 1.0),
+        }
+    answers = np.asarray(run.task.references(np.arange(len(run.task))))
+    if task.type == "regression":
+        numbers = judge_numbers(scores[:, :, 0], answers)
+        return {
+            "kind": task.type,
+            "labels": answers.astype(np.float64),
+            "names": None,
+            "suspicion": np.abs(answers - numbers.predicted) / numbers.spread,
+            "wrong": numbers.wrong,
+            "suggested": numbers.predicted,
+            "share": numbers.share,
+            "flows": None,
+            "strength": {"explained variance": numbers.explained, "weak": numbers.explained < WEAK_EXPLAINED},
+            "sources": dict.fromkeys(names, 1.0),
+        }
+    noise = judge_labels(scores, answers, seed=run.config.run.seed)
+    others = noise.classes.copy()
+    others[np.arange(len(answers)), answers] = -1.0
+    flows = np.zeros((task.num_labels, task.num_labels))
+    np.add.at(flows, answers, noise.classes)
+    classes = task.labels if isinstance(task.labels, list) else [str(i) for i in range(task.num_labels)]
+    return {
+        "kind": task.type,
+        "labels": answers,
+        "names": classes,
+        "suspicion": 1 - noise.given,
+        "wrong": noise.wrong,
+        "suggested": others.argmax(1),
+        "share": noise.share,
+        "flows": flows,
+        "strength": {"gain": noise.gain, "weak": noise.gain < WEAK_GAIN},
+        "sources": dict(zip(names, noise.weights.tolist(), strict=True)),
+    }

@@ -1,0 +1,79 @@
+"""What is seen of the pool's rows by forwards alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tsqlora_scale.common.random_streams import philox
+from tsqlora_scale.quality.features.forward_pass import ForwardPass, Look
+from tsqlora_scale.quality.features.hidden_states import mean_states
+from tsqlora_scale.run.training_run import Run
+from tsqlora_scale.tasks.batch import Batch
+
+#: hidden layers whose states are features, spread evenly from the embeddings to the last
+LAYERS = 4
+#: features of a layer; wider states are projected
+WIDTH = 768
+
+
+def look(run: Run, rows: np.ndarray, see: Look, *, what: str, frozen: bool = False) -> np.ndarray:
+    """What ``see`` says of the pool's ``rows``, (n, width) float32 in their order, the same on every rank. A
+    collective.
+
+    Args:
+        what: it is that is done, for progress.
+        frozen: by the base alone, without its adapters.
+    """
+    with run.progress(what) as bar:
+        forward = ForwardPass(
+            run.engine.module,
+            run.engine.world,
+            batch_size=run.config.train.eval_batch_size,
+            frozen=frozen,
+            progress=bar,
+        )
+        return forward.run(run.task, rows, see, name=what)
+
+
+def class_scores(run: Run) -> Look:
+    """Log-probabilities of the classes, (B, C); a model's number, (B, 1); or the loss, (B, 1)."""
+    task = run.task
+
+    def see(module: nn.Module, batch: Batch) -> Tensor:
+        if task.gives_probabilities:
+            logits: Tensor = module(**batch.inputs).logits
+            return logits.float().log_softmax(-1)
+        if run.config.task.type == "regression":
+            return torch.tensor(task.predict(module, batch, synced=True), dtype=torch.float32)[:, None]
+        return task.losses(module, batch)[:, None]
+
+    return see
+
+
+def frozen_states(run: Run) -> np.ndarray:
+    """Mean hidden states of :data:`LAYERS` layers of the base, (n, layers x width) float32. A collective."""
+    seed = run.config.run.seed
+    projections: dict[int, Tensor] = {}
+
+    def see(module: nn.Module, batch: Batch) -> Tensor:
+        outputs: Any = module(**batch.inputs, output_hidden_states=True)
+        states = mean_states(outputs, batch)[:, :, 0]
+        chosen = sorted({round(place) for place in np.linspace(0, states.shape[1] - 1, LAYERS).tolist()})
+        return torch.cat([_narrow(states[:, layer], layer, seed, projections) for layer in chosen], 1)
+
+    return look(run, np.arange(len(run.task)), see, what="looking at the texts", frozen=True)
+
+
+def _narrow(states: Tensor, layer: int, seed: int, projections: dict[int, Tensor]) -> Tensor:
+    """States (B, d) in :data:`WIDTH` dimensions by a random projection, where they have more."""
+    width = states.shape[1]
+    if width <= WIDTH:
+        return states
+    if layer not in projections:
+        values = philox(seed, "audit projection", layer).standard_normal((width, WIDTH)) / WIDTH**0.5
+        projections[layer] = torch.from_numpy(values).float().to(states.device)
+    return states @ projections[layer]
