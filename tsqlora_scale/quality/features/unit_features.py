@@ -27,7 +27,8 @@ def unit_features(numbers: np.ndarray, shape: Shape, *, of: np.ndarray) -> tuple
     means = of[:, :width].mean(0, dtype=np.float64)
     squares = sum(np.square(of[block, :width] - means).sum(0, dtype=np.float64) for block in blocks(len(of), ROWS))
     deviations = np.sqrt(squares / len(of)) + 1e-6
-    features = new_array(len(numbers) * width, np.float32).reshape(len(numbers), shape.regions, -1)
+    features = new_array(len(numbers) * width, np.float32)
+    features = features.reshape(len(numbers), shape.regions, shape.layers * shape.width)
     last = np.empty(len(numbers))
     for block in blocks(len(numbers), ROWS):
         standardised = (numbers[block, :width] - means) / deviations

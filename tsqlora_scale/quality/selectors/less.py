@@ -37,8 +37,8 @@ class LessSelector(RankedSelector):
         of_pool = gradient_pass(context, module, self.pool, name="pool", sketches=True)
 
         def found() -> np.ndarray:
-            wanted = np.concatenate([sketches for _, sketches in sketches_of(of_query)])
-            return self._ratings(of_pool, unit(wanted))
+            rows, wanted = (np.concatenate(parts) for parts in zip(*sketches_of(of_query), strict=True))
+            return self._ratings(of_pool, unit(wanted[np.argsort(rows)]))  # a pass goes by length
 
         ratings = on_main(context.world, found)
         of_query.discard_parts()
