@@ -13,6 +13,10 @@ stream                      who draws from it                      depends on, b
 ``philox "simhash"``        hyperplanes for similar gradients      the table
 ``philox "fitted to the pool"``  rows that features are compared on  nothing more
 ``philox "query folds"``    folds of the query                     nothing more
+``philox "dsir"``           Gumbel noise on texts' weights         nothing more
+``philox "valuing rows"``   rows that value or judge the others    nothing more
+``philox "mining NAME"``    neighbours, halves, subsets of a rule  the subset's number
+``philox "round with the query"``  order of a redrawn subset       the round
 ``philox "feature projection"``  projection of wide features       nothing more
 ``philox "folds"``          folds of an audit                      nothing more
 ``philox "audit features"`` rows that a regression learns from     nothing more

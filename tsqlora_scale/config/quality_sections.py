@@ -16,14 +16,17 @@ from tsqlora_scale.config.fields import (
     name_or_extension,
 )
 
-#: Names of ``sampling.selector``: those that look at nothing, at hidden states of the base before the first step, and
-#: at gradients after a warm-up.
-BLIND_SELECTORS = ("full", "random")
-FORWARD_SELECTORS = ("query",)
-GRADIENT_SELECTORS = ("quality",)
-SELECTORS = (*BLIND_SELECTORS, *FORWARD_SELECTORS, *GRADIENT_SELECTORS)
+#: Names of ``sampling.selector``: those that look at nothing; before the first step at texts, a file, or hidden states
+#: of the base; and after a warm-up at outputs or gradients of the model.
+BLIND_SELECTORS = ("full", "random", "rs2")
+FORWARD_SELECTORS = ("query", "rho", "rds", "dsir", "k_center", "ts_dshapley", "instruction_mining", "file")
+OUTPUT_SELECTORS = ("el2n",)
+GRADIENT_SELECTORS = ("quality", "less", "grad_norm")
+SELECTORS = (*BLIND_SELECTORS, *FORWARD_SELECTORS, *OUTPUT_SELECTORS, *GRADIENT_SELECTORS)
 #: Those that choose by ``task.query``, and need it.
-QUERY_SELECTORS = ("query",)
+QUERY_SELECTORS = ("query", "rho", "rds", "dsir", "less")
+#: Those that know by themselves what is worth training on; others need ``sampling.keep_fraction`` to choose anything.
+SIZING_SELECTORS = ("full", "random", "quality", "query", "file")
 
 
 class ScoringConfig(Section):
@@ -141,8 +144,9 @@ class SamplingConfig(Section):
     """Which samples are trained on, and how often (Algorithm 1, lines 4 and 9)."""
 
     #: ``full``: the whole pool, evenly; ``random``: a random part of it, evenly; ``quality``: by Eq. 2; ``query``: what
-    #: is like the rows of ``task.query``, by the density ratio of wanted to pool; or a selector of one's own,
-    #: ``FILE.py:NAME`` or ``package.module:NAME``. By default ``query`` where there is a query, else ``quality``.
+    #: is like the rows of ``task.query``, by the density ratio of wanted to pool; others as papers have them
+    #: (docs/selectors.md); or a selector of one's own, ``FILE.py:NAME`` or ``package.module:NAME``. By default it is
+    #: ``query`` where there is a query, else ``quality``.
     selector: name_or_extension(*SELECTORS) = "quality"  # type: ignore[valid-type]
     tau: PositiveFloat = 0.7
     #: Size of S as a share of the pool (the query's rows, which S always has, not counted). ``auto``: what the selector
@@ -164,6 +168,33 @@ class SamplingConfig(Section):
     unbiased: bool = False
     #: Largest such weight; 1 is that of a sample drawn as often as by uniform draws.
     max_weight: PositiveFloat = 10.0
+    #: What probabilities are for. ``draw``: samples of S are drawn by them. ``weight``: they are drawn evenly, and
+    #: their losses weigh |S| p_i, at most ``max_weight``.
+    use: Literal["draw", "weight"] = "draw"
+    #: ``selector: less``: what counts of the cosines to the query's rows: their mean, as published, their maximum, or
+    #: the query's rows choose in turn.
+    less: Literal["mean", "max", "round_robin"] = "mean"
+    #: ``selector: file``: a list of sample ids to train on (``.txt``, an id a line, or a table with a column
+    #: ``sample_id`` or ``id``), or scores of the whole pool (a table with a column ``score``, too), the higher the
+    #: better; found from the current folder.
+    file: Annotated[str, Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _chooses_something(self) -> SamplingConfig:
+        if self.selector == "file" and self.file is None:
+            raise ValueError("'selector: file' reads 'file', which is not set; name it")
+        if self.selector != "file" and self.file is not None:
+            raise ValueError(
+                f"'file' is read by 'selector: file' alone, and 'selector' is {self.selector!r}; change one of them"
+            )
+        if self.keep_fraction == "auto" and self.selector in SELECTORS and self.selector not in SIZING_SELECTORS:
+            raise ValueError(
+                f"'selector: {self.selector}' ranks the pool and does not say how much of it is good; set "
+                "'keep_fraction' to a number"
+            )
+        if self.use == "weight" and self.unbiased:
+            raise ValueError("'use: weight' weighs losses by p, and 'unbiased: true' by 1 / p; turn one of them off")
+        return self
 
     @property
     def most_kept(self) -> float:

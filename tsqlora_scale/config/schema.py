@@ -16,7 +16,15 @@ from pydantic import model_validator
 from tsqlora_scale.config.fields import Section
 from tsqlora_scale.config.model_section import ADAPTER_TRAITS, AdapterConfig, ModelConfig
 from tsqlora_scale.config.presets import from_0_1, with_preset, with_query
-from tsqlora_scale.config.quality_sections import FORWARD_SELECTORS, QUERY_SELECTORS, SamplingConfig, ScoringConfig
+from tsqlora_scale.config.quality_sections import (
+    BLIND_SELECTORS,
+    FORWARD_SELECTORS,
+    GRADIENT_SELECTORS,
+    QUERY_SELECTORS,
+    SELECTORS,
+    SamplingConfig,
+    ScoringConfig,
+)
 from tsqlora_scale.config.rank_sections import AllocationConfig, ResizeConfig, ScheduleConfig, SensitivityConfig
 from tsqlora_scale.config.task_section import DatasetConfig, TaskConfig
 from tsqlora_scale.config.train_section import RunConfig, TrainConfig
@@ -36,6 +44,10 @@ __all__ = [
     "TaskConfig",
     "TrainConfig",
 ]
+
+
+#: What a task's answers are, for messages.
+ANSWERS = {"classification": "classes", "regression": "numbers"}
 
 
 class Config(Section):
@@ -92,17 +104,17 @@ class Config(Section):
             raise ValueError(
                 f"'sampling.selector: {selector}' chooses by the rows of 'task.query', which is not set; name a file"
             )
-        if selector == "query" and self.sampling.keep_fraction == "auto" and self.train.epochs is not None:
+        if selector in ("query", "file") and self.sampling.keep_fraction == "auto" and self.train.epochs is not None:
             raise ValueError(
                 "'train.epochs' counts passes over S, whose size 'sampling.keep_fraction: auto' finds in the run; set "
                 "'train.max_steps', or 'keep_fraction' to a number"
             )
-        if not self.scores_data:
+        if selector not in GRADIENT_SELECTORS:
             return self
         if not ADAPTER_TRAITS[self.adapter.type].scored:
             raise ValueError(
-                f"'sampling.selector: quality' needs gradients by sample, and 'adapter.type: {self.adapter.type}' has "
-                "none that are exact; set 'sampling.selector: full' or 'adapter.type: lora'"
+                f"'sampling.selector: {selector}' needs gradients by sample, and 'adapter.type: {self.adapter.type}' "
+                "has none that are exact; set 'sampling.selector: full' or 'adapter.type: lora'"
             )
         if self.scoring.include_head and not self.adapter.train_head:
             raise ValueError(
@@ -114,10 +126,28 @@ class Config(Section):
                 "'sampling.redundancy' compares gradients, and 'scoring.source: online' keeps none; "
                 "set 'scoring.source: pass' or 'sampling.redundancy: 0'"
             )
-        if self.sampling.redundancy and self.scoring.convergence == "loss_trend":
+        if selector == "quality" and self.sampling.redundancy and self.scoring.convergence == "loss_trend":
             raise ValueError(
                 "'sampling.redundancy' compares gradients, and 'scoring.convergence: loss_trend' keeps none; "
                 "set 'scoring.convergence: alignment' or 'sampling.redundancy: 0'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _selector_fits(self) -> Config:
+        """What the papers' selectors need of task and model."""
+        selector, kind = self.sampling.selector, self.task.type
+        fits = {"el2n": ("classification",), "rho": ("classification", "regression")}.get(selector)
+        if fits is not None and kind not in fits:
+            raise ValueError(
+                f"'sampling.selector: {selector}' is for answers that are "
+                f"{' or '.join(ANSWERS[each] for each in fits)}, and 'task.type' is {kind!r}; choose another selector"
+            )
+        warmed_up = self.looks_at_pool and not self.looks_before_training and not self.scores_data
+        if warmed_up and self.scoring.proxy_model is not None:
+            raise ValueError(
+                f"'scoring.proxy_model' scores for 'sampling.selector: quality' alone, and it is {selector!r}; set it "
+                "to null"
             )
         return self
 
@@ -207,6 +237,11 @@ class Config(Section):
     def scores_data(self) -> bool:
         """Whether the data half of the method is on."""
         return bool(self.sampling.selector == "quality")
+
+    @property
+    def looks_at_pool(self) -> bool:
+        """Whether a selector of ours looks at samples through a model, or at what is known of them."""
+        return self.sampling.selector in SELECTORS and self.sampling.selector not in BLIND_SELECTORS
 
     @property
     def looks_before_training(self) -> bool:

@@ -70,6 +70,10 @@ class Pool(Protocol[BatchT]):
         """What multiplies how often each sample is drawn, (N,) float64, above 0; None: nothing does."""
         ...
 
+    def texts(self, rows: np.ndarray) -> list[tuple[str, ...]]:
+        """The texts of the samples at the pool's ``rows``, each of one or more: those of the answers last."""
+        ...
+
     def batch(self, rows: np.ndarray, *, max_length: int | None = None) -> BatchT:
         """The samples at the pool's ``rows``, on the CPU, their texts cut to ``max_length`` tokens."""
         ...

@@ -188,13 +188,17 @@ def check_extensions(config: Config) -> None:
 
 
 def check_scoring(config: Config, task: Task) -> None:
-    """What the scoring pass needs of its shorter texts.
+    """What the scoring pass needs of its shorter texts, and the selector of its file.
 
     Raises:
         UserError: naming the key.
     """
+    if config.sampling.selector == "file":
+        from tsqlora_scale.quality.selectors.from_file import read_file
+
+        read_file(config, task)
     limit = config.scoring.max_length
-    if config.scores_data and limit is not None:
+    if config.looks_at_pool and limit is not None:
         try:
             task.batch([0], max_length=limit)
         except UserError as error:

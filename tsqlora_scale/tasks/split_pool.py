@@ -53,6 +53,10 @@ class SplitPool:
     def draw_weights(self) -> None:
         """None: nothing is drawn."""
 
+    def texts(self, rows: np.ndarray) -> list[tuple[str, ...]]:
+        """The texts of the samples at ``rows``."""
+        return self._task.texts(rows, split=self._split)
+
     def batch(self, rows: np.ndarray, *, max_length: int | None = None) -> Batch:
         """The samples at ``rows``, on the CPU."""
         return self._task.batch(rows, split=self._split, max_length=max_length)

@@ -265,6 +265,12 @@ class Task:
             weights[block] = view[block][name].to_numpy()
         return weights
 
+    def texts(self, rows: Indices, *, split: SplitName = "train") -> list[tuple[str, ...]]:
+        """The texts of some rows as they are in the data: one or two, or source and target."""
+        names = list(text_columns(self._cfg).values())
+        cells = self._data[split].select_columns(names)[np.asarray(rows, dtype=np.int64).tolist()]
+        return list(zip(*(cells[name] for name in names), strict=True))
+
     def given(self, block: slice) -> pa.Table:
         """The pool's samples of a block as they are in the data: its own id, the texts, and the answer (a class by its
         name)."""

@@ -122,3 +122,15 @@ def importance_weights(probabilities: np.ndarray, cut: float) -> np.ndarray:
         np.divide(1.0, weights, out=weights)
     np.minimum(weights, cut, out=weights)
     return weights
+
+
+def loss_weights(probabilities: np.ndarray, cut: float) -> np.ndarray:
+    """``n p_i``, (n,), no larger than ``cut``: weights with which even draws have the mean by p.
+
+    Args:
+        probabilities: (n,), of sum 1.
+    """
+    weights = new_array(len(probabilities), np.float64)
+    np.multiply(probabilities, len(probabilities), out=weights)
+    np.minimum(weights, cut, out=weights)
+    return weights

@@ -11,7 +11,7 @@ from torch import nn
 from tsqlora_scale.common.disk_arrays import blocks, copied, counts, filled, positions
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.quality.draws.key_order import largest
-from tsqlora_scale.quality.draws.subset import quotas, share_of
+from tsqlora_scale.quality.draws.subset import loss_weights, quotas, share_of
 from tsqlora_scale.quality.scores.score_table import ScoreTable
 from tsqlora_scale.quality.selectors.full import FullSelector
 from tsqlora_scale.quality.selectors.selector import SelectorContext
@@ -55,6 +55,7 @@ class RankedSelector(FullSelector):
     def __init__(self, context: SelectorContext) -> None:
         self._table: ScoreTable | None = None
         self._scored_at: int | None = None
+        self._of_losses: np.ndarray | None = None
         self.findings: dict[str, Any] = {}
         super().__init__(context)
 
@@ -86,6 +87,10 @@ class RankedSelector(FullSelector):
         self.findings = rating.findings
         self._draw_from(step)
 
+    def weights(self, rows: np.ndarray) -> np.ndarray | None:
+        """``|S| p`` under ``sampling.use: weight``, where samples of S are not all alike."""
+        return None if self._of_losses is None else self._of_losses[rows]
+
     def state_dict(self) -> dict[str, Any]:
         """The ratings, and what the draws depend on."""
         table = None if self._table is None else self._table.state_dict()
@@ -106,16 +111,26 @@ class RankedSelector(FullSelector):
             self._draw_from(ranked["scored_at"])
         super().load_state_dict(state)
 
+    @property
+    def choices(self) -> int:
+        """How many samples there are to choose among: all but the query's own, which stand at the pool's end."""
+        return len(self.pool) - self.pool.query_rows
+
+    @property
+    def places(self) -> int:
+        """How many of them are chosen as ``sampling.keep_fraction`` says; all for ``auto``."""
+        return share_of(self.config.sampling.most_kept, self.choices)
+
     def _query_digest(self) -> str:
         return "" if self.pool.query is None else self.pool.query.digest()
 
     def _chosen(self, rating: Rating) -> ScoreTable:
         """The table of a rating, with S in it."""
-        size, always = len(self.pool), self.pool.query_rows
-        rest = slice(0, size - always)
-        fraction = self.config.sampling.keep_fraction
-        count = share_of(fraction, size - always) if fraction != "auto" else rating.keep or size - always
-        strata, quota = None, np.array([min(count, size - always)])
+        size, rest = len(self.pool), slice(0, self.choices)
+        count = self.places
+        if self.config.sampling.keep_fraction == "auto":
+            count = rating.keep or self.choices
+        strata, quota = None, np.array([min(count, self.choices)])
         if rating.shares is not None or self.config.sampling.stratify is True:
             strata = self.pool.strata() if rating.strata is None else rating.strata
         if strata is not None:
@@ -139,7 +154,12 @@ class RankedSelector(FullSelector):
         with self.context.world.together():
             rows = positions(self._table.selected)
             weights = self._table.probability[rows]
-            even = bool(weights.min() == weights.max())
+            sampling, even = self.config.sampling, bool(weights.min() == weights.max())
+            self._of_losses = None
+            if sampling.use == "weight" and not even:
+                even = True
+                self._of_losses = filled(len(self.pool), np.float64, 1.0)
+                self._of_losses[rows] = loss_weights(weights, sampling.max_weight)
             self._sampler = self._make_sampler(rows, None if even else weights, start=step)
 
 

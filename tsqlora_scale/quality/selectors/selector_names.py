@@ -10,9 +10,20 @@ from tsqlora_scale.config.extensions import load_extension
 from tsqlora_scale.quality.selectors.by_quality import QualitySelector
 from tsqlora_scale.quality.selectors.by_query import QuerySelector
 from tsqlora_scale.quality.selectors.by_steps import OnlineSelector
+from tsqlora_scale.quality.selectors.dsir import DsirSelector
+from tsqlora_scale.quality.selectors.el2n import El2nSelector
+from tsqlora_scale.quality.selectors.from_file import FileSelector
 from tsqlora_scale.quality.selectors.full import FullSelector
+from tsqlora_scale.quality.selectors.grad_norm import GradNormSelector
+from tsqlora_scale.quality.selectors.instruction_mining import InstructionMiningSelector
+from tsqlora_scale.quality.selectors.k_center import KCenterSelector
+from tsqlora_scale.quality.selectors.less import LessSelector
 from tsqlora_scale.quality.selectors.random_subset import RandomSelector
+from tsqlora_scale.quality.selectors.rds import RdsSelector
+from tsqlora_scale.quality.selectors.rho import RhoSelector
+from tsqlora_scale.quality.selectors.rs2 import RedrawnSelector
 from tsqlora_scale.quality.selectors.selector import Selector, SelectorContext
+from tsqlora_scale.quality.selectors.ts_dshapley import TransferredShapleySelector
 
 
 def by_quality(context: SelectorContext) -> Selector:
@@ -25,6 +36,17 @@ SELECTORS: dict[str, Callable[[SelectorContext], Selector]] = {
     "random": RandomSelector,
     "query": QuerySelector,
     "quality": by_quality,
+    "less": LessSelector,
+    "rho": RhoSelector,
+    "rds": RdsSelector,
+    "dsir": DsirSelector,
+    "k_center": KCenterSelector,
+    "ts_dshapley": TransferredShapleySelector,
+    "instruction_mining": InstructionMiningSelector,
+    "grad_norm": GradNormSelector,
+    "el2n": El2nSelector,
+    "file": FileSelector,
+    "rs2": RedrawnSelector,
 }
 
 

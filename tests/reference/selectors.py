@@ -1,0 +1,117 @@
+"""The papers' selectors, plainly: one sample after another, and whatever takes long."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+
+def neighbours_worth(likeness: np.ndarray, match: np.ndarray, members: Sequence[int], neighbours: int) -> float:
+    """What a set of players is worth to a row: the sum of match over its nearest, divided by K."""
+    nearest = sorted(members, key=lambda player: (-likeness[player], player))[:neighbours]
+    return float(sum(match[player] for player in nearest) / neighbours)
+
+
+def shapley_values(likeness: np.ndarray, match: np.ndarray, neighbours: int) -> np.ndarray:
+    """By the definition: what a player adds, mean over all orders in which the players may come."""
+    size = len(match)
+    values = np.zeros(size)
+    for order in itertools.permutations(range(size)):
+        for place, player in enumerate(order):
+            before = neighbours_worth(likeness, match, order[:place], neighbours)
+            values[player] += neighbours_worth(likeness, match, order[: place + 1], neighbours) - before
+    return values / math.factorial(size)
+
+
+def in_turn(likeness: np.ndarray, count: int) -> list[int]:
+    """One pick after another, each by a look at all that are left."""
+    left, picks = list(range(len(likeness))), []
+    for number in range(count):
+        row = number % likeness.shape[1]
+        best = max(left, key=lambda sample: (likeness[sample, row], -sample))
+        left.remove(best)
+        picks.append(best)
+    return picks
+
+
+def k_centers(features: np.ndarray, centers: np.ndarray, count: int) -> list[int]:
+    """All distances to all centers, anew for every choice."""
+    chosen: list[int] = []
+    points = features.astype(np.float64)
+    for _ in range(count):
+        taken = [*centers.astype(np.float64), *(points[i] for i in chosen)]
+        left = [i for i in range(len(points)) if i not in chosen]
+        if taken:
+            chosen.append(max(left, key=lambda i: (min(math.dist(points[i], c) for c in taken), -i)))
+        else:
+            chosen.append(min(left, key=lambda i: (math.dist(points[i], points.mean(0)), i)))
+    return chosen
+
+
+def covering_radius(features: np.ndarray, centers: Sequence[int]) -> float:
+    """The largest distance of a sample to the next center."""
+    return max(min(math.dist(point, features[c]) for c in centers) for point in features)
+
+
+def dsir_log_weight(
+    text: Sequence[str], pool: Sequence[Sequence[str]], query: Sequence[Sequence[str]], size: int
+) -> float:
+    """Log ratio of a text's likelihoods in two bags of ``size`` different words and pairs, smoothed by one.
+
+    Args:
+        text: its words.
+        pool, query: the words of their texts.
+    """
+
+    def grams(words: Sequence[str]) -> list[str]:
+        return list(words) + [f"{a} {b}" for a, b in itertools.pairwise(words)]
+
+    bags = [Counter(gram for words in texts for gram in grams(words)) for texts in (query, pool)]
+    wanted, common = (
+        sum(math.log((bag[gram] + 1) / (sum(bag.values()) + size)) for gram in grams(text)) for bag in bags
+    )
+    return wanted - common
+
+
+def lexical_diversity(words: Sequence[str]) -> float:
+    """MTLD as McCarthy and Jarvis describe it: full factors, and a part of one at the end, in both directions."""
+
+    def one_way(words: Sequence[str]) -> float:
+        factors, start = 0.0, 0
+        for end in range(1, len(words) + 1):
+            stretch = words[start:end]
+            if len(set(stretch)) / len(stretch) <= 0.72:
+                factors, start = factors + 1, end
+        rest = words[start:]
+        if rest:
+            factors += (1 - len(set(rest)) / len(rest)) / (1 - 0.72)
+        return len(words) / factors if factors else float(len(words))
+
+    return (one_way(words) + one_way(list(reversed(words)))) / 2
+
+
+def ridge_answers(features: np.ndarray, answers: np.ndarray, of: np.ndarray, ridge: float) -> np.ndarray:
+    """By the normal equations: least squares with a ridge of ``ridge`` times the number of samples."""
+    x, level = features.astype(np.float64), answers.mean(0)
+    weights = np.linalg.solve(x.T @ x + ridge * len(x) * np.eye(x.shape[1]), x.T @ (answers - level))
+    return np.asarray(of.astype(np.float64) @ weights + level)
+
+
+def own_gradients(module: nn.Module, losses, batch) -> list[torch.Tensor]:  # type: ignore[no-untyped-def]
+    """Gradients of the adapter's factors of one sample, by autograd."""
+    module.eval()
+    factors = [p for name, p in module.named_parameters() if "lora_" in name]
+    (loss,) = losses(module, batch)
+    return list(torch.autograd.grad(loss, factors))
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    """Of two vectors; 0 where either is zero."""
+    lengths = math.sqrt(sum(x * x for x in a)) * math.sqrt(sum(x * x for x in b))
+    return sum(x * y for x, y in zip(a, b, strict=True)) / lengths if lengths else 0.0

@@ -1,0 +1,375 @@
+"""The papers' selectors on whole pools: what they rate, what of it is in S, and what a resumed run makes of it."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.reference import selectors as reference
+from tests.runs import run_tree, write_data
+from tests.tiny import WORDS
+from tests.worlds import run_on_ranks
+from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.config.load import parse_config
+from tsqlora_scale.engine.collectives import World
+from tsqlora_scale.model.adapters.adapter_type import adapter_type
+from tsqlora_scale.quality.features.last_layer import LastLayerLook
+from tsqlora_scale.quality.gradients.sketch import Sketch
+from tsqlora_scale.quality.selectors.ranked import RankedSelector, Rating
+from tsqlora_scale.quality.selectors.selector import SelectorContext
+from tsqlora_scale.quality.selectors.selector_names import selector_class
+from tsqlora_scale.run import preflight
+from tsqlora_scale.run.build import build_model
+from tsqlora_scale.tasks import Task
+
+ROWS, QUERY, KEPT = 18, 10, 0.5
+BY_QUERY = ("rho", "rds", "dsir", "less")
+RATED = (*BY_QUERY, "k_center", "ts_dshapley", "instruction_mining", "grad_norm", "el2n")
+
+
+@dataclass
+class Site:
+    """A small pool with a query, and a model with an adapter whose factors have moved.
+
+    Attributes:
+        tree: of a config.
+        task: the pool.
+        module: the model.
+    """
+
+    tree: dict[str, Any]
+    task: Task
+    module: torch.nn.Module
+
+    def selector(self, name: str, world: World | None = None, **sampling: Any) -> Any:
+        """A selector of the site's pool, keeping :data:`KEPT` of it."""
+        tree = self.tree | {"sampling": {"selector": name, "keep_fraction": KEPT} | sampling}
+        config = parse_config(tree)
+        return selector_class(name)(
+            SelectorContext(
+                config=config,
+                pool=self.task,
+                theta=adapter_type(config.adapter.type).theta,
+                world=world or World(),
+                scoring_step=0,
+            )
+        )
+
+    def scored(self, name: str, world: World | None = None, **sampling: Any) -> Any:
+        """The same after its look at the pool."""
+        selector = self.selector(name, world, **sampling)
+        selector.score(self.module, 0)
+        return selector
+
+
+def make_site(kind: str, folder: Path, models: Path, *, with_query: bool = True) -> Site:
+    """Rows of random words, and a query of them."""
+    tree = run_tree(kind, folder, models, "run", allocation={"policy": "fixed"}, train={"max_steps": 4})
+    task = tree["task"] = write_data(folder / f"data-{kind}", tree["task"]["type"], ROWS)
+    if with_query:
+        rng = random.Random(1)
+        rows = [
+            {"text": " ".join(rng.choices(WORDS[:12], k=rng.randint(5, 9))), "label": "yes", "summary": "the film"}
+            for _ in range(QUERY)
+        ]
+        (folder / "query.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        task["query"] = str(folder / "query.jsonl")
+    tree["sampling"] = {"selector": "full"}
+    checked = preflight.check(parse_config(tree))
+    module = build_model(checked, device=torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in module.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
+    return Site(tree, checked.task, module)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory, models_dir: Path) -> Site:
+    return make_site("bert", tmp_path_factory.mktemp("site"), models_dir)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory, models_dir: Path) -> Site:
+    return make_site("llama", tmp_path_factory.mktemp("texts"), models_dir)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, models_dir: Path) -> Site:
+    return make_site("bert", tmp_path_factory.mktemp("alone"), models_dir, with_query=False)
+
+
+def assert_chosen(selector: Any, site: Site) -> None:
+    """As many as were asked for, the best ones, and the query's rows; drawn evenly."""
+    table, size = selector.table, len(site.task) - site.task.query_rows
+    kept = -(-size // 2)
+    assert np.isfinite(table.quality).all()
+    assert table.selected[:size].sum() == kept
+    assert table.selected[size:].all()
+    assert table.quality[:size][table.selected[:size]].min() >= table.quality[:size][~table.selected[:size]].max()
+    drawn = {int(row) for step in range(20) for row in selector.draw(step)}
+    assert drawn == set(np.flatnonzero(table.selected).tolist())
+    assert selector.weights(np.arange(3)) is None
+
+
+@pytest.mark.parametrize("name", RATED)
+def test_selectors_keep_the_best_and_go_on_as_they_were(name: str, site: Site) -> None:
+    selector = site.scored(name)
+    assert_chosen(selector, site)
+    assert not selector.due(1)
+    resumed = site.selector(name)
+    resumed.load_state_dict(selector.state_dict())
+    np.testing.assert_array_equal(resumed.table.quality, selector.table.quality)
+    np.testing.assert_array_equal(resumed.draw(7), selector.draw(7))
+    assert not resumed.due(1)
+
+
+@pytest.mark.parametrize("name", ["rds", "dsir", "less", "k_center", "ts_dshapley", "instruction_mining", "grad_norm"])
+def test_selectors_of_generated_texts(name: str, texts: Site) -> None:
+    assert_chosen(texts.scored(name), texts)
+
+
+@pytest.mark.parametrize("name", ["k_center", "ts_dshapley", "instruction_mining", "grad_norm", "el2n"])
+def test_selectors_that_do_without_a_query(name: str, alone: Site) -> None:
+    assert_chosen(alone.scored(name), alone)
+
+
+def own_sketches(site: Site, pool: Any) -> np.ndarray:
+    """Sketches of every sample's gradient, one sample at a time, by autograd."""
+    sketch = Sketch(site.tree["scoring"]["sketch_dim"], seed=site.tree["run"]["seed"])
+    names = [name for name, _ in site.module.named_parameters() if "lora_" in name]
+    found = []
+    for row in range(len(pool)):
+        batch = pool.batch(np.array([row]))
+        gradients = reference.own_gradients(site.module, pool.losses, batch)
+        by_name = {name: gradient[None] for name, gradient in zip(names, gradients, strict=True)}
+        found.append(sketch(by_name).numpy()[0])
+    return np.stack(found)
+
+
+@pytest.mark.parametrize("form", ["mean", "max", "round_robin"])
+def test_less_against_one_sample_at_a_time(form: str, site: Site) -> None:
+    table = site.scored("less", less=form).table
+    assert site.task.query is not None
+    pool, query = own_sketches(site, site.task), own_sketches(site, site.task.query)
+    cosines = np.array([[reference.cosine(a, b) for b in query] for a in pool])
+    if form == "round_robin":
+        found = np.argsort(-table.quality[:ROWS])[: ROWS // 2]
+        taken = [cosines[pick, turn % QUERY] for turn, pick in enumerate(found)]
+        expected = [cosines[pick, turn % QUERY] for turn, pick in enumerate(reference.in_turn(cosines[:ROWS], 9))]
+        np.testing.assert_allclose(taken, expected, atol=1e-3)  # nearly equal ones may change places
+    else:
+        expected = cosines.mean(1) if form == "mean" else cosines.max(1)
+        np.testing.assert_allclose(table.quality, expected, atol=1e-4)
+
+
+def test_norms_against_one_sample_at_a_time(site: Site) -> None:
+    table = site.scored("grad_norm").table
+    for row in range(0, ROWS, 5):
+        own = reference.own_gradients(site.module, site.task.losses, site.task.batch(np.array([row])))
+        assert table.quality[row] == pytest.approx(float(sum(g.square().sum() for g in own)) ** 0.5, rel=1e-4)
+
+
+def test_errors_against_one_sample_at_a_time(site: Site) -> None:
+    table = site.scored("el2n").table
+    site.module.eval()
+    for row in range(0, ROWS, 5):
+        batch = site.task.batch(np.array([row]))
+        with torch.no_grad():
+            odds = site.module(**batch.inputs).logits.softmax(-1)[0].double().numpy()
+        error = odds - np.eye(2)[int(batch.targets)]
+        assert table.quality[row] == pytest.approx(float(np.sqrt((error**2).sum())), abs=1e-5)
+
+
+def test_rds_against_one_sample_at_a_time(site: Site) -> None:
+    table = site.scored("rds").table
+    look = LastLayerLook(by_position=True)
+    with torch.no_grad(), site.module.disable_adapter():  # type: ignore[operator]
+        site.module.eval()
+        pool, query = (
+            np.stack([look(site.module, rows.batch(np.array([i]))).numpy()[0] for i in range(len(rows))])
+            for rows in (site.task, site.task.query)
+        )
+    cosines = np.array([[reference.cosine(a, b) for b in query] for a in pool])
+    np.testing.assert_allclose(table.terms["nearest_query"], cosines.max(1), atol=1e-4)
+    picks = reference.in_turn(cosines[:ROWS], ROWS // 2)
+    assert set(np.flatnonzero(table.selected[:ROWS]).tolist()) == set(picks)
+
+
+def test_shapley_values_prefer_right_answers(site: Site) -> None:
+    """All of the query says yes: no row that says so is worth less than its like that says no."""
+    table, ids = site.scored("ts_dshapley").table, site.task.class_ids()
+    assert ids is not None
+    assert table.quality[:ROWS][ids[:ROWS] == 1].mean() > table.quality[:ROWS][ids[:ROWS] == 0].mean()
+
+
+def test_dsir_prefers_the_words_of_the_query(site: Site) -> None:
+    selector = site.scored("dsir")
+    weights = selector.table.terms["log_weight"]
+    share = [np.mean([word in WORDS[:12] for word in row[0].split()]) for row in site.task.texts(np.arange(ROWS))]
+    assert np.corrcoef(share, weights[:ROWS])[0, 1] > 0.5
+    again = site.scored("dsir").table
+    np.testing.assert_array_equal(again.quality, selector.table.quality)
+    assert not np.array_equal(again.quality, weights), "drawn, not cut"
+
+
+def test_rho_is_the_label_term_alone(site: Site) -> None:
+    table = site.scored("rho").table
+    np.testing.assert_array_equal(table.quality, table.terms["log_q"] - table.terms["log_p"])
+
+
+def test_rounds_are_drawn_anew(site: Site) -> None:
+    selector = site.selector("rs2")
+    assert selector.table is None
+    assert not selector.due(0)
+    whole = ROWS // 2 + QUERY
+    drawn = np.concatenate([selector.draw(step) for step in range(2 * whole)])
+    rounds = [set(drawn[i * whole : (i + 1) * whole].tolist()) for i in range(4)]
+    assert all(len(members) == whole and set(range(ROWS, ROWS + QUERY)) <= members for members in rounds)
+    assert len({frozenset(members) for members in rounds}) > 1
+    other = site.selector("rs2", keep_fraction=0.25)
+    with pytest.raises(UserError, match="count"):
+        other.load_state_dict(selector.state_dict())
+    site.selector("rs2").load_state_dict(selector.state_dict())
+
+
+def test_not_finite_samples_come_last(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = Task.losses
+
+    def broken(self: Task, module: Any, batch: Any) -> torch.Tensor:
+        found = losses(self, module, batch)
+        return found * torch.where(torch.as_tensor(batch.indices == 4), torch.nan, 1.0)
+
+    monkeypatch.setattr(Task, "losses", broken)
+    for name in ("less", "grad_norm"):
+        table = site.scored(name).table
+        assert table.quality[4] == table.quality.min()
+        assert not table.selected[4]
+
+
+def test_a_part_of_the_pool_is_looked_at(site: Site) -> None:
+    limited = Site(site.tree | {"scoring": site.tree["scoring"] | {"max_samples": 8}}, site.task, site.module)
+    quality = limited.scored("less").table.quality
+    values, counts = np.unique(quality, return_counts=True)
+    assert counts.max() == len(quality) - 8
+    assert values[counts.argmax()] == pytest.approx(np.delete(quality, quality == values[counts.argmax()]).mean())
+
+
+class WithWeights(RankedSelector):
+    """A rating that weighs its samples, in strata of its own."""
+
+    def rate(self, module: Any) -> Rating:
+        size = len(self.pool)
+        strata = (np.arange(size) % 3 == 0).astype(np.int64)  # a third
+        return Rating(
+            np.arange(size, dtype=np.float64),
+            terms={"place": np.arange(size, dtype=np.float64)},
+            shares=np.array([1.0, 1.0]),
+            strata=strata,
+            weights=1.0 + np.arange(size),
+            findings={"found": 1},
+        )
+
+
+def test_ranked_quotas_and_weights(site: Site) -> None:
+    name = f"{__name__}:WithWeights"
+    selector = site.scored(name)
+    chosen = np.flatnonzero(selector.table.selected[:ROWS])
+    thirds = [row for row in chosen if row % 3 == 0]
+    assert len(chosen) == 9
+    assert sorted(thirds) == [3, 6, 9, 12, 15][-len(thirds) :]
+    assert len(thirds) in (4, 5)
+    assert selector.table.selected[ROWS:].all()
+    weights = np.where(selector.table.selected, 1.0 + np.arange(ROWS + QUERY), 0)
+    np.testing.assert_allclose(selector.table.probability, weights / weights.sum())
+    drawn = np.bincount(np.concatenate([selector.draw(step) for step in range(600)]), minlength=ROWS + QUERY)
+    np.testing.assert_allclose(drawn / drawn.sum(), weights / weights.sum(), atol=0.02)
+    assert selector.findings == {"found": 1}
+
+    even = site.scored(name, use="weight", max_weight=1.2)
+    drawn = np.bincount(np.concatenate([even.draw(step) for step in range(19)]), minlength=ROWS + QUERY)
+    assert drawn[even.table.selected].max() - drawn[even.table.selected].min() <= 1
+    of_losses = even.weights(np.arange(ROWS + QUERY))
+    share = even.table.probability * even.table.selected.sum()
+    inside = even.table.selected
+    np.testing.assert_allclose(of_losses[inside], np.minimum(share[inside], 1.2))
+    with pytest.raises(UserError, match=r"sampling\.\*"):
+        site.selector(name).load_state_dict(even.state_dict())
+    resumed = site.selector(name, use="weight", max_weight=1.2)
+    resumed.load_state_dict(even.state_dict())
+    np.testing.assert_array_equal(resumed.weights(np.arange(ROWS)), of_losses[:ROWS])
+
+
+def test_a_stratum_never_has_more_places_than_samples(site: Site) -> None:
+    selector = site.scored(f"{__name__}:WithWeights", keep_fraction=1.0)
+    assert selector.table.selected.all()
+
+
+def test_another_query_is_another_choice(site: Site, tmp_path: Path, models_dir: Path) -> None:
+    state = site.scored("rds").state_dict()
+    state["ranked"]["query"] = "another"
+    with pytest.raises(UserError, match=r"another task\.query"):
+        site.selector("rds").load_state_dict(state)
+
+
+def test_quality_weighs_losses_instead_of_draws(site: Site) -> None:
+    selector = site.scored("quality", keep_fraction=1.0, use="weight", stratify=False)
+    size = len(site.task)
+    drawn = np.concatenate([selector.draw(step) for step in range(7)])
+    assert np.bincount(drawn, minlength=size).tolist() == [3] * size, "each sample once an epoch"
+    np.testing.assert_allclose(
+        selector.weights(np.arange(size)), np.minimum(selector.table.probability * size, 10.0), rtol=1e-9
+    )
+
+
+LISTS: dict[str, Callable[[Path], str]] = {
+    "txt": lambda folder: _written(folder / "l.txt", "3\n\n 7 \n11\n"),
+    "csv": lambda folder: _written(folder / "l.csv", "id,why\n3,x\n7,y\n11,z\n"),
+    "jsonl": lambda folder: _written(folder / "l.jsonl", '{"sample_id": "3"}\n{"sample_id": 7}\n{"sample_id": "11"}\n'),
+}
+
+
+def _written(path: Path, content: str) -> str:
+    path.write_text(content, encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", LISTS)
+def test_a_list_of_samples(kind: str, site: Site, tmp_path: Path) -> None:
+    selector = site.scored("file", file=LISTS[kind](tmp_path), keep_fraction="auto")
+    assert np.flatnonzero(selector.table.selected).tolist() == [3, 7, 11, *range(ROWS, ROWS + QUERY)]
+
+
+def test_scores_of_a_file_and_our_own(site: Site, tmp_path: Path) -> None:
+    lines = "".join(f"{row}\t{-row / 2}\n" for row in reversed(range(ROWS + 5)))  # more than the pool has
+    selector = site.scored("file", file=_written(tmp_path / "s.tsv", "sample_id\tscore\n" + lines))
+    assert np.flatnonzero(selector.table.selected[:ROWS]).tolist() == list(range(9))
+    assert selector.table.selected[ROWS:].all()
+    np.testing.assert_allclose(selector.table.quality[:ROWS], -np.arange(ROWS) / 2)
+    written = selector.table.write(tmp_path / "scores", site.task.sample_ids)
+    again = site.scored("file", file=str(written))
+    np.testing.assert_array_equal(again.table.selected, selector.table.selected)
+
+
+def ratings_of_rank(world: World, folder: Path, models: Path) -> dict[str, torch.Tensor]:
+    """Ratings of every kind of pass, as they are in a world of several ranks."""
+    site = make_site("bert", folder / f"rank-{world.rank}", models)
+    names = ("less", "grad_norm", "el2n", "rds", "ts_dshapley", "instruction_mining", "dsir")
+    return {name: torch.from_numpy(site.scored(name, world).table.quality) for name in names}
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_ratings_are_equal_on_two_ranks(site: Site, tmp_path: Path, models_dir: Path) -> None:
+    first, second = run_on_ranks(ratings_of_rank, 2, tmp_path, models_dir)
+    for name, ratings in first.items():
+        torch.testing.assert_close(ratings, second[name], rtol=0, atol=0)
+        torch.testing.assert_close(ratings, torch.from_numpy(site.scored(name).table.quality), rtol=0, atol=0)

@@ -1,0 +1,68 @@
+"""``sampling.selector: less``: gradients that point where the query's point.
+
+Xia et al., *LESS: Selecting Influential Data for Targeted Instruction Tuning*, 2402.04333: cosines of projected
+gradients of the adapter after a warm-up. There gradients of the pool are divided by Adam's second moments, and the
+cosines of several checkpoints are added; here they are plain ones, of one. There the model is trained anew on what was
+chosen; here training goes on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from tsqlora_scale.common.disk_arrays import filled, new_array
+from tsqlora_scale.quality.scores.scorer import QualityScorer
+from tsqlora_scale.quality.selectors.forward_selector import on_main
+from tsqlora_scale.quality.selectors.gradient_passes import gradient_pass, sketches_of
+from tsqlora_scale.quality.selectors.in_turn import rated_by_turns
+from tsqlora_scale.quality.selectors.ranked import RankedSelector, Rating
+from tsqlora_scale.quality.selectors.rds import unit
+
+
+class LessSelector(RankedSelector):
+    """Cosines of gradient sketches to those of the query's rows: their mean, as published, their maximum, or in turn.
+
+    Samples that the pass has not looked at (``scoring.max_samples``) are rated by the mean of the others, samples whose
+    gradient is not finite lowest.
+    """
+
+    def rate(self, module: nn.Module) -> Rating:
+        """A pass of gradients over the query and one over the pool."""
+        query, context = self.pool.query, self.context
+        assert query is not None, "needs a query"
+        of_query = gradient_pass(context, module, query, name="query", sketches=True)
+        of_pool = gradient_pass(context, module, self.pool, name="pool", sketches=True)
+
+        def found() -> np.ndarray:
+            rows, wanted = (np.concatenate(parts) for parts in zip(*sketches_of(of_query), strict=True))
+            return self._ratings(of_pool, unit(wanted[np.argsort(rows)]))  # a pass goes by length
+
+        ratings = on_main(context.world, found)
+        of_query.discard_parts()
+        if not self.config.scoring.keep_sketches:
+            of_pool.discard_parts()
+        return Rating(ratings)
+
+    def _ratings(self, scorer: QualityScorer[Any], wanted: np.ndarray) -> np.ndarray:
+        """Of every sample, (N,); on rank 0."""
+        size, form = len(self.pool), self.config.sampling.less
+        rows = np.concatenate([part.indices for part in scorer.parts])
+        looked, usable = filled(size, bool, False), filled(size, bool, False)
+        looked[rows] = True
+        ratings = new_array(size, np.float64)
+        likeness = new_array(size * len(wanted), np.float32).reshape(size, -1) if form == "round_robin" else None
+        for places, sketches in sketches_of(scorer):
+            cosines = np.clip(unit(sketches) @ wanted.T, -1, 1)
+            usable[places] = True
+            ratings[places] = cosines.mean(1) if form == "mean" else cosines.max(1)
+            if likeness is not None:
+                likeness[places] = cosines
+        if likeness is not None:
+            among = np.flatnonzero(usable[: self.choices])
+            ratings[among] = rated_by_turns(likeness[among], min(self.places, len(among)))
+        ratings[~looked] = ratings[usable].mean()
+        ratings[looked & ~usable] = ratings[usable].min() - 1
+        return ratings
