@@ -13,6 +13,7 @@ stream                      who draws from it                      depends on, b
 ``philox "simhash"``        hyperplanes for similar gradients      the table
 ``philox "fitted to the pool"``  rows that features are compared on  nothing more
 ``philox "query folds"``    folds of the query                     nothing more
+``philox "evidence folds, SIDE"``  parts of pool and query       nothing more
 ``philox "feature projection"``  projection of wide features       nothing more
 ``generator_for`` "head"    a new head's weights                   nothing more
 ``generator_for`` "adapter" A of the adapted layers                nothing more
