@@ -63,7 +63,10 @@ class ScoreTable:
     def empty(cls, size: int) -> ScoreTable:
         """A table in which nothing is known yet."""
         unknown = dict.fromkeys(COLUMNS, np.nan) | {"selected": False, "scoring_pass": NEVER}
-        return cls(**{name: filled(size, KINDS.get(name, np.float64), value) for name, value in unknown.items()})
+        columns: dict[str, Any] = {
+            name: filled(size, KINDS.get(name, np.float64), value) for name, value in unknown.items()
+        }
+        return cls(**columns)
 
     def __len__(self) -> int:
         return len(self.quality)
