@@ -17,6 +17,7 @@ stream                      who draws from it                      depends on, b
 ``philox "valuing rows"``   rows that value or judge the others    nothing more
 ``philox "mining NAME"``    neighbours, halves, subsets of a rule  the subset's number
 ``philox "round with the query"``  order of a redrawn subset       the round
+``philox "evidence folds, SIDE"``  parts of pool and query       nothing more
 ``philox "feature projection"``  projection of wide features       nothing more
 ``philox "folds"``          folds of an audit                      nothing more
 ``philox "audit features"`` rows that a regression learns from     nothing more

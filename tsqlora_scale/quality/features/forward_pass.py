@@ -79,7 +79,7 @@ class ForwardPass:
         with self.world.together():
             lengths = pool.lengths()
         found: np.ndarray | None = None
-        parts = _Parts(self._folder, f"{name} {self._max_length}", pool, rows) if self.world.is_main else None
+        parts = _Parts(self._folder, self._key(name, pool, rows)) if self.world.is_main else None
         adapters: AbstractContextManager[None] = without_adapters(self.module) if self._frozen else nullcontext()
         with evaluation_mode(self.module, nullcontext), adapters:
             for number, start in enumerate(range(0, len(rows), self._shard_size)):
@@ -96,6 +96,15 @@ class ForwardPass:
                 found[place] = kept
         assert found is not None, "no rows to look at"
         return found
+
+    def _key(self, name: str, pool: Pool[Any], rows: np.ndarray) -> dict[str, Any]:
+        """What the numbers of a shard depend on; the batches, too, by their last bits."""
+        return {
+            "name": name,
+            "sizes": [self._shard_size, self._batch_size, self._max_length],
+            "pool": pool.digest(),
+            "rows": hashlib.sha256(np.ascontiguousarray(rows).data).hexdigest(),
+        }
 
     def forget(self) -> None:
         """Remove what is kept of passes."""
@@ -140,15 +149,10 @@ class ForwardPass:
 class _Parts:
     """The shards of a pass on disk, and what they depend on. On rank 0."""
 
-    def __init__(self, folder: Path | None, name: str, pool: Pool[Any], rows: np.ndarray) -> None:
+    def __init__(self, folder: Path | None, key: dict[str, Any]) -> None:
         self._folder: Path | None = None
         if folder is None:
             return
-        key = {
-            "name": name,
-            "pool": pool.digest(),
-            "rows": hashlib.sha256(np.ascontiguousarray(rows).data).hexdigest(),
-        }
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         try:
             (folder / digest).mkdir(parents=True, exist_ok=True)

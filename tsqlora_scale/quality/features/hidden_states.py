@@ -48,9 +48,8 @@ def mean_states(outputs: Any, batch: Batch) -> Tensor:
         states = outputs.hidden_states
         if targets is None:
             regions = [(states, attended)]
-        else:  # position t of the targets is the token after position t
-            answered = torch.zeros_like(targets, dtype=torch.bool)
-            answered[:, 1:] = (targets != IGNORED)[:, :-1]
+        else:  # the targets stand at the answer's own positions
+            answered = targets != IGNORED
             asked = ~answered if attended is None else attended.bool() & ~answered
             regions = [(states, asked), (states, answered)]
     return torch.stack([torch.stack([_mean(state, mask) for state in of], 1) for of, mask in regions], 2)

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from tsqlora_scale.common.disk_arrays import new_array, positions
+from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.random_streams import philox, uniform
 from tsqlora_scale.config.schema import ScoringConfig
 from tsqlora_scale.engine.collectives import World
 from tsqlora_scale.quality.draws.key_order import smallest
 from tsqlora_scale.quality.features.forward_pass import ForwardPass
 from tsqlora_scale.quality.pool import Pool
-from tsqlora_scale.quality.query.density_ratio import EVIDENCE, DensityRatio, separation, wanted_share
+from tsqlora_scale.quality.query.density_ratio import EVIDENCE, DensityRatio, held_out_separation, wanted_share
 from tsqlora_scale.quality.query.looks import FeatureLook, Shape
 from tsqlora_scale.quality.query.terms import Terms, fit_terms
 
@@ -106,8 +107,8 @@ class QueryRater:
         name = f"features {self._name} {self.seed}"
         wanted = passes.run(query, np.arange(len(query)), look, name=name)
         numbers = passes.run(self.pool, rows, look, name=name)
-        terms, of_rows, of_query = self._fit(look.shape, numbers, wanted)
-        ratio, of_fit = self._on_main(lambda: _ratio(terms, of_rows, of_query))
+        terms, of_rows, of_query = self._fit(self._shape(look, module), numbers, wanted)
+        ratio, of_fit = self._on_main(lambda: _ratio(terms, of_rows, of_query, seed=self.seed))
         values = new_array(len(self.pool) * len(terms.names), np.float32).reshape(len(self.pool), len(terms.names))
         values[rows] = of_rows
         if len(rows) < size:
@@ -130,16 +131,34 @@ class QueryRater:
             return np.arange(size)
         return positions(smallest(uniform(philox(self.seed, "fitted to the pool"), size), FITTED))
 
-    def _fit(
-        self, shape: Shape | None, numbers: np.ndarray, wanted: np.ndarray
-    ) -> tuple[Terms, np.ndarray, np.ndarray]:
-        # rank 0's look may have seen nothing, all of it being kept of a killed pass
-        shapes = [found for found in self.world.gather_objects(shape) if found is not None]
-        assert shapes
-        found: tuple[Terms, np.ndarray, np.ndarray] = self._on_main(
-            lambda: fit_terms(shapes[0], numbers, wanted, seed=self.seed)
-        )
+    def _shape(self, look: FeatureLook, module: nn.Module) -> Shape:
+        """Of what ``look`` has given, on some rank or in a pass that was killed. A collective."""
+        shapes = [found for found in self.world.gather_objects(look.shape) if found is not None]
+        if not shapes:  # all of it is kept of a killed pass, and nothing has been looked at in this one
+            ForwardPass(module, self.world, max_length=self._scoring.max_length).run(
+                self.pool, np.arange(1), look, name="shape"
+            )
+            shapes = [found for found in self.world.gather_objects(look.shape) if found is not None]
+        shape: Shape = shapes[0]
+        return shape
+
+    def _fit(self, shape: Shape, numbers: np.ndarray, wanted: np.ndarray) -> tuple[Terms, np.ndarray, np.ndarray]:
+        def fit() -> tuple[Terms, np.ndarray, np.ndarray]:
+            if not (np.isfinite(numbers).all() and np.isfinite(wanted).all()):
+                raise UserError(
+                    "the hidden states of the base are not finite, and a choice by task.query needs them; its weights "
+                    "are damaged, or it computes in too coarse a type: use model.dtype=fp32"
+                )
+            return fit_terms(shape, numbers, wanted, seed=self.seed, classes=self._classes())
+
+        found: tuple[Terms, np.ndarray, np.ndarray] = self._on_main(fit)
         return found
+
+    def _classes(self) -> int:
+        """One more than the largest class of pool and query; 0 without classes."""
+        assert self.pool.query is not None
+        ids = [found for found in (self.pool.class_ids(), self.pool.query.class_ids()) if found is not None]
+        return max((int(found.max()) + 1 for found in ids), default=0)
 
     def _on_main(self, work: Callable[[], Any]) -> Any:
         """What rank 0 finds, on every rank: sums may round otherwise with other numbers of threads."""
@@ -150,10 +169,12 @@ class QueryRater:
         return self.world.broadcast(found)
 
 
-def _ratio(terms: Terms, of_rows: np.ndarray, of_query: np.ndarray) -> tuple[DensityRatio, dict[str, float]]:
+def _ratio(
+    terms: Terms, of_rows: np.ndarray, of_query: np.ndarray, *, seed: int
+) -> tuple[DensityRatio, dict[str, float]]:
     ratio = DensityRatio.fit(of_rows, of_query, rising=terms.rising)
-    pool, query = ratio.log_ratio(of_rows), ratio.log_ratio(of_query)
-    (area, evidence), (share, most) = separation(pool, query), wanted_share(pool, query)
+    area, evidence = held_out_separation(of_rows, of_query, rising=terms.rising, seed=seed)
+    share, most = wanted_share(ratio.log_ratio(of_rows), ratio.log_ratio(of_query))
     return ratio, {"area": area, "evidence": evidence, "share": share, "most": most}
 
 

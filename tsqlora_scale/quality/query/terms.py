@@ -42,12 +42,14 @@ class Terms(Protocol):
 class Likeness:
     """Mean cosine of a row's features to those of the query's rows, mean over the layers.
 
-    Features are standardised over the pool first: without it all cosines of a layer are nearly alike, and only the last
-    layer of a model trained for cosines tells texts apart (on a pool of four tasks the area under the ROC curve of
-    MiniLM's middle layers is 0.75 to 0.9 without, 0.97 to 0.99 with it).
+    Features are standardised over pool and query first: without it all cosines of a layer are nearly alike, and only
+    the last layer of a model trained for cosines tells texts apart (on a pool of four tasks the area under the ROC
+    curve of MiniLM's middle layers is 0.75 to 0.9 without, 0.97 to 0.99 with it). Over both, so that no row is told
+    from the others by having been there: over the pool alone its error would be common to the query's rows, which
+    makes them alike.
 
     Attributes:
-        means, deviations: of the pool's features, (L, R, d).
+        means, deviations: of the features of both, (L, R, d).
         direction: mean over the query's rows of their features scaled to unit length, (L, R, d).
     """
 
@@ -58,13 +60,14 @@ class Likeness:
     @classmethod
     def fit(cls, pool: np.ndarray, query: np.ndarray) -> tuple[Likeness, np.ndarray, np.ndarray]:
         """The term; and its values for the pool's rows, (N, R), and the query's, each left out of the mean, (n, R)."""
-        means, deviations = pool.mean(0, dtype=np.float64), pool.std(0, dtype=np.float64) + 1e-6
+        both = np.concatenate([pool, query])
+        means, deviations = both.mean(0, dtype=np.float64), both.std(0, dtype=np.float64) + 1e-6
         likeness = cls(means, deviations, _unit((query - means) / deviations).mean(0))
         of_query, count = likeness.of(query), len(query)
         return likeness, likeness.of(pool), (count * of_query - 1) / (count - 1)
 
     def standardised(self, features: np.ndarray) -> np.ndarray:
-        """Features (n, L, R, d) in units of the pool's deviations."""
+        """Features (n, L, R, d) in units of the deviations."""
         scaled: np.ndarray = (features - self.means) / self.deviations
         return scaled
 
@@ -99,23 +102,24 @@ class LabelTerms:
 
     @classmethod
     def fit(
-        cls, pool: np.ndarray, query: np.ndarray, labels: np.ndarray, wanted: np.ndarray, *, seed: int
+        cls, pool: np.ndarray, query: np.ndarray, labels: np.ndarray, wanted: np.ndarray, *, seed: int, classes: int = 0
     ) -> tuple[LabelTerms, np.ndarray, np.ndarray]:
         """The terms; and their values for the pool's rows (N, 3) and the query's (n, 3), no row by what has seen it.
 
         Args:
             pool, query: features (N, L, 1, d) and (n, L, 1, d).
             labels, wanted: their class ids, (N,) and (n,) int64.
+            classes: how many there are at least; rows that are not among these may have others.
         """
         likeness, pool_text, query_text = Likeness.fit(pool, query)
         x, z = likeness.standardised(pool)[:, :, 0], likeness.standardised(query)[:, :, 0]
-        classes = np.eye(int(max(labels.max(), wanted.max())) + 1)
-        pool_heads, pool_by_pool = fit_heads(x, classes[labels])
-        query_heads, query_by_query = fit_heads(z, classes[wanted])
+        one_hot = np.eye(max(classes, int(labels.max()) + 1, int(wanted.max()) + 1))
+        pool_heads, pool_by_pool = fit_heads(x, one_hot[labels])
+        query_heads, query_by_query = fit_heads(z, one_hot[wanted])
         scales = (float(query_by_query.std()) + 1e-9, float(pool_by_pool.std()) + 1e-9)
         both = _logits(query_by_query, pool_heads.scores(z), scales)
         y = torch.from_numpy(wanted)
-        held_out = torch.zeros(len(y), len(classes), dtype=torch.float64)
+        held_out = torch.zeros(len(y), len(one_hot), dtype=torch.float64)
         folds = folds_of(wanted, len(wanted), min(FOLDS, len(wanted)), seed=seed, purpose="query folds")
         for fold in np.unique(folds):
             out = torch.from_numpy(folds == fold)
@@ -255,15 +259,20 @@ def _pairs(likeness: Likeness, features: np.ndarray, losses: np.ndarray) -> np.n
     return np.column_stack([(unit[:, :, 0] * unit[:, :, 1]).sum(-1).mean(1), losses])
 
 
-def fit_terms(shape: Shape, pool: np.ndarray, query: np.ndarray, *, seed: int) -> tuple[Terms, np.ndarray, np.ndarray]:
+def fit_terms(
+    shape: Shape, pool: np.ndarray, query: np.ndarray, *, seed: int, classes: int = 0
+) -> tuple[Terms, np.ndarray, np.ndarray]:
     """The terms that suit the task; and their values for the pool's rows (N, m) and the query's (n, m).
 
     Args:
         pool, query: numbers of the rows, as :class:`.FeatureLook` gives them.
+        classes: see :meth:`LabelTerms.fit`.
     """
     (features, last), (wanted, answers) = shape.split(pool), shape.split(query)
     if shape.kind == "classes":
-        return LabelTerms.fit(features, wanted, last.astype(np.int64), answers.astype(np.int64), seed=seed)
+        return LabelTerms.fit(
+            features, wanted, last.astype(np.int64), answers.astype(np.int64), seed=seed, classes=classes
+        )
     if shape.kind == "number":
         return NumberTerms.fit(features, wanted, last.astype(np.float64), answers.astype(np.float64))
     return TextTerms.fit(features, wanted, last, answers)

@@ -17,7 +17,8 @@ class QuerySelector(RankedSelector):
     """Eq. 1's convergence term as what it says: contribution to convergence *on the wanted task*, and that alone.
 
     ``sampling.keep_fraction: auto`` keeps the share of the pool that is found to be as the query is; all of it where
-    the query does not stand out, for a choice without evidence costs samples. Classes have the query's shares in S.
+    the query does not stand out, for a choice without evidence costs samples. Classes have the query's shares in S,
+    unless ``sampling.stratify`` is false.
     """
 
     def rate(self, module: nn.Module) -> Rating:
@@ -66,8 +67,8 @@ class QuerySelector(RankedSelector):
         return weights
 
     def _shares(self) -> np.ndarray | None:
-        """Of the classes among the query's rows; None without classes."""
-        query = self.pool.query
+        """Of the classes among the query's rows; None without classes, or if ``sampling.stratify`` is false."""
+        query = None if self.config.sampling.stratify is False else self.pool.query
         ids, all_ids = (None if query is None else query.class_ids()), self.pool.class_ids()
         if ids is None or all_ids is None:
             return None

@@ -167,16 +167,18 @@ def _quota(sizes: np.ndarray, total: int, shares: np.ndarray | None) -> np.ndarr
     """Places of strata of ``sizes`` among ``total``: by ``shares``, or by their sizes; none more than it has."""
     if shares is None:
         return quotas(sizes, total)
-    given = np.zeros(len(sizes), dtype=np.int64)
-    while total > given.sum():
-        free = given < sizes
+    exact, free, left = np.zeros(len(sizes)), np.ones(len(sizes), dtype=bool), float(total)
+    while free.any():  # what a stratum that is full cannot take goes to the others
         wanted = np.where(free, shares[: len(sizes)], 0.0)
-        if not wanted.any():
-            wanted = free.astype(np.float64)
-        more = (total - given.sum()) * wanted / wanted.sum()
-        step = np.minimum(np.floor(more).astype(np.int64), sizes - given)
-        if not step.any():
-            best = np.argsort(-np.where(free, more, -1.0), kind="stable")
-            step[best[: min(int(total - given.sum()), int(free.sum()))]] = 1
-        given += step
+        wanted = wanted if wanted.any() else free.astype(np.float64)
+        exact[free] = (left * wanted / wanted.sum())[free]
+        full = free & (exact >= sizes)
+        if not full.any():
+            break
+        exact[full] = sizes[full]
+        left -= float(sizes[full].sum())
+        free &= ~full
+    given = np.floor(exact + 1e-9).astype(np.int64)
+    rest = np.argsort(given - exact, kind="stable")[: total - int(given.sum())]
+    given[rest] += 1  # to the largest remainders
     return given

@@ -21,7 +21,7 @@ from tsqlora_scale.tasks.rows.column_checks import SAMPLE_ID, check_text, sample
 from tsqlora_scale.tasks.rows.excluded_ids import digest_of, not_excluded, read_ids
 from tsqlora_scale.tasks.rows.label_cells import class_ids, draw_weights, infer_labels, regression_targets
 from tsqlora_scale.tasks.rows.origin import Origin
-from tsqlora_scale.tasks.rows.query_rows import check_query, query_ids
+from tsqlora_scale.tasks.rows.query_rows import as_in_pool, check_query, query_ids
 from tsqlora_scale.tasks.rows.row_ids import text_column
 from tsqlora_scale.tasks.rows.sources import Opened, open_dev, open_pool, open_query
 from tsqlora_scale.tasks.rows.wanted import ID_KEY, LABEL_KEY, WEIGHT_KEY, Wanted, no_plain_cells
@@ -54,7 +54,7 @@ class Data:
         """The rows that may be trained on: those of the pool and, behind them, the query's."""
         if self.query is None or not with_query:
             return self.train
-        return datasets.concatenate_datasets([self.train, self.query.select_columns(self.train.column_names)])
+        return datasets.concatenate_datasets([self.train, self.query])
 
 
 def load_dev(cfg: TaskConfig, *, seed: int) -> Data:
@@ -214,7 +214,7 @@ def _load_query(
     weights = None if cfg.dataset.weight is None else filled_array(len(kept), np.float64, 1.0)
     rows = _checked(cfg, opened, query_ids(_ids(cfg, opened)), kept, weights, identity="query")
     check_query(rows, train, sets, list(text_columns(cfg).values()), where=opened.where)
-    return rows
+    return as_in_pool(rows, train, own_id=cfg.dataset.id_column, where=opened.where)
 
 
 def _ids(cfg: TaskConfig, opened: Opened) -> pa.ChunkedArray | pa.Array:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 
 import datasets
@@ -70,9 +72,37 @@ def check_query(
         clash = np.flatnonzero(pc.is_in(view[block][SAMPLE_ID], value_set=ours).to_numpy())
         if len(clash):
             raise UserError(
-                f"{KEY}: the pool has a sample called {_id(train, block.start + int(clash[0]))!r}, and {PREFIX!r} goes "
-                "before the ids of the query's rows; rename the pool's"
+                f"{KEY}: the pool has a sample called {train[block.start + int(clash[0])][SAMPLE_ID]!r}, as is one of "
+                f"the query's, before whose ids {PREFIX!r} goes; rename the pool's"
             )
+
+
+def as_in_pool(
+    rows: datasets.Dataset, train: datasets.Dataset, *, own_id: str | None, where: Origin
+) -> datasets.Dataset:
+    """The query's rows with the columns of the pool and their types, so that they can join it.
+
+    Args:
+        own_id: the data's own column of ids, which the query need not have; its cells are then empty.
+
+    Raises:
+        UserError: a column is missing that an objective of one's own may read.
+    """
+    table = rows.with_format("arrow")[:]
+    columns = {}
+    for column in train.features.arrow_schema:
+        if column.name in table.column_names:
+            with contextlib.suppress(pa.ArrowInvalid, pa.ArrowNotImplementedError):  # ids of another type
+                columns[column.name] = table[column.name].cast(column.type)
+        if column.name not in columns and column.name != own_id:
+            raise UserError(
+                f"{KEY}: {where} has no column {column.name!r} of {column.type} values, as the pool has; add it, for "
+                "task.objective may read it"
+            )
+        columns.setdefault(column.name, pa.nulls(len(table), column.type))
+    digest = hashlib.sha256(repr((rows._fingerprint, train._fingerprint)).encode()).hexdigest()[:16]
+    info = datasets.DatasetInfo(features=train.features)
+    return datasets.Dataset(pa.table(columns), info=info, fingerprint=digest)
 
 
 def _id(rows: datasets.Dataset, place: int) -> str:
