@@ -17,6 +17,7 @@ from tsqlora_scale.audit.audit_result import AuditResult
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.launcher import launched_rank
 from tsqlora_scale.common.quiet import prepare_environment
+from tsqlora_scale.config.quality_sections import BLIND_SELECTORS
 from tsqlora_scale.config.schema import Config
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ def score(
         Stopped: SIGTERM, SIGUSR1 or Ctrl-C has come; ``resume=True`` goes on.
     """
     prepare_environment()
-    config = _for_scoring(config)
+    config = _for_scoring(config, adapter)
     _check_options(top, similarity)
     from tsqlora_scale.model.describe import check_adapter_fits
     from tsqlora_scale.run import preflight
@@ -150,8 +151,7 @@ def score(
     if adapter is not None:
         config = preflight.with_labels_of(config, Path(adapter))
     checked = preflight.check(config, starts=adapter is None and not resume)
-    from tsqlora_scale.quality.selectors.by_quality import QualitySelector
-    from tsqlora_scale.report.score_summary import summarise, write_summary
+    from tsqlora_scale.report.score_summary import summarise_selector, write_summary
     from tsqlora_scale.run.build import build_run
     from tsqlora_scale.run.preemption import StopRequest
     from tsqlora_scale.run.trained_adapter import adapter_folder
@@ -167,12 +167,13 @@ def score(
         lock = stack.enter_context(_only_writer(config, overwrite=overwrite, resume=place))
         run = build_run(checked, resume=place, adapter=start, stop=stop, lock=lock)
         warm_up_and_score(run, warm_up=adapter is None)
+        if run.selector.table is None:
+            raise UserError(f"there is nothing to show: sampling.selector={config.sampling.selector!r} keeps no table")
         summary: dict[str, Any] = {}
         files: list[Path | None] = []
         if run.is_main:
-            assert isinstance(run.selector, QualitySelector)
-            summary = summarise(
-                run.selector.scorer,
+            summary = summarise_selector(
+                run.selector,
                 run.task,
                 top=top,
                 similarity=similarity,
@@ -241,18 +242,19 @@ def _only_writer(config: Config, *, overwrite: bool, resume: str | None) -> RunL
     return RunLock(folders, lambda: preflight.check_run_dir(config, overwrite=overwrite, resume=resume))
 
 
-def _for_scoring(config: Config) -> Config:
+def _for_scoring(config: Config, adapter: str | Path | None) -> Config:
     """The config of a run that warms up and scores: nothing else happens meanwhile.
 
     Raises:
-        UserError: the config scores nothing, or by a proxy, or by training steps.
+        UserError: the config scores nothing, or by a proxy, or by training steps; or the adapter would not be looked
+            at.
     """
     if config.scoring.proxy_model is not None:
         raise UserError(
             f"scoring.proxy_model={config.scoring.proxy_model!r} is for training; to score with it, set "
             "model.name_or_path to it and scoring.proxy_model=null"
         )
-    if not config.scores_data:
+    if config.sampling.selector in BLIND_SELECTORS:
         raise UserError(
             f"there is nothing to score: sampling.selector is {config.sampling.selector!r}; set it to 'quality'"
         )
@@ -260,6 +262,11 @@ def _for_scoring(config: Config) -> Config:
         raise UserError(
             "scoring.source='online' scores while it trains, and leaves the scores in the run folder; "
             "to score without training set scoring.source=pass"
+        )
+    if adapter is not None and config.looks_before_training:
+        raise UserError(
+            f"--adapter {str(adapter)!r} (adapter): sampling.selector={config.sampling.selector!r} looks at the base "
+            "alone, without any adapter; leave it out"
         )
     return config.for_scoring()
 

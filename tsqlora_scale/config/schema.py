@@ -249,6 +249,11 @@ class Config(Section):
         return self.sampling.selector in FORWARD_SELECTORS
 
     @property
+    def finds_size(self) -> bool:
+        """Whether the selector finds in the run how many samples are worth training on."""
+        return self.sampling.keep_fraction == "auto" and self.sampling.selector in FORWARD_SELECTORS
+
+    @property
     def stratifies(self) -> bool:
         """Whether p is taken within labels (``sampling.stratify``)."""
         if self.sampling.stratify == "auto":

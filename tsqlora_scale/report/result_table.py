@@ -6,7 +6,7 @@ import importlib.metadata
 import platform
 from typing import Any
 
-from tsqlora_scale.report.score_tables import plain
+from tsqlora_scale.report.score_tables import findings_told, plain
 
 LIBRARIES = ("tsqlora-scale", "torch", "transformers", "accelerate", "peft", "deepspeed", "bitsandbytes", "datasets")
 
@@ -51,6 +51,8 @@ def print_result(result: dict[str, Any]) -> None:
         f"{result['distinct_samples_seen']} of the pool's {result['pool_size']} seen, "
         f"{result['samples_drawn']} drawn in {result['steps']} steps",
     )
+    for name, value in findings_told(result.get("findings") or {}):
+        table.add_row(plain(name), plain(value))
     table.add_row("trainable parameters", f"{result['trainable_parameters']:,}")
     for name, share in result["share_of_run"].items():
         table.add_row(f"{name} cost", f"{100 * share:.1f} % of the run's {result['wall_seconds']:.0f} s")

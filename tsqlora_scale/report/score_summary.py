@@ -13,11 +13,21 @@ from tsqlora_scale.common.files import written_whole
 from tsqlora_scale.quality.draws.redundancy import groups, neighbours, similar_pairs
 from tsqlora_scale.quality.scores.score_table import NEVER, ScoreTable
 from tsqlora_scale.quality.scores.scorer import QualityScorer
+from tsqlora_scale.quality.selectors.by_quality import QualitySelector
+from tsqlora_scale.quality.selectors.selector import Selector
 from tsqlora_scale.report.rankings import lowest
 from tsqlora_scale.tasks import Task
 
 TERMS = ("loss", "grad_norm", "delta_loss", "convergence", "quality")
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+
+
+def summarise_selector(selector: Selector, task: Task, *, similarity: float, **told: Any) -> dict[str, Any]:
+    """What ``selector`` has found: :func:`summarise`, or :func:`summarise_ratings`. On rank 0."""
+    if isinstance(selector, QualitySelector):
+        return summarise(selector.scorer, task, similarity=similarity, **told)
+    assert selector.table is not None
+    return summarise_ratings(selector.table, task, findings=getattr(selector, "findings", {}), **told)
 
 
 def summarise(
@@ -74,6 +84,45 @@ def summarise(
         {"samples": len(group), "first": [entry(rows[i]) for i in group[:3]]} for group in found[:top]
     ]
     return summary
+
+
+def summarise_ratings(
+    table: ScoreTable, task: Task, *, findings: Mapping[str, Any], top: int, steps: int, seconds: Mapping[str, float]
+) -> dict[str, Any]:
+    """The same of a selector that rates the pool once: by its ratings, and by what it has made them of. On rank 0.
+
+    Samples of the query that have joined the pool are in S anyway, and in no list.
+
+    Args:
+        findings: of the selector.
+    """
+    rated = table.scoring_pass != NEVER
+    rated[len(table) - task.query_rows :] = False
+    strata = task.strata()
+    columns = {"quality": table.quality, **table.terms}
+
+    def ranked(sign: int) -> list[dict[str, Any]]:
+        found = []
+        for index in lowest(table.quality, rated, strata, top, sign=sign):
+            values = {name: round(float(column[index]), 4) for name, column in columns.items()}
+            told = {"text": task.preview(int(index)), "answer": task.answer(int(index))}
+            found.append({"sample_id": str(task.sample_ids[int(index)]), **told, **values})
+        return found
+
+    return {
+        "pool": len(table),
+        "scored": int(np.count_nonzero(table.scoring_pass != NEVER)),
+        "ranked within": "the pool" if strata is None else "labels",
+        "warm-up steps": steps,
+        "kept": int(np.count_nonzero(table.selected)),
+        "findings": dict(findings),
+        "seconds": {name: round(value, 3) for name, value in sorted(seconds.items())},
+        "quantiles": list(QUANTILES),
+        "columns": list(columns),
+        "distribution": {name: np.nanquantile(column[rated], QUANTILES).tolist() for name, column in columns.items()},
+        "best": ranked(-1),
+        "worst": ranked(1),
+    }
 
 
 def _entry(table: ScoreTable, task: Task, index: int) -> dict[str, Any]:

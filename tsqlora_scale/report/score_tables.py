@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -23,17 +24,22 @@ def print_scores(summary: dict[str, Any], file: str) -> None:
     for term, values in summary["distribution"].items():
         table.add_row(term, *(f"{value:.4g}" for value in values))
     console.print(table)
+    columns = summary.get("columns", ("quality", "convergence", "loss"))
+    for name, value in findings_told(summary.get("findings", {})):
+        console.print(plain(f"{name}: {value}"))
+    if "kept" in summary:
+        console.print(f"kept: {summary['kept']} of {summary['pool']} samples")
     within = ", within their labels" if summary.get("ranked within") == "labels" else ""
     for title in ("best", "worst", "most against the others"):
         if summary.get(title):
-            console.print(_samples(title + within, summary[title]))
+            console.print(_samples(title + within, summary[title], columns))
     if "similar" in summary:
         console.print(
             f"{summary['samples with a similar one']} samples have one whose gradient is the same to a cosine of "
             f"{summary['similarity']:g}"
         )
         for group in summary["similar"]:
-            console.print(_samples(f"{group['samples']} similar samples", group["first"]))
+            console.print(_samples(f"{group['samples']} similar samples", group["first"], columns))
     console.print(plain(f"scores: {file}"), soft_wrap=True)  # one line, to be copied
 
 
@@ -42,14 +48,25 @@ def plain(text: str) -> Text:
     return Text(printable(text))
 
 
-def _samples(title: str, entries: list[dict[str, Any]]) -> Table:
+def findings_told(findings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What a selector has found, as names and values for people."""
+    for name, value in findings.items():
+        told = value
+        if isinstance(value, bool):
+            told = "yes" if value else "no"
+        elif isinstance(value, Mapping):
+            told = ", ".join(f"{key} {each}" for key, each in value.items())
+        yield name, str(told)
+
+
+def _samples(title: str, entries: list[dict[str, Any]], columns: Sequence[str]) -> Table:
     table = Table(title=title, title_justify="left")
-    for name in ("sample", "Q", "convergence", "loss", "answer", "text"):
+    for name in ("sample", *("Q" if name == "quality" else name for name in columns), "answer", "text"):
         table.add_column(name)
     for entry in entries:
         text = " ".join(entry["text"].split())
         text = text if len(text) <= WIDTH else text[: WIDTH - 1] + "…"
         answer = entry["answer"][:WIDTH]
-        numbers = [f"{entry[name]:.3f}" for name in ("quality", "convergence", "loss")]
+        numbers = [f"{entry[name]:.3f}" for name in columns]
         table.add_row(plain(entry["sample_id"][:WIDTH]), *numbers, plain(answer), plain(text))
     return table

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tsqlora_scale.model.adapters.lora import short_name
 from tsqlora_scale.ranks import current_ranks
 from tsqlora_scale.report.result_table import versions
@@ -45,7 +47,8 @@ def build_result(run: Run, metrics: dict[str, float], adapter: Path) -> dict[str
         "metric_titles": {name: metric_title(name, run.config.task.labels) for name in metrics},
         "best": _best(run),
         "pool_size": run.plan.pool_size,
-        "subset_size": run.plan.subset_size,
+        "subset_size": _subset_size(run),
+        "findings": getattr(run.selector, "findings", None) or None,
         "distinct_samples_seen": int(run.seen.sum()),
         "samples_drawn": run.step * run.config.train.batch_size,
         "trainable_parameters": sum(entry.value.numel() for entry in state.params.values()),
@@ -66,6 +69,12 @@ def _highest(peaks: list[dict[str, int]]) -> dict[str, int]:
     """Of every phase the peak of the rank that needs most; nothing without a GPU."""
     names = sorted({name for one in peaks for name in one})
     return {name: max(one.get(name, 0) for one in peaks) for name in names}
+
+
+def _subset_size(run: Run) -> int:
+    """Samples of S: as planned, or as many as the selector has found."""
+    table = run.selector.table
+    return run.plan.subset_size if table is None else int(np.count_nonzero(table.selected))
 
 
 def _best(run: Run) -> dict[str, Any] | None:

@@ -31,11 +31,17 @@ class RunPlan:
     scores_online: bool = False
     #: What those say in so many first steps does not count.
     warmup_steps: int = 0
+    #: Samples at the pool's end that are the query's own.
+    query_rows: int = 0
+    #: Whether ``subset_size`` is only the most that it can be: the selector finds how many.
+    finds_size: bool = False
 
     def lines(self) -> list[str]:
         """What will happen when, for people."""
+        queried = f", {self.query_rows} of them the query's" if self.query_rows else ""
+        most = "as many as are found to be wanted, at most " if self.finds_size else ""
         lines = [
-            f"pool: {self.pool_size} samples, trained on: {self.subset_size}",
+            f"pool: {self.pool_size} samples{queried}, trained on: {most}{self.subset_size}",
             f"steps: {self.total_steps}, each of {self.micro_batch_size} samples x {self.accumulation} micro-batches "
             f"x {self.world_size} ranks",
         ]
@@ -80,6 +86,8 @@ def plan_run(config: Config, pool_size: int, world_size: int, *, query_rows: int
         world_size=world_size,
         scores_online=config.scores_online,
         warmup_steps=as_steps(config.scoring.warmup_steps, total) if config.scores_online else 0,
+        query_rows=query_rows,
+        finds_size=config.finds_size,
     )
 
 
