@@ -246,8 +246,7 @@ def _for_scoring(config: Config, adapter: str | Path | None) -> Config:
     """The config of a run that warms up and scores: nothing else happens meanwhile.
 
     Raises:
-        UserError: the config scores nothing, or by a proxy, or by training steps; or the adapter would not be looked
-            at.
+        UserError: the config scores nothing, or not by this model, or not without training; or not by the adapter.
     """
     if config.scoring.proxy_model is not None:
         raise UserError(

@@ -22,6 +22,7 @@ from tsqlora_scale.config.quality_sections import (
     GRADIENT_SELECTORS,
     QUERY_SELECTORS,
     SELECTORS,
+    SIZING_SELECTORS,
     SamplingConfig,
     ScoringConfig,
 )
@@ -251,7 +252,8 @@ class Config(Section):
     @property
     def finds_size(self) -> bool:
         """Whether the selector finds in the run how many samples are worth training on."""
-        return self.sampling.keep_fraction == "auto" and self.sampling.selector in FORWARD_SELECTORS
+        found = set(FORWARD_SELECTORS) & set(SIZING_SELECTORS)
+        return self.sampling.keep_fraction == "auto" and self.sampling.selector in found
 
     @property
     def stratifies(self) -> bool:

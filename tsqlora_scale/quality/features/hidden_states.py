@@ -42,8 +42,8 @@ def mean_states(outputs: Any, batch: Batch) -> Tensor:
         # a classifier of this kind reads the source a second time in its decoder: of that, nothing
         decoded = outputs.decoder_hidden_states
         read = attended if targets is None else targets != IGNORED
-        layers = min(len(encoded), len(decoded))
-        regions = [(encoded[-layers:], attended), (decoded[-layers:], read)][: 1 if targets is None else 2]
+        depth = min(len(encoded), len(decoded))
+        regions = [(encoded[-depth:], attended), (decoded[-depth:], read)][: 1 if targets is None else 2]
     else:
         states = outputs.hidden_states
         if targets is None:
@@ -52,7 +52,7 @@ def mean_states(outputs: Any, batch: Batch) -> Tensor:
             answered = targets != IGNORED
             asked = ~answered if attended is None else attended.bool() & ~answered
             regions = [(states, asked), (states, answered)]
-    return torch.stack([torch.stack([_mean(state, mask) for state in of], 1) for of, mask in regions], 2)
+    return torch.stack([torch.stack([_mean(state, mask) for state in layers], 1) for layers, mask in regions], 2)
 
 
 def _mean(states: Tensor, mask: Tensor | None) -> Tensor:

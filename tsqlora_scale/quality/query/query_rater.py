@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tsqlora_scale.common.disk_arrays import new_array, positions
+from tsqlora_scale.common.disk_arrays import blocks, filled, new_array, positions
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.random_streams import philox, uniform
 from tsqlora_scale.config.schema import ScoringConfig
@@ -112,19 +112,23 @@ class QueryRater:
         values = new_array(len(self.pool) * len(terms.names), np.float32).reshape(len(self.pool), len(terms.names))
         values[rows] = of_rows
         if len(rows) < size:
-            rest = np.ones(size, dtype=bool)
+            rest = filled(size, bool, True)
             rest[rows] = False
-            seen = passes.run(self.pool, np.flatnonzero(rest), _TermLook(look, terms), name=f"terms of {name}")
-            values[np.flatnonzero(rest)] = seen
+            places = positions(rest)
+            seen = passes.run(self.pool, places, _TermLook(look, terms), name=f"terms of {name}")
+            for block in blocks(len(places)):
+                values[places[block]] = seen[block]
         if self.pool.query_rows:
             values[size:] = of_query
         passes.forget()
-        return QueryRating(
-            log_ratio=ratio.log_ratio(values),
-            terms={each: values[:, place].astype(np.float64) for place, each in enumerate(terms.names)},
-            coefficients=dict(zip(terms.names, ratio.coefficients.tolist(), strict=True)),
-            **of_fit,
-        )
+        log_ratio = new_array(len(values), np.float64)
+        columns = {name: new_array(len(values), np.float64) for name in terms.names}
+        for block in blocks(len(values)):
+            log_ratio[block] = ratio.log_ratio(values[block])
+            for place, column in enumerate(columns.values()):
+                column[block] = values[block][:, place]
+        coefficients = dict(zip(terms.names, ratio.coefficients.tolist(), strict=True))
+        return QueryRating(log_ratio=log_ratio, terms=columns, coefficients=coefficients, **of_fit)
 
     def _fitted(self, size: int) -> np.ndarray:
         if size <= FITTED:
@@ -188,4 +192,4 @@ class _TermLook:
         """(B, m) float32."""
         numbers = self._look(module, batch).double().cpu().numpy()
         assert self._look.shape is not None
-        return torch.from_numpy(self._terms.of(*self._look.shape.split(numbers)))
+        return torch.from_numpy(self._terms.values(*self._look.shape.split(numbers)))

@@ -33,7 +33,7 @@ class Terms(Protocol):
         """Whether more of a term cannot make a row less wanted, (m,)."""
         ...
 
-    def of(self, features: np.ndarray, last: np.ndarray) -> np.ndarray:
+    def values(self, features: np.ndarray, last: np.ndarray) -> np.ndarray:
         """(n, m) terms, of features (n, L, R, d) and targets or losses (n,)."""
         ...
 
@@ -63,18 +63,18 @@ class Likeness:
         both = np.concatenate([pool, query])
         means, deviations = both.mean(0, dtype=np.float64), both.std(0, dtype=np.float64) + 1e-6
         likeness = cls(means, deviations, _unit((query - means) / deviations).mean(0))
-        of_query, count = likeness.of(query), len(query)
-        return likeness, likeness.of(pool), (count * of_query - 1) / (count - 1)
+        of_query, count = likeness.cosines(query), len(query)
+        return likeness, likeness.cosines(pool), (count * of_query - 1) / (count - 1)
 
     def standardised(self, features: np.ndarray) -> np.ndarray:
         """Features (n, L, R, d) in units of the deviations."""
         scaled: np.ndarray = (features - self.means) / self.deviations
         return scaled
 
-    def of(self, features: np.ndarray) -> np.ndarray:
+    def cosines(self, features: np.ndarray) -> np.ndarray:
         """(n, R)."""
-        cosines: np.ndarray = (_unit(self.standardised(features)) * self.direction).sum(-1).mean(1)
-        return cosines
+        mean: np.ndarray = (_unit(self.standardised(features)) * self.direction).sum(-1).mean(1)
+        return mean
 
 
 def _unit(x: np.ndarray) -> np.ndarray:
@@ -136,11 +136,11 @@ class LabelTerms:
         query_terms[:, 1] = _log_likelihood(held_out, wanted)
         return terms, pool_terms, query_terms
 
-    def of(self, features: np.ndarray, last: np.ndarray) -> np.ndarray:
+    def values(self, features: np.ndarray, last: np.ndarray) -> np.ndarray:
         """See :class:`Terms`."""
         x = self.likeness.standardised(features)[:, :, 0]
         by_query, by_pool = self.query_heads.scores(x), self.pool_heads.scores(x)
-        return self._joined(self.likeness.of(features), by_query, by_pool, last.astype(np.int64))
+        return self._joined(self.likeness.cosines(features), by_query, by_pool, last.astype(np.int64))
 
     def _joined(self, text: np.ndarray, by_query: np.ndarray, by_pool: np.ndarray, y: np.ndarray) -> np.ndarray:
         both = _logits(by_query, by_pool, self.scales)
@@ -198,11 +198,11 @@ class NumberTerms:
         query_terms[:, 1] = _normal(errors, deviations[0])
         return terms, pool_terms, query_terms
 
-    def of(self, features: np.ndarray, last: np.ndarray) -> np.ndarray:
+    def values(self, features: np.ndarray, last: np.ndarray) -> np.ndarray:
         """See :class:`Terms`."""
         x = self.likeness.standardised(features)[:, :, 0]
         by_query, by_pool = self.query_heads.scores(x), self.pool_heads.scores(x)
-        return self._joined(self.likeness.of(features), by_query, by_pool, last.astype(np.float64))
+        return self._joined(self.likeness.cosines(features), by_query, by_pool, last.astype(np.float64))
 
     def _joined(self, text: np.ndarray, by_query: np.ndarray, by_pool: np.ndarray, y: np.ndarray) -> np.ndarray:
         wanted = _normal(y - _design(by_query, by_pool) @ self.mixture, self.deviations[0])
@@ -244,9 +244,9 @@ class TextTerms:
             np.column_stack([query_text, values, off]),
         )
 
-    def of(self, features: np.ndarray, last: np.ndarray) -> np.ndarray:
+    def values(self, features: np.ndarray, last: np.ndarray) -> np.ndarray:
         """See :class:`Terms`."""
-        return np.column_stack([self.likeness.of(features), self._rest(features, last)])
+        return np.column_stack([self.likeness.cosines(features), self._rest(features, last)])
 
     def _rest(self, features: np.ndarray, losses: np.ndarray) -> np.ndarray:
         values = _pairs(self.likeness, features, losses)

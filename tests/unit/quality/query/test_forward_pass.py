@@ -11,36 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from tests.reference.query import mean_state
-from tests.unit.quality.toys import KINDS, RandomPool, lora_model
+from tests.unit.quality.query.texts import Killed, Texts
+from tests.unit.quality.toys import KINDS, lora_model
 from tests.worlds import run_on_ranks
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.engine.collectives import World
 from tsqlora_scale.quality.features.forward_pass import ForwardPass
 from tsqlora_scale.quality.features.hidden_states import mean_states, without_adapters
 from tsqlora_scale.quality.query.looks import FeatureLook, upper_layers
-from tsqlora_scale.tasks.batch import IGNORED, Batch
-
-
-class Texts(RandomPool):
-    """The pool as a task's: batches with targets; of a causal model answers behind prompts that give no loss."""
-
-    def batch(self, indices: np.ndarray, *, max_length: int | None = None) -> Batch:
-        made = super().batch(indices)
-        targets = made.labels
-        if self.generates and not self.seq2seq:
-            for row, index in enumerate(indices):
-                targets[row, : max(1, len(self.tokens[index]) - 2)] = IGNORED
-        elif self.seq2seq:
-            ids = targets.masked_fill(targets == IGNORED, 0)
-            made.inputs["decoder_input_ids"] = torch.cat([torch.full((len(ids), 1), 2), ids[:, :-1]], 1)
-        return Batch(made.inputs, targets, np.asarray(indices))
-
-    def losses(self, module: Any, batch: Batch) -> Tensor:
-        logits, targets = module(**batch.inputs).logits, batch.targets
-        if not self.seq2seq:
-            logits, targets = logits[:, :-1], targets[:, 1:]
-        found = nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none", ignore_index=IGNORED)
-        return found.sum(1) / (targets != IGNORED).sum(1)
+from tsqlora_scale.tasks.batch import Batch
 
 
 def one_by_one(model: nn.Module, pool: Texts) -> list[np.ndarray]:
@@ -141,10 +120,6 @@ def test_upper_layers() -> None:
     assert upper_layers(3) == [1, 2]
     assert upper_layers(7) == [3, 4, 5, 6]
     assert upper_layers(13) == [6, 8, 10, 12]
-
-
-class Killed(Exception):
-    """A kill in the middle of a pass."""
 
 
 class Counted:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.unit.quality.query.test_forward_pass import Killed, Texts
+from tests.unit.quality.query.texts import Killed, Wanted
 from tests.unit.quality.toys import lora_model
 from tests.worlds import run_on_ranks
 from tsqlora_scale.common.errors import UserError
@@ -22,26 +22,6 @@ from tsqlora_scale.quality.query.density_ratio import DensityRatio, held_out_sep
 from tsqlora_scale.quality.query.looks import FeatureLook
 from tsqlora_scale.quality.query.query_rater import QueryRater, QueryRating
 from tsqlora_scale.quality.query.terms import fit_terms
-
-
-class Wanted(Texts):
-    """A pool whose last ``joined`` samples are the query's, or that has it beside it."""
-
-    def __init__(self, kind: str, size: int, *, queried: int = 12, joins: bool = True, seed: int = 0) -> None:
-        super().__init__(kind, size, seed)
-        self.query: Wanted | None = None
-        self.query_rows = 0
-        if queried:
-            self.query = Wanted(kind, queried, queried=0, seed=seed + 1)
-        if queried and joins:
-            assert self.query is not None
-            self.query_rows = queried
-            self.tokens, self.targets = self.tokens + self.query.tokens, self.targets + self.query.targets
-            self.labels = np.concatenate([self.labels, self.query.labels])
-            self.ids = [f"sample-{i}" for i in range(size + queried)]
-
-    def class_ids(self) -> np.ndarray | None:
-        return None if self.generates else self.labels
 
 
 def rated(model: nn.Module, pool: Wanted, world: World | None = None, **given: Any) -> QueryRating:
@@ -95,7 +75,7 @@ def test_a_large_pool_is_fitted_to_a_part(kind: str, models_dir: Path, monkeypat
     numbers = alone.run(pool, np.arange(40), look, name="x")
     assert look.shape is not None
     terms, of_part, _ = fit_terms(look.shape, numbers[fitted], wanted, seed=0)
-    of_rest = terms.of(*look.shape.split(numbers[rest].astype(np.float64)))
+    of_rest = terms.values(*look.shape.split(numbers[rest].astype(np.float64)))
     for place, name in enumerate(terms.names):
         np.testing.assert_allclose(found.terms[name][fitted], of_part[:, place], atol=1e-3)
         np.testing.assert_allclose(found.terms[name][rest], of_rest[:, place], atol=1e-3)

@@ -75,7 +75,7 @@ def test_likeness_is_a_mean_of_cosines(regions: int) -> None:
     wanted, left_out = slow.likeness(pool, query)
     np.testing.assert_allclose(of_pool, wanted, atol=1e-9)
     np.testing.assert_allclose(of_query, left_out, atol=1e-9)
-    np.testing.assert_allclose(likeness.of(pool[3:5]), wanted[3:5], atol=1e-9)
+    np.testing.assert_allclose(likeness.cosines(pool[3:5]), wanted[3:5], atol=1e-9)
 
 
 @given(seed=st.integers(0, 2**32 - 1), rows=st.integers(2, 12), wanted=st.integers(2, 6))
@@ -97,7 +97,7 @@ def test_rows_outside_are_rated_as_rows_inside_are(kind: str) -> None:
     made = Made(kind, 0)
     pool, query = made.rows(np.arange(900) % 2, zeros(900)), made.rows(zeros(40), zeros(40))
     terms, inside, of_query = fit_terms(made.shape, pool[:600], query, seed=0)
-    outside = terms.of(*made.shape.split(pool[600:]))
+    outside = terms.values(*made.shape.split(pool[600:]))
     assert inside.shape == (600, len(terms.names))
     assert of_query.shape == (40, len(terms.names))
     assert len(terms.rising) == len(terms.names)
@@ -158,6 +158,6 @@ def test_a_class_that_the_fitted_rows_lack_is_rated() -> None:
     rare = pool[:5].copy()
     rare[:, -1] = 4
     terms, _, _ = fit_terms(made.shape, pool, query, seed=0, classes=5)
-    found = terms.of(*made.shape.split(rare))
+    found = terms.values(*made.shape.split(rare))
     assert np.isfinite(found).all()
-    assert (found[:, 1] < terms.of(*made.shape.split(pool[:5]))[:, 1]).all(), "nothing of the kind is wanted"
+    assert (found[:, 1] < terms.values(*made.shape.split(pool[:5]))[:, 1]).all(), "nothing of the kind is wanted"
