@@ -273,6 +273,7 @@ ARMS: dict[str, Arm] = {
         is_selected=True,
         needs=("query",),
     ),
+    "ours, even": Arm(chosen_by("query", "sampling.soft=false", share="auto"), is_selected=True, needs=("query",)),
     "ours, true share": Arm(chosen_by("query"), is_selected=True, needs=("query",)),
     "random+q": Arm(random_with_query, needs=("query",), sized_by="ours"),
     **{name: Arm(chosen_by(name), is_selected=True, needs=("query",)) for name in ("less", "rds", "dsir", "rho")},

@@ -154,7 +154,7 @@ class SamplingConfig(Section):
     keep_fraction: UnitInterval | Literal["auto"] = "auto"
     #: ``selector: query``: draw the samples of S by the estimated probability that each is wanted, not evenly. With
     #: ``keep_fraction: 1.0`` nothing is cut off.
-    soft: bool = False
+    soft: bool = True
     replacement: bool = True
     #: Classification: Eq. 2 within every label, so that each keeps its share of the draws. ``auto`` is yes, but for
     #: ``scoring.preset: paper``, which is to the letter.

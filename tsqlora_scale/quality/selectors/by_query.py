@@ -6,6 +6,7 @@ import numpy as np
 from torch import nn
 
 from tsqlora_scale.common.disk_arrays import new_array
+from tsqlora_scale.quality.query.density_ratio import surer_part
 from tsqlora_scale.quality.query.query_rater import QueryRater, QueryRating
 from tsqlora_scale.quality.selectors.ranked import RankedSelector, Rating
 
@@ -16,9 +17,10 @@ PRIOR = 2
 class QuerySelector(RankedSelector):
     """Eq. 1's convergence term as what it says: contribution to convergence *on the wanted task*, and that alone.
 
-    ``sampling.keep_fraction: auto`` keeps the share of the pool that is found to be as the query is; all of it where
-    the query does not stand out, for a choice without evidence costs samples. Classes have the query's shares in S,
-    unless ``sampling.stratify`` is false.
+    ``sampling.keep_fraction: auto`` keeps the surer part of the share that is found to be as the query is
+    (:func:`.surer_part`); all of the pool where the query does not stand out, for a choice without evidence costs
+    samples. Classes have the query's shares in S, unless ``sampling.stratify`` is false. Within S, draws are by the
+    probability that a sample is wanted (``sampling.soft``).
     """
 
     def rate(self, module: nn.Module) -> Rating:
@@ -55,13 +57,15 @@ class QuerySelector(RankedSelector):
         if not found.is_evident:
             return size
         assert self.pool.query is not None
-        return min(size, max(round(found.share * size), len(self.pool.query)))
+        return min(size, max(round(surer_part(found.share) * size), len(self.pool.query)))
 
     def _weights(self, found: QueryRating) -> np.ndarray:
-        """The probability that a row is wanted, (N,): ``pi q / p``, and 1 for the query's own."""
-        share = found.share if found.is_evident else 1.0
+        """The probability that a row is wanted, (N,): ``pi q / p``, and 1 for the query's own; 1 without evidence."""
         weights = new_array(len(self.pool), np.float64)
-        np.minimum(found.log_ratio + np.log(max(share, 1e-3)), 0.0, out=weights)
+        if not found.is_evident:
+            weights[:] = 1.0
+            return weights
+        np.minimum(found.log_ratio + np.log(max(found.share, 1e-3)), 0.0, out=weights)
         np.exp(weights, out=weights)
         weights[len(self.pool) - self.pool.query_rows :] = 1.0
         return weights
