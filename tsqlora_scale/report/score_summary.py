@@ -47,15 +47,21 @@ def summarise(
     def ranked(values: np.ndarray, sign: int = 1) -> list[dict[str, Any]]:
         return [entry(i) for i in lowest(values, scored, strata, top, sign=sign)]
 
+    report = scorer.report
     summary: dict[str, Any] = {
         "pool": len(table),
         "scored": int(np.count_nonzero(scored)),
         "ranked within": "the pool" if strata is None else "labels",
         "warm-up steps": steps,
+        "measured": None if report is None else {"kind": report.kind, "reason": report.reason},
         "effective samples": round(table.effective_sample_size(), 1),
         "seconds": {name: round(value, 3) for name, value in sorted(seconds.items())},
         "quantiles": list(QUANTILES),
-        "distribution": {term: np.nanquantile(getattr(table, term)[scored], QUANTILES).tolist() for term in TERMS},
+        "distribution": {
+            term: np.nanquantile(getattr(table, term)[scored], QUANTILES).tolist()
+            for term in TERMS
+            if not np.isnan(getattr(table, term)[scored]).all()  # a pass of losses alone has no gradients
+        },
         "best": ranked(table.quality, -1),
         "worst": ranked(table.quality),
     }
@@ -78,7 +84,8 @@ def summarise(
 
 def _entry(table: ScoreTable, task: Task, index: int) -> dict[str, Any]:
     text, answer = task.preview(index), task.answer(index)
-    values = {term: round(float(getattr(table, term)[index]), 4) for term in TERMS}
+    raw = {term: float(getattr(table, term)[index]) for term in TERMS}
+    values = {term: None if np.isnan(value) else round(value, 4) for term, value in raw.items()}
     return {"sample_id": str(task.sample_ids[index]), "text": text, "answer": answer, **values}
 
 
