@@ -47,13 +47,12 @@ def summarise(
     def ranked(values: np.ndarray, sign: int = 1) -> list[dict[str, Any]]:
         return [entry(i) for i in lowest(values, scored, strata, top, sign=sign)]
 
-    report = scorer.report
     summary: dict[str, Any] = {
         "pool": len(table),
         "scored": int(np.count_nonzero(scored)),
         "ranked within": "the pool" if strata is None else "labels",
         "warm-up steps": steps,
-        "measured": None if report is None else {"kind": report.kind, "reason": report.reason},
+        "measured": scorer.measured,
         "effective samples": round(table.effective_sample_size(), 1),
         "seconds": {name: round(value, 3) for name, value in sorted(seconds.items())},
         "quantiles": list(QUANTILES),

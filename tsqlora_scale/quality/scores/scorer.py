@@ -30,7 +30,7 @@ from tsqlora_scale.quality.scores.equations import Standardisation, log_probabil
 from tsqlora_scale.quality.scores.measurer import Measurer
 from tsqlora_scale.quality.scores.pass_kind import PassKind
 from tsqlora_scale.quality.scores.pass_scores import PassScores
-from tsqlora_scale.quality.scores.score_parts import Kind, Parts, PassPart
+from tsqlora_scale.quality.scores.score_parts import Parts, PassPart
 from tsqlora_scale.quality.scores.score_table import ScoreTable, pool_fingerprint
 
 log = logging.getLogger("tsqlora_scale")
@@ -38,20 +38,13 @@ log = logging.getLogger("tsqlora_scale")
 
 @dataclass(frozen=True)
 class PassReport:
-    """What a scoring pass was and cost.
-
-    Attributes:
-        kind: what it measured of a sample (:data:`.score_parts.Kind`).
-        reason: why, where the config left it open.
-    """
+    """What a scoring pass was and cost."""
 
     scoring_pass: int
     samples: int
     seconds: float
     one_at_a_time: bool
     not_finite: int
-    kind: Kind
-    reason: str = ""
 
 
 class QualityScorer(Generic[BatchT]):
@@ -153,8 +146,6 @@ class QualityScorer(Generic[BatchT]):
             time.perf_counter() - started,
             bool(self._measurer.one_at_a_time),
             not_finite,
-            self._kind.kind or "exact",
-            self._kind.reason,
         )
         self.passes += 1
         return self.table
@@ -175,6 +166,12 @@ class QualityScorer(Generic[BatchT]):
         self.parts.discard()
         if self._parts_folder is not None:
             shutil.rmtree(self._parts_folder, ignore_errors=True)
+
+    @property
+    def measured(self) -> dict[str, str | None]:
+        """What passes measure of a sample, ``kind`` (:data:`.score_parts.Kind`; None before the first), and the
+        ``reason`` where the config has left it open."""
+        return self._kind.state_dict()
 
     def state_dict(self) -> dict[str, Any]:
         """Table, constants and decisions; without the sketches."""
