@@ -200,7 +200,8 @@ def vmapped(model: nn.Module, batch: Batch) -> Callable[[], Any]:
     each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0), randomness="different")
 
     def run() -> Any:
-        gradients = each(factors, inputs, batch.labels)
+        with torch.no_grad():  # of the parameters that are no factors
+            gradients = each(factors, inputs, batch.labels)
         norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients.values()]).norm(dim=0)
         return norms, sketch(gradients)
 
