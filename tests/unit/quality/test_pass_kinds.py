@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.reference.rank_correlation import spearman
-from tests.unit.quality.test_scorer import assert_identical, assert_same_tables
+from tests.unit.quality.tables import assert_identical, assert_same_tables
 from tests.unit.quality.toys import RandomPool, lora_model, scorer
 from tests.unit.quality.world_worker import train_a_little
 from tsqlora_scale.quality.scores import measurer, pass_kind
