@@ -15,7 +15,8 @@ class Folds:
 
     The norm of a sum of calls is no sum of norms, so the gradient of a module that is called several times is kept
     until its last call is heard. The calls are counted in the forward pass, all of which comes before any of the
-    backward pass.
+    backward pass. In whatever order an engine's backward pass comes by the factors, the sums are the same: squares are
+    added in the order of names, sketches in float64.
 
     Args:
         size: samples in the batch.
@@ -32,7 +33,7 @@ class Folds:
         self._sketch = sketch
         self._calls: Counter[str] = Counter()
         self._heard: Counter[str] = Counter()
-        self._squares: Tensor | None = None
+        self._squares: dict[str, Tensor] = {}
         self._sketches: Tensor | None = None
 
     def expect(self, module: str) -> None:
@@ -53,10 +54,11 @@ class Folds:
 
     def add(self, name: str, gradient: Tensor) -> None:
         """A parameter's whole gradient, (B, ...) float32."""
-        self._add_squares(torch.linalg.vector_norm(gradient, dim=tuple(range(1, gradient.dim()))).double().square())
+        norm = torch.linalg.vector_norm(gradient, dim=tuple(range(1, gradient.dim())))
+        self._squares[name] = norm.double().square()
         if self._sketch is not None:
             if self._sketches is None:
-                self._sketches = torch.zeros(self._size, self._sketch.dim, device=gradient.device)
+                self._sketches = torch.zeros(self._size, self._sketch.dim, dtype=torch.float64, device=gradient.device)
             self._sketch.add(self._sketches, name, gradient)
 
     def takes_rows(self, module: str, delta: Tensor, x: Tensor) -> bool:
@@ -65,18 +67,16 @@ class Folds:
         tokens, d_in, d_out = x.shape[1], x.shape[-1], delta.shape[-1]
         return self._sketch is None and self._calls[module] == 1 and 2 * tokens * (d_in + d_out) < d_in * d_out
 
-    def add_rows(self, delta: Tensor, x: Tensor) -> None:
+    def add_rows(self, name: str, delta: Tensor, x: Tensor) -> None:
         """A weight's gradient by its outer factors (B, T, d_out) and (B, T, d_in): its squared norm is the sum over
         t, t' of (delta_t . delta_t') (x_t . x_t'), in which terms of either sign cancel, hence in float64."""
         delta, x = delta.double(), x.double()
         products = torch.bmm(delta, delta.transpose(1, 2)).mul_(torch.bmm(x, x.transpose(1, 2)))
-        self._add_squares(products.sum((1, 2)).clamp_(min=0))
+        self._squares[name] = products.sum((1, 2)).clamp_(min=0)
 
     def result(self, scale: float) -> tuple[Tensor, Tensor]:
         """Norms (B,) and sketches (B, dim) float32, of gradients that were ``scale`` times what they should be."""
-        assert self._squares is not None, "the loss does not depend on any adapter"
-        sketches = self._squares.new_zeros(self._size, 0) if self._sketches is None else self._sketches / scale
-        return (self._squares.sqrt() / scale).float(), sketches.float()
-
-    def _add_squares(self, squares: Tensor) -> None:
-        self._squares = squares if self._squares is None else self._squares + squares
+        assert self._squares, "the loss does not depend on any adapter"
+        squares = torch.stack([self._squares[name] for name in sorted(self._squares)]).sum(0)
+        sketches = squares.new_zeros(self._size, 0) if self._sketches is None else self._sketches / scale
+        return (squares.sqrt() / scale).float(), sketches.float()

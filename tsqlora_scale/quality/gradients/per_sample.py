@@ -253,7 +253,7 @@ class PerSampleGradients:
             wide = torch.promote_types(delta.dtype, x.dtype)
             d, x = delta.to(wide).reshape(rows, -1, delta.shape[-1]), _rows(x.to(wide), rows)
             if folds is not None and folds.takes_rows(name, d, x):
-                folds.add_rows(d, x)
+                folds.add_rows(f"{name}.weight", d, x)
             else:
                 _accumulate(gradients, f"{name}.weight", _outer(d, x))
             if has_bias:
