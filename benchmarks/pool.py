@@ -60,7 +60,7 @@ class RowNumbers(Sequence[str]):
 class RandomMeasurer:
     """Stands where the model is measured: random numbers that belong to the sample and the pass."""
 
-    batch_size, one_at_a_time = 32, False
+    batch_size, one_at_a_time, eta = 32, False, 0.1
 
     def __init__(self, sketch_dim: int) -> None:
         self.sketch_dim = sketch_dim
@@ -86,7 +86,11 @@ class RandomMeasurer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing changes."""
 
-    def resume(self, batch_size: int, one_at_a_time: bool | None) -> None:
+    def prepare(self, indices: np.ndarray, kind: str) -> int:
+        """There are no batches."""
+        return self.batch_size
+
+    def resume(self, batch_size: int, one_at_a_time: bool | None, kind: str) -> None:
         """Nothing changes."""
 
 
@@ -167,7 +171,7 @@ def scorer_of(size: int, folder: Path, sketch_dim: int, shard: int, strata: np.n
         stratify=True,
         parts_folder=folder / "parts",
     )
-    scorer._measurer = RandomMeasurer(sketch_dim)  # type: ignore[assignment]
+    scorer._measurer = scorer._kind._measurer = RandomMeasurer(sketch_dim)  # type: ignore[assignment]
     return scorer
 
 

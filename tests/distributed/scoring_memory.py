@@ -69,7 +69,7 @@ def main() -> int:
         state |= {"place": place, "raised": 0}
         scorer.table, scorer.passes = None, 0
         scorer._standardisation.std[:] = 0
-        measurer._fits = measurer.one_at_a_time = None
+        measurer._fits = measurer.one_at_a_time = scorer._kind.kind = None
         measurer.batch_size = None if run.config.scoring.batch_size == "auto" else run.config.scoring.batch_size
         table = scorer.score(module)
         take_step(run)  # training goes on after it; on uniform draws, as the run itself has not scored yet

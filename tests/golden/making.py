@@ -73,7 +73,9 @@ def tree_of(kind: str, folder: Path, models: Path) -> dict[str, Any]:
         "run": {"name": kind, "output_dir": str(folder / "runs"), "seed": 1, "timeout_minutes": 4},
         "model": {"name_or_path": str(tiny_model(kind, models))},
         "adapter": {"r": 4, "alpha": 8},
-        "scoring": {"warmup_steps": 2, "batch_size": 8, "sketch_dim": 64, "refresh_fraction": 0.5},
+        "scoring": {
+            "warmup_steps": 2, "batch_size": 8, "sketch_dim": 64, "refresh_fraction": 0.5, "delta_loss": "exact",
+        },
         "sensitivity": {"window": 3},
         "schedule": {"start": 4, "end": 8, "every": 4},
         "train": {

@@ -62,10 +62,15 @@ def summarise(
         "scored": int(np.count_nonzero(scored)),
         "ranked within": "the pool" if strata is None else "labels",
         "warm-up steps": steps,
+        "measured": scorer.measured,
         "effective samples": round(table.effective_sample_size(), 1),
         "seconds": {name: round(value, 3) for name, value in sorted(seconds.items())},
         "quantiles": list(QUANTILES),
-        "distribution": {term: np.nanquantile(getattr(table, term)[scored], QUANTILES).tolist() for term in TERMS},
+        "distribution": {
+            term: np.nanquantile(getattr(table, term)[scored], QUANTILES).tolist()
+            for term in TERMS
+            if not np.isnan(getattr(table, term)[scored]).all()  # a pass of losses alone has no gradients
+        },
         "best": ranked(table.quality, -1),
         "worst": ranked(table.quality),
     }
@@ -127,7 +132,8 @@ def summarise_ratings(
 
 def _entry(table: ScoreTable, task: Task, index: int) -> dict[str, Any]:
     text, answer = task.preview(index), task.answer(index)
-    values = {term: round(float(getattr(table, term)[index]), 4) for term in TERMS}
+    raw = {term: float(getattr(table, term)[index]) for term in TERMS}
+    values = {term: None if np.isnan(value) else round(value, 4) for term, value in raw.items()}
     return {"sample_id": str(task.sample_ids[index]), "text": text, "answer": answer, **values}
 
 

@@ -26,6 +26,7 @@ def build_result(run: Run, metrics: dict[str, float], adapter: Path) -> dict[str
     stepping = seconds.get("warmup", 0.0) + seconds.get("training", 0.0)
     whole = sum(seconds.values())
     state = run.engine.gather()
+    scorer = getattr(run.selector, "scorer", None)  # of selectors that score
     return {
         "name": run.config.run.name,
         "method": run.config.adapter.method,
@@ -49,6 +50,7 @@ def build_result(run: Run, metrics: dict[str, float], adapter: Path) -> dict[str
         "pool_size": run.plan.pool_size,
         "subset_size": _subset_size(run),
         "findings": getattr(run.selector, "findings", None) or None,
+        "measured": scorer.measured if scorer is not None and scorer.table is not None else None,
         "distinct_samples_seen": int(run.seen.sum()),
         "samples_drawn": run.step * run.config.train.batch_size,
         "trainable_parameters": sum(entry.value.numel() for entry in state.params.values()),

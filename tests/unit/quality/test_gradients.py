@@ -16,6 +16,7 @@ from tests.unit.quality.toys import KINDS, Batch, RandomPool, lora_model
 from tsqlora_scale.model.adapters.lora import lora_layers, theta_modules
 from tsqlora_scale.quality.gradients.batch_memory import bytes_kept
 from tsqlora_scale.quality.gradients.per_sample import PerSampleGradients
+from tsqlora_scale.quality.gradients.sketch import Sketch
 from tsqlora_scale.ranks import current_ranks, set_ranks
 
 ALL = np.arange(5)
@@ -43,6 +44,59 @@ def test_batched_gradients_equal_autograd(kind, tiny_folder):
     assert gradients.batchless is None
     np.testing.assert_allclose(losses, expected.loss, rtol=1e-5)
     assert_same_gradients(found, expected)
+
+
+def assert_folds_equal(gradients, losses, batch):
+    """Norms and sketches of gradients that are not kept, against those of gradients that are."""
+    sketch = Sketch(64, seed=0)
+    values, found = gradients.per_sample(losses, batch)
+    kept = gradients.held
+    norm = torch.stack([g.double().flatten(1).norm(dim=1) for g in found.values()]).norm(dim=0)
+    for wanted in (sketch, None):
+        again, norms, sketches = gradients.folded(losses, batch, sketch=wanted)
+        assert torch.equal(values, again)
+        np.testing.assert_allclose(norms, norm, rtol=1e-6)
+        if wanted is None:
+            assert sketches.shape == (batch.size, 0)
+        else:
+            expected = wanted(found)
+            scale = np.abs(expected.numpy()).max(1, keepdims=True)
+            np.testing.assert_allclose(sketches / scale, expected / scale, atol=2e-6)
+    return kept, gradients.held
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_norms_and_sketches_need_no_gradient_that_stays(kind, checkpointed, tiny_folder):
+    model, pool = lora_model(kind, tiny_folder, r=16), RandomPool(kind, 5)  # longer than the shortest texts
+    if checkpointed and kind != "mpnet":  # which has none
+        model.config.use_cache = False
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    with PerSampleGradients(model, theta_modules(model, include_head=kind in ("mpnet", "bert"))) as gradients:
+        for size in (5, 1):
+            kept, held = assert_folds_equal(gradients, pool.losses, pool.batch(ALL[:size]))
+            assert held < kept / (2 if kind == "deberta" else 3), "DeBERTa's query and key are called twice"
+
+
+@pytest.mark.parametrize("layers", [2, 6])
+def test_memory_of_folding_does_not_grow_with_theta(layers, tiny_folder):
+    """At any depth a factor at a time is there."""
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(layers)))
+    theta = {name: part for name, part in model.named_modules() if isinstance(part, nn.Linear)}
+    batch = Batch({"x": torch.randn(3, 4, 8)}, torch.zeros(3))
+    with PerSampleGradients(model, theta) as gradients:
+        kept, held = assert_folds_equal(gradients, lambda m, b: m(b.inputs["x"]).sum((1, 2)), batch)
+    assert kept == layers * 3 * (64 + 8) * 4
+    assert held <= 2 * 3 * (64 + 8) * 4
+
+
+def test_losses_alone_are_those_of_the_backward_pass(tiny_folder):
+    model, pool = lora_model("bert", tiny_folder), RandomPool("bert", 5)
+    with PerSampleGradients(model, theta_modules(model)) as gradients:
+        expected, _ = gradients.per_sample(pool.losses, pool.batch(ALL))
+        found = gradients.losses_alone(pool.losses, pool.batch(ALL))
+    assert not found.requires_grad
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("removed", [0, 1, 2])
@@ -199,6 +253,13 @@ class TwoCalls(nn.Module):
         return self.proj(torch.tanh(self.proj(x))[:, :2]).sum((1, 2)) ** 2
 
 
+def one_of_two(module, batch):
+    """Of two calls of the module the loss depends on the first alone."""
+    first = module.proj(batch.inputs["x"])
+    module.proj(first)
+    return first.sum((1, 2))
+
+
 def test_calls_of_one_module_are_summed_and_unused_factors_left_out():
     from peft import LoraConfig, get_peft_model
 
@@ -209,6 +270,11 @@ def test_calls_of_one_module_are_summed_and_unused_factors_left_out():
     batch = Batch({"x": x}, torch.zeros(4))
     with PerSampleGradients(model, theta_modules(model)) as gradients:
         _, found = gradients.per_sample(lambda m, b: m(**b.inputs), batch)
+        assert_folds_equal(gradients, lambda m, b: m(**b.inputs), batch)
+        assert gradients.held == 2 * sum(x.nbytes for x in found.values()) or gradients.held > 0
+        assert_folds_equal(
+            gradients, lambda m, b: m.proj(b.inputs["x"]).sum((1, 2)) + 0 * m(**b.inputs).detach(), batch
+        )
     assert found
     assert not any("unused" in name for name in found)
     singles = [Batch({"x": x[i : i + 1]}, torch.zeros(1)) for i in range(4)]

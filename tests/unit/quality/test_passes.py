@@ -35,9 +35,6 @@ def test_the_pass_is_what_was_entered(scores):
     assert np.flatnonzero(made.finite()).tolist() == [1, 5, 8]
     assert made.not_finite(made.finite(), 5) == (1, [4])
     assert made.not_finite(np.zeros(10, bool), 3) == (4, [1, 4, 5])
-    made.take_first_order(0.5)
-    assert made.table.delta_loss[[1, 4, 5, 8]].tolist() == [2.0, np.inf, 8.0, 0.5]
-    assert np.isnan(made.table.delta_loss[others]).all()
 
 
 def test_a_sample_that_no_pass_has_seen_has_no_trend(scores):
@@ -64,14 +61,3 @@ def test_what_is_not_finite_is_the_worst_of_all_passes(scores):
     np.testing.assert_allclose(made.table.loss[[6, 7, 9]], np.mean([1.5, 4.5, 0.5]))
     np.testing.assert_allclose(made.table.quality[[6, 7, 9]], made.table.quality[[1, 5, 8]].mean())
     assert (made.table.loss[:4] == [1.0, 1.5, 3.0, 4.0]).all()
-
-
-@pytest.mark.parametrize(("eta", "eps", "below"), [(1e-9, 1e-7, True), (0.1, 1e-7, False), (0.1, 1.0, True)])
-def test_steps_below_rounding(eta, eps, below, scores):
-    _, made = scores
-    found = made.changes_below_rounding(eta, eps)
-    losses, norms = np.array([1.5, 4.5, 0.5]), np.array([2.0, 4.0, 1.0])
-    if below:
-        np.testing.assert_allclose(found, [(eta * norms**2).std(), 16 * eps * losses.mean()])
-    else:
-        assert found is None

@@ -12,6 +12,7 @@ import torch
 
 from tests.reference.quality import quality, score_one_by_one
 from tests.unit.quality import world_worker
+from tests.unit.quality.tables import assert_identical, assert_same_tables
 from tests.unit.quality.toys import KINDS, Batch, RandomPool, lora_model, scorer
 from tests.unit.quality.world_worker import train_a_little
 from tests.worlds import run_on_ranks
@@ -25,16 +26,6 @@ ETA = 0.1
 
 def reference(model, pool, **options):
     return score_one_by_one(model, pool.singles(), lambda m, b: pool.losses(m, b)[0], eta=ETA, **options)
-
-
-def assert_same_tables(one: ScoreTable, other: ScoreTable, atol: float = 1e-5) -> None:
-    for name, column in one.state_dict().items():
-        np.testing.assert_allclose(getattr(other, name), column.numpy(), rtol=1e-5, atol=atol, err_msg=name)
-
-
-def assert_identical(one: ScoreTable, other: ScoreTable) -> None:
-    for name, column in one.state_dict().items():
-        np.testing.assert_array_equal(getattr(other, name), column.numpy(), err_msg=name)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -148,7 +148,7 @@ def scorer(
     **scoring: object,
 ) -> QualityScorer:
     """A scorer of ``pool`` with small defaults."""
-    section = ScoringConfig(**{"batch_size": 4, "sketch_dim": 64} | scoring)
+    section = ScoringConfig(**{"batch_size": 4, "sketch_dim": 64, "delta_loss": "exact"} | scoring)
     return QualityScorer(
         section,
         SamplingConfig(**sampling or {}),

@@ -4,6 +4,9 @@ For a linear module the gradient of sample ``i`` is ``sum_t delta_it x_it^T``, w
 ``delta`` the gradient of its output. Both are seen by hooks on the adapter's own small modules; no weight is ever
 read, so weights may be sharded (ZeRO-3: shape (0,)) or packed to 4 bits.
 
+Where only norms and sketches are wanted (:meth:`PerSampleGradients.folded`), no gradient is kept: both add up over the
+factors, so a factor's gradients are folded into them as soon as they are heard.
+
 Under activation checkpointing the forward pass of a layer runs again within the backward pass. The inputs are saved
 tensors of the autograd graph, so they are dropped and recomputed like any other activation, and every call is heard
 once: the graph that the repetition builds is never gone through.
@@ -24,6 +27,8 @@ from tsqlora_scale.engine.arithmetic import unit_roundoff
 from tsqlora_scale.quality.gradients.batch_memory import LiveBytes
 from tsqlora_scale.quality.gradients.batchless import NoSecondBatch, give_batch, same_mark
 from tsqlora_scale.quality.gradients.evaluation_mode import evaluation_mode
+from tsqlora_scale.quality.gradients.folds import Folds
+from tsqlora_scale.quality.gradients.sketch import Sketch
 from tsqlora_scale.quality.pool import BatchT, LossFn
 
 #: half-precision gradients underflow below 6e-8; a power of two costs no digits
@@ -61,7 +66,8 @@ class PerSampleGradients:
 
     ``module`` must be the unwrapped model: a forward through a DeepSpeed engine changes the engine's next step.
 
-    Memory: ``batch * |theta|`` float32 numbers.
+    Memory: ``batch * |theta|`` float32 numbers for :meth:`per_sample`; ``batch`` times the largest factor, whatever
+    theta's size, for :meth:`folded` (and the factors of modules that are called more than once).
 
     Args:
         module: the model.
@@ -72,6 +78,8 @@ class PerSampleGradients:
             not be given it (see :mod:`.batchless`); None while there was none. Its output gradient arrives summed
             over the batch, so :meth:`per_sample` is then wrong for this model, but for batches of one.
         recomputed: set to a number to have it raised to the bytes that the repetition of a checkpointed layer takes.
+        held: the most bytes of gradients that the last batch had at once.
+        positions: what theta's modules have seen of each sample of the last batch, in positions of all calls.
     """
 
     def __init__(self, module: nn.Module, theta: Mapping[str, nn.Linear]) -> None:
@@ -81,9 +89,12 @@ class PerSampleGradients:
         self.batchless: str | None = None
         self._early: bool | None = None  # whether the model has batchless calls; not known before the first batch
         self._theta = theta
-        self._mode: Literal["idle", "collect", "shift"] = "idle"
+        self._mode: Literal["idle", "collect", "fold", "shift"] = "idle"
         self._size = 0
         self._gradients: dict[str, Tensor] = {}
+        self._folds: Folds | None = None
+        self.held = 0
+        self.positions = 0
         self.recomputed: int | None = None
         self._eta = 0.0
         half = any(parameter.dtype == torch.float16 for parameter in module.parameters())
@@ -122,8 +133,43 @@ class PerSampleGradients:
         biases (B, d_out). A parameter that the loss does not depend on is left out.
         Wrong, with :attr:`batchless` set, where a module was called without the batch's dimension.
         """
+        values, collected = self._backward("collect", losses, batch)
+        gradients = dict(sorted(collected.items()))
+        self.held = sum(gradient.nbytes for gradient in gradients.values())
+        if self._scale != 1:
+            gradients = {name: gradient / self._scale for name, gradient in gradients.items()}
+        return values, gradients
+
+    def folded(self, losses: LossFn[BatchT], batch: BatchT, *, sketch: Sketch | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses (B,), norms (B,) and sketches (B, dim; 0 wide without ``sketch``) of the samples' gradients, float32.
+
+        What :meth:`per_sample` says of batches without their dimension holds here, too.
+        """
+        self._folds = folds = Folds(batch.size, sketch)
+        try:
+            values, left = self._backward("fold", losses, batch)
+            for name in sorted(left):  # of modules some calls of which the loss does not depend on
+                folds.add(name, left[name])
+        finally:
+            self._folds = None
+        self.held = folds.held
+        return values, *folds.result(self._scale)
+
+    def losses_alone(self, losses: LossFn[BatchT], batch: BatchT) -> Tensor:
+        """Losses (B,) float32, by a forward pass without a graph."""
         assert self._undo, "use inside 'with'"
-        self._mode, self._size, self._gradients = "collect", batch.size, {}
+        self.positions = 0
+        with torch.no_grad():
+            values = losses(self.module, batch)
+        assert values.shape == (batch.size,), f"losses of shape {tuple(values.shape)} for {batch.size} samples"
+        return values.float()
+
+    def _backward(
+        self, mode: Literal["collect", "fold"], losses: LossFn[BatchT], batch: BatchT
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Losses (B,) float32, and the gradients that are left, unsorted and scaled."""
+        assert self._undo, "use inside 'with'"
+        self._mode, self._size, self._gradients, self.positions = mode, batch.size, {}, 0
         try:
             with torch.enable_grad():
                 with self._batching():
@@ -133,10 +179,7 @@ class PerSampleGradients:
         finally:
             self._mode = "idle"
             collected, self._gradients = self._gradients, {}
-        gradients = dict(sorted(collected.items()))
-        if self._scale != 1:
-            gradients = {name: gradient / self._scale for name, gradient in gradients.items()}
-        return values.detach().float(), gradients
+        return values.detach().float(), collected
 
     @contextmanager
     def stepped(self, gradients: Mapping[str, Tensor], eta: float) -> Iterator[None]:
@@ -179,21 +222,26 @@ class PerSampleGradients:
 
     def _hook(self, name: str, *, has_bias: bool) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            self._types.add(output.dtype)
+            x = args[0]
+            forward = torch._C._current_graph_task_id() == -1  # else the repetition of a checkpointed layer
+            if forward:
+                self.positions += x.numel() // (x.shape[0] * x.shape[-1])
             if self._mode == "idle":
                 return None
-            x = args[0]
             if self._size > 1 and self._early is not False and x.dim() > 2 and x.shape[0] == 1:
                 self._early = True
                 output = give_batch(output, self._size)
-            if self._mode == "collect":
-                return self._listen(name, x.detach(), output, has_bias)
-            return self._shift(name, x, output)
+            if self._mode == "shift":
+                return self._shift(name, x, output)
+            if self._folds is not None and forward:
+                self._folds.expect(name)
+            return self._listen(name, x.detach(), output, has_bias)
 
         return hook
 
     def _listen(self, name: str, x: Tensor, output: Tensor, has_bias: bool) -> Tensor:
-        self._types.add(output.dtype)
-        rows, gradients = self._size, self._gradients
+        rows, gradients, folds = self._size, self._gradients, self._folds
         lacks_batch = rows > 1 and (output.dim() < 2 or output.shape[0] != rows)
         if lacks_batch:
             self.batchless = self.batchless or name
@@ -203,10 +251,15 @@ class PerSampleGradients:
             if lacks_batch:
                 return
             wide = torch.promote_types(delta.dtype, x.dtype)
-            d = delta.to(wide).reshape(rows, -1, delta.shape[-1])
-            _accumulate(gradients, f"{name}.weight", _outer(d, _rows(x.to(wide), rows)))
+            d, x = delta.to(wide).reshape(rows, -1, delta.shape[-1]), _rows(x.to(wide), rows)
+            if folds is not None and folds.takes_rows(name, d, x):
+                folds.add_rows(f"{name}.weight", d, x)
+            else:
+                _accumulate(gradients, f"{name}.weight", _outer(d, x))
             if has_bias:
                 _accumulate(gradients, f"{name}.bias", d.float().sum(1))
+            if folds is not None:
+                folds.heard(name, gradients)
 
         anchor = output.new_empty(0, requires_grad=True)
         heard: Tensor = _Heard.apply(output, anchor, x, add)  # type: ignore[no-untyped-call]

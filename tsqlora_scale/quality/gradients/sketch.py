@@ -53,7 +53,7 @@ class Sketch:
         return sketch
 
     def add(self, sketch: Tensor, name: str, gradient: Tensor) -> None:
-        """Add the part of one parameter, whose gradient is (B, ...), to sketches (B, dim) float32, in place."""
+        """Add the part of one parameter, whose gradient is (B, ...), to sketches (B, dim), in place."""
         if gradient.dim() == 2:  # a bias
             gradient = gradient.unsqueeze(1)
         elif gradient.shape[1] > gradient.shape[2]:

@@ -8,7 +8,6 @@ import numpy as np
 
 from tsqlora_scale.common.disk_arrays import blocks, new_array, taken
 from tsqlora_scale.quality.scores.equations import Standardisation, mean_of, quality
-from tsqlora_scale.quality.scores.measurer import NOISE_ROUNDINGS
 from tsqlora_scale.quality.scores.score_table import NEVER, ScoreTable
 
 #: the three raw terms of Eq. 1, as the table calls them
@@ -47,30 +46,6 @@ class PassScores:
     def __len__(self) -> int:
         return sum(len(inside) for _, inside in self.blocks())
 
-    def changes_below_rounding(self, eta: float, eps: float) -> tuple[float, float] | None:
-        """Whether a step of ``eta`` changes the losses by no more than the forward's rounding does.
-
-        Returns:
-            Then, the spread of the first-order loss reductions and the rounding noise of the losses; else None.
-        """
-        usable = self._where(("loss", "grad_norm"))
-        if not usable.any():
-            return None
-        steps = taken(self.table.grad_norm, usable)
-        np.square(steps, out=steps)
-        np.multiply(steps, eta, out=steps)
-        steps -= steps.mean()
-        np.square(steps, out=steps)
-        spread = float(np.sqrt(steps.mean()))
-        losses = taken(self.table.loss, usable)
-        noise = float(NOISE_ROUNDINGS * eps * np.abs(losses, out=losses).mean())
-        return None if spread == 0 or spread > noise else (spread, noise)
-
-    def take_first_order(self, eta: float) -> None:
-        """Put ``eta * grad_norm**2`` in the place of the loss reductions."""
-        for block, inside in self.blocks():
-            self.table.delta_loss[block][inside] = eta * self.table.grad_norm[block][inside] ** 2
-
     def take_loss_trend(self, before: ScoreTable) -> None:
         """Put the fall of the loss since the table ``before`` in the place of the convergence term."""
         for block, inside in self.blocks():
@@ -78,9 +53,14 @@ class PassScores:
             fall = before.loss[block][inside] - self.table.loss[block][inside]
             self.table.convergence[block][inside] = np.where(seen, fall, 0.0)
 
-    def finite(self) -> np.ndarray:
-        """Which samples of the pool the pass has scored with a finite loss and finite terms, (N,) bool."""
-        return self._where(("loss", *TERMS))
+    def finite(self, columns: tuple[str, ...] = ("loss", *TERMS)) -> np.ndarray:
+        """Which samples of the pool the pass has scored with finite numbers in all ``columns``, (N,) bool."""
+        found = new_array(len(self.table), bool)
+        for block in blocks(len(self.table)):
+            found[block] = self.table.scoring_pass[block] == self.number
+            for name in columns:
+                found[block] &= np.isfinite(getattr(self.table, name)[block])
+        return found
 
     def not_finite(self, finite: np.ndarray, most: int) -> tuple[int, list[int]]:
         """Number of the pass's samples that are not, and the first ``most``."""
@@ -127,12 +107,3 @@ class PassScores:
 
     def _finite_terms(self, finite: np.ndarray) -> Iterator[np.ndarray]:
         return (self.terms(block, inside[finite[block][inside]]) for block, inside in self.blocks())
-
-    def _where(self, names: tuple[str, ...]) -> np.ndarray:
-        """Which samples the pass has scored with finite numbers in all columns ``names``, (N,) bool."""
-        found = new_array(len(self.table), bool)
-        for block in blocks(len(self.table)):
-            found[block] = self.table.scoring_pass[block] == self.number
-            for name in names:
-                found[block] &= np.isfinite(getattr(self.table, name)[block])
-        return found

@@ -12,13 +12,17 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from tsqlora_scale.common.files import written_whole
 
 log = logging.getLogger(__name__)
+
+#: What a pass measures: losses by a forward pass, also gradients by a backward pass, or the loss reduction by a second
+#: forward pass on top.
+Kind = Literal["loss", "first_order", "exact"]
 
 #: The folder of the parts in a run folder. Not in ``scores/``, which other programs open as one table.
 PARTS = "score-parts"
@@ -31,19 +35,23 @@ class PassPart:
 
     Attributes:
         indices: pool indices, (n,).
-        values: (n, 3) float64: loss, gradient norm, loss reduction.
+        values: (n, 3) float64: loss, gradient norm, loss reduction; NaN what was not measured.
         sketches: (n, sketch_dim) float32; (n, 0) where the convergence term needs none.
         rounding: machine epsilon of the forward.
-        batch_size: samples per forward.
+        batch_size: samples per forward of what follows; None where that is not decided yet.
         one_at_a_time: what was decided about batches; None where batches hold one sample anyway.
+        kind: what the last of its passes measured (:data:`Kind`).
+        reason: why that kind.
     """
 
     indices: np.ndarray
     values: np.ndarray
     sketches: np.ndarray
     rounding: float
-    batch_size: int
+    batch_size: int | None
     one_at_a_time: bool | None = None
+    kind: Kind = "exact"
+    reason: str = ""
 
 
 class Parts:
@@ -156,7 +164,8 @@ def _write(path: Path, rows: PassPart, fingerprint: dict[str, Any]) -> None:
     if width:
         flat = pa.array(np.ascontiguousarray(rows.sketches, np.float32).reshape(-1))
         columns["sketch"] = pa.FixedSizeListArray.from_arrays(flat, width)
-    decided = {"rounding": rows.rounding, "batch_size": rows.batch_size, "one_at_a_time": rows.one_at_a_time}
+    names = ("rounding", "batch_size", "one_at_a_time", "kind", "reason")
+    decided = {name: getattr(rows, name) for name in names}
     note = json.dumps({"fingerprint": fingerprint, **decided})
     table = pa.table(columns).replace_schema_metadata({_METADATA: note})
     with written_whole(path) as partial:
@@ -174,4 +183,5 @@ def _read(path: Path) -> PassPart:
         flat = table["sketch"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
         sketches = flat.reshape(len(indices), -1).copy()  # torch wants memory that it may write to
     note = json.loads(table.schema.metadata[_METADATA])
-    return PassPart(indices, values, sketches, note["rounding"], note["batch_size"], note.get("one_at_a_time"))
+    decided = {name: note[name] for name in ("one_at_a_time", "kind", "reason") if name in note}
+    return PassPart(indices, values, sketches, note["rounding"], note["batch_size"], **decided)

@@ -28,6 +28,7 @@ from tsqlora_scale.quality.gradients.sketch import cosines
 from tsqlora_scale.quality.pool import BatchT, Pool
 from tsqlora_scale.quality.scores.equations import Standardisation, log_probabilities, term_weights
 from tsqlora_scale.quality.scores.measurer import Measurer
+from tsqlora_scale.quality.scores.pass_kind import PassKind
 from tsqlora_scale.quality.scores.pass_scores import PassScores
 from tsqlora_scale.quality.scores.score_parts import Parts, PassPart
 from tsqlora_scale.quality.scores.score_table import ScoreTable, pool_fingerprint
@@ -108,7 +109,7 @@ class QualityScorer(Generic[BatchT]):
         self.parts = Parts(None)
         self._measurer = Measurer(scoring, pool=pool, theta=theta, seed=seed, eta=eta, world=world)
         self._standardisation = Standardisation(gate=scoring.gates_convergence)
-        self._first_order = scoring.delta_loss == "first_order"
+        self._kind = PassKind(scoring, self._measurer, world=world)
 
     def score(self, module: nn.Module, *, refresh: bool = False) -> ScoreTable:
         """Score the pool or, with ``refresh``, ``refresh_fraction`` of S. Collective; equal on every rank.
@@ -134,9 +135,9 @@ class QualityScorer(Generic[BatchT]):
         with self._measurer.on(module):
             self._measure(indices, model_key)
         scores = PassScores(table, self.passes)
-        rounding = self._collect(scores, indices)
+        self._collect(scores, indices)
         with self.world.together():
-            not_finite = self._rate(scores, rounding)
+            not_finite = self._rate(scores)
         self._choose(table)
         self.table = table
         self.report = PassReport(
@@ -166,13 +167,19 @@ class QualityScorer(Generic[BatchT]):
         if self._parts_folder is not None:
             shutil.rmtree(self._parts_folder, ignore_errors=True)
 
+    @property
+    def measured(self) -> dict[str, str | None]:
+        """What passes measure of a sample, ``kind`` (:data:`.score_parts.Kind`; None before the first), and the
+        ``reason`` where the config has left it open."""
+        return self._kind.state_dict()
+
     def state_dict(self) -> dict[str, Any]:
         """Table, constants and decisions; without the sketches."""
         return {
             "pool": self.pool_key,
             "passes": self.passes,
             "measurer": self._measurer.state_dict(),
-            "first_order": self._first_order,
+            "pass_kind": self._kind.state_dict(),
             "standardisation": self._standardisation.state_dict(),
             "neighbours": None if self.neighbours is None else torch.from_numpy(self.neighbours),
             "table": None if self.table is None else self.table.state_dict(),
@@ -191,7 +198,11 @@ class QualityScorer(Generic[BatchT]):
             )
         self.passes = state["passes"]
         self._measurer.load_state_dict(state["measurer"])
-        self._first_order = state["first_order"]
+        if "pass_kind" in state:
+            self._kind.load_state_dict(state["pass_kind"])
+        else:  # written before 0.3: it was decided after the pass
+            kind = "first_order" if state["first_order"] else "exact"
+            self._kind.load_state_dict({"kind": kind, "reason": ""})
         self._standardisation.load_state_dict(state["standardisation"])
         self.neighbours = None if state["neighbours"] is None else state["neighbours"].numpy().copy()
         self.table = None if state["table"] is None else ScoreTable.from_state_dict(state["table"])
@@ -226,10 +237,12 @@ class QualityScorer(Generic[BatchT]):
         with self.world.together():
             if self.world.is_main:
                 kept = self.parts.open(self._fingerprint(indices, model_key))
-                decided = (self.parts[0].batch_size, self.parts[0].one_at_a_time) if kept else None
+                if kept:
+                    part = self.parts[0]
+                    decided = (part.batch_size, part.one_at_a_time, part.kind, part.reason)
         kept, decided = self.world.broadcast((kept, decided))
         if decided is not None:
-            self._measurer.resume(*decided)
+            self._kind.resume(decided)
         done = min(kept * self.scoring.shard_size, len(indices))
 
         def show(more: int) -> None:
@@ -237,7 +250,7 @@ class QualityScorer(Generic[BatchT]):
                 self.progress(done + more, len(indices))
 
         for shard in self._shards(indices, kept):
-            rows = self._measurer.measure(shard, exact=not self._first_order, progress=show)
+            rows = self._kind.measure(shard, show)
             if rows is not None:
                 self.parts.append(rows)
             done += len(shard)
@@ -252,6 +265,7 @@ class QualityScorer(Generic[BatchT]):
             "model": model_key,
             "seed": self.seed,
             "eta": self.eta,
+            "measured": self._kind.asked,
             **{f"scoring.{key}": settings[key] for key in keys},
         }
 
@@ -266,8 +280,8 @@ class QualityScorer(Generic[BatchT]):
                 digest.update(read_parameter(param).float().cpu().numpy().tobytes())
         return f"{self._model_name} {digest.hexdigest()}"
 
-    def _collect(self, scores: PassScores, indices: np.ndarray) -> float:
-        """Enter the raw numbers of the samples at ``indices``, on every rank; the forward's rounding. Collective.
+    def _collect(self, scores: PassScores, indices: np.ndarray) -> None:
+        """Enter the raw numbers of the samples at ``indices``, on every rank. Collective.
 
         The parts go from rank 0 to the others one at a time. The mean of the sketches is summed up in the pass's
         order, so that it does not depend on the number of ranks. Convergence is zero for ``loss_trend``, which needs
@@ -275,31 +289,30 @@ class QualityScorer(Generic[BatchT]):
         """
         aligns = self.world.is_main and self.scoring.convergence == "alignment"
         direction = self._mean_direction() if aligns else None
-        size, rounding = self.scoring.shard_size, 0.0
+        size = self.scoring.shard_size
         for number in range(-(-len(indices) // size)):
-            rows = torch.empty(min(size, len(indices) - number * size), 6, dtype=torch.float64)
+            rows = torch.empty(min(size, len(indices) - number * size), 5, dtype=torch.float64)
             if self.world.is_main:
                 found = self._rows(self.parts[number], direction)
                 assert found.shape == rows.shape, "a part of another shard"
                 rows = torch.from_numpy(found)
             received = self.world.broadcast_tensor(rows).numpy()
             scores.enter(received[:, 0].astype(np.int64), received[:, 1:5])
-            rounding = max(rounding, float(received[:, 5].max()))
         assert len(scores) == len(indices), "parts of other samples"
-        return rounding
 
     @staticmethod
     def _rows(part: PassPart, direction: Tensor | None) -> np.ndarray:
-        """(n, 6): pool index, loss, norm, loss reduction, convergence, rounding."""
+        """(n, 5): pool index, loss, norm, loss reduction, convergence."""
         aligned = np.zeros(len(part.indices))
         if direction is not None:
             aligned = cosines(torch.from_numpy(part.sketches), direction).numpy()
-        return np.column_stack([part.indices, part.values, aligned, np.full(len(aligned), part.rounding)])
+        return np.column_stack([part.indices, part.values, aligned])
 
-    def _rate(self, scores: PassScores, rounding: float) -> int:
+    def _rate(self, scores: PassScores) -> int:
         """Qualities by the terms, in place; how many samples of the pass are not finite."""
-        self._adjust(scores, rounding)
-        finite = scores.finite()
+        if self.scoring.convergence == "loss_trend" and self.table is not None:
+            scores.take_loss_trend(self.table)
+        finite = scores.finite(self._kind.columns)
         if not finite.any():
             raise UserError(
                 "no scored sample has a finite loss and gradient, the model has diverged; "
@@ -312,27 +325,6 @@ class QualityScorer(Generic[BatchT]):
         if self.table is None:
             scores.give_rest_the_mean(finite)
         return not_finite
-
-    def _adjust(self, scores: PassScores, rounding: float) -> None:
-        """Take the better or the only form of terms that the measured numbers allow.
-
-        Where a step of ``eta`` changes the losses by no more than their rounding, the difference of two forwards is
-        noise, and its first order, the same up to O(eta^2), is the better number. Decided in the first pass that
-        finds it so, and kept.
-        """
-        below = None if self._first_order else scores.changes_below_rounding(self.eta, rounding)
-        if below is not None:
-            self._first_order = True
-            scores.take_first_order(self.eta)
-            if self.world.is_main:
-                log.warning(
-                    "loss reductions by a step of scoring.eta=%g (spread %.1e) are below the rounding of the model's "
-                    "losses (%.1e); using scoring.delta_loss=first_order",
-                    self.eta,
-                    *below,
-                )
-        if self.scoring.convergence == "loss_trend" and self.table is not None:
-            scores.take_loss_trend(self.table)
 
     def _mean_direction(self) -> Tensor:
         total, count = torch.zeros(self.scoring.sketch_dim, dtype=torch.float64), 0

@@ -28,6 +28,7 @@ def gradient_pass(
     """
     config = context.config
     whole = {} if pool is context.pool else {"max_samples": None}
+    whole["weights"] = None  # which could make it a pass of losses alone
     scoring = config.scoring.model_copy(
         update={"delta_loss": "first_order", "convergence": "alignment" if sketches else "loss_trend", **whole}
     )
