@@ -105,8 +105,8 @@ def surer_part(share: float) -> float:
     """Share of the pool to keep where ``share`` of it is estimated to be wanted: ``share (1 + share^2) / 2``.
 
     The margin of a choice is where it errs, the more the fewer rows are wanted. In three pools of 2,000 rows of which
-    15 to 65 % serve the query (five draws each), the best ``share`` of the rows were right to 79, 85 and 83 %, this part
-    to 98, 90 and 89 %. Where nearly all are wanted, nearly all are kept.
+    15 to 65 % serve the query (five draws each), the best ``share`` of the rows were right to 79, 85 and 83 %, this
+    part to 98, 90 and 89 %. Where nearly all are wanted, nearly all are kept.
     """
     return share * (1 + share**2) / 2
 
