@@ -149,6 +149,10 @@ class NumberedPool:
         """As given."""
         return self._strata
 
+    def texts(self, rows: np.ndarray) -> list[tuple[str, ...]]:
+        """Never asked for: no text is looked at."""
+        raise NotImplementedError
+
     def batch(self, rows: np.ndarray, *, max_length: int | None = None) -> Any:
         """Never asked for: no model is measured."""
         raise NotImplementedError

@@ -163,8 +163,8 @@ def test_unknown_key_names_the_nearest(unknown: str, nearest: str) -> None:
 def test_unknown_key_like_no_other_lists_the_section() -> None:
     text = message(tree(sampling__xyzzyplugh=1))
     assert text.endswith(
-        "unknown key 'sampling.xyzzyplugh'; known here: selector, tau, keep_fraction, replacement, "
-        "stratify, redundancy, similarity, unbiased, max_weight"
+        "unknown key 'sampling.xyzzyplugh'; known here: selector, tau, keep_fraction, soft, replacement, "
+        "stratify, redundancy, similarity, unbiased, max_weight, use, less, file"
     )
 
 

@@ -13,6 +13,7 @@ stream                      who draws from it                      depends on, b
 ``philox "simhash"``        hyperplanes for similar gradients      the table
 ``philox "fitted to the pool"``  rows that features are compared on  nothing more
 ``philox "query folds"``    folds of the query                     nothing more
+``philox "infobatch"``      samples that an epoch skips            the epoch's first step
 ``philox "dsir"``           Gumbel noise on texts' weights         nothing more
 ``philox "valuing rows"``   rows that value or judge the others    nothing more
 ``philox "mining NAME"``    neighbours, halves, subsets of a rule  the subset's number

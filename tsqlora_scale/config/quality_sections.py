@@ -18,7 +18,7 @@ from tsqlora_scale.config.fields import (
 
 #: Names of ``sampling.selector``: those that look at nothing; before the first step at texts, a file, or hidden states
 #: of the base; and after a warm-up at outputs or gradients of the model.
-BLIND_SELECTORS = ("full", "random", "rs2")
+BLIND_SELECTORS = ("full", "random", "rs2", "infobatch")
 FORWARD_SELECTORS = ("query", "rho", "rds", "dsir", "k_center", "ts_dshapley", "instruction_mining", "file")
 OUTPUT_SELECTORS = ("el2n",)
 GRADIENT_SELECTORS = ("quality", "less", "grad_norm")
@@ -26,7 +26,7 @@ SELECTORS = (*BLIND_SELECTORS, *FORWARD_SELECTORS, *OUTPUT_SELECTORS, *GRADIENT_
 #: Those that choose by ``task.query``, and need it.
 QUERY_SELECTORS = ("query", "rho", "rds", "dsir", "less")
 #: Those that know by themselves what is worth training on; others need ``sampling.keep_fraction`` to choose anything.
-SIZING_SELECTORS = ("full", "random", "quality", "query", "file")
+SIZING_SELECTORS = ("full", "random", "quality", "query", "file", "infobatch")
 
 
 class ScoringConfig(Section):
@@ -194,6 +194,11 @@ class SamplingConfig(Section):
             raise ValueError(
                 f"'selector: {self.selector}' ranks the pool and does not say how much of it is good; set "
                 "'keep_fraction' to a number"
+            )
+        if self.keep_fraction != "auto" and self.selector == "infobatch":
+            raise ValueError(
+                "'selector: infobatch' skips half of what is known in every epoch, and 'keep_fraction' is "
+                f"{self.keep_fraction}; leave it at 'auto'"
             )
         if self.use == "weight" and self.unbiased:
             raise ValueError("'use: weight' weighs losses by p, and 'unbiased: true' by 1 / p; turn one of them off")

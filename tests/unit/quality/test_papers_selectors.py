@@ -241,6 +241,54 @@ def test_rounds_are_drawn_anew(site: Site) -> None:
     site.selector("rs2").load_state_dict(selector.state_dict())
 
 
+def test_what_is_known_is_skipped_without_bias(site: Site) -> None:
+    """Losses of half of the samples are below the mean: an epoch has half of these, which count twice."""
+    long = Site(site.tree | {"train": site.tree["train"] | {"max_steps": 10**6}}, site.task, site.module)
+    selector = long.selector("infobatch", keep_fraction="auto")
+    size, batch = len(site.task), site.tree["train"]["batch_size"]
+    losses = np.where(np.arange(size) % 2 == 0, 0.1, 2.0)
+    step, masses = 0, []
+    for epoch in range(120):
+        drawn: list[int] = []
+        while True:
+            rows = selector.draw(step)
+            if selector._start == step and drawn:
+                break
+            drawn += rows.tolist()
+            selector.listener.start_step(step, batch)
+            selector.listener.start_micro_batch(batch // 2, batch // 2)
+            selector.listener.end_micro_batch(torch.from_numpy(losses[rows[batch // 2 :]]), torch.ones(batch // 2))
+            selector.listener.start_micro_batch(batch // 2, 0)
+            selector.listener.end_micro_batch(torch.from_numpy(losses[rows[: batch // 2]]), torch.ones(batch // 2))
+            selector.listener.take(rows, selector.listener.numbers(torch.zeros(1)), taken=True)
+            step += 1
+        if epoch == 0:
+            assert set(drawn) == set(range(size)), "the first epoch skips nothing"
+            continue  # the weights are those of the epoch that has begun
+        kept = selector._kept
+        assert kept[1::2].all()
+        assert kept[ROWS:].all(), "rows of the query are never skipped"
+        weights = selector.weights(np.arange(size))
+        masses.append(np.where(kept, 1.0 if weights is None else weights, 0.0))
+    mass = np.mean(masses, axis=0)
+    np.testing.assert_allclose(mass[1::2], 1)
+    assert mass[:ROWS:2].mean() == pytest.approx(1, abs=0.1)
+    resumed = site.selector("infobatch", keep_fraction="auto")
+    resumed.load_state_dict(selector.state_dict())
+    np.testing.assert_array_equal(resumed.draw(step), selector.draw(step))
+    np.testing.assert_array_equal(resumed.weights(np.arange(size)), selector.weights(np.arange(size)))
+
+
+def test_the_end_of_a_run_skips_nothing(site: Site) -> None:
+    selector = site.selector("infobatch", keep_fraction="auto")
+    selector.listener.losses[:] = np.arange(len(site.task))
+    selector._begin(1)
+    assert not selector._kept.all()
+    selector._begin(4)
+    assert selector._kept.all()
+    assert selector.weights(np.arange(3)) is None
+
+
 def test_not_finite_samples_come_last(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = Task.losses
 

@@ -227,7 +227,7 @@ def test_cosines_and_unit_features() -> None:
 
     shape = Shape(layers=2, regions=2, width=3, kind="text")
     numbers = generator.normal(size=(6, 13)).astype(np.float32)
-    features, last = unit_features(numbers[4:], shape, of=numbers)
+    features, last = unit_features(numbers[4:], shape, pool=numbers)
     layers, own = shape.split(numbers)
     scaled = (layers - layers.mean(0)) / layers.std(0)
     np.testing.assert_allclose(last, own[4:], atol=1e-6)

@@ -11,22 +11,22 @@ from tsqlora_scale.quality.query.looks import Shape
 ROWS = 2**13
 
 
-def unit_features(numbers: np.ndarray, shape: Shape, *, of: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def unit_features(numbers: np.ndarray, shape: Shape, *, pool: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Standardised features, every layer's of unit length (but for the root of their number), and what comes with them.
 
     Args:
         numbers: of samples, as :class:`.FeatureLook` gives them, (n, L R d + 1).
         shape: of these numbers.
-        of: likewise, of the pool, by whose means and deviations features are standardised.
+        pool: likewise, of the pool, by whose means and deviations features are standardised.
 
     Returns:
         Features (n, R, L d) float32, whose products of equal regions are mean cosines over the layers; targets or
         losses (n,) float64.
     """
     width = shape.layers * shape.regions * shape.width
-    means = of[:, :width].mean(0, dtype=np.float64)
-    squares = sum(np.square(of[block, :width] - means).sum(0, dtype=np.float64) for block in blocks(len(of), ROWS))
-    deviations = np.sqrt(squares / len(of)) + 1e-6
+    means = pool[:, :width].mean(0, dtype=np.float64)
+    squares = sum(np.square(pool[block, :width] - means).sum(0, dtype=np.float64) for block in blocks(len(pool), ROWS))
+    deviations = np.sqrt(squares / len(pool)) + 1e-6
     features = new_array(len(numbers) * width, np.float32)
     features = features.reshape(len(numbers), shape.regions, shape.layers * shape.width)
     last = np.empty(len(numbers))

@@ -24,7 +24,7 @@ class FileSelector(RankedSelector):
         """Read the file."""
         with self.context.world.together():
             found = read_file(self.config, self.pool)
-            scores = found.of(self.pool.sample_ids, others=self.pool.query_rows)
+            scores = found.ratings(self.pool.sample_ids, others=self.pool.query_rows)
         return Rating(scores, keep=len(found.scores) if found.is_list else None)
 
 
@@ -47,5 +47,5 @@ def read_file(config: Config, pool: Pool[Any]) -> RatedIds:
             f"sampling.file={value!r} has scores, and sampling.keep_fraction=auto does not say how many of the best "
             "are kept; set it to a number"
         )
-    found.of(pool.sample_ids, others=pool.query_rows)
+    found.ratings(pool.sample_ids, others=pool.query_rows)
     return found

@@ -49,8 +49,8 @@ class InstructionMiningSelector(ForwardSelector):
         self, numbers: np.ndarray, wanted: np.ndarray, shape: Shape
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         seed, choices = self.config.run.seed, self.choices
-        features, last = unit_features(numbers, shape, of=numbers[:choices])
-        of_judging, of_last = unit_features(wanted, shape, of=numbers[:choices])
+        features, last = unit_features(numbers, shape, pool=numbers[:choices])
+        of_judging, of_last = unit_features(wanted, shape, pool=numbers[:choices])
         classes = int(max(last.max(), of_last.max(initial=0))) + 1 if shape.kind == "classes" else 0
         answers, right = _answers(features, last, classes), _answers(of_judging, of_last, classes)
         among = np.arange(choices)
@@ -126,13 +126,13 @@ def out_of_sample(features: np.ndarray, answers: np.ndarray, *, seed: int) -> np
     return errors
 
 
-def ridge_answers(features: np.ndarray, answers: np.ndarray, of: np.ndarray) -> np.ndarray:
-    """Answers (m, C) of a linear model, fitted to ``features`` (n, d) and ``answers`` (n, C), at ``of`` (m, d)."""
+def ridge_answers(features: np.ndarray, answers: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Answers (m, C) of a linear model, fitted to ``features`` (n, d) and ``answers`` (n, C), at ``rows`` (m, d)."""
     if not len(features):
-        return np.zeros((len(of), answers.shape[1]))
+        return np.zeros((len(rows), answers.shape[1]))
     x, level = features.astype(np.float64), answers.mean(0)
     gram = x @ x.T + RIDGE * len(x) * np.eye(len(x))
-    predicted: np.ndarray = of.astype(np.float64) @ (x.T @ np.linalg.solve(gram, answers - level)) + level
+    predicted: np.ndarray = rows.astype(np.float64) @ (x.T @ np.linalg.solve(gram, answers - level)) + level
     return predicted
 
 
@@ -154,8 +154,8 @@ def fitted_line(means: np.ndarray, log_losses: np.ndarray) -> np.ndarray:
     return line
 
 
-def _standardised(values: np.ndarray, of: np.ndarray) -> np.ndarray:
-    scaled: np.ndarray = np.clip((values - of.mean(0)) / (of.std(0) + 1e-12), -3, 3)
+def _standardised(values: np.ndarray, pool: np.ndarray) -> np.ndarray:
+    scaled: np.ndarray = np.clip((values - pool.mean(0)) / (pool.std(0) + 1e-12), -3, 3)
     return scaled
 
 

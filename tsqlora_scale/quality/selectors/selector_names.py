@@ -15,6 +15,7 @@ from tsqlora_scale.quality.selectors.el2n import El2nSelector
 from tsqlora_scale.quality.selectors.from_file import FileSelector
 from tsqlora_scale.quality.selectors.full import FullSelector
 from tsqlora_scale.quality.selectors.grad_norm import GradNormSelector
+from tsqlora_scale.quality.selectors.infobatch import InfoBatchSelector
 from tsqlora_scale.quality.selectors.instruction_mining import InstructionMiningSelector
 from tsqlora_scale.quality.selectors.k_center import KCenterSelector
 from tsqlora_scale.quality.selectors.less import LessSelector
@@ -47,6 +48,7 @@ SELECTORS: dict[str, Callable[[SelectorContext], Selector]] = {
     "el2n": El2nSelector,
     "file": FileSelector,
     "rs2": RedrawnSelector,
+    "infobatch": InfoBatchSelector,
 }
 
 

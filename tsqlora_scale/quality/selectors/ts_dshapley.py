@@ -47,9 +47,9 @@ class TransferredShapleySelector(ForwardSelector):
         return Rating(self.on_main(found))
 
     def _values(self, players: np.ndarray, wanted: np.ndarray, shape: Shape) -> np.ndarray:
-        features, answers = unit_features(players, shape, of=players)
+        features, answers = unit_features(players, shape, pool=players)
         if len(wanted):
-            of_valuing, right = unit_features(wanted, shape, of=players)
+            of_valuing, right = unit_features(wanted, shape, pool=players)
             own = np.full(len(wanted), -1)
         else:
             own = valuing_rows(len(players), VALUING, seed=self.config.run.seed)

@@ -36,7 +36,7 @@ class RatedIds:
     scores: dict[str, float]
     is_list: bool
 
-    def of(self, ids: Sequence[str], *, others: int = 0) -> np.ndarray:
+    def ratings(self, ids: Sequence[str], *, others: int = 0) -> np.ndarray:
         """Scores (N,) float64 of a pool's samples, the higher the better; 0 of those that are not on a list.
 
         A file of scores may hold more than the pool has, as of one that is cut short. A list may not: it says what is
