@@ -9,11 +9,7 @@ from pathlib import Path
 
 import pytest
 
-<<<<<<< HEAD
-from tests.bad_input import configs, data, folders, launchers, models, predictions, queries
-=======
-from tests.bad_input import configs, data, folders, launchers, models, predictions, selectors
->>>>>>> selectors
+from tests.bad_input import configs, data, folders, launchers, models, predictions, queries, selectors
 from tests.bad_input.place import Case, Place, assert_refused, listing
 from tests.distributed.launch import ROOT, run_launched
 from tests.runs import go
@@ -21,11 +17,7 @@ from tsqlora_scale.commands import main as cli
 
 CASES: dict[str, Case] = {
     f"{module.__name__.rsplit('.', 1)[-1]}: {case.name}": case
-<<<<<<< HEAD
-    for module in (configs, data, models, folders, launchers, predictions, queries)
-=======
-    for module in (configs, data, models, folders, launchers, predictions, selectors)
->>>>>>> selectors
+    for module in (configs, data, models, folders, launchers, predictions, queries, selectors)
     for case in module.CASES
 }
 
