@@ -47,6 +47,21 @@ def test_what_ranks_alike_will_do():
     assert "2 samples" in why([0.3, 1.4, np.inf])
 
 
+@given(st.integers(1, 9000), st.integers(1, 128))
+def test_whole_batches_of_all_lengths_are_tried(size, batch_size):
+    tried, rest = pass_kind._tried(size, batch_size)
+    assert np.sort(np.concatenate([tried, rest])).tolist() == list(range(size))
+    fewest = min(size, max(64, min(256, size // 16)))
+    # the last batch may be short
+    assert fewest - batch_size < len(tried) < fewest + batch_size + batch_size * (fewest < 2 * batch_size)
+    for places in (tried, rest):  # no batch is cut in two, and the short one is the last of its own
+        starts = places[places % batch_size == 0]
+        assert all(np.isin(np.arange(start, min(start + batch_size, size)), places).all() for start in starts)
+        assert set((places // batch_size).tolist()) == set((starts // batch_size).tolist())
+    if len(rest):
+        assert abs(tried.mean() - (size - 1) / 2) <= max(2 * batch_size, size / 50)
+
+
 def kinds_measured(made):
     """What its measurer is asked for from now on: (kind, samples)."""
     asked, measure = [], made._measurer.measure

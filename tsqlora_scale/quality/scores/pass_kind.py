@@ -112,7 +112,8 @@ def _tried(size: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
     """
     batches = -(-size // batch_size)
     count = -(-max(FEWEST, min(MOST, size // ONE_OF)) // batch_size)
-    numbers = np.linspace(0, batches - 1, min(batches, count)).round().astype(np.int64)
+    count = min(batches, count)
+    numbers = ((np.arange(count) + 0.5) * batches / count).astype(np.int64)  # the middles of equal stretches
     tried = np.isin(np.arange(size) // batch_size, numbers)
     return np.flatnonzero(tried), np.flatnonzero(~tried)
 
