@@ -89,13 +89,18 @@ def _of_effect(weights: np.ndarray) -> np.ndarray:
 def _classes_judged(
     known: np.ndarray, answers: np.ndarray, told: np.ndarray, right: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Log-likelihoods and hits (k,) of one-hot ``right`` (k, C) by scores ``told``, calibrated on known rows."""
+    """Log-likelihoods and hits (k,) of one-hot ``right`` (k, C) by scores ``told``, whose confidence, and the classes'
+    shares, are those that known rows bear out; but what is told is not turned round, as no run would be."""
     scale = float(known.std()) + 1e-9
     y = torch.from_numpy(answers.argmax(1))
-    factors, biases = log_linear(torch.from_numpy(known / scale)[:, :, None], y, 1 / len(y))
-    logits = torch.from_numpy(told / scale)[:, :, None] @ factors + biases
-    labels, places = right.argmax(1), np.arange(len(right))
-    return logits.log_softmax(1).numpy()[places, labels], (logits.argmax(1).numpy() == labels).astype(np.float64)
+    for held in (1.0, 0.0):
+        factors, biases = log_linear(torch.from_numpy(held * known / scale)[:, :, None], y, 1 / len(y))
+        if float(factors) >= 0:
+            break
+    logits = torch.from_numpy(held * told / scale)[:, :, None] @ factors + biases
+    labels = right.argmax(1)
+    fits: np.ndarray = logits.log_softmax(1).numpy()[np.arange(len(right)), labels]
+    return fits, (told.argmax(1) == labels).astype(np.float64)
 
 
 def _numbers_judged(
