@@ -112,9 +112,9 @@ def table(judged: Sequence[Judged], absent: Sequence[str]) -> str:
         right = "yes" if one.is_right else "no"
         cells = [one.setting, names, one.best, with_interval(one.behind), right, with_interval(one.gain)]
         lines.append("| " + " | ".join(cells) + " |")
-    right, dear = sum(one.is_right for one in judged), [one.setting for one in judged if one.is_dear]
+    rights, dear = sum(one.is_right for one in judged), [one.setting for one in judged if one.is_dear]
     gains = [one.gain.value for one in judged]
-    lines += ["", f"Right on {right} of {len(judged)} settings ({100 * right / max(len(judged), 1):.0f} %)."]
+    lines += ["", f"Right on {rights} of {len(judged)} settings ({100 * rights / max(len(judged), 1):.0f} %)."]
     mean, least = (number(float(of_all(gains)), "+.3f") for of_all in (np.mean, np.min)) if gains else ("-", "-")
     lines.append(f"Following it gains {mean} over uniform draws on average, and {least} at the least.")
     lines.append(f"More than {-100 * LOSS:g} points are lost on {len(dear)}{': ' if dear else ''}{', '.join(dear)}.")

@@ -140,10 +140,10 @@ def test_without_a_query(tmp_path: Path, models_dir: Path) -> None:
 
 def test_the_choice_is_the_selectors_own(tmp_path: Path, models_dir: Path) -> None:
     tree = planted("bert", tmp_path, models_dir, on_target=50)
-    tree["scoring"] = {"batch_size": 64}
+    tree["scoring"] = {"batch_size": 16, "max_length": 6}
     table = go(tree).selector.table
     assert table is not None
-    config = parse_config(tree | {"train": tree["train"] | {"eval_batch_size": 64}})
+    config = parse_config(tree)
     run = build_run(preflight.check(config), writes=False)
     sample = look_at_sample(run, 2000)
     pool, query = sample.numbers[:160], sample.numbers[160:]

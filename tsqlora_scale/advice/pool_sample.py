@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tsqlora_scale.audit.passes import StateLook, look
+from tsqlora_scale.audit.passes import StateLook
 from tsqlora_scale.common.disk_arrays import positions
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.random_streams import philox, uniform
 from tsqlora_scale.quality.draws.key_order import smallest
+from tsqlora_scale.quality.features.forward_pass import ForwardPass
 from tsqlora_scale.quality.query.looks import FeatureLook, Shape
 from tsqlora_scale.run.training_run import Run
 from tsqlora_scale.tasks.batch import Batch
@@ -78,7 +79,12 @@ def look_at_sample(run: Run, count: int) -> PoolSample:
     both = np.concatenate([rows, query])
     see = _BothLooks(StateLook(seed), FeatureLook(task, seed=seed))
     start = time.perf_counter()
-    seen = look(run, both, see, what="looking at a part of the pool", frozen=True)
+    with run.progress("looking at a part of the pool") as bar:
+        scoring = run.config.scoring
+        forward = ForwardPass(
+            run.engine.module, world, batch_size=scoring.batch_size, max_length=scoring.max_length, progress=bar
+        )
+        seen = forward.run(task, both, see, name="advice")
     seconds = time.perf_counter() - start
     shapes = world.gather_objects((see.features.shape, see.width))
     shape, width = next((shape, width) for shape, width in shapes if shape is not None)
