@@ -214,3 +214,15 @@ def test_a_query_that_is_not_trained_on(tmp_path: Path, models_dir: Path) -> Non
     assert without < joined, "what is chosen lacks the query's rows"
     accuracy = [found.summary["trials"]["accuracy"]["query alone"] for found in (result, trained)]
     assert accuracy[0] == accuracy[1]
+
+
+@pytest.mark.parametrize("pilot", ["heads", "adapters"])
+def test_the_least_that_there_can_be(pilot: Any, tmp_path: Path, models_dir: Path) -> None:
+    """Twenty rows, and ten of a query that has one class alone."""
+    tree = planted("bert", tmp_path, models_dir, on_target=10, size=20, query=10)
+    path = Path(tree["task"]["dataset"]["path"]) / "query.jsonl"
+    rows = [row | {"label": "yes"} for row in read_lines(path)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    result = advise(parse_config(tree), rows=20, pilot=pilot, steps=1 if pilot == "adapters" else None)
+    assert result.verdict in ("query", "query alone", "even")
+    assert np.isfinite(list(result.summary["trials"]["nats a row"].values())).all()
