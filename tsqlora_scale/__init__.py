@@ -1,7 +1,7 @@
 """Fine-tuning that chooses which data to learn from and where to spend rank.
 
-The public interface: ``Config``, ``load_config``, ``train``, ``score``, ``evaluate``, ``predict``, ``export``, and the
-exceptions ``UserError`` and ``Stopped``. Nothing heavy is imported before it is used.
+The public interface: ``Config``, ``load_config``, ``train``, ``score``, ``audit``, ``advise``, ``evaluate``,
+``predict``, ``export``, and the exceptions ``UserError`` and ``Stopped``. Nothing heavy is imported before it is used.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tsqlora_scale.advice.advice_result import AdviceResult
     from tsqlora_scale.api import (
         PredictResult,
         ScoreResult,
         TrainResult,
+        advise,
         audit,
         evaluate,
         export,
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0.dev0"
 __all__ = [
+    "AdviceResult",
     "AuditResult",
     "Config",
     "PredictResult",
@@ -35,6 +38,7 @@ __all__ = [
     "Stopped",
     "TrainResult",
     "UserError",
+    "advise",
     "audit",
     "evaluate",
     "export",
@@ -46,8 +50,9 @@ __all__ = [
 
 _HOMES = {
     **dict.fromkeys(("PredictResult", "ScoreResult", "TrainResult"), "api"),
-    **dict.fromkeys(("audit", "evaluate", "export", "predict", "score", "train"), "api"),
+    **dict.fromkeys(("advise", "audit", "evaluate", "export", "predict", "score", "train"), "api"),
     **dict.fromkeys(("Stopped", "UserError"), "common.errors"),
+    "AdviceResult": "advice.advice_result",
     "AuditResult": "audit.audit_result",
     "Config": "config.schema",
     "load_config": "config.load",

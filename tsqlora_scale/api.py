@@ -1,4 +1,4 @@
-"""Train, score, evaluate, predict and export from Python: what the commands do, without a process around it.
+"""Train, score, advise, evaluate, predict and export from Python: what the commands do, without a process around it.
 
 A user's mistake raises :class:`~tsqlora_scale.common.errors.UserError`, a request to stop
 :class:`~tsqlora_scale.common.errors.Stopped`; nothing ends the process. Under a launcher every rank makes the same
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from tsqlora_scale.advice.advisor import advise as advise
 from tsqlora_scale.audit.audit_result import AuditResult
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.launcher import launched_rank

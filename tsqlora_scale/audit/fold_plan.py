@@ -34,10 +34,14 @@ def same_texts(texts: Iterable[str]) -> np.ndarray:
     first: dict[bytes, int] = {}
     pairs = []
     for number, text in enumerate(texts):
-        key = hashlib.sha256(" ".join(text.casefold().split()).encode("utf-8", "surrogatepass")).digest()
-        if (before := first.setdefault(key, number)) != number:
+        if (before := first.setdefault(text_key(text), number)) != number:
             pairs.append((before, number))
     return np.array(pairs, dtype=np.int64).reshape(-1, 2)
+
+
+def text_key(text: str) -> bytes:
+    """What texts have in common that are the same but for case and spaces, 32 bytes."""
+    return hashlib.sha256(" ".join(text.casefold().split()).encode("utf-8", "surrogatepass")).digest()
 
 
 def plan_folds(groups: np.ndarray, strata: np.ndarray | None, folds: int, *, seed: int) -> np.ndarray:

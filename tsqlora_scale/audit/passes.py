@@ -54,17 +54,30 @@ def class_scores(run: Run) -> Look:
     return see
 
 
-def frozen_states(run: Run) -> np.ndarray:
-    """Mean hidden states of :data:`LAYERS` layers of the base, (n, layers x width) float32. A collective."""
-    seed = run.config.run.seed
-    projections: dict[int, Tensor] = {}
+class StateLook:
+    """Mean hidden states of :data:`LAYERS` layers of the base: of a batch (B, layers x width) float32.
 
-    def see(module: nn.Module, batch: Batch) -> Tensor:
-        outputs: Any = module(**batch.inputs, output_hidden_states=True)
+    Args:
+        seed: of the run; wide states are projected by it.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed, self._projections = seed, dict[int, Tensor]()
+
+    def __call__(self, module: nn.Module, batch: Batch) -> Tensor:
+        """By one forward."""
+        return self.seen(module(**batch.inputs, output_hidden_states=True), batch)
+
+    def seen(self, outputs: Any, batch: Batch) -> Tensor:
+        """The same of a forward's ``outputs``."""
         states = mean_states(outputs, batch)[:, :, 0]
         chosen = sorted({round(place) for place in np.linspace(0, states.shape[1] - 1, LAYERS).tolist()})
-        return torch.cat([_narrow(states[:, layer], layer, seed, projections) for layer in chosen], 1)
+        return torch.cat([_narrow(states[:, layer], layer, self._seed, self._projections) for layer in chosen], 1)
 
+
+def frozen_states(run: Run) -> np.ndarray:
+    """What :class:`StateLook` sees of the pool, (n, layers x width) float32. A collective."""
+    see = StateLook(run.config.run.seed)
     return look(run, np.arange(len(run.task)), see, what="looking at the texts", frozen=True)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
+from tsqlora_scale.commands.advise import main as advise
 from tsqlora_scale.commands.evaluate import main as evaluate
 from tsqlora_scale.commands.export import main as export
 from tsqlora_scale.commands.predict import main as predict
@@ -17,6 +18,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "evaluate": evaluate,
     "predict": predict,
     "export": export,
+    "advise": advise,
 }
 
 

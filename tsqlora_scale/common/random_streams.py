@@ -23,6 +23,10 @@ stream                      who draws from it                      depends on, b
 ``philox "folds"``          folds of an audit                      nothing more
 ``philox "audit features"`` rows that a regression learns from     nothing more
 ``philox "audit projection"`` projections of wide hidden states    the layer
+``philox "advice rows"``     rows that advice looks at              nothing more
+``philox "advice folds"``    parts of the query in trials           nothing more
+``philox "paired differences"``  resamples of a bootstrap           nothing more
+``philox "share on target"`` resamples of pool and query            nothing more
 ``philox "noise model"``    rows that a noise model is fitted on   nothing more
 ``generator_for`` "head"    a new head's weights                   nothing more
 ``generator_for`` "adapter" A of the adapted layers                nothing more

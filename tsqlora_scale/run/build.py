@@ -59,6 +59,7 @@ def build_run(
     adapter: str | None = None,
     stop: StopRequest | None = None,
     lock: RunLock | None = None,
+    writes: bool = True,
 ) -> Run:
     """Load the model, put the adapter on it, start the engine.
 
@@ -67,6 +68,7 @@ def build_run(
         adapter: a saved adapter's folder, to start from its ranks and values.
         stop: by which the run is asked to stop; none: nothing asks.
         lock: of the folders that are written, taken here if it has not been; none: the caller is the only writer.
+        writes: whether the run has a folder; else nothing is written and nothing there is looked at.
     """
     stop = stop or StopRequest()
     config, plan = preflight.config, preflight.plan
@@ -82,7 +84,7 @@ def build_run(
     if lock is not None:
         lock.take(world)
     watchdog = Watchdog(minutes=config.run.timeout_minutes, acts=accelerator.device.type == "cpu")
-    record = RunRecord(config.run_dir, writes=accelerator.is_main_process, device=accelerator.device)
+    record = RunRecord(config.run_dir, writes=writes and accelerator.is_main_process, device=accelerator.device)
     with record.phase("load"), quiet_libraries():
         state, tree = find_state(preflight, resume, world)
         selector = build_selector(preflight, world, stop, watchdog)
@@ -115,7 +117,8 @@ def build_run(
             stop=stop,
             watchdog=watchdog,
         )
-        open_folder(run, tree, resume)
+        if writes:
+            open_folder(run, tree, resume)
     return run
 
 

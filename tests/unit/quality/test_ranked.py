@@ -15,7 +15,7 @@ from tests.runs import run_tree
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.load import parse_config
 from tsqlora_scale.engine.collectives import World
-from tsqlora_scale.quality.selectors.ranked import RankedSelector, Rating, _quota
+from tsqlora_scale.quality.selectors.ranked import RankedSelector, Rating, quota_of
 from tsqlora_scale.quality.selectors.selector import SelectorContext
 
 
@@ -30,7 +30,7 @@ def strata(draw: Any) -> tuple[np.ndarray, int, np.ndarray]:
 @given(given=strata())
 def test_places_are_given_by_shares(given: tuple[np.ndarray, int, np.ndarray]) -> None:
     sizes, total, shares = given
-    places = _quota(sizes, total, shares)
+    places = quota_of(sizes, total, shares)
     assert places.sum() == total
     assert (places >= 0).all()
     assert (places <= sizes).all()
@@ -45,7 +45,7 @@ def test_places_are_given_by_shares(given: tuple[np.ndarray, int, np.ndarray]) -
 @given(given=strata())
 def test_without_shares_places_are_as_the_sizes(given: tuple[np.ndarray, int, np.ndarray]) -> None:
     sizes, total, _ = given
-    places = _quota(sizes, total, None)
+    places = quota_of(sizes, total, None)
     assert places.sum() == total
     assert (np.abs(places - total * sizes / max(sizes.sum(), 1)) < 1 + 1e-9).all()
 

@@ -36,25 +36,35 @@ class Heads:
         return mean
 
 
-def fit_heads(features: np.ndarray, targets: np.ndarray) -> tuple[Heads, np.ndarray]:
+def fit_heads(
+    features: np.ndarray, targets: np.ndarray, *, weights: np.ndarray | None = None, judged: np.ndarray | None = None
+) -> tuple[Heads, np.ndarray]:
     """Heads that explain ``targets``, and every row's scores by heads fitted to all other rows, (n, C).
 
     Args:
         features: (n, L, d) float64, n >= 2.
         targets: (n, C) float64: classes one-hot, or a number (C = 1).
+        weights: of the rows' squared errors, (n,), above 0; None: 1 each.
+        judged: places of the rows whose error, left out, chooses the ridge; None: all.
     """
-    layers = [_layer(features[:, layer], targets) for layer in range(features.shape[1])]
+    layers = [_layer(features[:, layer], targets, weights) for layer in range(features.shape[1])]
     held_out = np.mean([left_out for left_out, _, _ in layers], axis=0)  # (ridges, n, C)
-    best = int(np.argmin(np.square(held_out - targets).mean((1, 2))))
-    weights = np.stack([w[best] for _, w, _ in layers])
+    errors = np.square(held_out - targets)
+    best = int(np.argmin((errors if judged is None else errors[:, judged]).mean((1, 2))))
+    slopes = np.stack([w[best] for _, w, _ in layers])
     bias = np.mean([b[best] for _, _, b in layers], axis=0)
-    return Heads(weights, bias, RIDGES[best]), held_out[best]
+    return Heads(slopes, bias, RIDGES[best]), held_out[best]
 
 
-def _layer(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _layer(x: np.ndarray, y: np.ndarray, weights: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of every ridge: scores of the rows left out (k, n, C), weights (k, d, C), biases (k, C)."""
-    center, level = x.mean(0), y.mean(0)
-    centred = x - center
+    if weights is None:
+        center, level = x.mean(0), y.mean(0)
+        root, part = np.ones((len(x), 1)), np.full(len(x), 1 / len(x))
+    else:  # least squares of rows times the roots of their weights
+        root, part = np.sqrt(weights)[:, None], weights / weights.sum()
+        center, level = part @ x, part @ y
+    centred = (x - center) * root
     # the smaller of the two Gram matrices: eigenvectors of one give those of the other
     wide = centred.shape[1] > len(centred)
     squares, vectors = np.linalg.eigh(centred @ centred.T if wide else centred.T @ centred)
@@ -62,13 +72,13 @@ def _layer(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nda
     squares, vectors = squares[usable], vectors[:, usable]
     left = vectors if wide else centred @ vectors / np.sqrt(squares)
     right = centred.T @ vectors / np.sqrt(squares) if wide else vectors
-    of_targets = left.T @ (y - level)
-    held_out, weights, biases = [], [], []
+    of_targets = left.T @ ((y - level) * root)
+    held_out, slopes, biases = [], [], []
     for ridge in RIDGES:
         shrunk = squares / (squares + ridge)
-        fitted = (left * shrunk) @ of_targets + level
-        leverage = np.minimum(np.square(left) @ shrunk + 1 / len(x), 1 - 1e-9)
+        fitted = (left * shrunk) @ of_targets / root + level
+        leverage = np.minimum(np.square(left) @ shrunk + part, 1 - 1e-9)
         held_out.append(y - (y - fitted) / (1 - leverage)[:, None])
-        weights.append(right @ ((np.sqrt(squares) / (squares + ridge))[:, None] * of_targets))
-        biases.append(level - center @ weights[-1])
-    return np.stack(held_out), np.stack(weights), np.stack(biases)
+        slopes.append(right @ ((np.sqrt(squares) / (squares + ridge))[:, None] * of_targets))
+        biases.append(level - center @ slopes[-1])
+    return np.stack(held_out), np.stack(slopes), np.stack(biases)

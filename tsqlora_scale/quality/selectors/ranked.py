@@ -135,7 +135,7 @@ class RankedSelector(FullSelector):
             strata = self.pool.strata() if rating.strata is None else rating.strata
         if strata is not None:
             strata = strata[rest]
-            quota = _quota(counts(strata), int(quota[0]), rating.shares)
+            quota = quota_of(counts(strata), int(quota[0]), rating.shares)
         selected = filled(size, bool, True)
         selected[rest] = largest(copied(rating.quality[rest]), quota, strata)
         table = ScoreTable.empty(size)
@@ -163,7 +163,7 @@ class RankedSelector(FullSelector):
             self._sampler = self._make_sampler(rows, None if even else weights, start=step)
 
 
-def _quota(sizes: np.ndarray, total: int, shares: np.ndarray | None) -> np.ndarray:
+def quota_of(sizes: np.ndarray, total: int, shares: np.ndarray | None) -> np.ndarray:
     """Places of strata of ``sizes`` among ``total``: by ``shares``, or by their sizes; none more than it has."""
     if shares is None:
         return quotas(sizes, total)

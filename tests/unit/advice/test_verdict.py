@@ -1,0 +1,112 @@
+"""What follows from what was seen: every branch, and what must hold whatever was seen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.runs import run_tree
+from tsqlora_scale.advice.advised_config import config_lines
+from tsqlora_scale.advice.paired import Difference
+from tsqlora_scale.advice.pool_shares import PoolShare
+from tsqlora_scale.advice.verdict import Trials, decide
+from tsqlora_scale.config.load import parse_config
+
+UP, DOWN = Difference(0.2, 0.1, 0.3), Difference(-0.2, -0.3, -0.1)
+RATHER_UP, RATHER_DOWN = Difference(0.05, -0.1, 0.2), Difference(-0.05, -0.2, 0.1)
+
+
+def way(evidence: float | None, gain: Difference, alone: Difference, over_alone: Difference) -> str:
+    evident = evidence is not None and evidence > 3
+    return decide(evidence=evidence, is_evident=evident, trials=Trials(gain, alone, over_alone)).way
+
+
+@pytest.mark.parametrize(
+    ("evidence", "gain", "alone", "over_alone", "expected"),
+    [
+        (10.0, UP, RATHER_UP, UP, "query"),
+        (10.0, UP, UP, RATHER_DOWN, "query"),
+        (10.0, UP, UP, DOWN, "query alone"),
+        (10.0, RATHER_UP, RATHER_UP, RATHER_UP, "query"),
+        (10.0, RATHER_DOWN, RATHER_UP, RATHER_UP, "even"),
+        (10.0, DOWN, UP, DOWN, "query alone"),
+        (10.0, DOWN, DOWN, DOWN, "even"),
+        (4.0, RATHER_UP, RATHER_UP, RATHER_UP, "even"),
+        (4.0, UP, RATHER_UP, RATHER_UP, "query"),
+        (1.0, UP, RATHER_UP, UP, "even"),
+        (1.0, RATHER_UP, UP, RATHER_UP, "query alone"),
+    ],
+)
+def test_a_query(evidence: float, gain: Difference, alone: Difference, over_alone: Difference, expected: str) -> None:
+    assert way(evidence, gain, alone, over_alone) == expected
+
+
+def test_without_a_query_there_is_nothing_to_choose_by() -> None:
+    found = decide(evidence=None, wrong=PoolShare(0.3, 0.2, 0.4), redundant=PoolShare(0.1, 0.1, 0.1))
+    assert found.way == "even"
+    assert "no task.query" in found.reasons[0]
+    assert "30% of the labels" in found.reasons[1] and "--audit" in found.reasons[1]
+    assert "10% of the rows" in found.reasons[2]
+
+
+@pytest.mark.parametrize(
+    "wrong", [None, PoolShare(0.05, 0.0, 0.2), PoolShare(0.3, 0.2, 0.4, "this says little")]
+)  # fmt: skip
+def test_labels_that_may_all_be_right_are_not_spoken_of(wrong: PoolShare | None) -> None:
+    assert len(decide(evidence=None, wrong=wrong).reasons) == 1
+
+
+@pytest.mark.parametrize(("evidence", "expected"), [(2.0, "even"), (4.0, "even"), (9.0, "query")])
+def test_texts_without_a_trial(evidence: float, expected: str) -> None:
+    found = decide(evidence=evidence, is_evident=evidence > 3)
+    assert found.way == expected
+    assert "--pilot adapters" in found.reasons[0]
+
+
+def differences() -> st.SearchStrategy[Difference]:
+    ends = st.lists(st.floats(-1, 1), min_size=3, max_size=3).map(sorted)
+    return ends.map(lambda three: Difference(three[1], three[0], three[2]))
+
+
+@given(st.floats(-3, 20), differences(), differences(), differences())
+def test_nothing_is_chosen_against_the_evidence(
+    evidence: float, gain: Difference, alone: Difference, over_alone: Difference
+) -> None:
+    chosen = way(evidence, gain, alone, over_alone)
+    if chosen == "query":
+        assert evidence > 3 and gain.mean >= 0 and not gain.is_below
+    if chosen == "query alone":
+        assert alone.is_above
+
+
+CASES: list[tuple[dict[str, dict[str, Any]], str]] = [
+    ({}, "query"),
+    ({}, "query alone"),
+    ({}, "even"),
+    ({"train": {"epochs": 3, "max_steps": None}, "sampling": {"selector": "full"}}, "query"),
+    ({"sampling": {"selector": "file", "file": "scores.csv", "keep_fraction": 0.5}}, "even"),
+    ({"sampling": {"selector": "dsir", "keep_fraction": 0.5}}, "query alone"),
+]
+
+
+@pytest.mark.parametrize(("sections", "way"), CASES)
+def test_the_lines_are_a_config(sections: dict[str, dict[str, Any]], way: str, tmp_path: Any, models_dir: Any) -> None:
+    tree = run_tree("bert", tmp_path, models_dir, "run", **sections)
+    tree["task"]["query"] = "query.jsonl"
+    tree["task"]["dataset"] |= {"weight": "w", "max_train_samples": 20}
+    lines = config_lines(parse_config(tree), way, steps=77)
+    for section, values in lines.items():
+        dataset = values.pop("dataset", {})
+        tree[section] |= values
+        if dataset:
+            tree[section]["dataset"] |= dataset
+    config = parse_config(tree)
+    assert config.sampling.selector == ("query" if way == "query" else "full")
+    if way == "query alone":
+        assert config.task.dataset.train_file == "query.jsonl"
+        assert config.task.query is config.task.dataset.weight is config.task.dataset.max_train_samples is None
+    elif way == "query" and sections:
+        assert (config.train.max_steps, config.train.epochs) == (77, None)

@@ -1,0 +1,1 @@
+"""What a choice among a pool's data would gain and cost, before anything is spent on it."""

@@ -1,0 +1,129 @@
+"""Trials by short trainings of the config's own adapter: minutes, and nearer to what a run does."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tsqlora_scale.advice.pilot import ALONE, EVEN, QUERY, WAYS, Pilot
+from tsqlora_scale.advice.pool_sample import PoolSample
+from tsqlora_scale.advice.query_choice import PoolRatio, chosen_weights
+from tsqlora_scale.audit.cross_fit import restored
+from tsqlora_scale.audit.passes import class_scores, look
+from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.config.schema import Config
+from tsqlora_scale.engine.train_state import TrainState
+from tsqlora_scale.quality import BatchSampler
+from tsqlora_scale.quality.query.fits import folds_of
+from tsqlora_scale.quality.selectors.forward_selector import on_main
+from tsqlora_scale.run.lr_schedule import learning_rate
+from tsqlora_scale.run.training_run import Run
+from tsqlora_scale.step import optimizer_step
+
+
+def adapter_pilot(run: Run, config: Config, sample: PoolSample, *, steps: int, classes: int) -> Pilot:
+    """Each half of the query judges adapters that were trained, for ``steps`` steps each way, without it. A collective.
+
+    Args:
+        config: of the run that is asked about.
+
+    Raises:
+        UserError: what an adapter says is not finite; on every rank.
+    """
+    count, rows, world = sample.count, len(sample.query), run.engine.world
+    labelled = sample.shape.kind == "classes"
+    answers = sample.answers
+    strata = answers[count:].astype(np.int64) if labelled else None
+    halves = folds_of(strata, rows, 2, seed=run.config.run.seed, purpose="advice folds")
+    fits = {way: np.zeros(rows) for way in WAYS}
+    hits = {way: np.zeros(rows) for way in WAYS}
+    initial = run.engine.gather()
+    for half in range(2):
+        out = halves == half
+
+        def choose(out: np.ndarray = out) -> dict[str, np.ndarray]:
+            return draw_weights(config, sample, out, classes=classes)
+
+        for way, weights in on_main(world, choose).items():
+            name = f"half {half + 1} of 2, {way}"
+            scores = train_way(run, sample, weights, initial, held_out=sample.query[out], steps=steps, name=name)
+            fits[way][out], hits[way][out] = judge(run, sample.query[out], scores)
+    return Pilot("adapters", fits, hits if labelled else None, {"steps": steps})
+
+
+def draw_weights(config: Config, sample: PoolSample, out: np.ndarray, *, classes: int) -> dict[str, np.ndarray]:
+    """How often every row of the sample and of the query is drawn, (n + m,), by way; those ``out`` (m,) never."""
+    count, labelled, answers = sample.count, sample.shape.kind == "classes", sample.answers
+    pool, rest = sample.numbers[:count], sample.numbers[count:][~out]
+    ratio = PoolRatio.fit(sample.shape, pool, rest, seed=config.run.seed, classes=classes if labelled else 0)
+    chosen = chosen_weights(
+        ratio,
+        config.sampling,
+        size=sample.size,
+        labels=answers[:count] if labelled else None,
+        wanted=answers[count:][~out] if labelled else None,
+    )
+    own = np.where(out, 0.0, sample.weights[count:])
+    joined = own * float(config.task.train_on_query)
+    return {
+        EVEN: np.concatenate([sample.weights[:count], joined]),
+        ALONE: np.concatenate([np.zeros(count), own]),
+        QUERY: np.concatenate([sample.weights[:count] * chosen, joined]),
+    }
+
+
+def train_way(
+    run: Run,
+    sample: PoolSample,
+    weights: np.ndarray,
+    initial: TrainState,
+    *,
+    held_out: np.ndarray,
+    steps: int,
+    name: str,
+) -> np.ndarray:
+    """What an adapter says of the pool's rows ``held_out`` after some steps on others, (k, width). A collective."""
+    engine, config = run.engine, run.config
+    engine.rebuild(lambda module, _: restored(module, initial))
+    used = weights > 0
+    sampler = BatchSampler(
+        np.concatenate([sample.rows, sample.query])[used],
+        weights[used],
+        batch_size=config.train.batch_size,
+        seed=config.run.seed,
+        replacement=config.sampling.replacement,
+    )
+    with run.progress(name) as bar:
+        for step in range(steps):
+            result = optimizer_step(
+                engine,
+                run.task,
+                sampler.draw(step),
+                listener=run.ranks,
+                step=step,
+                lr=learning_rate(config.train, step, steps),
+                micro_batch_size=run.plan.micro_batch_size,
+                seed=config.run.seed,
+                beat=run.watchdog.beat,
+            )
+            bar(step + 1, steps, f"loss {result.loss:.4f}")
+    scores = look(run, held_out, class_scores(run), what=f"{name}: looking at it")
+    with engine.world.together():
+        if not np.isfinite(scores).all():
+            raise UserError(
+                f"the adapter of a trial ({name}) has diverged; lower train.lr={config.train.lr:g} or use "
+                "model.dtype=fp32"
+            )
+    return scores
+
+
+def judge(run: Run, rows: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Log-likelihoods (k,), of numbers in units of their variance, and hits, of the pool's rows by ``scores``."""
+    if run.task.gives_probabilities:
+        labels = np.asarray(run.task.references(rows), dtype=np.int64)
+        hits = (scores.argmax(1) == labels).astype(np.float64)
+        return scores[np.arange(len(rows)), labels].astype(np.float64), hits
+    if run.config.task.type == "regression":
+        numbers = np.asarray(run.task.references(rows), dtype=np.float64)
+        spread = float(numbers.std()) + 1e-9
+        return -0.5 * np.square((scores[:, 0] - numbers) / spread), np.zeros(len(rows))
+    return -scores[:, 0].astype(np.float64), np.zeros(len(rows))

@@ -1,0 +1,221 @@
+"""From a look to a verdict, and the file that says so."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tsqlora_scale.advice.adapter_pilot import adapter_pilot
+from tsqlora_scale.advice.advice_result import AdviceResult
+from tsqlora_scale.advice.advised_config import config_lines
+from tsqlora_scale.advice.head_pilot import head_pilot
+from tsqlora_scale.advice.paired import LEVEL
+from tsqlora_scale.advice.pilot import ALONE, EVEN, QUERY, Pilot
+from tsqlora_scale.advice.pool_sample import PoolSample, look_at_sample
+from tsqlora_scale.advice.pool_shares import PoolShare, near_copies, off_target, redundant, wrong_labels
+from tsqlora_scale.advice.query_choice import PoolRatio
+from tsqlora_scale.advice.verdict import Trials, Verdict, decide
+from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.common.files import WRITE_ERRORS, written_whole
+from tsqlora_scale.config.schema import Config
+from tsqlora_scale.quality import BatchSampler
+from tsqlora_scale.quality.selectors.forward_selector import on_main
+from tsqlora_scale.run.training_run import Run
+from tsqlora_scale.step import optimizer_step
+
+#: Ways that are compared: the first less the second.
+PAIRS = ((QUERY, EVEN), (ALONE, EVEN), (QUERY, ALONE))
+#: Steps that are timed, after one that is not.
+TIMED = 3
+
+
+@dataclass(frozen=True)
+class PoolFindings:
+    """What a look alone says. On rank 0, and sent from there.
+
+    Attributes:
+        shares: by name; None where they cannot be told.
+        evidence: area, standard errors, whether they are evidence, and the share on target; nothing without a query.
+        fit_seconds: of what a choice by the query fits.
+    """
+
+    shares: dict[str, PoolShare | None]
+    evidence: dict[str, Any]
+    fit_seconds: float
+
+
+def look_and_judge(run: Run, config: Config, *, rows: int, steps: int | None) -> AdviceResult:
+    """Look, try, time some steps, decide, and write ``advice/advice.json``. A collective.
+
+    Args:
+        run: as :func:`.config_of_look` has it.
+        config: of the run that is asked about.
+        rows: of the pool to look at.
+        steps: of each training of an adapter; None: heads in closed form are tried.
+
+    Raises:
+        UserError: on every rank.
+    """
+    world, seed, started = run.engine.world, config.run.seed, time.perf_counter()
+    classes = max(run.config.task.num_labels, 1)
+    with run.watchdog:
+        sample = look_at_sample(run, rows)
+        found = on_main(world, lambda: pool_findings(run, sample, classes=classes))
+        pilot: Pilot | None = None
+        if len(sample.query) and steps is not None:
+            pilot = adapter_pilot(run, config, sample, steps=steps, classes=classes)
+        elif len(sample.query) and sample.shape.kind != "text":
+            pilot = on_main(world, lambda: head_pilot(config, sample, classes=classes))
+        step_seconds = world.broadcast(timed_step(run))
+    verdict = decide(
+        evidence=found.evidence.get("standard errors"),
+        is_evident=found.evidence.get("evident", False),
+        trials=None if pilot is None else trials_of(pilot, seed=seed),
+        wrong=found.shares["wrong labels"],
+        redundant=found.shares["redundant rows"],
+    )
+    lines = config_lines(config, verdict.way, steps=run.plan.total_steps)
+    looked = cost(sample, found, step_seconds=step_seconds, steps=run.plan.total_steps)
+    looked["seconds of this advice"] = round(world.broadcast(time.perf_counter() - started), 2)
+    summary = summarise(verdict, lines, sample, found, pilot, looked, seed=seed)
+    file = config.run_dir / "advice" / "advice.json"
+    with world.together():
+        if world.is_main:
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                with written_whole(file) as partial:
+                    partial.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+            except WRITE_ERRORS as error:
+                raise UserError(f"the advice, {str(file)!r}, cannot be written ({error}); make room there") from None
+    return AdviceResult(file, verdict.way, list(verdict.reasons), lines, summary)
+
+
+def pool_findings(run: Run, sample: PoolSample, *, classes: int) -> PoolFindings:
+    """Shares of the pool, and how the query stands out of it."""
+    seed, count = run.config.run.seed, sample.count
+    groups, times = near_copies(run, sample)
+    shares = {
+        "wrong labels": wrong_labels(sample, groups, classes=classes, seed=seed),
+        "redundant rows": redundant(sample, groups, times, seed=seed),
+    }
+    if not len(sample.query):
+        return PoolFindings(shares, {}, 0.0)
+    start = time.perf_counter()
+    labelled = classes if sample.shape.kind == "classes" else 0
+    ratio = PoolRatio.fit(sample.shape, sample.numbers[:count], sample.numbers[count:], seed=seed, classes=labelled)
+    seconds = time.perf_counter() - start
+    shares["off target"] = off_target(ratio, seed=seed)
+    evidence = {
+        "area": round(ratio.area, 4),
+        "standard errors": round(ratio.evidence, 2),
+        "evident": ratio.is_evident,
+        "share on target": round(ratio.share, 4),
+        "at most": round(ratio.most, 4),
+    }
+    return PoolFindings(shares, evidence, seconds)
+
+
+def trials_of(pilot: Pilot, *, seed: int) -> Trials:
+    """The differences that a verdict looks at."""
+    return Trials(*(pilot.gain(way, less, seed=seed) for way, less in PAIRS))
+
+
+def trials_told(pilot: Pilot, *, seed: int) -> dict[str, Any]:
+    """For a file: differences in nats and, of classes, in accuracy, and the accuracies themselves."""
+    nats = {f"{way} less {less}": pilot.gain(way, less, seed=seed).rounded() for way, less in PAIRS}
+    told = {"of": pilot.kind, **pilot.notes, "judged on": len(pilot.fits[EVEN]), "nats a row": nats}
+    if pilot.hits is None:
+        return told
+    accuracy: dict[str, Any] = {way: round(float(hits.mean()), 4) for way, hits in pilot.hits.items()}
+    for way, less in PAIRS:
+        points = pilot.points(way, less, seed=seed)
+        assert points is not None
+        accuracy[f"{way} less {less}"] = points.rounded()
+    return {**told, "accuracy": accuracy}
+
+
+def timed_step(run: Run) -> float:
+    """Median seconds of an optimizer step of the config's batch on even draws. A collective; the adapter learns."""
+    config, seconds = run.config, []
+    sampler = BatchSampler(
+        np.arange(len(run.task)),
+        None,
+        batch_size=config.train.batch_size,
+        seed=config.run.seed,
+        replacement=True,
+    )
+    for step in range(1 + TIMED):
+        start = time.perf_counter()
+        optimizer_step(
+            run.engine,
+            run.task,
+            sampler.draw(step),
+            listener=run.ranks,
+            step=step,
+            lr=config.train.lr,
+            micro_batch_size=run.plan.micro_batch_size,
+            seed=config.run.seed,
+            beat=run.watchdog.beat,
+        )
+        seconds.append(time.perf_counter() - start)
+    return float(np.median(seconds[1:]))
+
+
+def cost(sample: PoolSample, found: PoolFindings, *, step_seconds: float, steps: int) -> dict[str, Any]:
+    """Seconds of a look at the whole pool, by the seconds of this one, beside those of a run's steps."""
+    looked_at = sample.count + len(sample.query)
+    whole = sample.seconds / looked_at * (sample.size + len(sample.query)) + found.fit_seconds
+    run = step_seconds * steps
+    return {
+        "a step": round(step_seconds, 4),
+        "by": f"{TIMED} steps that were timed",
+        "steps": steps,
+        "the run": round(run, 1),
+        "a look at the whole pool": round(whole, 1),
+        "look / run": round(whole / run, 4),
+        "look in steps": round(whole / step_seconds, 1),
+    }
+
+
+def summarise(
+    verdict: Verdict,
+    lines: dict[str, Any],
+    sample: PoolSample,
+    found: PoolFindings,
+    pilot: Pilot | None,
+    looked: dict[str, Any],
+    *,
+    seed: int,
+) -> dict[str, Any]:
+    """What ``advice.json`` holds."""
+    summary: dict[str, Any] = {
+        "verdict": verdict.way,
+        "reasons": list(verdict.reasons),
+        "config": lines,
+        "pool": sample.size,
+        "looked at": sample.count,
+        "query": len(sample.query),
+        "shares": {name: None if share is None else share.summary() for name, share in found.shares.items()},
+        "with probability": LEVEL,
+        "query against pool": found.evidence,
+        "cost in seconds": looked,
+    }
+    if pilot is not None:
+        summary["trials"] = trials_told(pilot, seed=seed)
+    summary["expected gain over even draws"] = expected_gain(verdict, pilot, seed=seed)
+    return summary
+
+
+def expected_gain(verdict: Verdict, pilot: Pilot | None, *, seed: int) -> dict[str, list[float]] | None:
+    """Of the verdict's way, mean and interval; None where nothing was tried."""
+    if verdict.way == EVEN:
+        return {"nats a row": [0.0, 0.0, 0.0], "accuracy": [0.0, 0.0, 0.0]}
+    if pilot is None:
+        return None
+    gain = {"nats a row": pilot.gain(verdict.way, EVEN, seed=seed).rounded()}
+    points = pilot.points(verdict.way, EVEN, seed=seed)
+    return gain if points is None else {**gain, "accuracy": points.rounded()}

@@ -1,0 +1,101 @@
+"""What to do, and why: a function of what was seen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tsqlora_scale.advice.paired import Difference
+from tsqlora_scale.advice.pilot import ALONE, EVEN, QUERY
+from tsqlora_scale.advice.pool_shares import PoolShare
+
+#: Standard errors by which the query stands out of the pool so clearly that a trial need only not speak against it.
+CLEAR = 6.0
+#: The share of wrong labels of which it is worth telling, if it is at least as large.
+TOLD = 0.02
+
+
+@dataclass(frozen=True)
+class Trials:
+    """Differences between ways to train, of log-likelihood: see :mod:`~tsqlora_scale.advice.pilot`."""
+
+    query_less_even: Difference
+    alone_less_even: Difference
+    query_less_alone: Difference
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What to do.
+
+    Attributes:
+        way: ``query``, ``query alone`` or ``even``.
+        reasons: a line each.
+    """
+
+    way: str
+    reasons: tuple[str, ...]
+
+
+def decide(
+    *,
+    evidence: float | None,
+    is_evident: bool = False,
+    trials: Trials | None = None,
+    wrong: PoolShare | None = None,
+    redundant: PoolShare | None = None,
+) -> Verdict:
+    """The verdict.
+
+    ``query`` where the query stands out of the pool and the trials show a gain over even draws; where it does so
+    clearly they need only not show a loss on average. ``query alone`` where the query's rows alone are better than
+    both, beyond doubt. ``even`` otherwise: a choice without evidence costs samples.
+
+    Args:
+        evidence: standard errors by which the query stands out of the pool; None without a query.
+        trials: None where none could be made.
+        wrong: the share of wrong labels, where it can be told.
+        redundant: the share of copies, where there are any.
+    """
+    if evidence is None:
+        way, reasons = EVEN, ["there is no task.query to choose by, and no choice without one has beaten even draws"]
+    else:
+        way, reasons = _by_query(evidence, is_evident, trials)
+    if wrong is not None and wrong.low >= TOLD and not wrong.note:
+        reasons.append(
+            f"about {wrong.share:.0%} of the labels are wrong ({wrong.low:.0%} to {wrong.high:.0%}); dropping, "
+            "weighing or correcting suspects beat no well-stopped even run, so have a person look at the audit's list "
+            "(launch/score.py --audit)"
+        )
+    if redundant is not None and redundant.low >= TOLD:
+        reasons.append(
+            f"about {redundant.share:.0%} of the rows are copies or near-copies of others; the audit lists them, and "
+            "task.dataset.exclude takes the list"
+        )
+    return Verdict(way, tuple(reasons))
+
+
+def _by_query(evidence: float, is_evident: bool, trials: Trials | None) -> tuple[str, list[str]]:
+    stands = f"the query stands out of the pool by {evidence:.1f} standard errors"
+    if trials is None:
+        if evidence > CLEAR:
+            return QUERY, [f"{stands}; no trial was made, as answers are texts (--pilot adapters makes one)"]
+        return EVEN, [f"{stands}, which is too little without a trial (--pilot adapters makes one)"]
+    gain, alone, over_alone = trials.query_less_even, trials.alone_less_even, trials.query_less_alone
+    if alone.is_above and not is_evident:
+        return ALONE, [stands, f"in trials the query's rows alone are better than with the pool: {_told(alone)}"]
+    if alone.is_above and over_alone.is_below:
+        worse = f"what would be chosen of the pool makes the query's rows alone worse: {_told(over_alone)}"
+        return ALONE, [stands, f"in trials {worse}; and these are better than even draws: {_told(alone)}"]
+    if not is_evident:
+        return EVEN, [f"{stands}, which is no evidence: the pool looks like the query, or cannot be told from it"]
+    if gain.is_above:
+        return QUERY, [stands, f"in trials the choice is better than even draws: {_told(gain)}"]
+    if gain.is_below:
+        return EVEN, [stands, f"but in trials the choice is worse than even draws: {_told(gain)}"]
+    if evidence > CLEAR and gain.mean > 0:
+        return QUERY, [f"{stands}, which is clear", f"and trials do not speak against the choice: {_told(gain)}"]
+    return EVEN, [stands, f"but trials show no gain by the choice: {_told(gain)}"]
+
+
+def _told(found: Difference) -> str:
+    return f"{found.mean:+.3f} nats a row ({found.low:+.3f} to {found.high:+.3f})"
