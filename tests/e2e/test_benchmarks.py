@@ -33,8 +33,8 @@ COMMANDS = {
     "sampler": "--out OUT --sizes 1e4,1e5 --seconds 0.1",
     "scoring": "--model MODEL --batch 4 --length 8 --repeat 2 --loop-repeat 1",
 }
-#: The first needs the original package, the others are parts of benchmarks.
-NOT_RUN = {"make_movie_snippets", "policies", "random_models", "steps", "traffic"}
+#: The first two need the original package and a folder of data, the others are parts of benchmarks.
+NOT_RUN = {"make_movie_snippets", "audit", "policies", "random_models", "steps", "traffic"}
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -13,6 +13,7 @@ from tests.runs import go, losses_of, ranks_of, run_tree
 from tsqlora_scale.common import disk_arrays
 from tsqlora_scale.quality import ScoreTable
 from tsqlora_scale.quality.draws import key_order
+from tsqlora_scale.quality.scores.score_table import COLUMNS
 from tsqlora_scale.quality.selectors.by_quality import QualitySelector
 from tsqlora_scale.run.training_run import Run
 from tsqlora_scale.tasks import task
@@ -57,7 +58,7 @@ def test_it_is_the_same_run(tmp_path: Path, models_dir: Path, monkeypatch: pytes
         np.testing.assert_allclose(selector.table.probability, small_table.probability, rtol=1e-4)
         np.testing.assert_allclose(selector._importance, small_weights, rtol=1e-4)
         held = {"seen": run.seen, "importance": selector._importance, "indices": selector._sampler.indices}
-        held |= {"strata": selector.scorer.strata} | vars(selector.table)
+        held |= {"strata": selector.scorer.strata} | {name: getattr(selector.table, name) for name in COLUMNS}
         assert [name for name, column in held.items() if not is_mapped(column)] == []
 
     agrees(large, "large", 0)

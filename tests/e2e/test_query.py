@@ -84,7 +84,7 @@ def test_what_is_found_decides_how_many_are_kept(
         run.selector.score(run.engine.module, 0)
         return int(table_of(run).selected.sum())
 
-    assert found(0.5, 9.0) == 24 + QUERY
+    assert found(0.8, 9.0) == round(0.8 * (1 + 0.8**2) / 2 * POOL) + QUERY, "its surer part"
     assert found(0.5, 2.9) == POOL + QUERY, "without evidence nothing is left out"
     assert found(0.01, 9.0) == QUERY + QUERY, "at least as many as the query has"
 

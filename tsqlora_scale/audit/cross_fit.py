@@ -141,7 +141,7 @@ class FoldParts:
     def read(self, fold: int) -> np.ndarray | None:
         """A fold's scores, if they are there whole."""
         try:
-            scores: np.ndarray = np.load(self._file(fold), allow_pickle=False)
+            scores: np.ndarray = np.load(self._file(fold))
         except (OSError, ValueError, EOFError):
             return None
         return scores

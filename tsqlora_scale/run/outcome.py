@@ -50,7 +50,7 @@ def build_result(run: Run, metrics: dict[str, float], adapter: Path) -> dict[str
         "pool_size": run.plan.pool_size,
         "subset_size": _subset_size(run),
         "findings": getattr(run.selector, "findings", None) or None,
-        "measured": scorer.measured if scorer is not None and scorer.table is not None else None,
+        "measured": getattr(scorer, "measured", None) if scorer is not None and scorer.table is not None else None,
         "distinct_samples_seen": int(run.seen.sum()),
         "samples_drawn": run.step * run.config.train.batch_size,
         "trainable_parameters": sum(entry.value.numel() for entry in state.params.values()),
