@@ -126,16 +126,14 @@ def trials_of(pilot: Pilot, *, seed: int) -> Trials:
 
 def trials_told(pilot: Pilot, *, seed: int) -> dict[str, Any]:
     """For a file: differences in nats and, of classes, in accuracy, and the accuracies themselves."""
-    nats = {f"{way} less {less}": pilot.gain(way, less, seed=seed).rounded() for way, less in PAIRS}
+    gains = {f"{way} less {less}": pilot.gain(way, less, seed=seed) for way, less in PAIRS}
+    nats = {name: gain.nats.rounded() for name, gain in gains.items()}
     told = {"of": pilot.kind, **pilot.notes, "judged on": len(pilot.fits[EVEN]), "nats a row": nats}
     if pilot.hits is None:
         return told
     accuracy: dict[str, Any] = {way: round(float(hits.mean()), 4) for way, hits in pilot.hits.items()}
-    for way, less in PAIRS:
-        points = pilot.points(way, less, seed=seed)
-        assert points is not None
-        accuracy[f"{way} less {less}"] = points.rounded()
-    return {**told, "accuracy": accuracy}
+    points = {name: gain.points.rounded() for name, gain in gains.items() if gain.points is not None}
+    return {**told, "accuracy": accuracy | points}
 
 
 def timed_step(run: Run) -> float:
@@ -216,6 +214,6 @@ def expected_gain(verdict: Verdict, pilot: Pilot | None, *, seed: int) -> dict[s
         return {"nats a row": [0.0, 0.0, 0.0], "accuracy": [0.0, 0.0, 0.0]}
     if pilot is None:
         return None
-    gain = {"nats a row": pilot.gain(verdict.way, EVEN, seed=seed).rounded()}
-    points = pilot.points(verdict.way, EVEN, seed=seed)
-    return gain if points is None else {**gain, "accuracy": points.rounded()}
+    gain = pilot.gain(verdict.way, EVEN, seed=seed)
+    found = {"nats a row": gain.nats.rounded()}
+    return found if gain.points is None else {**found, "accuracy": gain.points.rounded()}

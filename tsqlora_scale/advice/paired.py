@@ -31,19 +31,40 @@ class Difference:
         low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         return cls(float(differences.mean()), float(low), float(high))
 
-    @property
-    def is_above(self) -> bool:
-        """Whether all of the interval is above 0."""
-        return self.low > 0
-
-    @property
-    def is_below(self) -> bool:
-        """Whether all of the interval is below 0."""
-        return self.high < 0
-
     def rounded(self) -> list[float]:
         """Mean and ends, for a file."""
         return [round(self.mean, 4), round(self.low, 4), round(self.high, 4)]
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What one way has over another: of log-likelihood in ``nats`` a row and, of classes, of accuracy in ``points``.
+
+    Either alone misleads: confidence that is set anew hides from the one that a way is hardly better than chance, and
+    the other has few rows to count. So a gain is plain if either interval is on one side and no mean is on the other.
+    """
+
+    nats: Difference
+    points: Difference | None = None
+
+    @property
+    def is_above(self) -> bool:
+        """Whether there plainly is a gain."""
+        return self.leans_up and any(each.low > 0 for each in self._each())
+
+    @property
+    def is_below(self) -> bool:
+        """Whether there plainly is a loss."""
+        return Gain(*(Difference(-each.mean, -each.high, -each.low) for each in self._each())).is_above
+
+    @property
+    def leans_up(self) -> bool:
+        """Whether a gain is likelier than a loss."""
+        means = [each.mean for each in self._each()]
+        return min(means) >= 0 and max(means) > 0
+
+    def _each(self) -> list[Difference]:
+        return [self.nats] if self.points is None else [self.nats, self.points]
 
 
 def drawn_rows(size: int, *, seed: int) -> np.ndarray:

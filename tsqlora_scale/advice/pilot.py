@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tsqlora_scale.advice.paired import Difference
+from tsqlora_scale.advice.paired import Difference, Gain
 
 #: The ways: the pool and the query, evenly; the query's rows alone; what is chosen by the query, and the query.
 EVEN, ALONE, QUERY = "even", "query alone", "query"
@@ -29,10 +29,7 @@ class Pilot:
     hits: dict[str, np.ndarray] | None
     notes: dict[str, float] = field(default_factory=dict)
 
-    def gain(self, way: str, less: str, *, seed: int) -> Difference:
-        """Of log-likelihood, nats a row."""
-        return Difference.paired(self.fits[way], self.fits[less], seed=seed)
-
-    def points(self, way: str, less: str, *, seed: int) -> Difference | None:
-        """Of accuracy, as a fraction."""
-        return None if self.hits is None else Difference.paired(self.hits[way], self.hits[less], seed=seed)
+    def gain(self, way: str, less: str, *, seed: int) -> Gain:
+        """Of a way over another."""
+        points = None if self.hits is None else Difference.paired(self.hits[way], self.hits[less], seed=seed)
+        return Gain(Difference.paired(self.fits[way], self.fits[less], seed=seed), points)

@@ -10,16 +10,16 @@ from hypothesis import strategies as st
 
 from tests.runs import run_tree
 from tsqlora_scale.advice.advised_config import config_lines
-from tsqlora_scale.advice.paired import Difference
+from tsqlora_scale.advice.paired import Difference, Gain
 from tsqlora_scale.advice.pool_shares import PoolShare
 from tsqlora_scale.advice.verdict import Trials, decide
 from tsqlora_scale.config.load import parse_config
 
-UP, DOWN = Difference(0.2, 0.1, 0.3), Difference(-0.2, -0.3, -0.1)
-RATHER_UP, RATHER_DOWN = Difference(0.05, -0.1, 0.2), Difference(-0.05, -0.2, 0.1)
+UP, DOWN = Gain(Difference(0.2, 0.1, 0.3)), Gain(Difference(-0.2, -0.3, -0.1))
+RATHER_UP, RATHER_DOWN = Gain(Difference(0.05, -0.1, 0.2)), Gain(Difference(-0.05, -0.2, 0.1))
 
 
-def way(evidence: float | None, gain: Difference, alone: Difference, over_alone: Difference) -> str:
+def way(evidence: float | None, gain: Gain, alone: Gain, over_alone: Gain) -> str:
     evident = evidence is not None and evidence > 3
     return decide(evidence=evidence, is_evident=evident, trials=Trials(gain, alone, over_alone)).way
 
@@ -36,11 +36,14 @@ def way(evidence: float | None, gain: Difference, alone: Difference, over_alone:
         (10.0, DOWN, DOWN, DOWN, "even"),
         (4.0, RATHER_UP, RATHER_UP, RATHER_UP, "even"),
         (4.0, UP, RATHER_UP, RATHER_UP, "query"),
+        (4.0, RATHER_UP, UP, RATHER_DOWN, "query"),
+        (4.0, RATHER_UP, UP, DOWN, "query alone"),
+        (4.0, RATHER_DOWN, UP, RATHER_DOWN, "even"),
         (1.0, UP, RATHER_UP, UP, "even"),
         (1.0, RATHER_UP, UP, RATHER_UP, "query alone"),
     ],
 )
-def test_a_query(evidence: float, gain: Difference, alone: Difference, over_alone: Difference, expected: str) -> None:
+def test_a_query(evidence: float, gain: Gain, alone: Gain, over_alone: Gain, expected: str) -> None:
     assert way(evidence, gain, alone, over_alone) == expected
 
 
@@ -66,18 +69,16 @@ def test_texts_without_a_trial(evidence: float, expected: str) -> None:
     assert "--pilot adapters" in found.reasons[0]
 
 
-def differences() -> st.SearchStrategy[Difference]:
+def gains() -> st.SearchStrategy[Gain]:
     ends = st.lists(st.floats(-1, 1), min_size=3, max_size=3).map(sorted)
-    return ends.map(lambda three: Difference(three[1], three[0], three[2]))
+    return ends.map(lambda three: Gain(Difference(three[1], three[0], three[2])))
 
 
-@given(st.floats(-3, 20), differences(), differences(), differences())
-def test_nothing_is_chosen_against_the_evidence(
-    evidence: float, gain: Difference, alone: Difference, over_alone: Difference
-) -> None:
+@given(st.floats(-3, 20), gains(), gains(), gains())
+def test_nothing_is_chosen_against_the_evidence(evidence: float, gain: Gain, alone: Gain, over_alone: Gain) -> None:
     chosen = way(evidence, gain, alone, over_alone)
     if chosen == "query":
-        assert evidence > 3 and gain.mean >= 0 and not gain.is_below
+        assert evidence > 3 and gain.nats.mean >= 0 and not gain.is_below
     if chosen == "query alone":
         assert alone.is_above
 
