@@ -22,7 +22,8 @@ def print_advice(result: AdviceResult) -> None:
     """The shares, the trials, the cost, and the verdict with the lines to use."""
     console, summary = Console(), result.summary
     whole = "all" if summary["looked at"] == summary["pool"] else str(summary["looked at"])
-    table = Table(title=f"{whole} of {summary['pool']} rows looked at, and {summary['query']} of the query")
+    queried = f", and {summary['query']} of the query" if summary["query"] else ""
+    table = Table(title=f"{whole} of {summary['pool']} rows looked at{queried}")
     for name in ("of the pool", "about", "between"):
         table.add_column(name)
     notes = []
