@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def test_what_is_found_decides_how_many_are_kept(
     def found(share: float, evidence: float) -> int:
         def told(self: QueryRater, module: Any) -> Any:
             rating = rate(self, module)
-            return type(rating)(**{**vars(rating), "share": share, "evidence": evidence})
+            return replace(rating, standing=replace(rating.standing, share=share, evidence=evidence))
 
         monkeypatch.setattr(QueryRater, "rate", told)
         run = build_run(preflight.check(parse_config(queried("bert", tmp_path, models_dir, f"{share}-{evidence}"))))

@@ -6,18 +6,16 @@ import numpy as np
 
 from tsqlora_scale.advice.pilot import ALONE, EVEN, QUERY, WAYS, Pilot
 from tsqlora_scale.advice.pool_sample import PoolSample
-from tsqlora_scale.advice.query_choice import PoolRatio, chosen_weights
+from tsqlora_scale.advice.query_choice import choice_by_others
 from tsqlora_scale.audit.cross_fit import restored
 from tsqlora_scale.audit.passes import class_scores, look
+from tsqlora_scale.audit.trial_step import trial_step
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.schema import Config
 from tsqlora_scale.engine.train_state import TrainState
 from tsqlora_scale.quality import BatchSampler
 from tsqlora_scale.quality.query.fits import folds_of
-from tsqlora_scale.quality.selectors.forward_selector import on_main
-from tsqlora_scale.run.lr_schedule import learning_rate
 from tsqlora_scale.run.training_run import Run
-from tsqlora_scale.step import optimizer_step
 
 
 def adapter_pilot(run: Run, config: Config, sample: PoolSample, *, steps: int, classes: int) -> Pilot:
@@ -43,7 +41,7 @@ def adapter_pilot(run: Run, config: Config, sample: PoolSample, *, steps: int, c
         def choose(out: np.ndarray = out) -> dict[str, np.ndarray]:
             return draw_weights(config, sample, out, classes=classes)
 
-        for way, weights in on_main(world, choose).items():
+        for way, weights in world.from_main(choose).items():
             name = f"half {half + 1} of 2, {way}"
             scores = train_way(run, sample, weights, initial, held_out=sample.query[out], steps=steps, name=name)
             fits[way][out], hits[way][out] = judge(run, sample.query[out], scores)
@@ -52,16 +50,8 @@ def adapter_pilot(run: Run, config: Config, sample: PoolSample, *, steps: int, c
 
 def draw_weights(config: Config, sample: PoolSample, out: np.ndarray, *, classes: int) -> dict[str, np.ndarray]:
     """How often every row of the sample and of the query is drawn, (n + m,), by way; those ``out`` (m,) never."""
-    count, labelled, answers = sample.count, sample.shape.kind == "classes", sample.answers
-    pool, rest = sample.numbers[:count], sample.numbers[count:][~out]
-    ratio = PoolRatio.fit(sample.shape, pool, rest, seed=config.run.seed, classes=classes if labelled else 0)
-    chosen = chosen_weights(
-        ratio,
-        config.sampling,
-        size=sample.size,
-        labels=answers[:count] if labelled else None,
-        wanted=answers[count:][~out] if labelled else None,
-    )
+    count = sample.count
+    _, chosen = choice_by_others(config, sample, out, classes=classes)
     own = np.where(out, 0.0, sample.weights[count:])
     joined = own * float(config.task.train_on_query)
     return {
@@ -94,17 +84,7 @@ def train_way(
     )
     with run.progress(name) as bar:
         for step in range(steps):
-            result = optimizer_step(
-                engine,
-                run.task,
-                sampler.draw(step),
-                listener=run.ranks,
-                step=step,
-                lr=learning_rate(config.train, step, steps),
-                micro_batch_size=run.plan.micro_batch_size,
-                seed=config.run.seed,
-                beat=run.watchdog.beat,
-            )
+            result = trial_step(run, sampler.draw(step), step=step, steps=steps)
             bar(step + 1, steps, f"loss {result.loss:.4f}")
     scores = look(run, held_out, class_scores(run), what=f"{name}: looking at it")
     with engine.world.together():

@@ -23,7 +23,6 @@ from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.files import WRITE_ERRORS, written_whole
 from tsqlora_scale.config.schema import Config
 from tsqlora_scale.quality import BatchSampler
-from tsqlora_scale.quality.selectors.forward_selector import on_main
 from tsqlora_scale.run.training_run import Run
 from tsqlora_scale.step import optimizer_step
 
@@ -64,12 +63,12 @@ def look_and_judge(run: Run, config: Config, *, rows: int, steps: int | None) ->
     classes = max(run.config.task.num_labels, 1)
     with run.watchdog:
         sample = look_at_sample(run, rows)
-        found = on_main(world, lambda: pool_findings(run, sample, classes=classes))
+        found = world.from_main(lambda: pool_findings(run, sample, classes=classes))
         pilot: Pilot | None = None
         if len(sample.query) and steps is not None:
             pilot = adapter_pilot(run, config, sample, steps=steps, classes=classes)
         elif len(sample.query) and sample.shape.kind != "text":
-            pilot = on_main(world, lambda: head_pilot(config, sample, classes=classes))
+            pilot = world.from_main(lambda: head_pilot(config, sample, classes=classes))
         step_seconds = world.broadcast(timed_step(run))
     verdict = decide(
         evidence=found.evidence.get("standard errors"),
@@ -110,11 +109,11 @@ def pool_findings(run: Run, sample: PoolSample, *, classes: int) -> PoolFindings
     seconds = time.perf_counter() - start
     shares["off target"] = off_target(ratio, seed=seed)
     evidence = {
-        "area": round(ratio.area, 4),
-        "standard errors": round(ratio.evidence, 2),
-        "evident": ratio.is_evident,
-        "share on target": round(ratio.share, 4),
-        "at most": round(ratio.most, 4),
+        "area": round(ratio.standing.area, 4),
+        "standard errors": round(ratio.standing.evidence, 2),
+        "evident": ratio.standing.is_evident,
+        "share on target": round(ratio.standing.share, 4),
+        "at most": round(ratio.standing.most, 4),
     }
     return PoolFindings(shares, evidence, seconds)
 

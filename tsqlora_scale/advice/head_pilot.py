@@ -7,7 +7,7 @@ import torch
 
 from tsqlora_scale.advice.pilot import ALONE, EVEN, QUERY, WAYS, Pilot
 from tsqlora_scale.advice.pool_sample import PoolSample
-from tsqlora_scale.advice.query_choice import PoolRatio, chosen_weights
+from tsqlora_scale.advice.query_choice import choice_by_others
 from tsqlora_scale.config.schema import Config
 from tsqlora_scale.quality.query.feature_heads import fit_heads
 from tsqlora_scale.quality.query.fits import folds_of, log_linear
@@ -49,16 +49,9 @@ def _judged(
     count = sample.count
     pool, rest, held_out = sample.numbers[:count], sample.numbers[count:][~out], sample.numbers[count:][out]
     labelled = sample.shape.kind == "classes"
-    ratio = PoolRatio.fit(sample.shape, pool, rest, seed=config.run.seed, classes=classes if labelled else 0)
+    ratio, chosen = choice_by_others(config, sample, out, classes=classes)
     assert isinstance(ratio.terms, LabelTerms | NumberTerms)
-    likeness, answers = ratio.terms.likeness, sample.answers
-    chosen = chosen_weights(
-        ratio,
-        config.sampling,
-        size=sample.size,
-        labels=answers[:count] if labelled else None,
-        wanted=answers[count:][~out] if labelled else None,
-    )
+    likeness = ratio.terms.likeness
     features, targets = {}, {}
     for name, numbers in (("pool", pool), ("rest", rest), ("out", held_out)):
         seen, found = sample.shape.split(numbers)

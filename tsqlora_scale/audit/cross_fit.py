@@ -12,14 +12,13 @@ import numpy as np
 from torch import nn
 
 from tsqlora_scale.audit.passes import class_scores, look
+from tsqlora_scale.audit.trial_step import trial_step
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.files import WRITE_ERRORS, written_whole
 from tsqlora_scale.engine.sharded import write_parameter
 from tsqlora_scale.engine.train_state import ParamState, TrainState
 from tsqlora_scale.quality import BatchSampler
-from tsqlora_scale.run.lr_schedule import learning_rate
 from tsqlora_scale.run.training_run import Run
-from tsqlora_scale.step import optimizer_step
 
 #: how often in a fold's training its held-out rows are looked at …
 LOOKS = 8
@@ -69,18 +68,7 @@ def train_fold(run: Run, learned: np.ndarray, held_out: np.ndarray, initial: Tra
     kept: np.ndarray | None = None
     with run.progress(name) as bar:
         for step in range(last):
-            result = optimizer_step(
-                engine,
-                run.task,
-                sampler.draw(step),
-                listener=run.ranks,
-                step=step,
-                lr=learning_rate(config.train, step, last),
-                micro_batch_size=run.plan.micro_batch_size,
-                seed=config.run.seed,
-                stop=run.stop.requested,
-                beat=run.watchdog.beat,
-            )
+            result = trial_step(run, sampler.draw(step), step=step, steps=last)
             bar(step + 1, last, f"loss {result.loss:.4f}")
             if result.stop:
                 raise run.stop.stopped(f"stopped on request in {name}; finished folds are kept", engine.world)

@@ -31,6 +31,11 @@ class ModelConfig(Section):
     dropout: Below1 | None = None
     trust_remote_code: bool = False
 
+    @property
+    def weights_name(self) -> str:
+        """Says which weights the base computes with: numbers that were kept are taken up under the same name alone."""
+        return f"{self.name_or_path} {self.dtype} {self.quantization}"
+
 
 @dataclass(frozen=True)
 class AdapterTraits:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -101,6 +101,19 @@ class World:
         found = [one for one in self.gather_objects(problem) if one is not None]
         if found:
             raise UserError(found[0])
+
+    def from_main(self, work: Callable[[], T]) -> T:
+        """What rank 0 finds, on every rank: sums may round otherwise with other numbers of threads.
+
+        Raises:
+            UserError: on every rank, that of ``work``.
+        """
+        found: Any = None
+        with self.together():
+            if self.is_main:
+                found = work()
+        answer: T = self.broadcast(found)
+        return answer
 
     def barrier(self) -> None:
         """Wait for every rank."""

@@ -14,7 +14,7 @@ from tests.reference.advice import spare_share
 from tsqlora_scale.advice.pool_shares import off_target, redundant, wrong_labels
 from tsqlora_scale.advice.query_choice import PoolRatio, chosen_weights
 from tsqlora_scale.config.quality_sections import SamplingConfig
-from tsqlora_scale.quality.query.density_ratio import surer_part, wanted_share
+from tsqlora_scale.quality.query.density_ratio import Standing, surer_part, wanted_share
 from tsqlora_scale.quality.query.looks import Shape
 
 
@@ -26,7 +26,7 @@ def ratio_of(share: float, *, rows: int = 1000, queried: int = 64, evidence: flo
     query = generator.normal(2, 1, queried)
     found, most = wanted_share(pool, query)
     terms: Any = None
-    return PoolRatio(terms, pool, query, found, most, 0.9, evidence)
+    return PoolRatio(terms, pool, query, Standing(found, most, 0.9, evidence))
 
 
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
@@ -47,7 +47,7 @@ def test_the_surer_part_is_chosen_in_the_classes_shares() -> None:
     labels, wanted = np.arange(1000) % 2, np.array([0] * 16 + [1] * 48)
     weights = chosen_weights(ratio, SamplingConfig(), size=1000, labels=labels, wanted=wanted)
     kept = weights > 0
-    count = round(surer_part(ratio.share) * 1000)
+    count = round(surer_part(ratio.standing.share) * 1000)
     assert kept.sum() == count
     assert abs(kept[labels == 0].sum() - count * 18 / 68) <= 1
     assert weights.max() <= 1

@@ -79,7 +79,9 @@ class ForwardPass:
         with self.world.together():
             lengths = pool.lengths()
         found: np.ndarray | None = None
-        parts = _Parts(self._folder, self._key(name, pool, rows)) if self.world.is_main else None
+        parts = None
+        if self.world.is_main and self._folder is not None:  # without a folder no content need be digested
+            parts = _Parts(self._folder, self._key(name, pool, rows))
         adapters: AbstractContextManager[None] = without_adapters(self.module) if self._frozen else nullcontext()
         with evaluation_mode(self.module, nullcontext), adapters:
             for number, start in enumerate(range(0, len(rows), self._shard_size)):
@@ -149,10 +151,8 @@ class ForwardPass:
 class _Parts:
     """The shards of a pass on disk, and what they depend on. On rank 0."""
 
-    def __init__(self, folder: Path | None, key: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, key: dict[str, Any]) -> None:
         self._folder: Path | None = None
-        if folder is None:
-            return
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         try:
             (folder / digest).mkdir(parents=True, exist_ok=True)

@@ -15,14 +15,15 @@ from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.schema import SamplingConfig, ScoringConfig
 from tsqlora_scale.engine.collectives import World
 from tsqlora_scale.engine.transfers import to_device
-from tsqlora_scale.quality.draws.subset import draws_of, select_subset
+from tsqlora_scale.quality.draws.subset import draws_of
 from tsqlora_scale.quality.gradients.sketch import cosines
 from tsqlora_scale.quality.online.factor_gradients import FactorGradients
 from tsqlora_scale.quality.online.running_scores import RunningScores
 from tsqlora_scale.quality.pool import Pool
-from tsqlora_scale.quality.scores.equations import Standardisation, log_probabilities, term_weights
+from tsqlora_scale.quality.scores.equations import Standardisation, term_weights
 from tsqlora_scale.quality.scores.pass_scores import PassScores
-from tsqlora_scale.quality.scores.score_table import ScoreTable, pool_fingerprint
+from tsqlora_scale.quality.scores.score_table import ScoreTable, check_pool, pool_key
+from tsqlora_scale.quality.scores.table_draws import set_draws
 
 log = logging.getLogger("tsqlora_scale")
 
@@ -78,7 +79,7 @@ class OnlineScorer:
         self.scoring, self.sampling = scoring, sampling
         self.seed, self.eta, self.world = seed, eta, world
         self.pool = pool
-        self.pool_key = f"{pool_fingerprint(pool.sample_ids)} {pool.digest()}".strip()
+        self.pool_key = pool_key(pool)
         self.ratings = 0
         with world.together():
             self.strata = pool.strata() if stratify else None
@@ -168,18 +169,15 @@ class OnlineScorer:
         table, first = self.running.table, self.ratings == 0
         with self.world.together():
             self._rate(table)
-        log_p = log_probabilities(table.quality, self.sampling.tau, self.world, self.strata)
-        np.exp(log_p, out=table.probability)
-        if first:
-            with self.world.together():
-                table.selected = select_subset(
-                    len(table),
-                    log_p,
-                    self.sampling,
-                    seed=self.seed,
-                    strata=self.strata,
-                    always=self.pool.query_rows,
-                )
+        set_draws(
+            table,
+            table.quality,
+            self.sampling,
+            world=self.world,
+            seed=self.seed,
+            strata=self.strata,
+            always=self.pool.query_rows if first else None,
+        )
         self.ratings += 1
         return table
 
@@ -214,11 +212,7 @@ class OnlineScorer:
         Raises:
             UserError: it belongs to another pool.
         """
-        if state["pool"] != self.pool_key:
-            raise UserError(
-                "the checkpoint's scores belong to another pool of samples; "
-                "resume with the task.dataset of the run that wrote it"
-            )
+        check_pool(state["pool"], self.pool_key)
         self.ratings = state["ratings"]
         self._standardisation.load_state_dict(state["standardisation"])
         self.running.table = ScoreTable.from_state_dict(state["table"])
@@ -235,13 +229,7 @@ class OnlineScorer:
                 "no sample of the steps has a finite loss and gradient, the model has diverged; "
                 "lower train.lr or use model.dtype=fp32"
             )
-        count, first = scores.not_finite(finite, 5)
-        if count and self.world.is_main:
-            log.warning(
-                "%d samples have a loss or gradient that is not finite and get the lowest quality; first ids: %s",
-                count,
-                ", ".join(str(self.pool.sample_ids[i]) for i in first),
-            )
+        scores.warn_of_not_finite(finite, self.pool.sample_ids, says=self.world.is_main)
         scores.fit(self._standardisation, finite)
         scores.rate(self._standardisation, term_weights(self.scoring), finite, before=None)
         scores.give_rest_the_mean(finite)

@@ -101,6 +101,38 @@ def _level_error(pool: int, query: int) -> float:
     return math.sqrt((pool + query + 1) / (12 * pool * query))
 
 
+@dataclass(frozen=True)
+class Standing:
+    """How a query stands to a pool.
+
+    Attributes:
+        share: estimated share of the pool (without the query's rows) that is as the query is.
+        most: its upper bound.
+        area: probability that a row of the query has a higher ratio than one of the pool.
+        evidence: standard errors by which that exceeds one half.
+    """
+
+    share: float
+    most: float
+    area: float
+    evidence: float
+
+    @property
+    def is_evident(self) -> bool:
+        """Whether the query stands out of the pool at all."""
+        return self.evidence > EVIDENCE
+
+
+def stand(
+    of_pool: np.ndarray, of_query: np.ndarray, *, rising: Sequence[bool], seed: int
+) -> tuple[DensityRatio, Standing]:
+    """The regression of terms (N, m) and (n, m), and what it says of the two."""
+    ratio = DensityRatio.fit(of_pool, of_query, rising=rising)
+    area, evidence = held_out_separation(of_pool, of_query, rising=rising, seed=seed)
+    share, most = wanted_share(ratio.log_ratio(of_pool), ratio.log_ratio(of_query))
+    return ratio, Standing(share, most, area, evidence)
+
+
 def surer_part(share: float) -> float:
     """Share of the pool to keep where ``share`` of it is estimated to be wanted: ``share (1 + share^2) / 2``.
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from tsqlora_scale.common.random_streams import philox
+from tsqlora_scale.engine.collectives import World
+from tsqlora_scale.quality.features.forward_pass import ForwardPass
 from tsqlora_scale.quality.features.hidden_states import mean_states
 from tsqlora_scale.quality.pool import Pool
 
@@ -62,6 +64,18 @@ class FeatureLook:
             kind = "number"
         self.shape = Shape(states.shape[1], states.shape[2], states.shape[3], kind)
         return torch.cat([states.flatten(1), last.float()[:, None]], 1)
+
+    def agreed_shape(self, module: nn.Module, world: World, *, max_length: int | None) -> Shape:
+        """The shape of what has been given, on some rank or in a pass that was killed. A collective.
+
+        Args:
+            max_length: of the texts, in tokens; None: the task's.
+        """
+        shapes = [found for found in world.gather_objects(self.shape) if found is not None]
+        if not shapes:  # all of it is kept of a killed pass, and nothing has been looked at in this one
+            ForwardPass(module, world, max_length=max_length).run(self._pool, np.arange(1), self, name="shape")
+            shapes = [found for found in world.gather_objects(self.shape) if found is not None]
+        return shapes[0]
 
     def _narrowed(self, states: Tensor) -> Tensor:
         width = states.shape[-1]

@@ -19,7 +19,7 @@ from tsqlora_scale.engine.collectives import World
 from tsqlora_scale.quality.draws.key_order import smallest
 from tsqlora_scale.quality.features.forward_pass import ForwardPass
 from tsqlora_scale.quality.pool import Pool
-from tsqlora_scale.quality.query.density_ratio import EVIDENCE, DensityRatio, held_out_separation, wanted_share
+from tsqlora_scale.quality.query.density_ratio import Standing, stand
 from tsqlora_scale.quality.query.looks import FeatureLook, Shape
 from tsqlora_scale.quality.query.terms import Terms, fit_terms
 
@@ -36,24 +36,13 @@ class QueryRating:
             not seen them.
         terms: by name, (N,) each.
         coefficients: of the standardised terms, by name.
-        share: estimated share of the pool (without the query's rows) that is as the query is.
-        most: its upper bound.
-        area: probability that a row of the query has a higher ratio than one of the pool.
-        evidence: standard errors by which that exceeds one half.
+        standing: of the query to the pool.
     """
 
     log_ratio: np.ndarray
     terms: dict[str, np.ndarray]
     coefficients: dict[str, float]
-    share: float
-    most: float
-    area: float
-    evidence: float
-
-    @property
-    def is_evident(self) -> bool:
-        """Whether the query stands out of the pool at all."""
-        return self.evidence > EVIDENCE
+    standing: Standing
 
 
 class QueryRater:
@@ -107,8 +96,9 @@ class QueryRater:
         name = f"features {self._name} {self.seed}"
         wanted = passes.run(query, np.arange(len(query)), look, name=name)
         numbers = passes.run(self.pool, rows, look, name=name)
-        terms, of_rows, of_query = self._fit(self._shape(look, module), numbers, wanted)
-        ratio, of_fit = self._on_main(lambda: _ratio(terms, of_rows, of_query, seed=self.seed))
+        shape = look.agreed_shape(module, self.world, max_length=scoring.max_length)
+        terms, of_rows, of_query = self._fit(shape, numbers, wanted)
+        ratio, standing = self.world.from_main(lambda: stand(of_rows, of_query, rising=terms.rising, seed=self.seed))
         values = new_array(len(self.pool) * len(terms.names), np.float32).reshape(len(self.pool), len(terms.names))
         values[rows] = of_rows
         if len(rows) < size:
@@ -128,23 +118,12 @@ class QueryRater:
             for place, column in enumerate(columns.values()):
                 column[block] = values[block][:, place]
         coefficients = dict(zip(terms.names, ratio.coefficients.tolist(), strict=True))
-        return QueryRating(log_ratio=log_ratio, terms=columns, coefficients=coefficients, **of_fit)
+        return QueryRating(log_ratio=log_ratio, terms=columns, coefficients=coefficients, standing=standing)
 
     def _fitted(self, size: int) -> np.ndarray:
         if size <= FITTED:
             return np.arange(size)
         return positions(smallest(uniform(philox(self.seed, "fitted to the pool"), size), FITTED))
-
-    def _shape(self, look: FeatureLook, module: nn.Module) -> Shape:
-        """Of what ``look`` has given, on some rank or in a pass that was killed. A collective."""
-        shapes = [found for found in self.world.gather_objects(look.shape) if found is not None]
-        if not shapes:  # all of it is kept of a killed pass, and nothing has been looked at in this one
-            ForwardPass(module, self.world, max_length=self._scoring.max_length).run(
-                self.pool, np.arange(1), look, name="shape"
-            )
-            shapes = [found for found in self.world.gather_objects(look.shape) if found is not None]
-        shape: Shape = shapes[0]
-        return shape
 
     def _fit(self, shape: Shape, numbers: np.ndarray, wanted: np.ndarray) -> tuple[Terms, np.ndarray, np.ndarray]:
         def fit() -> tuple[Terms, np.ndarray, np.ndarray]:
@@ -155,31 +134,13 @@ class QueryRater:
                 )
             return fit_terms(shape, numbers, wanted, seed=self.seed, classes=self._classes())
 
-        found: tuple[Terms, np.ndarray, np.ndarray] = self._on_main(fit)
-        return found
+        return self.world.from_main(fit)
 
     def _classes(self) -> int:
         """One more than the largest class of pool and query; 0 without classes."""
         assert self.pool.query is not None
         ids = [found for found in (self.pool.class_ids(), self.pool.query.class_ids()) if found is not None]
         return max((int(found.max()) + 1 for found in ids), default=0)
-
-    def _on_main(self, work: Callable[[], Any]) -> Any:
-        """What rank 0 finds, on every rank: sums may round otherwise with other numbers of threads."""
-        found = None
-        with self.world.together():
-            if self.world.is_main:
-                found = work()
-        return self.world.broadcast(found)
-
-
-def _ratio(
-    terms: Terms, of_rows: np.ndarray, of_query: np.ndarray, *, seed: int
-) -> tuple[DensityRatio, dict[str, float]]:
-    ratio = DensityRatio.fit(of_rows, of_query, rising=terms.rising)
-    area, evidence = held_out_separation(of_rows, of_query, rising=terms.rising, seed=seed)
-    share, most = wanted_share(ratio.log_ratio(of_rows), ratio.log_ratio(of_query))
-    return ratio, {"area": area, "evidence": evidence, "share": share, "most": most}
 
 
 class _TermLook:

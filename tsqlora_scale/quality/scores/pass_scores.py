@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from tsqlora_scale.common.disk_arrays import blocks, new_array, taken
 from tsqlora_scale.quality.scores.equations import Standardisation, mean_of, quality
 from tsqlora_scale.quality.scores.score_table import NEVER, ScoreTable
+
+log = logging.getLogger("tsqlora_scale")
 
 #: the three raw terms of Eq. 1, as the table calls them
 TERMS = ("grad_norm", "delta_loss", "convergence")
@@ -91,6 +94,17 @@ class PassScores:
             worst = np.minimum(worst, qualities[block][finite[block]].min(initial=np.inf))
         for block, inside in self.blocks():
             qualities[block][inside[~finite[block][inside]]] = worst
+
+    def warn_of_not_finite(self, finite: np.ndarray, sample_ids: Sequence[str], *, says: bool) -> int:
+        """How many of the pass's samples are not ``finite``; warned of, if this rank ``says`` so."""
+        count, first = self.not_finite(finite, 5)
+        if count and says:
+            log.warning(
+                "%d samples have a loss or gradient that is not finite and get the lowest quality; first ids: %s",
+                count,
+                ", ".join(str(sample_ids[i]) for i in first),
+            )
+        return count
 
     def give_rest_the_mean(self, finite: np.ndarray) -> None:
         """Let samples that no pass has scored carry the means of the ``finite`` ones.

@@ -14,6 +14,7 @@ import torch
 from tsqlora_scale.common.disk_arrays import BLOCK, blocks, copied, filled
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.files import written_whole
+from tsqlora_scale.quality.pool import Pool
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -195,3 +196,21 @@ def pool_fingerprint(sample_ids: Sequence[str]) -> str:
     for block in blocks(len(sample_ids), 2**16):
         digest.update("".join(f"{len(str(i))}:{i}" for i in sample_ids[block]).encode())
     return digest.hexdigest()
+
+
+def pool_key(pool: Pool[Any]) -> str:
+    """A digest of the pool's ids and content."""
+    return f"{pool_fingerprint(pool.sample_ids)} {pool.digest()}".strip()
+
+
+def check_pool(found: str, key: str) -> None:
+    """Check that a checkpoint's scores are of the pool of :func:`pool_key` ``key``.
+
+    Raises:
+        UserError: they belong to another.
+    """
+    if found != key:
+        raise UserError(
+            "the checkpoint's scores belong to another pool of samples; "
+            "resume with the task.dataset of the run that wrote it"
+        )

@@ -23,15 +23,16 @@ from tsqlora_scale.engine.collectives import World
 from tsqlora_scale.engine.sharded import read_parameter
 from tsqlora_scale.quality.draws.key_order import smallest
 from tsqlora_scale.quality.draws.redundancy import neighbours, similar_pairs
-from tsqlora_scale.quality.draws.subset import draws_of, select_subset, share_of
+from tsqlora_scale.quality.draws.subset import draws_of, share_of
 from tsqlora_scale.quality.gradients.sketch import cosines
 from tsqlora_scale.quality.pool import BatchT, Pool
-from tsqlora_scale.quality.scores.equations import Standardisation, log_probabilities, term_weights
+from tsqlora_scale.quality.scores.equations import Standardisation, term_weights
 from tsqlora_scale.quality.scores.measurer import Measurer
 from tsqlora_scale.quality.scores.pass_kind import PassKind
 from tsqlora_scale.quality.scores.pass_scores import PassScores
 from tsqlora_scale.quality.scores.score_parts import Parts, PassPart
-from tsqlora_scale.quality.scores.score_table import ScoreTable, pool_fingerprint
+from tsqlora_scale.quality.scores.score_table import ScoreTable, check_pool, pool_key
+from tsqlora_scale.quality.scores.table_draws import set_draws
 
 log = logging.getLogger("tsqlora_scale")
 
@@ -94,7 +95,7 @@ class QualityScorer(Generic[BatchT]):
         self.seed = seed
         self.eta = eta
         self.pool = pool
-        self.pool_key = f"{pool_fingerprint(pool.sample_ids)} {pool.digest()}".strip()
+        self.pool_key = pool_key(pool)
         self.world = world
         with world.together():  # a pool's columns may not find room on one rank alone
             self._lengths = pool.lengths()
@@ -191,11 +192,7 @@ class QualityScorer(Generic[BatchT]):
         Raises:
             UserError: it belongs to another pool.
         """
-        if state["pool"] != self.pool_key:
-            raise UserError(
-                "the checkpoint's scores belong to another pool of samples; "
-                "resume with the task.dataset of the run that wrote it"
-            )
+        check_pool(state["pool"], self.pool_key)
         self.passes = state["passes"]
         self._measurer.load_state_dict(state["measurer"])
         if "pass_kind" in state:
@@ -318,8 +315,7 @@ class QualityScorer(Generic[BatchT]):
                 "no scored sample has a finite loss and gradient, the model has diverged; "
                 "lower train.lr or use model.dtype=fp32"
             )
-        not_finite, first = scores.not_finite(finite, 5)
-        self._report_not_finite(not_finite, first)
+        not_finite = scores.warn_of_not_finite(finite, self.pool.sample_ids, says=self.world.is_main)
         scores.fit(self._standardisation, finite)
         scores.rate(self._standardisation, term_weights(self.scoring), finite, before=self.table)
         if self.table is None:
@@ -336,14 +332,6 @@ class QualityScorer(Generic[BatchT]):
             total += usable.sum(0)
             count += len(usable)
         return total / max(count, 1)
-
-    def _report_not_finite(self, count: int, first: list[int]) -> None:
-        if count and self.world.is_main:
-            log.warning(
-                "%d samples have a loss or gradient that is not finite and get the lowest quality; first ids: %s",
-                count,
-                ", ".join(str(self.pool.sample_ids[i]) for i in first),
-            )
 
     def _count_neighbours(self) -> np.ndarray:
         """How many samples of the pass teach the same as each of the pool, itself included, (N,). Collective."""
@@ -365,15 +353,12 @@ class QualityScorer(Generic[BatchT]):
                 discounted = copied(discounted)
             for block in blocks(len(discounted)):
                 discounted[block] -= self.sampling.tau * self.sampling.redundancy * np.log(self.neighbours[block])
-        log_p = log_probabilities(discounted, self.sampling.tau, self.world, self.strata)
-        np.exp(log_p, out=table.probability)
-        if first:
-            with self.world.together():
-                table.selected = select_subset(
-                    len(table),
-                    log_p,
-                    self.sampling,
-                    seed=self.seed,
-                    strata=self.strata,
-                    always=self.pool.query_rows,
-                )
+        set_draws(
+            table,
+            discounted,
+            self.sampling,
+            world=self.world,
+            seed=self.seed,
+            strata=self.strata,
+            always=self.pool.query_rows if first else None,
+        )

@@ -32,7 +32,7 @@ class QualitySelector(ScoredSelector):
             seed=config.run.seed,
             eta=config.scoring.eta or config.train.lr,
             stratify=config.stratifies,
-            model_name=f"{config.model.name_or_path} {config.model.dtype} {config.model.quantization}",
+            model_name=config.model.weights_name,
             progress=context.progress,
             parts_folder=context.parts_folder,
         )

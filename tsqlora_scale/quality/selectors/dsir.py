@@ -20,7 +20,6 @@ from torch import nn
 from tsqlora_scale.common.disk_arrays import blocks, new_array
 from tsqlora_scale.common.random_streams import gumbel, philox
 from tsqlora_scale.quality.pool import Pool
-from tsqlora_scale.quality.selectors.forward_selector import on_main
 from tsqlora_scale.quality.selectors.ranked import RankedSelector, Rating
 
 #: Buckets, and texts that are in memory at once.
@@ -33,7 +32,7 @@ class DsirSelector(RankedSelector):
 
     def rate(self, module: nn.Module) -> Rating:
         """Two looks at all texts."""
-        weights = on_main(self.context.world, self._log_weights)
+        weights = self.context.world.from_main(self._log_weights)
         noise = gumbel(philox(self.config.run.seed, "dsir"), len(weights))
         return Rating(weights + noise, terms={"log_weight": weights})
 

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from torch import nn
 
 from tsqlora_scale.common.disk_arrays import blocks
 from tsqlora_scale.common.errors import UserError
-from tsqlora_scale.engine.collectives import World
 from tsqlora_scale.quality.features.forward_pass import ForwardPass, Look
 from tsqlora_scale.quality.pool import Pool
 from tsqlora_scale.quality.query.looks import FeatureLook, Shape
 from tsqlora_scale.quality.selectors.ranked import RankedSelector
-
-T = TypeVar("T")
 
 
 class ForwardSelector(RankedSelector):
@@ -39,11 +35,11 @@ class ForwardSelector(RankedSelector):
             UserError: what is seen is not finite, on every rank.
         """
         config = self.config
-        base = f"{config.model.name_or_path} {config.model.dtype} {config.model.quantization}"
         passes = self._passes(module, frozen=frozen)
 
         def of_all(pool: Pool[Any]) -> np.ndarray:
-            return passes.run(pool, np.arange(len(pool)), look, name=f"{name} {base} {config.run.seed}")
+            whole = f"{name} {config.model.weights_name} {config.run.seed}"
+            return passes.run(pool, np.arange(len(pool)), look, name=whole)
 
         query = self.pool.query if with_query else None
         of_query = None if query is None else of_all(query)
@@ -63,15 +59,8 @@ class ForwardSelector(RankedSelector):
         """Features of some layers, and targets or losses, of pool and query; and their shape. A collective."""
         look = FeatureLook(self.pool, seed=self.config.run.seed)
         of_pool, of_query = self.seen(module, look, name="features")
-        shapes = [found for found in self.context.world.gather_objects(look.shape) if found is not None]
-        if not shapes:  # all of it is kept of a killed pass, and nothing has been looked at in this one
-            self._passes(module, frozen=True).run(self.pool, np.arange(1), look, name="shape")
-            shapes = [found for found in self.context.world.gather_objects(look.shape) if found is not None]
-        return of_pool, of_query, shapes[0]
-
-    def on_main(self, work: Callable[[], T]) -> T:
-        """See :func:`on_main`."""
-        return on_main(self.context.world, work)
+        shape = look.agreed_shape(module, self.context.world, max_length=self.config.scoring.max_length)
+        return of_pool, of_query, shape
 
     def _passes(self, module: nn.Module, *, frozen: bool) -> ForwardPass:
         scoring, context = self.config.scoring, self.context
@@ -85,13 +74,3 @@ class ForwardSelector(RankedSelector):
             progress=context.progress,
             folder=context.parts_folder if frozen else None,
         )
-
-
-def on_main(world: World, work: Callable[[], T]) -> T:
-    """What rank 0 finds, on every rank: sums may round otherwise with other numbers of threads. A collective."""
-    found: Any = None
-    with world.together():
-        if world.is_main:
-            found = work()
-    answer: T = world.broadcast(found)
-    return answer

@@ -40,7 +40,7 @@ def gradient_pass(
         world=context.world,
         seed=config.run.seed,
         eta=scoring.eta or config.train.lr,
-        model_name=f"{config.model.name_or_path} {config.model.dtype} {config.model.quantization}",
+        model_name=config.model.weights_name,
         progress=context.progress,
         parts_folder=None if context.parts_folder is None else context.parts_folder / name,
     )

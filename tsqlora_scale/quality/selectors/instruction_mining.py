@@ -40,7 +40,7 @@ class InstructionMiningSelector(ForwardSelector):
     def rate(self, module: nn.Module) -> Rating:
         """One forward pass over pool and query, and one look at the texts."""
         numbers, wanted, shape = self.features(module)
-        ratings, indicators, line = self.on_main(lambda: self._rated(numbers, wanted, shape))
+        ratings, indicators, line = self.context.world.from_main(lambda: self._rated(numbers, wanted, shape))
         terms = {f"mined_{name}": indicators[:, place] for place, name in enumerate(INDICATORS)}
         findings = {"line": dict(zip(INDICATORS, np.round(line, 4).tolist(), strict=True))}
         return Rating(ratings, terms=terms, findings=findings)

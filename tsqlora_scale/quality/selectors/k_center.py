@@ -34,7 +34,7 @@ class KCenterSelector(ForwardSelector):
             ratings[self.choices :] = ratings[: self.choices].max()
             return ratings
 
-        return Rating(self.on_main(found))
+        return Rating(self.context.world.from_main(found))
 
 
 def center_ratings(features: np.ndarray, centers: np.ndarray, count: int) -> np.ndarray:

@@ -15,7 +15,6 @@ from torch import nn
 
 from tsqlora_scale.common.disk_arrays import filled, new_array
 from tsqlora_scale.quality.scores.scorer import QualityScorer
-from tsqlora_scale.quality.selectors.forward_selector import on_main
 from tsqlora_scale.quality.selectors.gradient_passes import gradient_pass, sketches_of
 from tsqlora_scale.quality.selectors.in_turn import rated_by_turns
 from tsqlora_scale.quality.selectors.ranked import RankedSelector, Rating
@@ -40,7 +39,7 @@ class LessSelector(RankedSelector):
             rows, wanted = (np.concatenate(parts) for parts in zip(*sketches_of(of_query), strict=True))
             return self._ratings(of_pool, unit(wanted[np.argsort(rows)]))  # a pass goes by length
 
-        ratings = on_main(context.world, found)
+        ratings = context.world.from_main(found)
         of_query.discard_parts()
         if not self.config.scoring.keep_sketches:
             of_pool.discard_parts()

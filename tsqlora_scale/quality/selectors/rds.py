@@ -29,7 +29,7 @@ class RdsSelector(ForwardSelector):
             ratings[: self.choices] = rated_by_turns(likeness[: self.choices], self.places)
             return ratings, likeness.max(1).astype(np.float64)
 
-        ratings, nearest = self.on_main(found)
+        ratings, nearest = self.context.world.from_main(found)
         return Rating(ratings, terms={"nearest_query": nearest})
 
 

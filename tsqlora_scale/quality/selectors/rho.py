@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from torch import nn
 
-from tsqlora_scale.quality.query.query_rater import QueryRater
+from tsqlora_scale.quality.selectors.by_query import query_rater
 from tsqlora_scale.quality.selectors.ranked import RankedSelector, Rating
 
 
@@ -20,16 +20,7 @@ class RhoSelector(RankedSelector):
 
     def rate(self, module: nn.Module) -> Rating:
         """See :class:`~tsqlora_scale.quality.query.query_rater.QueryRater`."""
-        config, context = self.config, self.context
-        found = QueryRater(
-            config.scoring,
-            pool=self.pool,
-            world=context.world,
-            seed=config.run.seed,
-            model_name=f"{config.model.name_or_path} {config.model.dtype} {config.model.quantization}",
-            progress=context.progress,
-            folder=context.parts_folder,
-        ).rate(module)
+        found = query_rater(self.context).rate(module)
         terms = {name: found.terms[name] for name in ("log_q", "log_p")}
         return Rating(reducible(terms["log_q"], terms["log_p"]), terms=terms)
 

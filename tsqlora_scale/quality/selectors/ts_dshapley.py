@@ -44,7 +44,7 @@ class TransferredShapleySelector(ForwardSelector):
             values[self.choices :] = values[: self.choices].max()
             return values
 
-        return Rating(self.on_main(found))
+        return Rating(self.context.world.from_main(found))
 
     def _values(self, players: np.ndarray, wanted: np.ndarray, shape: Shape) -> np.ndarray:
         features, answers = unit_features(players, shape, pool=players)

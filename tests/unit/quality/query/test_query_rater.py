@@ -31,8 +31,8 @@ def rated(model: nn.Module, pool: Wanted, world: World | None = None, **given: A
 
 def same(one: QueryRating, other: QueryRating, atol: float = 0.0) -> None:
     np.testing.assert_allclose(one.log_ratio, other.log_ratio, atol=atol, rtol=0)
-    assert (one.share, one.most, one.area, one.evidence) == pytest.approx(
-        (other.share, other.most, other.area, other.evidence), abs=atol
+    assert (one.standing.share, one.standing.most, one.standing.area, one.standing.evidence) == pytest.approx(
+        (other.standing.share, other.standing.most, other.standing.area, other.standing.evidence), abs=atol
     )
 
 
@@ -55,9 +55,9 @@ def test_a_rating_is_made_of_its_parts(kind: str, joins: bool, models_dir: Path)
         np.testing.assert_allclose(found.terms[name], everything[:, place], atol=1e-3)
     assert len(found.log_ratio) == len(pool)
     area, evidence = held_out_separation(of_pool, of_query, rising=terms.rising, seed=0)
-    assert (found.area, found.evidence) == pytest.approx((area, evidence), abs=0.1)
+    assert (found.standing.area, found.standing.evidence) == pytest.approx((area, evidence), abs=0.1)
     share, _ = wanted_share(ratio.log_ratio(of_pool), ratio.log_ratio(of_query))
-    assert found.share == pytest.approx(share, abs=0.1)
+    assert found.standing.share == pytest.approx(share, abs=0.1)
 
 
 @pytest.mark.parametrize("kind", ["bert", "bart"])
@@ -100,7 +100,7 @@ def test_a_rating_that_is_killed_goes_on(
     model, pool = lora_model("bert", models_dir), Wanted("bert", 30)
     wanted = rated(model, pool, folder=tmp_path / "whole")
     assert not (tmp_path / "whole").exists(), "nothing is left of a pass that has ended"
-    name = {"fit": "fit_terms", "ratio": "_ratio", "rest": "_TermLook"}[point]
+    name = {"fit": "fit_terms", "ratio": "stand", "rest": "_TermLook"}[point]
 
     def killed(*_: Any, **__: Any) -> None:
         raise Killed
