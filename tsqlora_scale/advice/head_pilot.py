@@ -11,7 +11,6 @@ from tsqlora_scale.advice.query_choice import choice_by_others
 from tsqlora_scale.config.schema import Config
 from tsqlora_scale.quality.query.feature_heads import fit_heads
 from tsqlora_scale.quality.query.fits import folds_of, log_linear
-from tsqlora_scale.quality.query.terms import LabelTerms, NumberTerms
 
 #: Parts of the query, each judging what the others have chosen.
 FOLDS = 8
@@ -50,8 +49,8 @@ def _judged(
     pool, rest, held_out = sample.numbers[:count], sample.numbers[count:][~out], sample.numbers[count:][out]
     labelled = sample.shape.kind == "classes"
     ratio, chosen = choice_by_others(config, sample, out, classes=classes)
-    assert isinstance(ratio.terms, LabelTerms | NumberTerms)
-    likeness = ratio.terms.likeness
+    likeness = ratio.likeness
+    assert likeness is not None
     features, targets = {}, {}
     for name, numbers in (("pool", pool), ("rest", rest), ("out", held_out)):
         seen, found = sample.shape.split(numbers)

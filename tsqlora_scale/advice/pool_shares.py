@@ -46,7 +46,8 @@ def off_target(ratio: PoolRatio, *, seed: int) -> PoolShare:
     """The share that is not as the query is."""
     high = 1 - min(ratio.least(seed=seed), ratio.standing.share)
     note = "" if ratio.standing.is_evident else "the query hardly stands out of the pool: this is a guess"
-    return PoolShare(1 - ratio.standing.share, 1 - ratio.standing.most, high, note)
+    low = 1 - max(ratio.standing.most, ratio.standing.share)
+    return PoolShare(1 - ratio.standing.share, low, high, note)
 
 
 def wrong_labels(sample: PoolSample, groups: np.ndarray, *, classes: int, seed: int) -> PoolShare | None:

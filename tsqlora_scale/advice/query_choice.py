@@ -10,10 +10,11 @@ from tsqlora_scale.advice.pool_sample import PoolSample
 from tsqlora_scale.common.random_streams import philox
 from tsqlora_scale.config.schema import Config, SamplingConfig
 from tsqlora_scale.quality.draws.key_order import largest
-from tsqlora_scale.quality.query.choice_rule import class_shares, kept_rows, wanted_probability
-from tsqlora_scale.quality.query.density_ratio import Standing, stand, wanted_share
+from tsqlora_scale.quality.query.choice_rule import kept_rows, strata_of, strata_shares
+from tsqlora_scale.quality.query.density_ratio import Standing, wanted_share
 from tsqlora_scale.quality.query.looks import Shape
-from tsqlora_scale.quality.query.terms import Terms, fit_terms
+from tsqlora_scale.quality.query.row_rating import RowRating
+from tsqlora_scale.quality.query.terms import Likeness
 from tsqlora_scale.quality.selectors.ranked import quota_of
 
 #: Resamples of both sides for the interval of the share on target.
@@ -25,22 +26,33 @@ class PoolRatio:
     """A pool's rows against those of a query.
 
     Attributes:
-        terms: of the ratio, fitted to both.
-        of_pool, of_query: log ratios (n,) and (m,), each by what has not seen the row.
+        of_pool, of_query: how surely rows are wanted, (n,) and (m,), each by what has not seen the row.
         standing: of the query to the pool.
+        wanted: the probability that a row of the pool is, (n,).
+        agrees: whether the pool expects its answer, (n,) bool and (m,) bool; None where that is not known.
+        likeness: of texts.
     """
 
-    terms: Terms
     of_pool: np.ndarray
     of_query: np.ndarray
     standing: Standing
+    wanted: np.ndarray
+    agrees: tuple[np.ndarray, np.ndarray] | None = None
+    likeness: Likeness | None = None
 
     @classmethod
     def fit(cls, shape: Shape, pool: np.ndarray, query: np.ndarray, *, seed: int, classes: int) -> PoolRatio:
         """As :class:`~tsqlora_scale.quality.query.query_rater.QueryRater` does, of numbers (n, ...) and (m, ...)."""
-        terms, of_pool, of_query = fit_terms(shape, pool, query, seed=seed, classes=classes)
-        ratio, standing = stand(of_pool, of_query, rising=terms.rising, seed=seed)
-        return cls(terms, ratio.log_ratio(of_pool), ratio.log_ratio(of_query), standing)
+        rating = RowRating.fit(shape, pool, query, seed=seed, classes=classes)
+        pool_agrees, query_agrees = (rating.agrees(side) for side in (rating.of_pool, rating.of_query))
+        return cls(
+            of_pool=rating.log_ratio(rating.of_pool),
+            of_query=rating.log_ratio(rating.of_query),
+            standing=rating.standing,
+            wanted=rating.wanted(rating.of_pool),
+            agrees=None if pool_agrees is None or query_agrees is None else (pool_agrees, query_agrees),
+            likeness=rating.terms.likeness,
+        )
 
     def least(self, *, seed: int) -> float:
         """A lower bound of the share at about 95 %: by resamples of the rows of both sides."""
@@ -70,12 +82,14 @@ def chosen_weights(
     if not ratio.standing.is_evident:
         return np.ones(count)
     kept = kept_rows(ratio.standing, count, least=min(count, -(-rows * count // size)))
-    strata, quota = None, np.array([kept])
-    if labels is not None and wanted is not None and sampling.stratify is not False:
-        strata = labels.astype(np.int64)
-        quota = quota_of(np.bincount(strata), kept, class_shares(wanted.astype(np.int64), int(strata.max()) + 1))
+    strata, quota, agrees = None, np.array([kept]), ratio.agrees or (None, None)
+    if sampling.stratify is not False:
+        strata, of_query = strata_of(labels, agrees[0]), strata_of(wanted, agrees[1])
+        if strata is not None and of_query is not None:
+            shares = strata_shares(of_query, int(strata.max()) + 1, halved=agrees[0] is not None)
+            quota = quota_of(np.bincount(strata), kept, shares)
     chosen = largest(ratio.of_pool, quota, strata)
-    return np.where(chosen, wanted_probability(ratio.of_pool, ratio.standing) if sampling.soft else 1.0, 0.0)
+    return np.where(chosen, ratio.wanted if sampling.soft else 1.0, 0.0)
 
 
 def choice_by_others(

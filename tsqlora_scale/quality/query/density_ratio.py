@@ -110,12 +110,14 @@ class Standing:
         most: its upper bound.
         area: probability that a row of the query has a higher ratio than one of the pool.
         evidence: standard errors by which that exceeds one half.
+        by_mixture: whether the share is that of a second look (:class:`.Mixture`).
     """
 
     share: float
     most: float
     area: float
     evidence: float
+    by_mixture: bool = False
 
     @property
     def is_evident(self) -> bool:
@@ -131,16 +133,6 @@ def stand(
     area, evidence = held_out_separation(of_pool, of_query, rising=rising, seed=seed)
     share, most = wanted_share(ratio.log_ratio(of_pool), ratio.log_ratio(of_query))
     return ratio, Standing(share, most, area, evidence)
-
-
-def surer_part(share: float) -> float:
-    """Share of the pool to keep where ``share`` of it is estimated to be wanted: ``share (1 + share^2) / 2``.
-
-    The margin of a choice is where it errs, the more the fewer rows are wanted. In three pools of 2,000 rows of which
-    15 to 65 % serve the query (five draws each), the best ``share`` of the rows were right to 79, 85 and 83 %, this
-    part to 98, 90 and 89 %. Where nearly all are wanted, nearly all are kept.
-    """
-    return share * (1 + share**2) / 2
 
 
 def wanted_share(of_pool: np.ndarray, of_query: np.ndarray) -> tuple[float, float]:

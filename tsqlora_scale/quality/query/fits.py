@@ -36,7 +36,7 @@ def minimised(objective: Callable[[Sequence[Tensor]], Tensor], start: Sequence[T
     return [parameter.detach() for parameter in parameters]
 
 
-def log_linear(scores: Tensor, y: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+def log_linear(scores: Tensor, y: Tensor, ridge: float, *, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The mixture of several models' logits that explains classes best: factors (m,) and biases (C,).
 
     The log-probabilities are those of ``sum_m factors_m scores_m + biases``; least ``mean cross-entropy + ridge / 2
@@ -45,11 +45,13 @@ def log_linear(scores: Tensor, y: Tensor, ridge: float) -> tuple[Tensor, Tensor]
     Args:
         scores: logits (n, C, m) float64.
         y: class ids (n,).
+        weights: of the rows in the mean, (n,), of sum 1; None: all alike.
     """
 
     def objective(parameters: Sequence[Tensor]) -> Tensor:
         factors, biases = parameters
-        fit = torch.nn.functional.cross_entropy(scores @ factors + biases, y)
+        fits = torch.nn.functional.cross_entropy(scores @ factors + biases, y, reduction="none")
+        fit = fits.mean() if weights is None else weights @ fits
         return fit + 0.5 * ridge * (factors.square().sum() + biases.square().sum())
 
     start = [scores.new_zeros(scores.shape[2]), scores.new_zeros(scores.shape[1])]

@@ -19,9 +19,9 @@ from tsqlora_scale.engine.collectives import World
 from tsqlora_scale.quality.draws.key_order import smallest
 from tsqlora_scale.quality.features.forward_pass import ForwardPass
 from tsqlora_scale.quality.pool import Pool
-from tsqlora_scale.quality.query.density_ratio import Standing, stand
+from tsqlora_scale.quality.query.density_ratio import Standing
 from tsqlora_scale.quality.query.looks import FeatureLook, Shape
-from tsqlora_scale.quality.query.terms import Terms, fit_terms
+from tsqlora_scale.quality.query.row_rating import RowRating
 
 #: Rows of the pool that models are fitted to; of a larger one a random part.
 FITTED = 10_000
@@ -37,12 +37,17 @@ class QueryRating:
         terms: by name, (N,) each.
         coefficients: of the standardised terms, by name.
         standing: of the query to the pool.
+        wanted: the probability that a row is, (N,); 1 without evidence.
+        agrees: whether the pool expects its answer, (N,) bool, and of the query's rows (n,); None where that is not
+            known.
     """
 
     log_ratio: np.ndarray
     terms: dict[str, np.ndarray]
     coefficients: dict[str, float]
     standing: Standing
+    wanted: np.ndarray
+    agrees: tuple[np.ndarray, np.ndarray] | None
 
 
 class QueryRater:
@@ -97,42 +102,35 @@ class QueryRater:
         wanted = passes.run(query, np.arange(len(query)), look, name=name)
         numbers = passes.run(self.pool, rows, look, name=name)
         shape = look.agreed_shape(module, self.world, max_length=scoring.max_length)
-        terms, of_rows, of_query = self._fit(shape, numbers, wanted)
-        ratio, standing = self.world.from_main(lambda: stand(of_rows, of_query, rising=terms.rising, seed=self.seed))
-        values = new_array(len(self.pool) * len(terms.names), np.float32).reshape(len(self.pool), len(terms.names))
-        values[rows] = of_rows
+        rating = self._fit(shape, numbers, wanted)
+        columns = len(rating.names)
+        values = new_array(len(self.pool) * columns, np.float32).reshape(len(self.pool), columns)
+        values[rows] = rating.of_pool
         if len(rows) < size:
             rest = filled(size, bool, True)
             rest[rows] = False
             places = positions(rest)
-            seen = passes.run(self.pool, places, _TermLook(look, terms), name=f"terms of {name}")
+            seen = passes.run(self.pool, places, _TermLook(look, rating), name=f"terms of {name}")
             for block in blocks(len(places)):
                 values[places[block]] = seen[block]
         if self.pool.query_rows:
-            values[size:] = of_query
+            values[size:] = rating.of_query
         passes.forget()
-        log_ratio = new_array(len(values), np.float64)
-        columns = {name: new_array(len(values), np.float64) for name in terms.names}
-        for block in blocks(len(values)):
-            log_ratio[block] = ratio.log_ratio(values[block])
-            for place, column in enumerate(columns.values()):
-                column[block] = values[block][:, place]
-        coefficients = dict(zip(terms.names, ratio.coefficients.tolist(), strict=True))
-        return QueryRating(log_ratio=log_ratio, terms=columns, coefficients=coefficients, standing=standing)
+        return _told(rating, values)
 
     def _fitted(self, size: int) -> np.ndarray:
         if size <= FITTED:
             return np.arange(size)
         return positions(smallest(uniform(philox(self.seed, "fitted to the pool"), size), FITTED))
 
-    def _fit(self, shape: Shape, numbers: np.ndarray, wanted: np.ndarray) -> tuple[Terms, np.ndarray, np.ndarray]:
-        def fit() -> tuple[Terms, np.ndarray, np.ndarray]:
+    def _fit(self, shape: Shape, numbers: np.ndarray, wanted: np.ndarray) -> RowRating:
+        def fit() -> RowRating:
             if not (np.isfinite(numbers).all() and np.isfinite(wanted).all()):
                 raise UserError(
                     "the hidden states of the base are not finite, and a choice by task.query needs them; its weights "
                     "are damaged, or it computes in too coarse a type: use model.dtype=fp32"
                 )
-            return fit_terms(shape, numbers, wanted, seed=self.seed, classes=self._classes())
+            return RowRating.fit(shape, numbers, wanted, seed=self.seed, classes=self._classes())
 
         return self.world.from_main(fit)
 
@@ -143,14 +141,35 @@ class QueryRater:
         return max((int(found.max()) + 1 for found in ids), default=0)
 
 
-class _TermLook:
-    """The terms of the samples of a batch, by one forward."""
+def _told(rating: RowRating, values: np.ndarray) -> QueryRating:
+    """Of all rows, from their values (N, m)."""
+    size = len(values)
+    log_ratio, wanted = new_array(size, np.float64), new_array(size, np.float64)
+    expected = None if rating.mixture is None else new_array(size, bool)
+    columns = {name: new_array(size, np.float64) for name in rating.names}
+    for block in blocks(size):
+        log_ratio[block], wanted[block] = rating.log_ratio(values[block]), rating.wanted(values[block])
+        if expected is not None:
+            expected[block] = rating.agrees(values[block])
+        for place, column in enumerate(columns.values()):
+            column[block] = values[block][:, place]
+    of_query = rating.agrees(rating.of_query)
+    return QueryRating(
+        log_ratio=log_ratio,
+        terms=columns,
+        coefficients=dict(zip(rating.terms.names, rating.ratio.coefficients.tolist(), strict=True)),
+        standing=rating.standing,
+        wanted=wanted,
+        agrees=None if expected is None or of_query is None else (expected, of_query),
+    )
 
-    def __init__(self, look: FeatureLook, terms: Terms) -> None:
-        self._look, self._terms = look, terms
+
+class _TermLook:
+    """The values of the samples of a batch, by one forward."""
+
+    def __init__(self, look: FeatureLook, rating: RowRating) -> None:
+        self._look, self._rating = look, rating
 
     def __call__(self, module: nn.Module, batch: Any) -> Tensor:
         """(B, m) float32."""
-        numbers = self._look(module, batch).double().cpu().numpy()
-        assert self._look.shape is not None
-        return torch.from_numpy(self._terms.values(*self._look.shape.split(numbers)))
+        return torch.from_numpy(self._rating.values(self._look(module, batch).double().cpu().numpy()))

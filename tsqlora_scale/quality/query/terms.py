@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tsqlora_scale.quality.query.answer_models import normal_density
 from tsqlora_scale.quality.query.feature_heads import Heads, fit_heads
 from tsqlora_scale.quality.query.fits import folds_of, log_linear
 from tsqlora_scale.quality.query.looks import Shape
@@ -22,6 +23,11 @@ FOLDS = 8
 
 class Terms(Protocol):
     """Of any row that no model has seen."""
+
+    @property
+    def likeness(self) -> Likeness:
+        """Of texts."""
+        ...
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -195,7 +201,7 @@ class NumberTerms:
         terms = cls(likeness, query_heads, pool_heads, mixture, deviations)
         pool_terms = terms._joined(pool_text, query_heads.scores(x), pool_by_pool, numbers)
         query_terms = terms._joined(query_text, query_by_query, pool_heads.scores(z), wanted)
-        query_terms[:, 1] = _normal(errors, deviations[0])
+        query_terms[:, 1] = normal_density(errors, deviations[0])
         return terms, pool_terms, query_terms
 
     def values(self, features: np.ndarray, last: np.ndarray) -> np.ndarray:
@@ -205,17 +211,12 @@ class NumberTerms:
         return self._joined(self.likeness.cosines(features), by_query, by_pool, last.astype(np.float64))
 
     def _joined(self, text: np.ndarray, by_query: np.ndarray, by_pool: np.ndarray, y: np.ndarray) -> np.ndarray:
-        wanted = _normal(y - _design(by_query, by_pool) @ self.mixture, self.deviations[0])
-        return np.column_stack([text[:, 0], wanted, _normal(y - by_pool[:, 0], self.deviations[1])])
+        wanted = normal_density(y - _design(by_query, by_pool) @ self.mixture, self.deviations[0])
+        return np.column_stack([text[:, 0], wanted, normal_density(y - by_pool[:, 0], self.deviations[1])])
 
 
 def _design(by_query: np.ndarray, by_pool: np.ndarray) -> np.ndarray:
     return np.column_stack([by_query[:, 0], by_pool[:, 0], np.ones(len(by_query))])
-
-
-def _normal(errors: np.ndarray, deviation: float) -> np.ndarray:
-    density: np.ndarray = -0.5 * np.square(errors / deviation) - np.log(deviation)
-    return density
 
 
 @dataclass(frozen=True)

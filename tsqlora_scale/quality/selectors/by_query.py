@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from torch import nn
 
-from tsqlora_scale.quality.query.choice_rule import class_shares, kept_rows, wanted_probability
+from tsqlora_scale.common.disk_arrays import copied
+from tsqlora_scale.quality.query.choice_rule import kept_rows, strata_of, strata_shares
 from tsqlora_scale.quality.query.query_rater import QueryRater, QueryRating
 from tsqlora_scale.quality.selectors.ranked import RankedSelector, Rating
 from tsqlora_scale.quality.selectors.selector import SelectorContext
@@ -14,22 +15,23 @@ from tsqlora_scale.quality.selectors.selector import SelectorContext
 class QuerySelector(RankedSelector):
     """Eq. 1's convergence term as what it says: contribution to convergence *on the wanted task*, and that alone.
 
-    ``sampling.keep_fraction: auto`` keeps the surer part of the share that is found to be as the query is
-    (:func:`.surer_part`); all of the pool where the query does not stand out, for a choice without evidence costs
-    samples. Classes have the query's shares in S, unless ``sampling.stratify`` is false. Within S, draws are by the
-    probability that a sample is wanted (``sampling.soft``).
+    ``sampling.keep_fraction: auto`` keeps what :func:`.kept_rows` says of the share that is found wanted; all of the
+    pool where the query does not stand out, for a choice without evidence costs samples. Unless ``sampling.stratify``
+    is false, classes have the query's shares in S, and so have the rows whose answer the pool expects
+    (:func:`.strata_shares`). Within S, draws are by the probability that a sample is wanted (``sampling.soft``).
     """
 
     def rate(self, module: nn.Module) -> Rating:
         """See :class:`~tsqlora_scale.quality.query.query_rater.QueryRater`."""
-        found, classes = query_rater(self.context).rate(module), self.pool.class_ids()
+        found = query_rater(self.context).rate(module)
         standing = found.standing
+        strata, shares = self._strata(found)
         return Rating(
             quality=found.log_ratio,
             terms=found.terms,
             keep=self._keep(found),
-            shares=self._shares(classes),
-            strata=classes,
+            shares=shares,
+            strata=strata,
             weights=self._weights(found) if self.config.sampling.soft else None,
             findings={
                 "share on target": round(standing.share, 4),
@@ -50,15 +52,21 @@ class QuerySelector(RankedSelector):
 
     def _weights(self, found: QueryRating) -> np.ndarray:
         """The probability that a row is wanted, (N,); 1 for the query's own."""
-        weights = wanted_probability(found.log_ratio, found.standing)
+        weights = copied(found.wanted)
         weights[len(self.pool) - self.pool.query_rows :] = 1.0
         return weights
 
-    def _shares(self, classes: np.ndarray | None) -> np.ndarray | None:
-        """Of the pool's ``classes`` in S; None without classes, or if ``sampling.stratify`` is false."""
-        query = None if self.config.sampling.stratify is False else self.pool.query
-        wanted = None if query is None else query.class_ids()
-        return None if wanted is None or classes is None else class_shares(wanted, int(classes.max()) + 1)
+    def _strata(self, found: QueryRating) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Of the pool's rows (N,), and the strata's shares in S; None of both where all rows are alike, or if
+        ``sampling.stratify`` is false."""
+        query, agrees = self.pool.query, found.agrees or (None, None)
+        if query is None or self.config.sampling.stratify is False:
+            return None, None
+        strata = strata_of(self.pool.class_ids(), agrees[0])
+        wanted = strata_of(query.class_ids(), agrees[1])
+        if strata is None or wanted is None:
+            return None, None
+        return strata, strata_shares(wanted, int(strata.max()) + 1, halved=agrees[0] is not None)
 
 
 def query_rater(context: SelectorContext) -> QueryRater:
