@@ -277,6 +277,7 @@ ARMS: dict[str, Arm] = {
     "ours, true share": Arm(chosen_by("query"), is_selected=True, needs=("query",)),
     "random+q": Arm(random_with_query, needs=("query",), sized_by="ours"),
     **{name: Arm(chosen_by(name), is_selected=True, needs=("query",)) for name in ("less", "rds", "dsir", "rho")},
+    "less, in turn": Arm(chosen_by("less", "sampling.less=round_robin"), is_selected=True, needs=("query",)),
     "oracle": Arm(without_wrong, needs=("wrong",)),
     "oracle, put right": Arm(put_right, needs=("wrong",)),
     "drop": Arm(suspects_dropped, needs=("audit",)),
@@ -320,8 +321,8 @@ class Study:
 
 
 _BY_QUERY = (
-    *("uniform", "uniform+q", "query", "oracle+q", "ours", "ours, soft", "random+q"),
-    *("less", "rds", "dsir", "rho"),
+    *("uniform", "uniform+q", "query", "oracle+q", "ours", "random+q"),
+    *("less", "less, in turn", "rds", "dsir", "rho"),
 )
 
 STUDIES: dict[str, Study] = {

@@ -6,7 +6,8 @@
     DIR/seed-S/TASK-STATE-ROWS/   as pools.py writes them, and config.yaml, the run that somebody is about to start
 
 Tasks: SST-2, CoLA, RTE, QNLI, movies. States: ``clean``; ``flips``, 30 % of the labels turned; ``mix``, 30 % on target
-and the rest of other tasks, with a query; ``copies``, a fifth of the distinct rows five times. Rows: 500 and 2,000.
+and the rest of other tasks; ``copies``, a fifth of the distinct rows five times. Rows: 500 and 2,000. All have a query
+of 64 rows, whose labels are right.
 
 What is right on a setting is what its runs say: `run.py --study settings --pools NAME,... --pools-dir DIR`.
 """
@@ -87,7 +88,7 @@ def make_setting(maker: Maker, name: str) -> StudyPool:
     generator = np.random.default_rng([maker.seed, *name.encode()])
     wanted = maker.draw(task, generator)
     rows = STATES[state](maker, wanted, maker.count(int(size)), generator)
-    query = maker.query(wanted) if state == "mix" else []
+    query = maker.query(wanted)
     order = generator.permutation(len(rows)).tolist()
     return StudyPool(name, [rows[i] for i in order], query, wanted.corpus)
 
