@@ -67,7 +67,8 @@ def comments(section: type[BaseModel]) -> dict[str, tuple[str, str]]:
 
 def kind(annotation: str) -> str:
     """A type in words."""
-    text = re.sub(r"Annotated\[(.*), Field\((.*?)\)\]", lambda m: f"{m[1]}{bounds(m[2])}", annotation)
+    text = re.sub(r"Annotated\[float, Field\(allow_inf_nan=False\)\]", "float", annotation)
+    text = re.sub(r"Annotated\[(.*), Field\((.*?)\)\]", lambda m: f"{m[1]}{bounds(m[2])}", text)
     text = re.sub(r"Literal\[(.*?)\]", lambda m: " or ".join(f"`{v}`" for v in re.findall(r"'([^']*)'", m[1])), text)
     text = re.sub(
         r"name_or_extension\((.*?)\)",
@@ -84,7 +85,7 @@ def kind(annotation: str) -> str:
 def bounds(arguments: str) -> str:
     """Bounds of a field, in words."""
     signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
-    found = [f"{signs[name]} {value}" for name, value in re.findall(r"(ge|gt|le|lt)=([\w.*]+)", arguments)]
+    found = [f"{signs[name]} {value}" for name, value in re.findall(r"(ge|gt|le|lt)=([\w. *]+)", arguments)]
     return f" {', '.join(found).replace('LARGEST', str(LARGEST))}" if found else ""
 
 

@@ -184,6 +184,8 @@ def test_the_page_of_config_keys_is_that_of_the_code() -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.page() == (ROOT / "docs" / "config.md").read_text(), "run make docs"
+    silent = [line.split("`")[1] for line in module.page().splitlines() if re.fullmatch(r"\| `.*\| +\|", line)]
+    assert not silent, "a line `#:` above the field says what the key does"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -15,6 +15,7 @@ class ModelConfig(Section):
 
     #: A hub name, a folder, or ``package:NAME/sub/folder`` (a folder inside an installed package).
     name_or_path: Annotated[str, Field(min_length=1)]
+    #: Branch, tag or commit of a hub model; none is its main branch.
     revision: str | None = None
     #: Storage and compute type of the base; the LoRA factors are float32 in any case.
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -26,9 +27,11 @@ class ModelConfig(Section):
     #: On a GPU, let float32 products round their factors to TF32 (10 bits of mantissa): several times as fast. The same
     #: to no more than three digits; fp32 alone has such products.
     tf32: bool = False
+    #: Compute activations again in the backward pass, in scoring too: less memory for more time.
     gradient_checkpointing: bool = False
     #: One value for every dropout of the base; none leaves the model's own.
     dropout: Below1 | None = None
+    #: Run code that comes with the model; read it first.
     trust_remote_code: bool = False
 
     @property
@@ -66,9 +69,11 @@ class AdapterConfig(Section):
     method: Literal["tsqlora", "lora", "rslora", "dora"] | None = "tsqlora"
     #: PEFT's own layers.
     type: Literal["lora", "rslora", "dora"] = "lora"
+    #: Rank of every adapted layer at the start; the budget that moves is r times their number.
     r: PositiveInt = 8
     #: The scaling s = alpha / r stays constant when ranks change: rescaling harms (docs/method.md).
     alpha: PositiveFloat = 16.0
+    #: Dropout of the factors' input while they train; scores are taken without.
     dropout: Below1 = 0.0
     #: Module-name suffixes, or ``auto``: every linear layer of attention and feed-forward blocks that text gives a
     #: gradient to.

@@ -52,6 +52,8 @@ class ScoringConfig(Section):
     #: norm. ``auto`` is first order where that ranks the samples alike (Spearman above 0.99 on up to 256 of the first
     #: shard), but for ``preset: paper``. Below the rounding of the losses it is first order in any case.
     delta_loss: Literal["auto", "exact", "first_order"] = "auto"
+    #: The third term. ``alignment``: how far a sample's gradient goes the way of the pool's; ``loss_trend``: how far
+    #: its loss has fallen since the pass before.
     convergence: Literal["alignment", "loss_trend"] = "alignment"
     #: The direction of ``alignment``: the mean of the samples' gradients, or of their gradients scaled to unit length,
     #: in which large ones have no larger say. ``auto`` is unit, but for ``preset: paper``, which is to the letter.
@@ -59,6 +61,7 @@ class ScoringConfig(Section):
     #: ``linear``: the more a sample's gradient agrees with the others, the better. ``gate``: samples that pull against
     #: the others are worse, the others equal. ``auto`` is gate, but for ``preset: paper`` and for ``loss_trend``.
     convergence_form: Literal["auto", "linear", "gate"] = "auto"
+    #: Length of the random projections of gradients by which samples are compared.
     sketch_dim: Annotated[int, Field(ge=16, le=2**20)] = 512
     #: Samples per rank and forward. ``auto`` measures what fits; after an allocation failure it goes on with half.
     batch_size: PositiveInt | Literal["auto"] = "auto"
@@ -68,6 +71,7 @@ class ScoringConfig(Section):
     keep_sketches: bool = False
     #: Score a uniform subsample and give the rest the mean score.
     max_samples: PositiveInt | None = None
+    #: Texts are cut to so many tokens where they are scored; none: ``task.max_length``.
     max_length: PositiveInt | None = None
     #: A smaller model that scores the pool in the place of the one that is trained: a hub name or folder, as
     #: ``model.name_or_path``. It scores once, before training, and needs ``refresh: none``.
@@ -151,6 +155,7 @@ class SamplingConfig(Section):
     #: (docs/selectors.md); or a selector of one's own, ``FILE.py:NAME`` or ``package.module:NAME``. By default it is
     #: ``query`` where there is a query, else ``quality``.
     selector: name_or_extension(*SELECTORS) = "quality"  # type: ignore[valid-type]
+    #: Temperature of Eq. 2: the lower, the more the best samples are drawn.
     tau: PositiveFloat = 0.7
     #: Size of S as a share of the pool (the query's rows, which S always has, not counted). ``auto``: what the selector
     #: finds worth training on, for ``query``; the whole pool for others.
@@ -158,6 +163,7 @@ class SamplingConfig(Section):
     #: ``selector: query``: draw the samples of S by the estimated probability that each is wanted, not evenly. With
     #: ``keep_fraction: 1.0`` nothing is cut off.
     soft: bool = True
+    #: Whether a sample may be drawn again before the others of S have been.
     replacement: bool = True
     #: Classification: Eq. 2 within every label, so that each keeps its share of the draws. ``auto`` is yes, but for
     #: ``scoring.preset: paper``, which is to the letter.

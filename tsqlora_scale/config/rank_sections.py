@@ -12,6 +12,8 @@ from tsqlora_scale.config.fields import Below1, PositiveFloat, PositiveInt, Sect
 class SensitivityConfig(Section):
     """Layer sensitivity (paper 2.2, Eq. 3 and 4)."""
 
+    #: ``weight``: Eq. 3 on gradients of groups of samples; ``weight_per_sample``: of single ones; ``fisher``: the trace
+    #: of Eq. 4; ``adapter``: from the factors' own gradients (docs/method.md).
     estimator: Literal["weight", "weight_per_sample", "fisher", "adapter"] = "weight"
     #: Every how many optimizer steps one takes part in the statistic, counted back from an event …
     every: PositiveInt = 1
@@ -20,6 +22,7 @@ class SensitivityConfig(Section):
     #: Samples of such a step that enter the statistic at most, spaced evenly over the global batch; none: all.
     #: ``resize.grow_init: gradient`` listens to all of them.
     max_samples: PositiveInt | None = 8
+    #: Share of the moving average that stays when a step enters it.
     beta: Below1 = 0.85
     #: AdaLoRA's smoothing: S times the average of its own fluctuation, whose beta this is (AdaLoRA: 0.85). None: S.
     uncertainty: Below1 | None = None
@@ -31,8 +34,11 @@ class SensitivityConfig(Section):
 class ScheduleConfig(Section):
     """When ranks change: every ``every`` steps from ``start`` to ``end``, in steps or fractions of the run."""
 
+    #: The first step after which ranks change.
     start: StepsOrFraction = 0.2
+    #: The last step after which they may.
     end: StepsOrFraction = 0.8
+    #: Steps from one change to the next.
     every: PositiveInt | Annotated[float, Field(gt=0, lt=1)] = 0.1
 
 
@@ -49,8 +55,11 @@ class AllocationConfig(Section):
     r_max: PositiveInt | None = None
     #: Most ranks that a layer may gain or lose at an event; none: any number.
     max_change: PositiveInt | None = None
+    #: Smallest φ: the mean quality of S over its first one, which scales the budget at every event.
     phi_min: PositiveFloat = 0.5
+    #: Largest φ.
     phi_max: PositiveFloat = 1.5
+    #: What the budget counts: ranks, or parameters, of which a rank of a layer takes d_in + d_out.
     budget_unit: Literal["rank", "params"] = "rank"
 
     @model_validator(mode="after")
@@ -68,4 +77,6 @@ class ResizeConfig(Section):
     #: New rows of A: orthogonal to the present ones; any; or, orthogonal to them too, the directions in which the
     #: weight's gradient is largest.
     grow_init: Literal["orthogonal", "gaussian", "gradient"] = "orthogonal"
+    #: What stays of a layer: ``svd``, the best approximation of B A; ``importance``, the components whose products of
+    #: factors and gradients are largest, as they are.
     shrink: Literal["svd", "importance"] = "svd"

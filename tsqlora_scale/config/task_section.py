@@ -22,9 +22,11 @@ class DatasetConfig(Section):
     train_file: str | list[str] | None = None
     #: Likewise; or a mapping of names to them, for several held-out sets, of which the first decides what is best.
     dev_file: str | list[str] | dict[str, str | list[str]] | None = None
-    #: A hub dataset and its subset.
+    #: A hub dataset.
     name: str | None = None
+    #: A configuration of the hub dataset; none where it has one alone.
     subset: str | None = None
+    #: The hub dataset's split that is the pool.
     train_split: str = "train"
     #: None where the hub dataset has no such split; a list or a mapping of names to splits for several.
     dev_split: str | list[str] | dict[str, str] | None = "validation"
@@ -43,6 +45,7 @@ class DatasetConfig(Section):
     drop_empty: bool = False
     #: A random subset of that size, fixed by ``run.seed``: files are often sorted.
     max_train_samples: PositiveInt | None = None
+    #: Likewise, of every held-out set.
     max_dev_samples: PositiveInt | None = None
 
     @property
@@ -95,6 +98,7 @@ class DatasetConfig(Section):
 class TaskConfig(Section):
     """What the model learns: columns, lengths, metrics."""
 
+    #: What the answers are: classes, a number, or a text, written by an encoder-decoder or by a decoder alone.
     type: Literal["classification", "regression", "seq2seq", "causal"]
     #: An objective of one's own in the place of the type's: ``FILE.py:NAME`` or ``package.module:NAME``.
     objective: name_or_extension() | None = None  # type: ignore[valid-type]
@@ -106,25 +110,31 @@ class TaskConfig(Section):
     train_on_query: bool = True
     #: One or two text columns (classification, regression); a single one needs no list.
     text: list[str] = []
+    #: The column of classes or numbers (classification, regression).
     label: str | None = None
     #: Class names in label order, or their number; none: the classes that the pool's label column holds, sorted.
     labels: list[str] | PositiveInt | None = None
-    #: Input and output columns (seq2seq, causal).
+    #: Column of the text that is given (seq2seq, causal).
     source: str | None = None
+    #: Column of the text that is to be written.
     target: str | None = None
     #: Text put before every source (T5-style).
     prefix: str = ""
-    #: Languages of source and target, as the tokenizer names them; for models of many languages alone (mBART, NLLB,
-    #: M2M100), which need both.
+    #: Language of the source, as the tokenizer names it; models of many languages (mBART, NLLB, M2M100) need both
+    #: languages, others take none.
     source_lang: str | None = None
+    #: Language of the target, with which it begins.
     target_lang: str | None = None
     #: What a chat template is told that the date is; none is 2025-01-01, on every day.
     chat_date: IsoDate | None = None
+    #: Most tokens of an input, special ones included; of a causal task's source and answer together.
     max_length: PositiveInt = 128
+    #: Most tokens of a target, learned or generated.
     max_target_length: PositiveInt = 64
     #: Metric names; the first is the one that decides which checkpoint is best. By default accuracy
     #: (classification), pearson (regression) or rougeL.
     metrics: Annotated[list[str], Field(min_length=1)]
+    #: Beams of the search by which texts are generated; 1 takes the likeliest token every time.
     num_beams: PositiveInt = 4
 
     @model_validator(mode="before")

@@ -20,8 +20,11 @@ from tsqlora_scale.config.fields import (
 class RunConfig(Section):
     """Where the run is written, and the seed that everything random derives from."""
 
+    #: The run folder's name below ``output_dir``.
     name: Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
+    #: The folder of run folders, made where it is not there; a relative one is below the current folder.
     output_dir: str = "runs"
+    #: Of all that is drawn at random: new weights, dropout, the samples of a step, ``max_train_samples``.
     seed: Annotated[int, Field(ge=0, le=LARGEST)] = 0
     #: How long ranks wait for one another, before a run with a rank that hangs ends.
     timeout_minutes: PositiveFloat = 10.0
@@ -33,26 +36,37 @@ class RunConfig(Section):
 class TrainConfig(Section):
     """Optimization. ``batch_size`` is the global batch of one optimizer step."""
 
+    #: Length of the run in optimizer steps; exactly one of this and ``epochs`` is needed.
     max_steps: PositiveInt | None = None
     #: Passes over the samples trained on (S, not the pool).
     epochs: PositiveFloat | None = None
+    #: Samples of one optimizer step, over all ranks and micro-batches.
     batch_size: PositiveInt = 32
     #: At most so many samples per rank and backward pass; none, or more than a rank's share, means
     #: batch_size / ranks (no accumulation).
     micro_batch_size: PositiveInt | None = None
+    #: Samples per rank and forward pass of evaluations and predictions.
     eval_batch_size: PositiveInt = 64
+    #: The learning rate at its highest, after ``lr_warmup``.
     lr: PositiveFloat = 5e-4
+    #: From there to the end of the run: down to 0 in a line or along a cosine, or unchanged.
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
+    #: Optimizer steps in which the learning rate rises to ``lr``, in equal parts.
     lr_warmup: StepsOrFraction = 0
+    #: AdamW's decay, on everything that is trained.
     weight_decay: NonNegativeFloat = 0.0
+    #: AdamW's averages: of gradients, of their squares.
     betas: Annotated[list[Below1], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    #: AdamW's term that keeps the divisor from 0.
     eps: PositiveFloat = 1e-8
     #: None disables clipping.
     max_grad_norm: PositiveFloat | None = 1.0
     #: A step whose loss or gradient is not finite is left out, and its samples are logged; more of them than this end
     #: the run. Steps that fp16's loss scaler leaves out while it looks for its scale do not count.
     max_nonfinite: Annotated[int, Field(ge=0)] = 10
+    #: Optimizer steps between checkpoints; none writes one after a better evaluation and on a stop alone.
     checkpoint_every: PositiveInt | None = None
+    #: How many of the newest checkpoints stay, beside the best one.
     checkpoint_keep: PositiveInt = 2
     #: Optimizer steps between evaluations; none evaluates before and after training only.
     eval_every: PositiveInt | None = None
