@@ -108,11 +108,11 @@ def check_architecture(config: Config, model_config: Any, tokenizer: Any) -> lis
     Runs before the process group exists: under ZeRO-3, Transformers would shard even a skeleton.
 
     Returns:
-        The linear layers that a 4-bit base keeps in floating point: those outside the repeated blocks, or what its
-        files say.
+        The linear layers that a 4-bit base keeps in floating point: those outside the repeated blocks and those whose
+        weight is read without a call of the layer, or what its files say.
     """
     from tsqlora_scale.model.base_model import skeleton
-    from tsqlora_scale.model.linear_layers import heads_of, linear_layers, resolve_targets
+    from tsqlora_scale.model.linear_layers import heads_of, linear_layers, read_past, resolve_targets
     from tsqlora_scale.tasks import auto_class_of, check_lengths
 
     auto_class = auto_class_of(config.task)
@@ -137,5 +137,11 @@ def check_architecture(config: Config, model_config: Any, tokenizer: Any) -> lis
     check_lengths(config.task, bare)
     if stored_quantization(model_config) is not None:
         path = resolve(config.model.name_or_path, key="model.name_or_path")
-        return kept_in_floating_point(bare, names_in_files(path, revision=config.model.revision))
-    return heads_of(bare)
+        kept = kept_in_floating_point(bare, names_in_files(path, revision=config.model.revision))
+        if packed := sorted(read_past(bare) - set(kept)):
+            raise UserError(
+                f"model.name_or_path={config.model.name_or_path!r}: {packed[0]} is 4-bit in its files, and "
+                f"{model_config.model_type}'s mixers read that weight as it is; give the model that is not quantised"
+            )
+        return kept
+    return [*heads_of(bare), *sorted(read_past(bare))]

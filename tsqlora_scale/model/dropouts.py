@@ -1,4 +1,4 @@
-"""The parts of a model's config that leave something out by chance."""
+"""The parts of a model's config that leave something out by chance, or make evaluation another function."""
 
 from __future__ import annotations
 
@@ -42,3 +42,11 @@ def set_layer_drop(model_config: Any) -> list[str]:
                 setattr(part, name, 0.0)
                 changed.append(f"{name}={value}")
     return changed
+
+
+def set_no_rescaling(model_config: Any) -> None:
+    """Let evaluation compute with the weights of training: RWKV halves those of some layers for it (and the hidden
+    states with them, so that fp16 does not overflow), and knows nothing of an adapter on them or of packed weights.
+    """
+    if getattr(model_config, "rescale_every", 0):
+        model_config.rescale_every = 0

@@ -13,7 +13,7 @@ from tsqlora_scale.common.launcher import launched_rank
 from tsqlora_scale.config.schema import Config
 from tsqlora_scale.model.base_model import skeleton
 from tsqlora_scale.model.linear_layers import kinds_of, note_on_weights, read_past, resolve_targets
-from tsqlora_scale.model.probe import probe_inputs, run_probe
+from tsqlora_scale.model.probe import padded_rows, probe_inputs, run_probe
 
 if TYPE_CHECKING:
     from tsqlora_scale.tasks import Task
@@ -41,7 +41,9 @@ def check_pass(config: Config, model_config: Any, task: Task) -> PassFindings:
         UserError: a model that is to write text sees ahead in it, or no layer of ``adapter.target_modules`` trains.
     """
     trust, key = config.model.trust_remote_code, f"model.name_or_path={config.model.name_or_path!r}"
-    probe = run_probe(task.auto_class, model_config, probe_inputs(task), trust_remote_code=trust)
+    probe = run_probe(
+        task.auto_class, model_config, probe_inputs(task), padded=padded_rows(task), trust_remote_code=trust
+    )
     sees_ahead = probe.sees_ahead
     if sees_ahead is None and task.auto_class is AutoModelForCausalLM:  # then by rule: no decoder fills in masks
         is_decoder = getattr(model_config, "is_decoder", False)
@@ -60,6 +62,17 @@ def check_pass(config: Config, model_config: Any, task: Task) -> PassFindings:
     if launched_rank() == 0:
         if idle := all_of_them - chosen:
             log.warning("%d linear layers get no gradient from text and no adapter: %s", len(idle), kinds_of(idle))
+        if probe.reads_pads:
+            log.warning(
+                "%s: what this %s model makes of a row depends on the padding beside it: losses and answers change "
+                "with train.micro_batch_size, train.eval_batch_size and the number of processes",
+                key,
+                model_config.model_type,
+            )
+        if config.model.quantization == "nf4" and (read := read_past(bare)):
+            log.warning(
+                "%d linear layers, whose weights are read past them, stay unquantised: %s", len(read), kinds_of(read)
+            )
         bytes_each = 4 if config.model.dtype == "fp32" else 2
         if note := note_on_weights(bare, is_4_bit=config.model.quantization == "nf4", bytes_each=bytes_each):
             log.warning("%s", note)

@@ -1,9 +1,9 @@
 """One pass of a few tokens through a copy of the model: its structure, with random weights in the place of its own.
 
-Two things that only a forward and a backward pass can tell are known before anything is loaded: whether a token sees
-those after it, and which linear layers text never passes through on its way to the logits. The copy takes next to no
-memory: all of its large weights are windows of one random vector, and large products are products of low rank. Neither
-question depends on what the weights are.
+Three things that only a forward and a backward pass can tell are known before anything is loaded: whether a token sees
+those after it, which linear layers text never passes through on its way to the logits, and whether a row's answer
+depends on the padding beside it. The copy takes next to no memory: all of its large weights are windows of one random
+vector, and large products are products of low rank. None of the questions depends on what the weights are.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,6 +39,10 @@ SMALL_MODEL, SMALL_WEIGHT = 2**24, 2**16
 RANK = 8
 #: Share of what a changed token changes at its own position, above which a change before it is not rounding.
 LEAK = 1e-4
+#: Share of the largest logit that padding changes, above which that is not rounding.
+BY_PADS = 1e-3
+#: Rows among which a short and a long one are looked for, and the tokens that they are cut to.
+ROWS, LONGEST = 16, 48
 
 
 @dataclass(frozen=True)
@@ -48,26 +52,50 @@ class Probe:
     Attributes:
         sees_ahead: whether logits depend on later tokens of the text that is generated; None: it could not be run.
         unreached: linear layers that the logits do not depend on; empty where it could not be run.
+        reads_pads: whether the logits of a row depend on the padding beside it; None: not asked, or could not be run.
     """
 
     sees_ahead: bool | None = None
     unreached: frozenset[str] = frozenset()
+    reads_pads: bool | None = None
+
+
+@dataclass(frozen=True)
+class PaddedRows:
+    """A row alone, (1, t), and among others that are longer, (B, T): inputs of a classifier.
+
+    Attributes:
+        row: its place among them.
+    """
+
+    alone: Mapping[str, Tensor]
+    among: Mapping[str, Tensor]
+    row: int
 
 
 def run_probe(
-    auto_class: Any, model_config: Any, inputs: Mapping[str, Tensor], *, trust_remote_code: bool = False
+    auto_class: Any,
+    model_config: Any,
+    inputs: Mapping[str, Tensor],
+    *,
+    padded: PaddedRows | None = None,
+    trust_remote_code: bool = False,
 ) -> Probe:
     """Run the copy, on the CPU. What cannot be run (kernels that need a GPU) tells nothing, and is no error.
 
     Args:
         inputs: of a batch of one, as the model is trained on them: (1, T) token ids, masks, decoder's ids.
+        padded: rows to ask by whether padding is read.
     """
     try:
         with quiet_libraries(), torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(0)
             model, mode = _random_copy(auto_class, model_config, trust_remote_code)
             with mode:
-                return Probe(_sees_ahead(model, inputs), _unreached(model, inputs))
+                found = Probe(_sees_ahead(model, inputs), _unreached(model, inputs))
+                with suppress(Exception):  # what only longer rows bring up takes nothing from the rest
+                    return replace(found, reads_pads=None if padded is None else _reads_pads(model, padded))
+                return found
     except Exception as error:  # of whatever a model's code does
         log.debug("the model cannot be tried out (%s: %s)", type(error).__name__, error)
         return Probe()
@@ -85,6 +113,23 @@ def probe_inputs(task: Task) -> dict[str, Tensor]:
     if task.peft_task_type == "SEQ_CLS":
         return dict(inputs)
     return {name: tensor[:, :LENGTH] if tensor.dim() > 1 else tensor for name, tensor in inputs.items()}
+
+
+def padded_rows(task: Task) -> PaddedRows | None:
+    """The shortest of the pool's first rows, alone and among them; None where nothing is padded, or no row is judged
+    as a whole.
+    """
+    if task.peft_task_type != "SEQ_CLS":
+        return None
+    rows = range(min(ROWS, len(task)))
+    with suppress(UserError):  # rows are checked elsewhere, and an objective of one's own may need longer ones
+        for limit in (LONGEST, None):  # cut to a few tokens, all may be as long as that
+            alone = [task.batch([row], max_length=limit).inputs for row in rows]
+            lengths = [inputs["input_ids"].shape[1] for inputs in alone]
+            if min(lengths) < max(lengths):
+                row = lengths.index(min(lengths))
+                return PaddedRows(alone[row], task.batch(rows, max_length=limit).inputs, row)
+    return None
 
 
 def _random_copy(auto_class: Any, model_config: Any, trust_remote_code: bool) -> tuple[nn.Module, TorchFunctionMode]:
@@ -165,6 +210,14 @@ def _sees_ahead(model: nn.Module, inputs: Mapping[str, Tensor]) -> bool | None:
     if not change.isfinite().all() or change[-1] == 0:
         return None
     return bool(change[:-1].max() > LEAK * change[-1])
+
+
+def _reads_pads(model: nn.Module, padded: PaddedRows) -> bool:
+    model.eval()
+    with torch.no_grad():
+        alone, among = model(**padded.alone).logits[0].float(), model(**padded.among).logits[padded.row].float()
+    change = (alone - among).abs().max()
+    return bool(change.isfinite() and change > BY_PADS * torch.stack([alone, among]).abs().max())
 
 
 def _unreached(model: nn.Module, inputs: Mapping[str, Tensor]) -> frozenset[str]:

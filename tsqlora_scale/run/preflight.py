@@ -26,7 +26,7 @@ from tsqlora_scale.model.describe import (
     check_weights,
     load_descriptions,
 )
-from tsqlora_scale.model.dropouts import set_layer_drop
+from tsqlora_scale.model.dropouts import set_layer_drop, set_no_rescaling
 from tsqlora_scale.run.temporary_space import check_space
 
 if TYPE_CHECKING:
@@ -150,6 +150,7 @@ def describe(config: Config, data: Data) -> Described:
 
     path = resolve(config.model.name_or_path, key="model.name_or_path")
     model_config, tokenizer = load_descriptions(config, path)
+    set_no_rescaling(model_config)
     check_weights(config, path)
     check_generation(config, path, model_config)
     data = with_tokens(config.task, data, tokenizer)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedTokenizerBase
 
+from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.schema import TaskConfig
 from tsqlora_scale.tasks.batch import Batch
 from tsqlora_scale.tasks.losses import class_losses, squared_losses
@@ -28,6 +29,7 @@ class LabelObjective:
 
     def __init__(self, cfg: TaskConfig, tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig) -> None:
         assert cfg.label is not None, "the config requires a label column"
+        check_forward_is_told_enough(model_config)
         self._cfg, self._tokenizer, self._model_config = cfg, tokenizer, model_config
         self._encoder = TextEncoder(tokenizer)
         self._inputs = InputRows(self.auto_class, tokenizer, model_config)
@@ -70,3 +72,21 @@ class LabelObjective:
         around = self._tokenizer.num_special_tokens_to_add(pair=len(columns) > 1)
         what, lengths = " + ".join(self._cfg.text), [sum(row) + around for row in zip(*columns, strict=True)]
         return [Measured(what, lengths, self._cfg.max_length, self._encoder.lost_side)]
+
+
+def check_forward_is_told_enough(model_config: PretrainedConfig) -> None:
+    """See that a model's config says what its forward has to know beside the texts.
+
+    Raises:
+        UserError: an encoder-decoder does not know its first token, or X-MOD the language of the texts.
+    """
+    if model_config.is_encoder_decoder and getattr(model_config, "decoder_start_token_id", None) is None:
+        raise UserError(
+            f"model.name_or_path is a {model_config.model_type!r} model whose config.json has no "
+            "decoder_start_token_id, with which its decoder begins; write it there (T5's is the padding token's number)"
+        )
+    if model_config.model_type == "xmod" and model_config.default_language is None:
+        raise UserError(
+            "model.name_or_path is an 'xmod' model, which has parts for every language, and the default_language of "
+            f"its config.json is null; write one of {', '.join(model_config.languages)} there"
+        )
