@@ -27,6 +27,7 @@ from tsqlora_scale.config.load import load_config, parse_config
 from tsqlora_scale.run import preflight
 from tsqlora_scale.run.build import load_adapted
 from tsqlora_scale.tasks import prediction
+from tsqlora_scale.tasks.rows import file_limits
 
 SHORT: dict[str, Any] = {"adapter": {"method": "lora"}, "train": {"max_steps": 3, "lr": 0.05, "eval_batch_size": 3}}
 
@@ -295,6 +296,36 @@ def test_a_write_that_fails_leaves_nothing(
     with pytest.raises(UserError, match=r"--out .*cannot be written .*No space left"):
         predict(data, tmp_path / "out.jsonl", run=runs("bert").folder)
     assert [path.name for path in tmp_path.iterdir()] == ["new.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["new.jsonl", "new.json"])
+@pytest.mark.parametrize("written", ["csv", "jsonl", "parquet"])
+def test_a_key_may_first_appear_late(
+    name: str, written: str, runs: Callable[..., Finished], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file_limits, "CHUNK_ROWS", 2)
+    rows = [{"text": text} for text in texts(5)] + [{"text": "a film", "note": "ü"}]
+    data = jsonl(tmp_path / name, rows)
+    if name.endswith("json"):
+        data.write_text(json.dumps(rows), encoding="utf-8")
+    out = tmp_path / f"out.{written}"
+    predict(data, out, run=runs("bert").folder)
+    if written == "jsonl":
+        assert [row.get("note") for row in read_jsonl(out)] == [None] * 5 + ["ü"]
+        assert "note" not in read_jsonl(out)[0]
+        return
+    found = pq.read_table(out).to_pylist() if written == "parquet" else list(csv.DictReader(out.open(newline="")))
+    assert [row["note"] or None for row in found] == [None] * 5 + ["ü"]
+    assert list(found[0])[:3] == ["text", "note", "prediction"]
+
+
+def test_an_answers_name_may_not_appear_late(
+    runs: Callable[..., Finished], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file_limits, "CHUNK_ROWS", 2)
+    data = jsonl(tmp_path / "new.jsonl", [{"text": text} for text in texts(5)] + [{"text": "a", "prediction": "b"}])
+    with pytest.raises(UserError, match="has a column 'prediction', the name of an answer's"):
+        predict(data, tmp_path / "out.jsonl", run=runs("bert").folder)
 
 
 def test_the_command(runs: Callable[..., Finished], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,7 +24,8 @@ def given_tables(file: Path, cfg: TaskConfig) -> Iterator[pa.Table]:
     """The rows in order: columns of text for text formats (what is no text in json, as json), parquet's own types."""
     if file_format(file) != "parquet":
         names, quoting = cfg.dataset.column_names, cfg.dataset.quoting
-        yield from read_tables(file, Wanted({}, others=True), column_names=names, quoting=quoting)
+        keys = given_names(file, cfg) if file_format(file) == "json" else None
+        yield from read_tables(file, Wanted({}, others=True), column_names=names, quoting=quoting, keys=keys)
         return
     with pq.ParquetFile(file) as opened:
         for batch in opened.iter_batches(batch_size=ROWS):
@@ -32,7 +33,9 @@ def given_tables(file: Path, cfg: TaskConfig) -> Iterator[pa.Table]:
 
 
 def given_names(file: Path, cfg: TaskConfig) -> list[str]:
-    """The names of the columns."""
+    """The names of the columns: of a json file the keys of all its rows, in the order in which they appear."""
+    if file_format(file) == "json":
+        return list(dict.fromkeys(key for record in given_records(file, cfg) for key in record))
     names: list[str] = next(iter(given_tables(file, cfg))).column_names
     return names
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,13 @@ from tsqlora_scale.tasks.rows.delimited_files import Row
 from tsqlora_scale.tasks.rows.wanted import Wanted, check_names
 
 
-def json_rows(lines: Iterator[str], path: Path, wanted: Wanted) -> tuple[list[str], Iterator[Row]]:
+def json_rows(
+    lines: Iterator[str], path: Path, wanted: Wanted, *, keys: Sequence[str] | None = None
+) -> tuple[list[str], Iterator[Row]]:
     """The columns that are read, and their rows. The file's columns are the keys of the first rows.
+
+    Args:
+        keys: those of all rows, where they are known.
 
     Raises:
         UserError: no such column, no valid JSON, a list or an object where text is due, or a key that comes later
@@ -33,7 +38,7 @@ def json_rows(lines: Iterator[str], path: Path, wanted: Wanted) -> tuple[list[st
             break
     if not head:
         raise UserError(f"{path}: the file is empty; it needs at least one row")
-    present = list(dict.fromkeys(key for record in head for key in record))
+    present = list(dict.fromkeys(key for record in head for key in record)) if keys is None else list(keys)
     check_names(present, where=path)
     names = wanted.among(present, where=path)
     if wanted.others:

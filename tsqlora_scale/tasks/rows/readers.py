@@ -25,7 +25,12 @@ from tsqlora_scale.tasks.rows.wanted import Wanted, check_names, not_text
 
 
 def read_tables(
-    path: Path, wanted: Wanted, *, column_names: Sequence[str] | None = None, quoting: Quoting = "auto"
+    path: Path,
+    wanted: Wanted,
+    *,
+    column_names: Sequence[str] | None = None,
+    quoting: Quoting = "auto",
+    keys: Sequence[str] | None = None,
 ) -> Iterator[pa.Table]:
     """The rows of one file, in order, as tables of one schema.
 
@@ -34,6 +39,7 @@ def read_tables(
         wanted: the columns to read.
         column_names: names of a csv/tsv file without a header row; ignored by formats that name their columns.
         quoting: what a quote means in csv and tsv files.
+        keys: of all rows of a json file, where they are known: a column may then first appear anywhere.
 
     Raises:
         UserError: unknown format, wrong encoding, a missing column, or a malformed row.
@@ -45,7 +51,7 @@ def read_tables(
             return
         with _open(path) as file:
             if kind == "json":
-                names, rows = json_rows(_lines(file, path, file_limits.MOST_IN_JSON), path, wanted)
+                names, rows = json_rows(_lines(file, path, file_limits.MOST_IN_JSON), path, wanted, keys=keys)
             else:
                 lines = _lines(file, path, file_limits.MOST_IN_A_LINE)
                 fields = delimited_rows(lines, path, tabs=kind == "tsv", quoting=quoting)
