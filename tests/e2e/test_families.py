@@ -116,3 +116,23 @@ def test_rwkv_evaluates_what_it_has_trained(quantization: str, tmp_path: Path, m
         evaluated = run.task.losses(module.eval(), batch)
     torch.testing.assert_close(evaluated, trained, rtol=0, atol=1e-5)
     assert result_of(run.record.folder)["steps"] == 2
+
+
+@pytest.mark.parametrize("source", ["pass", "online"])
+def test_samples_are_not_taken_for_tokens_where_there_are_as_many(
+    source: str, tmp_path: Path, models_dir: Path
+) -> None:
+    """LED's attention has time first, (T, B, width): here T = B = 8."""
+    tree = zoo.tree_of("led", tmp_path, models_dir, train={"batch_size": 8, "max_steps": 4})
+    folder = Path(tree["task"]["dataset"]["path"])
+    words = ["the", "film", "is", "not", "very", "good"]
+    rows = [{"text": " ".join(words[i % 6 :] + words[: i % 6]), "summary": "a plot"} for i in range(24)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tree["adapter"]["method"] = "tsqlora"
+    tree["schedule"] = {"start": 2, "end": 3, "every": 1}
+    tree["scoring"] = {"source": source, "warmup_steps": 1, "refresh": "none", "sketch_dim": 16, "batch_size": 8}
+    run: Any = go(tree)
+    assert run.task.batch(range(8)).inputs["input_ids"].shape == (8, 8)
+    assert run.ranks.tracker._listener.whole_micro_batch
+    if source == "online":
+        assert "longformer_self_attn" in run.selector.scorer._gradients.shared

@@ -51,6 +51,17 @@ def test_decoders_do_not(kind: str) -> None:
     assert probed(kind).sees_ahead is False
 
 
+@pytest.mark.parametrize(
+    ("kind", "layers"),
+    [("led", ("self_attn.query", "self_attn.key", "self_attn.value")), ("xlnet", ("ff.layer_1", "ff.layer_2")),
+     ("opt", ("fc1", "fc2")), ("llama", ()), ("bart", ()), ("mixtral", ()), ("roberta", ()), ("gemma3", ())],
+)  # fmt: skip
+def test_layers_that_do_not_get_the_batch_first(kind: str, layers: tuple[str, ...]) -> None:
+    found = probed(kind).without_batch
+    assert all(name.endswith(layers) for name in found)
+    assert len(found) == 2 * len(layers)
+
+
 @pytest.mark.parametrize("kind", ["roberta", "llama", "mixtral", "gemma3", "led", "bart-decoder", "jamba"])
 def test_windows_and_low_ranks_show_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What large models get in the place of weights of their own."""

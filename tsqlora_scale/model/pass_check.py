@@ -27,10 +27,12 @@ class PassFindings:
 
     Attributes:
         unreached: linear layers that nothing trained may sit in: text gives them no gradient.
+        without_batch: linear layers that never get the batch as their first dimension.
         reads_past: whether modules read the weights of others without calling them, as Mamba's mixers do.
     """
 
     unreached: frozenset[str] = frozenset()
+    without_batch: frozenset[str] = frozenset()
     reads_past: bool = False
 
 
@@ -76,7 +78,7 @@ def check_pass(config: Config, model_config: Any, task: Task) -> PassFindings:
         bytes_each = 4 if config.model.dtype == "fp32" else 2
         if note := note_on_weights(bare, is_4_bit=config.model.quantization == "nf4", bytes_each=bytes_each):
             log.warning("%s", note)
-    return PassFindings(probe.unreached, bool(read_past(bare)))
+    return PassFindings(probe.unreached, probe.without_batch, bool(read_past(bare)))
 
 
 def _check_beams(config: Config, bare: Any) -> None:

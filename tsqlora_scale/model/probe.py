@@ -1,9 +1,10 @@
 """One pass of a few tokens through a copy of the model: its structure, with random weights in the place of its own.
 
-Three things that only a forward and a backward pass can tell are known before anything is loaded: whether a token sees
-those after it, which linear layers text never passes through on its way to the logits, and whether a row's answer
-depends on the padding beside it. The copy takes next to no memory: all of its large weights are windows of one random
-vector, and large products are products of low rank. None of the questions depends on what the weights are.
+Four things that only a forward and a backward pass can tell are known before anything is loaded: whether a token sees
+those after it, which linear layers text never passes through on its way to the logits, which of them never get the
+batch as their first dimension, and whether a row's answer depends on the padding beside it. The copy takes next to no
+memory: all of its large weights are windows of one random vector, and large products are products of low rank. None of
+the questions depends on what the weights are.
 """
 
 from __future__ import annotations
@@ -52,11 +53,14 @@ class Probe:
     Attributes:
         sees_ahead: whether logits depend on later tokens of the text that is generated; None: it could not be run.
         unreached: linear layers that the logits do not depend on; empty where it could not be run.
+        without_batch: linear layers whose inputs have another first dimension than the batch in every call: LED's
+            attention has time there, experts take tokens of all rows. Their sizes may be the batch's by chance.
         reads_pads: whether the logits of a row depend on the padding beside it; None: not asked, or could not be run.
     """
 
     sees_ahead: bool | None = None
     unreached: frozenset[str] = frozenset()
+    without_batch: frozenset[str] = frozenset()
     reads_pads: bool | None = None
 
 
@@ -93,7 +97,8 @@ def run_probe(
             model, mode = _random_copy(auto_class, model_config, trust_remote_code)
             with mode:
                 found = Probe(_sees_ahead(model, inputs), _unreached(model, inputs))
-                with suppress(Exception):  # what only longer rows bring up takes nothing from the rest
+                with suppress(Exception):  # what only more or longer rows bring up takes nothing from the rest
+                    found = replace(found, without_batch=_without_batch(model, inputs))
                     return replace(found, reads_pads=None if padded is None else _reads_pads(model, padded))
                 return found
     except Exception as error:  # of whatever a model's code does
@@ -230,6 +235,27 @@ def _unreached(model: nn.Module, inputs: Mapping[str, Tensor]) -> frozenset[str]
     found = torch.autograd.grad(logits.float().sum(), list(anchors.values()), allow_unused=True)
     reached = {_expert_kind(name) for name, gradient in zip(anchors, found, strict=True) if gradient is not None}
     return frozenset(name for name in layers if _expert_kind(name) not in reached)
+
+
+def _without_batch(model: nn.Module, inputs: Mapping[str, Tensor]) -> frozenset[str]:
+    """Linear layers that are called, and never with the batch's dimension first."""
+    lengths = {tensor.shape[1] for tensor in inputs.values() if tensor.dim() > 1}
+    rows = next(count for count in range(2, 2 + LENGTH) if count not in lengths)
+    batch = {name: tensor.repeat(rows, *(1,) * (tensor.dim() - 1)) for name, tensor in inputs.items()}
+    layers = linear_layers(model)
+    found: dict[bool, set[str]] = {True: set(), False: set()}
+
+    def listener(name: str) -> Callable[..., None]:
+        return lambda _, args, __: found[args[0].dim() > 1 and args[0].shape[0] == rows].add(_expert_kind(name))
+
+    handles = [module.register_forward_hook(listener(name)) for name, module in layers.items()]
+    try:
+        with torch.no_grad():
+            model.eval()(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return frozenset(name for name in layers if _expert_kind(name) in found[False] - found[True])
 
 
 def _expert_kind(name: str) -> str:

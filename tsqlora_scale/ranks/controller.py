@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -116,6 +117,7 @@ class AdaptiveRanks:
         policy: the rule.
         schedule: when ranks change.
         micro_batch_size: samples of a forward pass.
+        without_batch: layers that never get the batch as their first dimension.
 
     Attributes:
         tracker: the sensitivities.
@@ -123,7 +125,15 @@ class AdaptiveRanks:
         resize: how factors grow and shrink.
     """
 
-    def __init__(self, config: Config, policy: Policy, *, schedule: Schedule, micro_batch_size: int) -> None:
+    def __init__(
+        self,
+        config: Config,
+        policy: Policy,
+        *,
+        schedule: Schedule,
+        micro_batch_size: int,
+        without_batch: Collection[str] = frozenset(),
+    ) -> None:
         self.policy = policy
         self.resize = config.resize
         self._config = config
@@ -135,6 +145,7 @@ class AdaptiveRanks:
             micro_batch_size=micro_batch_size,
             sketch_seed=config.run.seed if config.resize.grow_init == "gradient" else None,
             events=schedule.events,
+            without_batch=without_batch,
         )
 
     def attach(self, module: nn.Module) -> None:

@@ -31,7 +31,7 @@ from __future__ import annotations
 import logging
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from tsqlora_scale.config.schema import SensitivityConfig
 from tsqlora_scale.engine.collectives import World
-from tsqlora_scale.model.adapters.lora import ADAPTER, has_factors, lora_layers
+from tsqlora_scale.model.adapters.lora import ADAPTER, has_factors, lora_layers, short_name
 from tsqlora_scale.ranks.estimators import full_weight
 from tsqlora_scale.ranks.gradient_sketches import GradientSketches
 from tsqlora_scale.ranks.taps import Listener, Site
@@ -64,15 +64,18 @@ class SensitivityTracker:
         micro_batch_size: int,
         events: Sequence[int],
         sketch_seed: int | None = None,
+        without_batch: Collection[str] = frozenset(),
     ) -> None:
         """Of a run of ``batch_size`` samples an optimizer step, over all processes.
 
         Args:
             events: after how many finished steps S is wanted, ascending.
             sketch_seed: of the random projections of :meth:`sketches`; none: no sketches are taken.
+            without_batch: layers, by their short names, that never get the batch as their first dimension.
         """
         self.group_size = _group_size(cfg, micro_batch_size)
         self._cfg = cfg
+        self._without_batch = frozenset(without_batch)
         self._events = events
         self._batch_size = batch_size
         self._listener = Listener(
@@ -121,6 +124,8 @@ class SensitivityTracker:
                     site.projection = self._sketches.projection(name, int(layer.out_features))  # type: ignore[arg-type]
                     self._sketches.add_layer(name, int(layer.in_features))  # type: ignore[arg-type]
                 sites.append(site)
+        for site in sites:
+            site.without_batch = short_name(site.layer) in self._without_batch
         self._listener.attach(sites)
         for table in self._tables:
             for name in layers:

@@ -66,6 +66,8 @@ class Site:
     weight: Callable[[], Tensor]
     #: Omega, (k, d_out), where a sketch of the gradient is wanted.
     projection: Tensor | None = None
+    #: Whether its inputs never have the batch first, whatever their sizes say.
+    without_batch: bool = False
     #: Omega G summed since :meth:`Listener.start`, (k, d_in) float32 on the layer's device.
     sketch: Tensor | None = None
     calls: int = 0
@@ -167,7 +169,7 @@ class Listener:
         recomputed = torch._C._current_graph_task_id() != -1  # activation checkpointing, inside a backward pass
         if not recomputed:
             site.calls += 1
-            if x.shape[0] != self._micro_batch and not self.whole_micro_batch:
+            if (site.without_batch or x.shape[0] != self._micro_batch) and not self.whole_micro_batch:
                 self.whole_micro_batch = True  # before any gradient of this micro-batch has arrived
                 if self.group_size < self._micro_batch:
                     self._on_shared_call(site.layer)

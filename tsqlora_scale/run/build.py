@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,7 @@ def build_run(
         state, tree = find_state(preflight, resume, world)
         selector = build_selector(preflight, world, stop, watchdog)
         model = build_model(preflight, device=accelerator.device)
-        ranks = build_controller(config, plan)
+        ranks = build_controller(config, plan, without_batch=preflight.findings.without_batch)
         if tree is not None:
             give(model, tree["ranks"], {name: entry.value for name, entry in state.params.items()})
         elif adapter is not None:
@@ -214,13 +214,19 @@ def build_model(preflight: Preflight, *, device: torch.device) -> Any:
     )
 
 
-def build_controller(config: Config, plan: RunPlan) -> RankController:
+def build_controller(config: Config, plan: RunPlan, *, without_batch: Collection[str] = frozenset()) -> RankController:
     """The rank half: a null object where it is off."""
     if not config.adapts_ranks:
         return FixedRanks()
     assert plan.schedule is not None
     policy = policy_class(config.allocation.policy)(config.allocation)
-    return AdaptiveRanks(config, policy, schedule=plan.schedule, micro_batch_size=plan.micro_batch_size)
+    return AdaptiveRanks(
+        config,
+        policy,
+        schedule=plan.schedule,
+        micro_batch_size=plan.micro_batch_size,
+        without_batch=without_batch,
+    )
 
 
 def build_selector(preflight: Preflight, world: World, stop: StopRequest, watchdog: Watchdog) -> Selector:
@@ -242,6 +248,7 @@ def build_selector(preflight: Preflight, world: World, stop: StopRequest, watchd
         events=plan.schedule.events if plan.schedule else (),
         progress=progress,
         parts_folder=config.run_dir / PARTS,
+        without_batch=preflight.findings.without_batch,
     )
     return selector_class(config.sampling.selector)(context)
 

@@ -12,7 +12,7 @@ may be packed to 4 bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from tsqlora_scale.model.adapters.lora import short_name
 from tsqlora_scale.quality.gradients.sketch import Sketch
 
 
@@ -61,14 +62,23 @@ class FactorGradients:
     Args:
         theta: the linear modules of a model whose parameters make theta, by name.
         sketch_dim, seed: of the sketches, which are those of a scoring pass with the same.
+        without_batch: layers of the base that never get the batch as their first dimension, whatever the sizes say.
 
     Attributes:
         shared: name of the first module that was called without the batch's dimension; None while there was none.
     """
 
-    def __init__(self, theta: Callable[[nn.Module], dict[str, nn.Linear]], *, sketch_dim: int, seed: int) -> None:
+    def __init__(
+        self,
+        theta: Callable[[nn.Module], dict[str, nn.Linear]],
+        *,
+        sketch_dim: int,
+        seed: int,
+        without_batch: Collection[str] = frozenset(),
+    ) -> None:
         self._theta = theta
         self._dim, self._seed = sketch_dim, seed
+        self._without_batch = frozenset(without_batch)
         self._parts: dict[str, nn.Linear] = {}
         self.shared: str | None = None
         self._size = 0
@@ -112,7 +122,7 @@ class FactorGradients:
     def _forward(self, name: str, part: nn.Linear, x: Tensor) -> Tensor:
         if not self._size:
             return nn.Linear.forward(part, x)
-        if x.dim() < 2 or x.shape[0] != self._size:
+        if x.dim() < 2 or x.shape[0] != self._size or _layer_of(name) in self._without_batch:
             self.shared = self.shared or name
             return nn.Linear.forward(part, x)
         if torch._C._current_graph_task_id() == -1:  # else a checkpointed layer's repetition, in the backward pass
@@ -151,3 +161,8 @@ def _outer(delta: Tensor, x: Tensor) -> Tensor:
     if x.shape[-1] >= delta.shape[-1]:
         return torch.bmm(delta.transpose(1, 2), x)
     return torch.bmm(x.transpose(1, 2), delta).transpose(1, 2)
+
+
+def _layer_of(name: str) -> str:
+    """The base's layer that a linear module of theta is a factor of."""
+    return short_name(name.rpartition(".lora_")[0])

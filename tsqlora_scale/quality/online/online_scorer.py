@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -58,6 +58,7 @@ class OnlineScorer:
         eta: step size of the loss reduction.
         stratify: whether the pool's strata each keep their share of the draws.
         warmup_steps: steps in which visits do not count, but for the direction.
+        without_batch: see :class:`.FactorGradients`.
 
     Raises:
         UserError: the disk of TMPDIR has no room, on any rank.
@@ -75,6 +76,7 @@ class OnlineScorer:
         eta: float,
         stratify: bool = False,
         warmup_steps: int = 0,
+        without_batch: Collection[str] = frozenset(),
     ) -> None:
         self.scoring, self.sampling = scoring, sampling
         self.seed, self.eta, self.world = seed, eta, world
@@ -85,7 +87,7 @@ class OnlineScorer:
             self.strata = pool.strata() if stratify else None
             self.running = RunningScores(ScoreTable.empty(len(pool)), sketch_dim=scoring.sketch_dim, memory=MEMORY)
         self._standardisation = Standardisation(gate=scoring.gates_convergence)
-        self._gradients = FactorGradients(theta, sketch_dim=scoring.sketch_dim, seed=seed)
+        self._gradients = FactorGradients(theta, sketch_dim=scoring.sketch_dim, seed=seed, without_batch=without_batch)
         self._warmup_steps = warmup_steps
         self._warms_up = False
         self._size = self._position = 0

@@ -39,6 +39,7 @@ class OnlineSelector(ScoredSelector):
             eta=config.scoring.eta or config.train.lr,
             stratify=config.stratifies,
             warmup_steps=context.warmup_steps,
+            without_batch=context.without_batch,
         )
         self._refreshes = refresh_steps(config.scoring, context.events)
         always = context.pool.query_rows

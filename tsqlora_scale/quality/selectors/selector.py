@@ -31,6 +31,7 @@ class SelectorContext:
         events: the schedule's steps, ascending; empty without a schedule.
         progress: told (samples done, samples of the pass) while the pool is scored.
         parts_folder: where the numbers of a pass are kept while it runs.
+        without_batch: linear layers of the base that never get the batch as their first dimension.
     """
 
     config: Config
@@ -42,6 +43,7 @@ class SelectorContext:
     events: tuple[int, ...] = ()
     progress: Callable[[int, int], None] | None = None
     parts_folder: Path | None = None
+    without_batch: frozenset[str] = frozenset()
 
 
 class Selector(Protocol):
