@@ -9,7 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, ConvBertConfig, FNetConfig, XmodConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    ConvBertConfig,
+    FNetConfig,
+    ProphetNetConfig,
+    XmodConfig,
+)
 
 from tests import zoo
 from tests.runs import go, result_of, run_tree
@@ -66,6 +73,17 @@ def test_others_are_not(kind: str, tmp_path: Path, models_dir: Path, caplog: pyt
     path = tiny_model(kind, models_dir)
     preflight.check(parse_config(run_tree("bert", tmp_path, models_dir, "run", model={"name_or_path": str(path)})))
     assert "padding beside it" not in caplog.text
+
+
+def test_a_decoder_that_reads_padding(tmp_path: Path, models_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """ProphetNet's decoder alone."""
+    size = {"hidden_size": 32, "num_decoder_layers": 2, "num_decoder_attention_heads": 4, "decoder_ffn_dim": 64}
+    config = ProphetNetConfig(**TOKENS, **size, is_decoder=True, is_encoder_decoder=False)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    tree = zoo.tree_of("llama", tmp_path, models_dir, model={"name_or_path": str(tmp_path / "model")})
+    preflight.check(parse_config(tree))
+    assert "what this prophetnet model makes of a row depends on the padding beside it" in caplog.text
 
 
 def test_a_classifier_whose_decoder_does_not_know_how_to_begin(tmp_path: Path, models_dir: Path) -> None:

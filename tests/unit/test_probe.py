@@ -62,6 +62,20 @@ def test_layers_that_do_not_get_the_batch_first(kind: str, layers: tuple[str, ..
     assert len(found) == 2 * len(layers)
 
 
+@pytest.mark.parametrize(
+    "kind", ["llama", "mixtral", "mamba", "rwkv", "bart-decoder", "opt", "jamba", "led", "t5", "bart"]
+)
+def test_models_that_write_do_not_read_padding(
+    kind: str, tmp_path: Path, models_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    described = preflight.check(parse_config(zoo.tree_of(kind, tmp_path, models_dir)))
+    padded = probe_module.padded_rows(described.task)
+    assert padded is not None
+    auto, inputs = described.task.auto_class, probe_module.probe_inputs(described.task)
+    assert run_probe(auto, described.model_config, inputs, padded=padded).reads_pads is False
+    assert "padding beside it" not in caplog.text
+
+
 @pytest.mark.parametrize("kind", ["roberta", "llama", "mixtral", "gemma3", "led", "bart-decoder", "jamba"])
 def test_windows_and_low_ranks_show_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What large models get in the place of weights of their own."""

@@ -66,7 +66,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class PaddedRows:
-    """A row alone, (1, t), and among others that are longer, (B, T): inputs of a classifier.
+    """A model's inputs of a row alone, (1, t), and among others that are longer, (B, T).
 
     Attributes:
         row: its place among them.
@@ -121,19 +121,16 @@ def probe_inputs(task: Task) -> dict[str, Tensor]:
 
 
 def padded_rows(task: Task) -> PaddedRows | None:
-    """The shortest of the pool's first rows, alone and among them; None where nothing is padded, or no row is judged
-    as a whole.
-    """
-    if task.peft_task_type != "SEQ_CLS":
-        return None
+    """The shortest of the pool's first rows, alone and beside the longest; None where nothing is padded."""
     rows = range(min(ROWS, len(task)))
-    with suppress(UserError):  # rows are checked elsewhere, and an objective of one's own may need longer ones
-        for limit in (LONGEST, None):  # cut to a few tokens, all may be as long as that
+    # cut to a few tokens, all may be as long as that; whole ones are for a few logits a row alone
+    for limit in (LONGEST, None) if task.peft_task_type == "SEQ_CLS" else (LONGEST,):
+        with suppress(UserError):  # rows are checked elsewhere, and a template may be longer
             alone = [task.batch([row], max_length=limit).inputs for row in rows]
             lengths = [inputs["input_ids"].shape[1] for inputs in alone]
-            if min(lengths) < max(lengths):
-                row = lengths.index(min(lengths))
-                return PaddedRows(alone[row], task.batch(rows, max_length=limit).inputs, row)
+            short, long = lengths.index(min(lengths)), lengths.index(max(lengths))
+            if lengths[short] < lengths[long]:
+                return PaddedRows(alone[short], task.batch([short, long], max_length=limit).inputs, row=0)
     return None
 
 
@@ -221,6 +218,7 @@ def _reads_pads(model: nn.Module, padded: PaddedRows) -> bool:
     model.eval()
     with torch.no_grad():
         alone, among = model(**padded.alone).logits[0].float(), model(**padded.among).logits[padded.row].float()
+    among = among[: len(alone)] if alone.dim() > 1 else among  # a decoder's rows are padded on the right
     change = (alone - among).abs().max()
     return bool(change.isfinite() and change > BY_PADS * torch.stack([alone, among]).abs().max())
 
