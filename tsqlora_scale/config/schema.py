@@ -15,7 +15,7 @@ from pydantic import model_validator
 
 from tsqlora_scale.config.fields import Section
 from tsqlora_scale.config.model_section import ADAPTER_TRAITS, AdapterConfig, ModelConfig
-from tsqlora_scale.config.presets import from_0_1, with_preset, with_query
+from tsqlora_scale.config.presets import from_0_1, with_preset
 from tsqlora_scale.config.quality_sections import (
     BLIND_SELECTORS,
     FORWARD_SELECTORS,
@@ -70,7 +70,7 @@ class Config(Section):
     @classmethod
     def _spelled_out(cls, tree: Any) -> Any:
         """The keys of the method, and those of release 0.1, as the keys of today."""
-        return with_preset(with_query(from_0_1(tree))) if isinstance(tree, dict) else tree
+        return with_preset(from_0_1(tree)) if isinstance(tree, dict) else tree
 
     @model_validator(mode="after")
     def _ranks_agree(self) -> Config:
