@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from torch import Tensor
+
+from tests.reference.advice import weighted_left_out, weighted_ridge
 
 
 def ridge(x: np.ndarray, y: np.ndarray, strength: float) -> tuple[np.ndarray, np.ndarray]:
@@ -86,20 +89,76 @@ def newton_logistic(x: np.ndarray, y: np.ndarray, weights: np.ndarray, strength:
     return found[:-1], float(found[-1])
 
 
-def descended_log_linear(scores: np.ndarray, y: np.ndarray, strength: float) -> tuple[np.ndarray, np.ndarray]:
-    """Factors (m,) and biases (C,) of a log-linear mixture of logits (n, C, m), by plain gradient descent."""
+def descended_log_linear(
+    scores: np.ndarray, y: np.ndarray, strength: float, *, weights: np.ndarray | None = None, left_out: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Factors (m,) and biases (C,) of a log-linear mixture of logits (n, C, m), by plain gradient descent.
+
+    Args:
+        weights: of the rows (n,), of sum 1.
+        left_out: whether the first factor is held at 0 or above, by a step back whenever it goes below.
+    """
     factors, biases = np.zeros(scores.shape[2]), np.zeros(scores.shape[1])
     one_hot = np.eye(scores.shape[1])[y]
+    part = np.full(len(y), 1 / len(y)) if weights is None else weights
     # of the cross-entropy's curvature no eigenvalue is larger
-    step = 1 / (strength + 1 + np.square(scores).sum((1, 2)).mean())
+    step = 1 / (strength + 1 + part @ np.square(scores).sum((1, 2)))
     for _ in range(5_000):
         logits = scores @ factors + biases
         p = np.exp(logits - logits.max(1, keepdims=True))
         p /= p.sum(1, keepdims=True)
-        error = (p - one_hot) / len(y)
-        factors -= step * (np.einsum("nc,ncm->m", error, scores) + strength * factors)
+        error = part[:, None] * (p - one_hot)
+        factors -= step * ((error[:, :, None] * scores).sum((0, 1)) + strength * factors)
+        if left_out:
+            factors[0] = max(factors[0], 0.0)
         biases -= step * (error.sum(0) + strength * biases)
     return factors, biases
+
+
+def answers(
+    x: np.ndarray,
+    y: np.ndarray,
+    weights: np.ndarray,
+    judged: np.ndarray | None,
+    unseen: tuple[np.ndarray, np.ndarray],
+    *,
+    classes: int | None,
+    strengths: Sequence[float],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Log-likelihoods of answers (n,), each by a fit to all other rows, and of those of rows ``unseen``.
+
+    Args:
+        x: features (n, d).
+        judged: places of the rows whose squared error, left out, decides among the ridge's ``strengths``; None: all.
+        classes: None for numbers.
+    """
+    targets = y[:, None] if classes is None else np.eye(classes)[y]
+    places = range(len(y)) if judged is None else judged.tolist()
+    found = {each: weighted_left_out(x[:, None], targets, weights, each) for each in strengths}
+    errors = {each: sum(np.square(told[row] - targets[row]).sum() for row in places) for each, told in found.items()}
+    strength = min(strengths, key=lambda each: errors[each])
+    slopes, bias = weighted_ridge(x, targets, weights, strength)
+    held_out, others = found[strength], unseen[0] @ slopes + bias
+    if classes is None:
+        squares = sum(weight * (told[0] - own) ** 2 for weight, told, own in zip(weights, held_out, y, strict=True))
+        deviation = math.sqrt(squares / sum(weights))
+
+        def likely(told: np.ndarray, own: float) -> float:
+            return -((own - told[0]) ** 2) / (2 * deviation**2) - math.log(deviation)
+    else:
+        scale = held_out.std()
+        factors, biases = descended_log_linear(
+            held_out[:, :, None] / scale, y, 1 / len(y), weights=weights / weights.sum(), left_out=True
+        )
+
+        def likely(told: np.ndarray, own: float) -> float:
+            logits = told / scale * factors[0] + biases
+            return float(logits[int(own)] - math.log(np.exp(logits).sum()))
+
+    return (
+        np.array([likely(told, own) for told, own in zip(held_out, y, strict=True)]),
+        np.array([likely(told, own) for told, own in zip(others, unseen[1], strict=True)]),
+    )
 
 
 def area(of_pool: np.ndarray, of_query: np.ndarray) -> float:
