@@ -33,6 +33,13 @@ class Made:
             last = 2 + 0.3 * rule + 0.3 * self.rng.normal(size=n)
         return np.column_stack([features.reshape(n, -1), last]).astype(np.float32)
 
+    def agreement(self, rows: np.ndarray, rule: int) -> np.ndarray:
+        """Whether a rule predicts the class, or the sign of the number, of rows (n, L R d + 1): (n,) bool."""
+        features = rows[:, :-1].reshape(len(rows), LAYERS, self.regions, WIDTH)
+        told = features[:, 0, 0] @ self.rules[rule] > 0
+        agrees: np.ndarray = told == (rows[:, -1] > (0.5 if self.kind == "classes" else 0.0))
+        return agrees
+
 
 def zeros(n: int) -> np.ndarray:
     return np.zeros(n, dtype=np.int64)
