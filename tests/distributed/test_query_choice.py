@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from tests.distributed.launch import ENGINES, WORKER, launch
@@ -52,6 +53,9 @@ def test_the_same_choice(runs: dict[tuple[str, str], Path], engine: str, kind: s
     np.testing.assert_array_equal(ours.selected, wanted.selected)
     assert ours.selected.sum() == result["subset_size"] == 24 + QUERY
     assert result["findings"]["evident"] == reference["findings"]["evident"]
+    written = [set(pd.read_parquet(runs[name, kind] / "scores")) for name in (engine, "plain")]
+    assert written[0] == written[1]
+    assert ("log_wanted" in written[0]) == (kind == "bert"), "a second look, of classes"
     losses = losses_of(runs["plain", kind])
     assert len(losses) == 3
     assert losses_of(runs[engine, kind]) == pytest.approx(losses, abs=1e-5)

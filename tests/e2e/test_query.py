@@ -19,6 +19,7 @@ from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.load import parse_config
 from tsqlora_scale.quality import ScoreTable
 from tsqlora_scale.quality.features.forward_pass import ForwardPass
+from tsqlora_scale.quality.query.mixture import Mixture
 from tsqlora_scale.quality.query.query_rater import QueryRater
 from tsqlora_scale.quality.selectors.ranked import RankedSelector
 from tsqlora_scale.run import preflight
@@ -57,17 +58,31 @@ def test_every_kind_of_task(kind: str, tmp_path: Path, models_dir: Path) -> None
     assert len(losses_of(tmp_path / "runs" / "run")) == 4
     findings = result["findings"]
     assert 0 <= findings["share on target"] <= findings["at most"] <= 1
-    assert set(findings["coefficients"]) == set(table.terms)
+    first = list(findings["coefficients"])
+    second = [] if kind in ("llama", "bart") or not findings["evident"] else list(Mixture.names)
+    assert list(table.terms) == first + second
     assert set(np.flatnonzero(run.seen)) <= set(np.flatnonzero(table.selected))
     written = pd.read_parquet(tmp_path / "runs" / "run" / "scores")
     assert written["sample_id"].tolist() == [*map(str, range(POOL)), *(f"query-{i}" for i in range(QUERY))]
     for name, values in table.terms.items():
         np.testing.assert_array_equal(written[name], values)
     if TASKS.get(kind) == "classification":
-        chosen, ids = table.selected[:POOL], run.task.class_ids()
-        assert ids is not None
-        wanted = (np.bincount(ids[POOL:], minlength=2) + 2) / (QUERY + 4) * 24
-        assert np.abs(np.bincount(ids[:POOL][chosen], minlength=2) - wanted).max() < 1, "the classes' shares"
+        in_balance(run, table)
+
+
+def in_balance(run: Run, table: ScoreTable) -> None:
+    """Of every stratum there are as many as the query has of it, but of those that have not as many, and then all."""
+    ids, halves = run.task.class_ids(), 1
+    assert ids is not None
+    strata = ids
+    if "pool_gain" in table.terms:
+        strata, halves = 2 * ids + (table.terms["pool_gain"] > 0), 2
+    shares = np.bincount(strata[POOL:], minlength=2 * halves) + 2 / halves
+    chosen = np.bincount(strata[:POOL][table.selected[:POOL]], minlength=len(shares))
+    rest = chosen < np.bincount(strata[:POOL], minlength=len(shares))
+    left = table.selected[:POOL].sum() - chosen[~rest].sum()
+    assert np.abs(chosen - left * shares / shares[rest].sum())[rest].max() < 1
+    assert (chosen[~rest] <= left * shares[~rest] / shares[rest].sum() + 1).all()
 
 
 def test_what_is_found_decides_how_many_are_kept(
@@ -75,17 +90,21 @@ def test_what_is_found_decides_how_many_are_kept(
 ) -> None:
     rate = QueryRater.rate
 
-    def found(share: float, evidence: float) -> int:
+    def found(share: float, evidence: float, *, looks: int = 1) -> int:
         def told(self: QueryRater, module: Any) -> Any:
             rating = rate(self, module)
-            return replace(rating, standing=replace(rating.standing, share=share, evidence=evidence))
+            standing = replace(rating.standing, share=share, evidence=evidence, by_mixture=looks == 2)
+            return replace(rating, standing=standing)
 
         monkeypatch.setattr(QueryRater, "rate", told)
-        run = build_run(preflight.check(parse_config(queried("bert", tmp_path, models_dir, f"{share}-{evidence}"))))
+        name = f"{share}-{evidence}-{looks}"
+        run = build_run(preflight.check(parse_config(queried("bert", tmp_path, models_dir, name))))
         run.selector.score(run.engine.module, 0)
         return int(table_of(run).selected.sum())
 
     assert found(0.8, 9.0) == round(0.8 * (1 + 0.8**2) / 2 * POOL) + QUERY, "its surer part"
+    assert found(0.5, 9.0, looks=2) == round(1.5 * 0.5 * POOL) + QUERY, "half as many again as a second look finds"
+    assert found(0.8, 9.0, looks=2) == POOL + QUERY
     assert found(0.5, 2.9) == POOL + QUERY, "without evidence nothing is left out"
     assert found(0.01, 9.0) == QUERY + QUERY, "at least as many as the query has"
 
@@ -209,6 +228,7 @@ class Killed(Exception):
 def test_a_killed_pass_goes_on(tmp_path: Path, models_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scoring = {"shard_size": 16, "batch_size": 4}
     wanted = go(queried("bert", tmp_path, models_dir, "whole", scoring=scoring))
+    assert set(Mixture.names) <= set(table_of(wanted).terms), "by both looks"
     shard, looked = ForwardPass._shard, []
 
     def counted(self: ForwardPass, *arguments: Any, **given: Any) -> np.ndarray:

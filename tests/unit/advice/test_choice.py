@@ -14,19 +14,25 @@ from tests.reference.advice import spare_share
 from tsqlora_scale.advice.pool_shares import off_target, redundant, wrong_labels
 from tsqlora_scale.advice.query_choice import PoolRatio, chosen_weights
 from tsqlora_scale.config.quality_sections import SamplingConfig
-from tsqlora_scale.quality.query.density_ratio import Standing, surer_part, wanted_share
+from tsqlora_scale.quality.query.choice_rule import surer_part
+from tsqlora_scale.quality.query.density_ratio import Standing, wanted_share
 from tsqlora_scale.quality.query.looks import Shape
 
 
-def ratio_of(share: float, *, rows: int = 1000, queried: int = 64, evidence: float = 9.0, seed: int = 0) -> PoolRatio:
-    """Log ratios of a pool of which ``share`` is as the query is, the rest far off."""
+def ratio_of(
+    share: float, *, rows: int = 1000, queried: int = 64, evidence: float = 9.0, seed: int = 0, by_mixture: bool = False
+) -> PoolRatio:
+    """Log ratios of a pool of which ``share`` is as the query is, the rest far off; of every two rows that are wanted
+    the pool expects one's answer, of the others all."""
     generator = np.random.default_rng(seed)
     wanted = round(share * rows)
     pool = np.concatenate([generator.normal(2, 1, wanted), generator.normal(-4, 1, rows - wanted)])
     query = generator.normal(2, 1, queried)
     found, most = wanted_share(pool, query)
-    terms: Any = None
-    return PoolRatio(terms, pool, query, Standing(found, most, 0.9, evidence))
+    standing = Standing(found, most, 0.9, evidence, by_mixture)
+    agrees = (np.arange(rows) % 2 == 0) | (np.arange(rows) >= wanted), np.arange(queried) % 2 == 0
+    likely = np.minimum(1.0, found * np.exp(pool))
+    return PoolRatio(pool, query, standing, likely, agrees if by_mixture else None)
 
 
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
@@ -54,6 +60,33 @@ def test_the_surer_part_is_chosen_in_the_classes_shares() -> None:
     even = chosen_weights(ratio, SamplingConfig(soft=False), size=1000)
     assert set(even) == {0.0, 1.0}
     assert even[np.argsort(-ratio.of_pool)[:count]].all()
+
+
+def test_half_as_many_again_are_chosen_by_a_second_look() -> None:
+    """In the query's shares of classes and of what the pool expects there; drawn by the probability of being wanted."""
+    ratio = ratio_of(0.3, by_mixture=True)
+    assert ratio.agrees is not None
+    labels, wanted = np.arange(1000) // 2 % 2, np.array([0] * 16 + [1] * 48)
+    count = round(1.5 * ratio.standing.share * 1000)
+    weights = chosen_weights(ratio, SamplingConfig(), size=1000, labels=labels, wanted=wanted)
+    kept = weights > 0
+    assert kept.sum() == count
+    np.testing.assert_array_equal(weights[kept], ratio.wanted[kept])
+    for label in (0, 1):
+        for expected in (False, True):
+            of_query = ((wanted == label) & (ratio.agrees[1] == expected)).sum()
+            rows = (labels == label) & (ratio.agrees[0] == expected)
+            share = count * (of_query + 1) / (64 + 4)
+            if share <= rows.sum():  # else the others take more
+                assert kept[rows].sum() >= int(share)
+            worst = ratio.of_pool[rows & kept].min()
+            assert (ratio.of_pool[rows & ~kept] <= worst).all(), "the surest of each"
+    plain = chosen_weights(ratio, SamplingConfig(stratify=False, soft=False), size=1000, labels=labels, wanted=wanted)
+    assert plain[np.argsort(-ratio.of_pool)[:count]].all() and plain.sum() == count
+    without = chosen_weights(ratio, SamplingConfig(), size=1000) > 0
+    halves = np.array([without[~ratio.agrees[0]].sum(), without[ratio.agrees[0]].sum()])
+    assert halves.sum() == count
+    assert halves[0] == min((~ratio.agrees[0]).sum(), round(count / 2)), "numbers have halves, too"
 
 
 def test_of_a_part_of_the_pool_as_large_a_share_is_kept() -> None:

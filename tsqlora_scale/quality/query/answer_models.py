@@ -45,7 +45,7 @@ class ClassModel:
         scale = float(held_out.std()) + 1e-9
         y, part = torch.from_numpy(answers), torch.from_numpy(weights / weights.sum())
         scores = torch.from_numpy(held_out / scale)[:, :, None]
-        model = cls(heads, scale, log_linear(scores, y, 1 / len(y), weights=part))
+        model = cls(heads, scale, log_linear(scores, y, 1 / len(y), weights=part, left_out=True))
         return model, model._judged(held_out, answers)
 
     def log_likelihood(self, features: np.ndarray, answers: np.ndarray) -> np.ndarray:

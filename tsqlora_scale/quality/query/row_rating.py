@@ -60,7 +60,7 @@ class RowRating:
         return replace(
             first,
             mixture=mixture,
-            standing=replace(standing, share=mixture.share, by_mixture=True),
+            standing=replace(standing, share=mixture.share, most=max(standing.most, mixture.share), by_mixture=True),
             of_pool=np.column_stack([of_pool, more_of_pool]),
             of_query=np.column_stack([of_query, more_of_query]),
         )

@@ -129,13 +129,13 @@ class LabelTerms:
         folds = folds_of(wanted, len(wanted), min(FOLDS, len(wanted)), seed=seed, purpose="query folds")
         for fold in np.unique(folds):
             out = torch.from_numpy(folds == fold)
-            factors, biases = log_linear(both[~out], y[~out], 1 / int((~out).sum()))
+            factors, biases = log_linear(both[~out], y[~out], 1 / int((~out).sum()), left_out=True)
             held_out[out] = both[out] @ factors + biases
         of_pool = torch.from_numpy(pool_by_pool / scales[1])[:, :, None]
         terms = cls(
             likeness, query_heads, pool_heads, scales,
-            mixture=log_linear(both, y, 1 / len(y)),
-            calibration=log_linear(of_pool, torch.from_numpy(labels), 1 / len(labels)),
+            mixture=log_linear(both, y, 1 / len(y), left_out=True),
+            calibration=log_linear(of_pool, torch.from_numpy(labels), 1 / len(labels), left_out=True),
         )  # fmt: skip
         pool_terms = terms._joined(pool_text, query_heads.scores(x), pool_by_pool, labels)
         query_terms = terms._joined(query_text, query_by_query, pool_heads.scores(z), wanted)

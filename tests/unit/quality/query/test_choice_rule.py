@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tsqlora_scale.quality.query.choice_rule import class_shares, kept_rows, wanted_probability
-from tsqlora_scale.quality.query.density_ratio import EVIDENCE, Standing, surer_part
+from tsqlora_scale.quality.query.choice_rule import kept_rows, strata_of, strata_shares, surer_part
+from tsqlora_scale.quality.query.density_ratio import EVIDENCE, Standing
 
 SHARES = st.floats(0.01, 1.0)
+#: Of rows: a class, and whether the pool expects it.
+ROWS = st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=1, max_size=40)
 
 
-def standing(share: float, evidence: float = EVIDENCE + 1) -> Standing:
-    return Standing(share, 1.0, 0.9, evidence)
-
-
-@given(st.lists(st.floats(-30, 30), min_size=1, max_size=20), SHARES)
-def test_a_row_is_wanted_by_its_ratio_times_the_share(ratios: list[float], share: float) -> None:
-    """Of rows that are as the query is in ``share`` of the pool, ``q / p`` times it is the posterior, at most 1."""
-    expected = [min(1.0, share * math.exp(ratio)) for ratio in ratios]
-    np.testing.assert_allclose(wanted_probability(np.array(ratios), standing(share)), expected, rtol=1e-12)
+def standing(share: float, evidence: float = EVIDENCE + 1, *, by_mixture: bool = False) -> Standing:
+    return Standing(share, 1.0, 0.9, evidence, by_mixture)
 
 
 @given(SHARES)
-def test_the_surer_part(share: float) -> None:
+def test_the_surer_part_of_a_first_look(share: float) -> None:
     assert share / 2 < surer_part(share) <= share
     assert surer_part(1.0) == 1.0
     assert surer_part(0.5) == pytest.approx(0.5 * 1.25 / 2)
@@ -35,12 +28,45 @@ def test_the_surer_part(share: float) -> None:
     assert kept_rows(standing(share), 1000, least=1000) == 1000
 
 
-@given(SHARES, st.floats(-5, EVIDENCE))
-def test_without_evidence_all_are_kept_and_alike(share: float, evidence: float) -> None:
-    found = standing(share, evidence)
-    assert kept_rows(found, 70, least=10) == 70
-    np.testing.assert_array_equal(wanted_probability(np.array([-9.0, 0.0, 9.0]), found), 1.0)
+@given(SHARES, st.integers(0, 1000))
+def test_half_as_many_again_as_a_second_look_finds(share: float, least: int) -> None:
+    kept = kept_rows(standing(share, by_mixture=True), 1000, least=least)
+    assert kept == min(1000, max(round(1.5 * share * 1000), least))
+    assert kept >= kept_rows(standing(share), 1000, least=least), "the rest is seldom drawn"
 
 
-def test_classes_that_the_query_lacks_keep_a_share() -> None:
-    np.testing.assert_array_equal(class_shares(np.array([0, 0, 2]), 4), [4.0, 2.0, 3.0, 2.0])
+@given(SHARES, st.floats(-5, EVIDENCE), st.booleans())
+def test_without_evidence_all_are_kept(share: float, evidence: float, by_mixture: bool) -> None:
+    assert kept_rows(standing(share, evidence, by_mixture=by_mixture), 70, least=10) == 70
+
+
+@given(ROWS)
+def test_strata_are_pairs(rows: list[tuple[int, bool]]) -> None:
+    """One number for each class and answer, whichever is known."""
+    labels, agrees = (np.array(side) for side in zip(*rows, strict=True))
+    for known, of_row in (
+        ((labels, agrees), rows),
+        ((labels, None), [label for label, _ in rows]),
+        ((None, agrees), [agree for _, agree in rows]),
+    ):
+        strata = strata_of(*known)
+        assert strata is not None and strata.dtype == np.int64 and strata.min() >= 0
+        alike = strata[:, None] == strata[None]
+        np.testing.assert_array_equal(alike, [[one == other for other in of_row] for one in of_row])
+    assert strata_of(None, None) is None
+
+
+@given(ROWS, st.integers(1, 4))
+def test_strata_have_the_querys_shares(rows: list[tuple[int, bool]], classes: int) -> None:
+    """Of a class as many as without halves, and none of a class or half that the query lacks is left out."""
+    labels, agrees = (np.array(side) for side in zip(*rows, strict=True))
+    whole = strata_shares(labels, classes, halved=False)
+    strata = strata_of(labels, agrees)
+    assert strata is not None
+    halved = strata_shares(strata, 2 * len(whole), halved=True)
+    assert len(whole) == max(classes, labels.max() + 1)
+    np.testing.assert_allclose(halved.reshape(-1, 2).sum(1), whole)
+    for label in range(len(whole)):
+        assert whole[label] == rows.count((label, True)) + rows.count((label, False)) + 2
+        assert halved[2 * label + 1] == rows.count((label, True)) + 1
+    assert halved.min() > 0

@@ -84,6 +84,39 @@ def test_a_log_linear_mixture_is_where_descent_ends() -> None:
     assert factors[0] > 0.3, "of the model that knows"
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_weighted_mixture_is_where_descent_ends(seed: int, turned: bool) -> None:
+    """Also where the first model is against the classes: of rows left out this is held to be nothing."""
+    rng = np.random.default_rng(seed)
+    y = rng.integers(0, 3, 25)
+    scores = rng.standard_normal((25, 3, 2))
+    scores[np.arange(25), y] += [-1, 1] if turned else [1, -1]
+    weights = rng.uniform(0.01, 1, 25)
+    weights /= weights.sum()
+    for left_out in (False, True):
+        given_ = {"weights": torch.from_numpy(weights), "left_out": left_out}
+        factors, biases = log_linear(torch.from_numpy(scores), torch.from_numpy(y), 1 / 25, **given_)
+        wanted, offsets = slow.descended_log_linear(scores, y, 1 / 25, weights=weights, left_out=left_out)
+        np.testing.assert_allclose(factors.numpy(), wanted, atol=3e-4)
+        np.testing.assert_allclose(biases.numpy(), offsets, atol=3e-4)
+        assert (factors[0] == 0) == (turned and left_out)
+        assert (factors[1] > 0) == turned, "of a model that is not left out a factor may be below 0"
+
+
+@given(seed=st.integers(0, 2**32 - 1), rows=st.integers(4, 20), times=st.integers(1, 3))
+@settings(max_examples=10, deadline=None)
+def test_a_row_of_weight_two_is_two_rows(seed: int, rows: int, times: int) -> None:
+    rng = np.random.default_rng(seed)
+    y, scores = rng.integers(0, 2, rows), rng.standard_normal((rows, 2, 1))
+    counts = np.where(np.arange(rows) < rows // 2, times, 1)
+    weights = torch.from_numpy(counts / counts.sum())
+    weighted = log_linear(torch.from_numpy(scores), torch.from_numpy(y), 0.1, weights=weights)
+    repeated = log_linear(*(torch.from_numpy(np.repeat(each, counts, axis=0)) for each in (scores, y)), 0.1)
+    for one, other in zip(weighted, repeated, strict=True):
+        np.testing.assert_allclose(one.numpy(), other.numpy(), atol=1e-4)
+
+
 @given(sizes=st.lists(st.integers(1, 30), min_size=1, max_size=4), count=st.integers(2, 8), seed=st.integers(0, 99))
 def test_folds_are_even_in_all_strata(sizes: list[int], count: int, seed: int) -> None:
     strata = np.repeat(np.arange(len(sizes)), sizes)

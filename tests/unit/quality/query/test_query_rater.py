@@ -17,11 +17,10 @@ from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.schema import ScoringConfig
 from tsqlora_scale.engine.collectives import World
 from tsqlora_scale.quality.features.forward_pass import ForwardPass
-from tsqlora_scale.quality.query import query_rater
-from tsqlora_scale.quality.query.density_ratio import DensityRatio, held_out_separation, wanted_share
+from tsqlora_scale.quality.query import query_rater, row_rating
 from tsqlora_scale.quality.query.looks import FeatureLook
 from tsqlora_scale.quality.query.query_rater import QueryRater, QueryRating
-from tsqlora_scale.quality.query.terms import fit_terms
+from tsqlora_scale.quality.query.row_rating import RowRating
 
 
 def rated(model: nn.Module, pool: Wanted, world: World | None = None, **given: Any) -> QueryRating:
@@ -29,56 +28,83 @@ def rated(model: nn.Module, pool: Wanted, world: World | None = None, **given: A
     return QueryRater(scoring, pool=pool, world=world or World(), seed=0, **given).rate(model)
 
 
+def mixed(size: int, **given: Any) -> Wanted:
+    """A third of it is as the query is: both looks are taken."""
+    return Wanted("bert", size, queried=36, every=3, **given)
+
+
 def same(one: QueryRating, other: QueryRating, atol: float = 0.0) -> None:
     np.testing.assert_allclose(one.log_ratio, other.log_ratio, atol=atol, rtol=0)
-    assert (one.standing.share, one.standing.most, one.standing.area, one.standing.evidence) == pytest.approx(
-        (other.standing.share, other.standing.most, other.standing.area, other.standing.evidence), abs=atol
-    )
+    np.testing.assert_allclose(one.wanted, other.wanted, atol=atol, rtol=0)
+    assert list(one.terms) == list(other.terms)
+    assert vars(one.standing) == pytest.approx(vars(other.standing), abs=atol)
+    assert one.coefficients == pytest.approx(other.coefficients, abs=atol)
+    for ours, theirs in zip(one.agrees or (), other.agrees or (), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def looked_at(model: nn.Module, pool: Wanted, size: int) -> tuple[FeatureLook, np.ndarray, np.ndarray]:
+    """The pool's rows and the query's, one at a time."""
+    assert pool.query is not None
+    look, alone = FeatureLook(pool, seed=0), ForwardPass(model, World(), batch_size=1)
+    wanted = alone.run(pool.query, np.arange(len(pool.query)), look, name="x")
+    return look, alone.run(pool, np.arange(size), look, name="x"), wanted
 
 
 @pytest.mark.parametrize("joins", [True, False])
-@pytest.mark.parametrize("kind", ["bert", "bart", "gpt2"])
-def test_a_rating_is_made_of_its_parts(kind: str, joins: bool, models_dir: Path) -> None:
-    model, pool = lora_model(kind, models_dir), Wanted(kind, 30, joins=joins)
+@pytest.mark.parametrize("kind", ["bert", "mixed", "bart", "gpt2"])
+def test_a_rating_is_that_of_rows_alone(kind: str, joins: bool, models_dir: Path) -> None:
+    is_mixed = kind == "mixed"
+    model = lora_model("bert" if is_mixed else kind, models_dir)
+    pool = mixed(30, joins=joins) if is_mixed else Wanted(kind, 30, joins=joins)
     found = rated(model, pool)
-    assert pool.query is not None
-    look = FeatureLook(pool, seed=0)
-    alone = ForwardPass(model, World(), batch_size=1)
-    wanted = alone.run(pool.query, np.arange(12), look, name="x")
-    numbers = alone.run(pool, np.arange(30), look, name="x")
+    look, numbers, wanted = looked_at(model, pool, 30)
     assert look.shape is not None
-    terms, of_pool, of_query = fit_terms(look.shape, numbers, wanted, seed=0)
-    ratio = DensityRatio.fit(of_pool, of_query, rising=terms.rising)
-    everything = np.concatenate([of_pool, of_query]) if joins else of_pool
-    np.testing.assert_allclose(found.log_ratio, ratio.log_ratio(everything), atol=2e-2)
-    for place, name in enumerate(terms.names):
-        np.testing.assert_allclose(found.terms[name], everything[:, place], atol=1e-3)
+    alone = RowRating.fit(look.shape, numbers, wanted, seed=0)
+    everything = np.concatenate([alone.of_pool, alone.of_query]) if joins else alone.of_pool
     assert len(found.log_ratio) == len(pool)
-    area, evidence = held_out_separation(of_pool, of_query, rising=terms.rising, seed=0)
-    assert (found.standing.area, found.standing.evidence) == pytest.approx((area, evidence), abs=0.1)
-    share, _ = wanted_share(ratio.log_ratio(of_pool), ratio.log_ratio(of_query))
-    assert found.standing.share == pytest.approx(share, abs=0.1)
+    np.testing.assert_allclose(found.log_ratio, alone.log_ratio(everything), atol=2e-2)
+    np.testing.assert_allclose(found.wanted, alone.wanted(everything), atol=1e-2)
+    assert list(found.terms) == list(alone.names)
+    for place, name in enumerate(alone.names):
+        np.testing.assert_allclose(found.terms[name], everything[:, place], atol=5e-3)
+    assert list(found.coefficients) == list(alone.terms.names)
+    assert vars(found.standing) == pytest.approx(vars(alone.standing), abs=1e-2)
+    assert found.standing.by_mixture == is_mixed
+    assert (found.agrees is None) == (alone.mixture is None)
+    if found.agrees is not None:
+        expected, asked = alone.agrees(everything), alone.agrees(alone.of_query)
+        assert expected is not None and asked is not None
+        unsure = np.abs(everything[:, -1]) < 1e-3
+        np.testing.assert_array_equal(found.agrees[0][~unsure], expected[~unsure])
+        assert found.agrees[1].shape == asked.shape
+    if is_mixed:
+        assert 0.05 < found.standing.share < 0.95
+        assert found.wanted[:30:3].mean() > 2 * found.wanted[1:30:3].mean(), "the query's words are found"
 
 
-@pytest.mark.parametrize("kind", ["bert", "bart"])
+@pytest.mark.parametrize("kind", ["bert", "mixed", "bart"])
 def test_a_large_pool_is_fitted_to_a_part(kind: str, models_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the rest is rated by what no model has seen."""
     monkeypatch.setattr(query_rater, "FITTED", 25)
-    model, pool = lora_model(kind, models_dir), Wanted(kind, 40)
+    model = lora_model("bert" if kind == "mixed" else kind, models_dir)
+    pool = mixed(40) if kind == "mixed" else Wanted(kind, 40)
     found = rated(model, pool)
-    assert pool.query is not None
     fitted = QueryRater(ScoringConfig(), pool=pool, world=World(), seed=0)._fitted(40)
     rest = np.setdiff1d(np.arange(40), fitted)
     assert (len(fitted), len(rest)) == (25, 15)
     assert (np.diff(fitted) > 1).any(), "at random"
-    look, alone = FeatureLook(pool, seed=0), ForwardPass(model, World(), batch_size=1)
-    wanted = alone.run(pool.query, np.arange(12), look, name="x")
-    numbers = alone.run(pool, np.arange(40), look, name="x")
+    look, numbers, wanted = looked_at(model, pool, 40)
     assert look.shape is not None
-    terms, of_part, _ = fit_terms(look.shape, numbers[fitted], wanted, seed=0)
-    of_rest = terms.values(*look.shape.split(numbers[rest].astype(np.float64)))
-    for place, name in enumerate(terms.names):
-        np.testing.assert_allclose(found.terms[name][fitted], of_part[:, place], atol=1e-3)
-        np.testing.assert_allclose(found.terms[name][rest], of_rest[:, place], atol=1e-3)
+    alone = RowRating.fit(look.shape, numbers[fitted], wanted, seed=0)
+    assert (alone.mixture is not None) == (kind == "mixed")
+    of_rest = alone.values(numbers[rest].astype(np.float64))
+    assert list(found.terms) == list(alone.names)
+    for place, name in enumerate(alone.names):
+        np.testing.assert_allclose(found.terms[name][fitted], alone.of_pool[:, place], atol=5e-3)
+        np.testing.assert_allclose(found.terms[name][rest], of_rest[:, place], atol=5e-3)
+    np.testing.assert_allclose(found.log_ratio[rest], alone.log_ratio(of_rest), atol=2e-2)
+    np.testing.assert_allclose(found.wanted[rest], alone.wanted(of_rest), atol=1e-2)
 
 
 def test_a_class_outside_the_fitted_part_is_rated(models_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,22 +117,28 @@ def test_a_class_outside_the_fitted_part_is_rated(models_dir: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("fitted", [100, 20])
-@pytest.mark.parametrize("point", ["fit", "ratio", "rest"])
+@pytest.mark.parametrize("point", ["first look", "standing", "second look", "rest"])
 def test_a_rating_that_is_killed_goes_on(
     fitted: int, point: str, models_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where all features are kept, and none is looked at again."""
     monkeypatch.setattr(query_rater, "FITTED", fitted)
-    model, pool = lora_model("bert", models_dir), Wanted("bert", 30)
+    model, pool = lora_model("bert", models_dir), mixed(30)
     wanted = rated(model, pool, folder=tmp_path / "whole")
+    assert wanted.standing.by_mixture and 0.05 < wanted.standing.share < 0.95
     assert not (tmp_path / "whole").exists(), "nothing is left of a pass that has ended"
-    name = {"fit": "fit_terms", "ratio": "stand", "rest": "_TermLook"}[point]
+    place, name = {
+        "first look": (row_rating, "fit_terms"),
+        "standing": (row_rating, "stand"),
+        "second look": (row_rating.Mixture, "fit"),
+        "rest": (query_rater, "_TermLook"),
+    }[point]
 
     def killed(*_: Any, **__: Any) -> None:
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(query_rater, name, killed)
+        patch.setattr(place, name, killed)
         if point == "rest" and fitted == 100:
             rated(model, pool, folder=tmp_path / "parts")
             return
@@ -128,12 +160,14 @@ def test_hidden_states_that_are_not_finite_are_a_mistake(models_dir: Path) -> No
 
 def of_world(world: World, folder: Path, fitted: int) -> QueryRating:
     query_rater.FITTED = fitted
-    return rated(lora_model("bert", folder), Wanted("bert", 31), world)
+    return rated(lora_model("bert", folder), mixed(31), world)
 
 
-def test_ranks_rate_alike(models_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_rate_alike(ranks: int, models_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both looks, and rows beyond those that these have seen."""
     monkeypatch.setattr(query_rater, "FITTED", 20)
-    alone = rated(lora_model("bert", models_dir), Wanted("bert", 31))
-    one, two = run_on_ranks(of_world, 2, models_dir, 20)
-    same(one, two)
-    same(one, alone)
+    alone = rated(lora_model("bert", models_dir), mixed(31))
+    assert alone.standing.by_mixture and 0.05 < alone.standing.share < 0.95
+    for found in run_on_ranks(of_world, ranks, models_dir, 20):
+        same(found, alone)

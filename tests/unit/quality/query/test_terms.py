@@ -10,11 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.reference import query as slow
+from tests.unit.quality.query.planted import Made, zeros
 from tsqlora_scale.quality.query.density_ratio import EVIDENCE, DensityRatio, held_out_separation, wanted_share
-from tsqlora_scale.quality.query.looks import Shape
 from tsqlora_scale.quality.query.terms import Likeness, fit_terms
 
-LAYERS, WIDTH = 2, 24
 KINDS = ["classes", "number", "text"]
 
 
@@ -31,40 +30,12 @@ class Judged:
         return wanted_share(self.pool, self.query)[0] if self.evidence > EVIDENCE else 1.0
 
 
-class Made:
-    """Rows of two topics, and their answers by a rule of each topic: class, number, or a target near the source."""
-
-    def __init__(self, kind: str, seed: int) -> None:
-        self.rng = np.random.default_rng(seed)
-        self.kind, self.regions = kind, 2 if kind == "text" else 1
-        self.topics = self.rng.normal(0, 0.7, (2, LAYERS, self.regions, WIDTH))
-        self.rules = self.rng.normal(0, 1, (2, WIDTH)) / np.sqrt(WIDTH)
-        self.shape = Shape(LAYERS, self.regions, WIDTH, kind)
-
-    def rows(self, topic: np.ndarray, rule: np.ndarray) -> np.ndarray:
-        """Numbers (n, L R d + 1) of rows on a topic each, labelled by a rule each; of no effect on texts' topics."""
-        n = len(topic)
-        features = self.topics[topic] + self.rng.normal(0, 1, (n, LAYERS, self.regions, WIDTH))
-        features[:, 1] += features[:, 0]
-        said = (features[:, 0, 0] * self.rules[rule]).sum(-1)
-        if self.kind == "classes":
-            last = (said + 0.2 * self.rng.normal(size=n) > 0).astype(float)
-        elif self.kind == "number":
-            last = said + 0.2 * self.rng.normal(size=n)
-        else:
-            last = 2 + 0.3 * rule + 0.3 * self.rng.normal(size=n)
-        return np.column_stack([features.reshape(n, -1), last]).astype(np.float32)
-
-    def judged(self, pool: np.ndarray, query: np.ndarray) -> Judged:
-        terms, of_pool, of_query = fit_terms(self.shape, pool, query, seed=0)
-        ratio = DensityRatio.fit(of_pool, of_query, rising=terms.rising)
-        _, evidence = held_out_separation(of_pool, of_query, rising=terms.rising, seed=0)
-        coefficients = dict(zip(terms.names, ratio.coefficients.tolist(), strict=True))
-        return Judged(ratio.log_ratio(of_pool), ratio.log_ratio(of_query), coefficients, evidence)
-
-
-def zeros(n: int) -> np.ndarray:
-    return np.zeros(n, dtype=np.int64)
+def judged(made: Made, pool: np.ndarray, query: np.ndarray) -> Judged:
+    terms, of_pool, of_query = fit_terms(made.shape, pool, query, seed=0)
+    ratio = DensityRatio.fit(of_pool, of_query, rising=terms.rising)
+    _, evidence = held_out_separation(of_pool, of_query, rising=terms.rising, seed=0)
+    coefficients = dict(zip(terms.names, ratio.coefficients.tolist(), strict=True))
+    return Judged(ratio.log_ratio(of_pool), ratio.log_ratio(of_query), coefficients, evidence)
 
 
 @pytest.mark.parametrize("regions", [1, 2])
@@ -112,7 +83,7 @@ def test_a_topic_is_found_in_a_mixed_pool(kind: str, seed: int) -> None:
     made = Made(kind, seed)
     topic = (np.arange(800) % 4 > 0).astype(np.int64)  # a quarter is on target
     pool, query = made.rows(topic, topic), made.rows(zeros(48), zeros(48))
-    found = made.judged(pool, query)
+    found = judged(made, pool, query)
     assert slow.area(found.pool[topic == 1], found.pool[topic == 0]) > 0.9
     assert 0.1 < found.kept < 0.45
     assert wanted_share(found.pool, found.query)[1] >= 0.25
@@ -124,7 +95,7 @@ def test_another_labelling_is_found_where_texts_are_alike(kind: str, seed: int) 
     made = Made(kind, seed)
     rule = (np.arange(1000) % 10 >= 3).astype(np.int64)
     pool, query = made.rows(zeros(1000), rule), made.rows(zeros(100), zeros(100))
-    found = made.judged(pool, query)
+    found = judged(made, pool, query)
     assert slow.area(found.pool[rule == 1], found.pool[rule == 0]) > 0.65
     assert found.coefficients["log_q"] > found.coefficients["text_term"]
 
@@ -136,7 +107,7 @@ def test_a_pool_that_is_all_on_target_is_kept(kind: str, wanted: int) -> None:
     kept = []
     for seed in range(10):
         made = Made(kind, seed)
-        found = made.judged(made.rows(zeros(200), zeros(200)), made.rows(zeros(wanted), zeros(wanted)))
+        found = judged(made, made.rows(zeros(200), zeros(200)), made.rows(zeros(wanted), zeros(wanted)))
         kept.append(found.kept)
     assert kept.count(1.0) >= 9, kept
     assert min(kept) > 0.4
@@ -147,7 +118,7 @@ def test_a_query_of_one_class_and_a_class_that_only_the_query_has() -> None:
     pool, query = made.rows(zeros(60), zeros(60)), made.rows(zeros(12), zeros(12))
     for answer in (0.0, 2.0):
         query[:, -1] = answer
-        found = made.judged(pool, query)
+        found = judged(made, pool, query)
         assert np.isfinite(found.pool).all()
         assert np.isfinite(found.query).all()
 

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from tests.unit.quality.toys import RandomPool
 from tsqlora_scale.tasks.batch import IGNORED, Batch
 
+#: Words of the topic that the query is on.
+TOPIC = 8
+
 
 class Texts(RandomPool):
     """The pool as a task's: batches with targets; of a causal model answers behind prompts that give no loss."""
@@ -35,14 +38,24 @@ class Texts(RandomPool):
 
 
 class Wanted(Texts):
-    """A pool whose last ``joined`` samples are the query's, or that has it beside it."""
+    """A pool whose last samples are the query's, or that has it beside it.
 
-    def __init__(self, kind: str, size: int, *, queried: int = 12, joins: bool = True, seed: int = 0) -> None:
+    Args:
+        every: one in so many rows has words of a topic alone, as the query's rows have, and a label by these; 0: all
+            are alike, at random.
+    """
+
+    def __init__(
+        self, kind: str, size: int, *, queried: int = 12, joins: bool = True, seed: int = 0, every: int = 0
+    ) -> None:
         super().__init__(kind, size, seed)
         self.query: Wanted | None = None
         self.query_rows = 0
+        for row in range(0, size, every) if every else ():
+            self.tokens[row] = 5 + self.tokens[row] % TOPIC
+            self.labels[row] = self.tokens[row].mean() > 5 + TOPIC / 2
         if queried:
-            self.query = Wanted(kind, queried, queried=0, seed=seed + 1)
+            self.query = Wanted(kind, queried, queried=0, seed=seed + 1, every=min(every, 1))
         if queried and joins:
             assert self.query is not None
             self.query_rows = queried
