@@ -90,7 +90,10 @@ def test_a_setting(name: str, data: Path, tmp_path: Path) -> None:
     state, size = name.split("-")[1], round(0.02 * int(name.split("-")[2]))
     assert len(pool.rows) == size
     assert any(row.wrong for row in pool.rows) is (state == "flips")
-    assert any(not row.on_target for row in pool.rows) is (state == "mix") is bool(pool.query)
+    assert any(not row.on_target for row in pool.rows) is (state == "mix")
+    queried = {example.text for example in pool.query}
+    assert queried
+    assert not queried & set(texts(pool))
     distinct = len(set(texts(pool)))
     assert sum(row.is_copy for row in pool.rows) == size - distinct
     assert (distinct < size) is (state == "copies")
