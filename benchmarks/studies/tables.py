@@ -71,9 +71,9 @@ class ArmRuns:
         runs = [self.runs[seed] for seed in seeds]
         return [run.value(run.best_step("tune", self.most), "test") for run in runs]
 
-    def signed(self, seeds: Sequence[int]) -> list[float]:
-        """As :meth:`last`; more is better."""
-        return [signed(value, self.runs[seeds[0]].metric) for value in self.last(seeds)]
+    def signed(self, seeds: Sequence[int], *, best: bool = False) -> list[float]:
+        """As :meth:`last` or :meth:`best`; more is better."""
+        return [signed(value, self.runs[seeds[0]].metric) for value in (self.best if best else self.last)(seeds)]
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def detailed(pool: PoolRuns) -> list[str]:
     """The table of one pool, a row an arm."""
     baselines = [name for name in pool.study.baselines if name in pool.arms]
     heads = ["arm", "lr, steps", "test", "best", *(f"less {name}" for name in baselines)]
-    heads += ["of the way", "equal time", "choice", "kept", "AUC"]
+    heads += ["of the way", "of the way, best", "equal time", "choice", "kept", "AUC"]
     seeds = ", ".join(map(str, pool.seeds))
     lines = [f"**{pool.pool}** ({pool.metric.replace('_', ' ')}; seeds {seeds})", "", "| " + " | ".join(heads) + " |"]
     lines.append("|" + "---|" * len(heads))
@@ -154,7 +154,12 @@ def detailed(pool: PoolRuns) -> list[str]:
         cells = [arm.name, chosen(arm, pool.seeds), number(mean_of(arm.last(pool.seeds)).value)]
         cells.append(number(mean_of(arm.best(pool.seeds)).value))
         cells += ["-" if name == arm.name else with_interval(less(arm, pool.arms[name], pool)) for name in baselines]
-        cells += [share_of_way(arm, pool), at_equal_time(arm, pool), *choice_cells(arm, pool.seeds)]
+        cells += [
+            share_of_way(arm, pool),
+            share_of_way(arm, pool, best=True),
+            at_equal_time(arm, pool),
+            *choice_cells(arm, pool.seeds),
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     if pool.short:
         lines += ["", f"Too few seeds yet: {', '.join(pool.short)}."]
@@ -173,14 +178,15 @@ def less(arm: ArmRuns, other: ArmRuns, pool: PoolRuns) -> Estimate:
     return mean_of([ours - theirs for ours, theirs in pairs])
 
 
-def share_of_way(arm: ArmRuns, pool: PoolRuns) -> str:
-    """From the better baseline to the oracle."""
+def share_of_way(arm: ArmRuns, pool: PoolRuns, *, best: bool = False) -> str:
+    """From the better baseline to the oracle; at the chosen steps, or at the ``best`` ones of each run."""
     oracle = pool.study.oracle
     baselines = [name for name in pool.study.baselines if name in pool.arms]
     if oracle not in pool.arms or not baselines or arm.name in (oracle, *baselines):
         return "-"
-    values = [pool.arms[name].signed(pool.seeds) for name in baselines]
-    return with_interval(way(arm.signed(pool.seeds), values, pool.arms[oracle].signed(pool.seeds)), ".2f")
+    values = [pool.arms[name].signed(pool.seeds, best=best) for name in baselines]
+    ours, known = (pool.arms[name].signed(pool.seeds, best=best) for name in (arm.name, oracle))
+    return with_interval(way(ours, values, known), ".2f")
 
 
 def at_equal_time(arm: ArmRuns, pool: PoolRuns) -> str:
