@@ -72,6 +72,8 @@ def audit_tables(findings: Findings, task: Task) -> Iterator[pa.Table]:
         if findings.suggested is not None:
             numbers = range(block.start, block.stop)
             columns["audit_suggested"] = pa.array([findings.suggestion(i) for i in numbers], pa.string())
+        if findings.off_query is not None:
+            columns["audit_off_query"] = pa.array(np.round(findings.off_query[block], 6))
         columns["audit_copies"] = pa.array(sizes[block] - 1)
         leaders = [str(findings.ids[i]) for i in findings.first[block].tolist()]
         columns["audit_copy_of"] = pa.array(
@@ -87,5 +89,5 @@ def write_fixes(findings: Findings, task: Task, path: Path) -> None:
         writer.writerow(FIX_COLUMNS)
         for place, reason in findings.fixes():
             wrong = "" if findings.wrong is None else f"{findings.wrong[place]:.4f}"
-            suggestion = findings.suggestion(place) if "wrong" in reason else ""
+            suggestion = findings.suggestion(place) if "probably wrong" in reason else ""
             writer.writerow([findings.ids[place], task.preview(place), task.answer(place), suggestion, reason, wrong])

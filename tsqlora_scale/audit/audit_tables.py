@@ -41,5 +41,7 @@ def print_audit(summary: dict[str, Any], suspects: list[dict[str, Any]], page: s
         table.add_row(plain(entry["sample_id"][:WIDTH]), odds, *labels, plain(text))
     console.print(table)
     console.print(f"{summary['copies']} samples are copies or near-copies of others")
+    if summary["off the query"] is not None:
+        console.print(f"{summary['off the query']} samples are probably none of what the query wants")
     console.print(plain(f"page: {page}"), soft_wrap=True)
     console.print(plain(f"fixes: {fixes}"), soft_wrap=True)

@@ -13,7 +13,7 @@ from tsqlora_scale.audit.findings import WEAK_EXPLAINED, WEAK_GAIN, Findings
 from tsqlora_scale.audit.fold_plan import copy_groups, plan_folds, same_texts
 from tsqlora_scale.audit.label_noise import judge_labels
 from tsqlora_scale.audit.number_noise import judge_numbers
-from tsqlora_scale.audit.passes import frozen_states
+from tsqlora_scale.audit.passes import frozen_states, off_query
 from tsqlora_scale.audit.ridge import left_out_predictions
 from tsqlora_scale.common.disk_arrays import blocks
 from tsqlora_scale.common.random_streams import philox
@@ -46,6 +46,10 @@ def audit_pool(run: Run, *, similarity: float, parts: Path) -> Findings | None:
         if config.audits_features:
             with run.record.phase("features"):
                 states = frozen_states(run)
+        off = None
+        if run.task.query is not None:
+            with run.record.phase("query"):
+                off = off_query(run)
         exact = near = np.empty((0, 2), dtype=np.int64)
         if run.is_main:
             exact = same_texts(texts_of_pool(run))
@@ -72,6 +76,7 @@ def audit_pool(run: Run, *, similarity: float, parts: Path) -> Findings | None:
         ids=run.task.sample_ids,
         first=groups,
         same=copy_groups(exact, len(run.task)),
+        off_query=off,
         seconds=dict(run.record.seconds),
         **judged,
     )

@@ -36,6 +36,7 @@ class Findings:
         flows: expected samples that have class k and are of class c, (C, C); None without classes.
         strength: how well the sources tell labels, and whether that is weak.
         sources: what the samples were judged by, and the weight of each.
+        off_query: probability that a sample is none of what ``task.query`` wants, (n,); None where that is not known.
         seconds: by phase.
     """
 
@@ -52,6 +53,7 @@ class Findings:
     flows: np.ndarray | None
     strength: dict[str, float | bool]
     sources: dict[str, float]
+    off_query: np.ndarray | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -85,8 +87,8 @@ class Findings:
     def fixes(self) -> list[tuple[int, str]]:
         """Samples to look at or leave out, and why, the most suspect first.
 
-        Labels that are more probably wrong than right; and copies to the letter of another sample, all but the least
-        suspect of them.
+        Labels that are more probably wrong than right; copies to the letter of another sample, all but the least
+        suspect of them; and samples that are more probably off the query than not.
         """
         reasons: dict[int, str] = {}
         for members in groups_of(self.same):
@@ -99,6 +101,10 @@ class Findings:
             for place in np.flatnonzero(self.wrong >= LIKELY).tolist():
                 copied = f"; {reasons[place]}" if place in reasons else ""
                 reasons[place] = f"label is probably wrong{copied}"
+        if self.off_query is not None:
+            for place in np.flatnonzero(self.off_query >= LIKELY).tolist():
+                before = f"{reasons[place]}; " if place in reasons else ""
+                reasons[place] = f"{before}off the query"
         return sorted(reasons.items(), key=lambda fix: (-self.suspicion[fix[0]], fix[0]))
 
     def copies(self) -> list[np.ndarray]:
@@ -141,6 +147,7 @@ class Findings:
             "fixes": len(self.fixes()),
             "copies": int(sum(len(group) - 1 for group in groups)),
             "groups of copies": len(groups),
+            "off the query": None if self.off_query is None else int((self.off_query >= LIKELY).sum()),
             "classes": self.classes(),
             "strength": self.strength,
             "sources": {name: round(weight, 4) for name, weight in self.sources.items()},

@@ -21,6 +21,8 @@ LISTED, LISTED_OF_LABEL = 1000, 50
 LABELS = 100
 #: groups of copies that are shown, and samples of each
 GROUPS, MEMBERS = 50, 4
+#: samples off the query that are shown
+STRANGERS = 100
 #: characters of a text
 TEXT = 2000
 BINS = 20
@@ -54,6 +56,7 @@ def page_parts(findings: Findings, task: Task, *, title: str, top: int) -> Itera
     yield from class_tables(findings)
     yield from suspects(findings, task, top=top)
     yield from copies(findings, task)
+    yield from strangers(findings, task)
     yield f"<script>{SCRIPT}</script></body></html>\n"
 
 
@@ -79,6 +82,8 @@ def overview(findings: Findings) -> Iterator[str]:
     if findings.wrong is not None:
         tiles.append(("labels more probably wrong than right", f"{int((findings.wrong >= 0.5).sum()):,}"))
     tiles.append(("copies or near-copies of another sample", f"{sum(len(g) - 1 for g in findings.copies()):,}"))
+    if findings.off_query is not None:
+        tiles.append(("samples that are probably off the query", f"{int((findings.off_query >= 0.5).sum()):,}"))
     yield '<div class="tiles">'
     yield from (f'<div class="tile"><b>{safe(value)}</b><span>{safe(what)}</span></div>' for what, value in tiles)
     yield "</div>\n"
@@ -224,3 +229,18 @@ def member(findings: Findings, task: Task, place: int) -> str:
     """A sample of a group of copies."""
     text = isolated(shortened(task.preview(place), TEXT // 4))
     return f'{text} <span class="reason">id {safe(str(findings.ids[place]))}</span>'
+
+
+def strangers(findings: Findings, task: Task) -> Iterator[str]:
+    """Samples that are surest to be off the query."""
+    off = findings.off_query
+    if off is None:
+        return
+    places = [place for place in np.argsort(-off, kind="stable")[:STRANGERS].tolist() if off[place] >= 0.5]
+    yield f"<h2>Off the query</h2><p class='dim'>The {len(places):,} surest; audit.csv has all.</p>"
+    yield '<table><tr><th class="number">probability</th><th>text</th><th>label</th></tr>\n'
+    for place in places:
+        label = isolated(shortened(findings.label(place) or task.answer(place), 200), "label")
+        odds = f'<td class="number">{off[place]:.0%}</td>'
+        yield f'<tr>{odds}<td class="text">{member(findings, task, place)}</td><td>{label}</td></tr>\n'
+    yield "</table>\n"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tsqlora_scale.common.random_streams import philox
 from tsqlora_scale.quality.features.forward_pass import ForwardPass, Look
 from tsqlora_scale.quality.features.hidden_states import mean_states
+from tsqlora_scale.quality.query.query_rater import QueryRater
 from tsqlora_scale.run.training_run import Run
 from tsqlora_scale.tasks.batch import Batch
 
@@ -79,6 +80,29 @@ def frozen_states(run: Run) -> np.ndarray:
     """What :class:`StateLook` sees of the pool, (n, layers x width) float32. A collective."""
     see = StateLook(run.config.run.seed)
     return look(run, np.arange(len(run.task)), see, what="looking at the texts", frozen=True)
+
+
+def off_query(run: Run) -> np.ndarray | None:
+    """The probability that a row of the pool is none of what ``task.query`` wants, (n,), 0 for the query's own; None
+    without a query, or where it does not stand out of the pool. A collective."""
+    if run.task.query is None:
+        return None
+    config = run.config
+    with run.progress("looking for what the query wants") as bar:
+        rater = QueryRater(
+            config.scoring,
+            pool=run.task,
+            world=run.engine.world,
+            seed=config.run.seed,
+            model_name=config.model.weights_name,
+            progress=bar,
+        )
+        found = rater.rate(run.engine.module)
+    if not found.standing.is_evident:
+        return None
+    off: np.ndarray = 1 - np.asarray(found.wanted)
+    off[len(run.task) - run.task.query_rows :] = 0.0
+    return off
 
 
 def _narrow(states: Tensor, layer: int, seed: int, projections: dict[int, Tensor]) -> Tensor:

@@ -163,3 +163,17 @@ def test_fixes_name_what_is_wrong_and_what_is_a_copy(tmp_path: Path) -> None:
 def test_the_script_is_one(tmp_path: Path) -> None:
     (tmp_path / "page.js").write_text(SCRIPT, encoding="utf-8")
     subprocess.run(["node", "--check", str(tmp_path / "page.js")], check=True)
+
+
+def test_rows_off_the_query_are_listed() -> None:
+    off = np.array([0.9, 0.1, 0.6, 0.0, 0.51, 0.2])
+    quiet = {"wrong": np.array([0.1, 0.2, 0.9, 0.1, 0.1, 0.1])}
+    found = findings(len(NASTY), ["a", "b"], off_query=off, **quiet)
+    reasons = dict(found.fixes())
+    assert reasons == {0: "off the query", 2: "label is probably wrong; off the query", 4: "off the query"}
+    assert found.summary()["off the query"] == 3
+    text, _ = page(found, Pool(NASTY, [found.label(i) for i in range(len(NASTY))]))
+    listed = text[text.index("Off the query") :]
+    assert [listed.count(f'<td class="number">{odds}</td>') for odds in ("90%", "60%", "51%", "20%")] == [1, 1, 1, 0]
+    assert listed.index("90%") < listed.index("60%") < listed.index("51%")
+    assert findings(3, ["a", "b"]).summary()["off the query"] is None
