@@ -35,7 +35,7 @@ class TurnTemplate:
     Attributes:
         opening: what stands before an answer, and is the prompt's.
         lead: what the template itself puts before an answer that is the last, such as an empty thought.
-        closing: what ends an answer that is followed by another turn.
+        closing: what ends an answer, whether or not another turn follows.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, today: str | None = None) -> None:
@@ -153,10 +153,12 @@ class TurnTemplate:
         return found + len(self.opening)
 
     def _end_behind(self, content: int, text: str, place: int, *, calls: bool) -> int:
-        found = text.find(self.closing, content) if calls else content
-        if found < 0 or not text.startswith(self.closing, found):
+        found = -1
+        if self._closing is not None:
+            found = text.find(self._closing, content) if calls else content
+        if self._closing is None or found < 0 or not text.startswith(self._closing, found):
             raise UnwrittenTurn(f"closes message {place + 1} ({ASSISTANT}) otherwise than other answers")
-        return found + len(self.closing)
+        return found + len(self._closing)
 
     def _written(self, messages: list[Message], tools: Any, *, asks: bool = False) -> str | None:
         """A part of a conversation; None where the template writes no such part."""
@@ -173,9 +175,10 @@ class TurnTemplate:
             shows = shown(whole.replace(_FIRST, "QUESTION").replace(_ANSWER, "ANSWER"), 200)
             raise UnwrittenTurn(f"does not show question and answer once and as they are: of the two it makes {shows}")
         before, _, after = whole.partition(_ANSWER)
-        stem = base if before.startswith(base) else self._same_head(base, before)
-        asking = asked[len(stem) :] if asked.startswith(stem) else ""
-        follow = before[len(stem) :]
+        ended, asked, before = (text.partition(_FIRST)[2] for text in (base, asked, before))
+        ended = ended if before.startswith(ended) else self._same_head(ended, before)
+        asking = asked[len(ended) :] if asked.startswith(ended) else ""
+        follow = before[len(ended) :]
         if asking.strip():
             self.opening = asking if follow.startswith(asking) else self._same_head(asking, follow)
         else:
@@ -183,10 +186,16 @@ class TurnTemplate:
         self._asks = bool(asking.strip()) and self.opening == asking
         self.lead = follow[len(self.opening) :]
         self.closing = after
+        #: Likewise; None where the template ends the last answer alone by this.
+        self._closing: str | None = after
         four = self._written([first, answer, {"role": "user", "content": _SECOND}, answer], None)
         if four is not None:
             between = four.partition(_ANSWER)[2].partition(_SECOND)[0]
-            self.closing = after if between.startswith(after) else self._same_head(after, between)
+            self._closing = after if between.startswith(after) else self._same_head(after, between)
+            if self._closing.strip():
+                self.closing = self._closing
+            elif after.strip():
+                self._closing = None
 
     def _same_head(self, first: str, second: str) -> str:
         """The tokens that both texts begin with, as text: characters alone would cut marks that begin alike."""

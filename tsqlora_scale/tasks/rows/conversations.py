@@ -129,7 +129,8 @@ def answerable(column: pa.ChunkedArray, name: str, *, where: Origin) -> tuple[pa
     """Conversations that are to be answered: as they are before the last answer, or whole where none ends them.
 
     Returns:
-        Them as cells (N,), with a placeholder as the last turn, and which of them say anything, (N,) bool.
+        Them as cells (N,), with a placeholder as the last turn, and which of them ask for anything, (N,) bool; in the
+        others' place stands something that can be put through a template.
 
     Raises:
         UserError: naming file, row and column of a cell that is no conversation.
@@ -139,6 +140,8 @@ def answerable(column: pa.ChunkedArray, name: str, *, where: Origin) -> tuple[pa
     for row, messages in _read(column, name, where, everything, lambda cell: read_conversation(cell or "[]")):
         given = messages[:-1] if messages and messages[-1]["role"] == ASSISTANT else messages
         filled[row] = bool(given) and is_filled(given[-1])
+        if not filled[row]:
+            given = [{"role": "user", "content": "."}]
         cells.append(json.dumps([*given, {"role": ASSISTANT, "content": "."}], ensure_ascii=False))
     return pa.array(cells, pa.string()), filled
 
@@ -170,9 +173,7 @@ def _json(cell: str) -> Any:
 
 def _message(number: int, turn: Any) -> Message:
     if not isinstance(turn, dict):
-        raise MalformedCell(
-            f"holds {shown(turn, 40)} as message {number}; a message is an object with role and content"
-        )
+        raise MalformedCell(f"holds {shown(turn, 40)} as message {number}; it must be an object with role and content")
     found = {key: value for key, value in turn.items() if value is not None}
     role, content = found.pop("role", None), found.pop("content", None)
     if role is None:

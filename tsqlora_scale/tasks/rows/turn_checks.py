@@ -39,6 +39,7 @@ def _written(cfg: TaskConfig, rows: datasets.Dataset, where: str, tokens: Conver
     assert cfg.messages is not None, "the config requires a column of conversations"
     most = answer_limit(cfg, cfg.max_length)
     ours = SAMPLE_ID in rows.column_names  # rows to be answered have no such column, and each of them is
+    where = where if ours else "the rows to be answered"
     drop, first = ours and cfg.dataset.drop_empty, None
     kept = new_array(len(rows), bool)
     kept[:] = True
