@@ -188,6 +188,22 @@ def test_the_question_is_what_the_answer_follows(tmp_path: Path) -> None:
             found = tokens.marked(messages, None, 10_000, 1)
             lead = made(tokens.template.lead if tokens.template.lead.strip() else "")["input_ids"]
             assert tokens.prompt(messages, None, 10_000) == found.ids[: found.answer + len(lead)]
+            if tokens.template._asks:
+                asked = made.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+                assert tokens.template.question(messages[:-1]).startswith(asked)
+
+
+def test_an_answer_behind_a_tools_result_may_have_no_opening(tmp_path: Path) -> None:
+    """DeepSeek's goes on in the turn that called the tool."""
+    made = tokenizer("deepseekv3")
+    tokens = tokens_of(made, tmp_path)
+    one = call()
+    one["function"]["arguments"] = '{"film": "the film"}'
+    messages = [CALLS[0], {**CALLS[1], "tool_calls": [one]}, *CALLS[2:4], CALLS[6]]
+    found = tokens.marked(messages, None, 10_000, 1)
+    parts = [made.decode(ids) for told, ids in grouped(found.ids, found.learned) if told]
+    assert len(parts) == 2 and parts[1].startswith("It is dull.") and "look_up" in parts[0]
+    assert tokens.prompt(messages, None, 10_000) == found.ids[: found.answer]
 
 
 def test_a_text_is_no_mark(tmp_path: Path) -> None:

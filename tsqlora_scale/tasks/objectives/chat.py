@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -45,10 +47,8 @@ class ChatObjective:
         most = answer_limit(self._cfg, max_length)
         made = []
         for messages, tools in self._conversations(rows):
-            try:
+            with _named(messages):
                 made.append(self._tokens.marked(messages, tools, max_length, most))
-            except UnwrittenTurn as error:  # rows are checked before a run, by the run's own max_length
-                raise UserError(f"{_start_of(messages)}: the tokenizer's chat template {error}") from None
         inputs = {
             "input_ids": pad_rows([row.ids for row in made], self._pad),
             "attention_mask": pad_rows([[1] * len(row.ids) for row in made], 0),
@@ -59,7 +59,10 @@ class ChatObjective:
     def prompts(self, rows: Rows) -> dict[str, Tensor]:
         """What comes before the last answers, (B, P), padded on the left, as generation needs it."""
         limit = self._cfg.max_length - answer_limit(self._cfg, self._cfg.max_length)
-        made = [self._tokens.prompt(messages, tools, limit) for messages, tools in self._conversations(rows)]
+        made = []
+        for messages, tools in self._conversations(rows):
+            with _named(messages):
+                made.append(self._tokens.prompt(messages, tools, limit))
         return {
             "input_ids": pad_rows(made, self._pad, on_the_left=True),
             "attention_mask": pad_rows([[1] * len(row) for row in made], 0, on_the_left=True),
@@ -127,5 +130,15 @@ def answer_limit(cfg: TaskConfig, max_length: int) -> int:
     return limit
 
 
-def _start_of(messages: list[Message]) -> str:
-    return f"the conversation that begins {' '.join(messages[0]['content'].split())[:60]!r}"
+@contextmanager
+def _named(messages: list[Message]) -> Iterator[None]:
+    """Inside, a template that fails on a conversation, which the check before the run did not see, is a user's error.
+
+    Raises:
+        UserError: see there.
+    """
+    try:
+        yield
+    except UnwrittenTurn as error:
+        start = " ".join(messages[0]["content"].split())[:60]
+        raise UserError(f"the conversation that begins {start!r}: the tokenizer's chat template {error}") from None

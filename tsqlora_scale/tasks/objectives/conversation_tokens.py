@@ -100,7 +100,6 @@ class ConversationTokens:
         """
         kept = self._plain(up_to_last_answer(messages))
         text, spans = self.template.spans(kept, tools)
-        self.template.question(kept[:-1], tools)
         begin, end = spans[-1]
         solid = text[begin:end].strip() and begin > 0
         if not solid or len(text.encode()) + _MARGIN > limit:  # no token of a text is less than a byte

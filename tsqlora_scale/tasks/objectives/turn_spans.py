@@ -78,13 +78,16 @@ class TurnTemplate:
         return text
 
     def question(self, messages: list[Message], tools: Any = None) -> str:
-        """The turns before an answer, and what asks for it, as the template writes it before an answer that is given.
+        """The turns before an answer, and what asks for it: all that the template writes before an answer that follows.
 
         Raises:
-            UnwrittenTurn: the template fails.
+            UnwrittenTurn: the template fails, or an answer cannot be found.
         """
-        asked = self.write(messages, tools, asks=True) if self._asks else self.write(messages, tools) + self.opening
-        return asked + self.lead if self.lead.strip() else asked
+        answered = [*messages, {"role": ASSISTANT, "content": _ANSWER}]
+        text = self.write(answered, tools)
+        begin, _ = self._span(answered, len(messages), tools, text, 0)
+        thought = bool(self.lead.strip()) and text.startswith(self.lead, begin)
+        return text[: begin + len(self.lead)] if thought else text[:begin]
 
     def spans(self, messages: list[Message], tools: Any = None) -> tuple[str, list[Span]]:
         """The text, and where the assistant speaks in it: from behind what asks for an answer to the end of the turn.
