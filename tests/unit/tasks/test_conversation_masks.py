@@ -248,9 +248,9 @@ def grouped(ids: list[int], learned: list[bool]) -> list[tuple[bool, list[int]]]
         ("{% for m in messages %}<{{ m.role }}{% if not loop.last %} before{% endif %}>{{ m.content }}</s>{% endfor %}"
          "{% if add_generation_prompt %}<assistant>{% endif %}",
          TURNS[1], r"opens message 2 \(assistant\) otherwise than it asks for an answer"),
-        ("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if loop.last or loop.index > 3 %}</s>{% else %}<end>"
-         "{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}",
-         [*TURNS[1], *TURNS[0]], r"closes message 2 \(assistant\) otherwise than other answers"),
+        ("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if loop.last %}</s>{% elif loop.index == 2 %}<end>"
+         "{% else %}<stop>{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}",
+         [SYSTEM, *TURNS[1]], r"closes message 3 \(assistant\) otherwise than other answers"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_located_is_an_error(
@@ -333,3 +333,31 @@ def test_of_a_very_long_conversation_no_more_is_read_than_is_kept(tmp_path: Path
     assert found == tokens.marked(part, None, 64, 16)
     assert sum(found.learned) == 16
     tokens.check(messages, None, 64, 16)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        # Qwen3.5's: what asks for an answer opens a thought, which earlier answers have not
+        (
+            "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}<think>\n\n"
+            "</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+            "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}",
+            ["user<|im_end|>\n", "\n</think>\n\na<|im_end|>\n"],
+        ),
+        # GPT-OSS': the last answer ends by a mark of its own
+        (
+            "<|im_start|>system be good<|im_end|>{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+            "{{ '</s>' if loop.last and m.role == 'assistant' else '<|im_end|>' }}{% endfor %}"
+            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+            ["user<|im_end|>", "a</s>"],
+        ),
+    ],
+)
+def test_earlier_answers_may_be_written_otherwise(text: str, expected: list[str], tmp_path: Path) -> None:
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer("chatml").backend_tokenizer, eos_token="<|im_end|>")
+    made.add_special_tokens({"bos_token": "</s>"})
+    made.chat_template = text
+    tokens = tokens_of(made, tmp_path)
+    found = tokens.marked(conversation(TURNS[1]), None, 10_000, 1)
+    assert [made.decode(ids) for told, ids in grouped(found.ids, found.learned) if told] == expected

@@ -148,20 +148,20 @@ class TurnTemplate:
         return begin, end
 
     def _begin_before(self, content: int, text: str, after: int, place: int) -> int:
-        if not self.opening.strip():
+        opening, _ = self._earlier
+        if not opening.strip():
             return max(after, len(text[:content].rstrip()))
-        found = text.rfind(self.opening, after, content)
+        found = text.rfind(opening, after, content)
         if found < 0:
             raise UnwrittenTurn(f"opens message {place + 1} ({ASSISTANT}) otherwise than it asks for an answer")
-        return found + len(self.opening)
+        return found + len(opening)
 
     def _end_behind(self, content: int, text: str, place: int, *, calls: bool) -> int:
-        found = -1
-        if self._closing is not None:
-            found = text.find(self._closing, content) if calls else content
-        if self._closing is None or found < 0 or not text.startswith(self._closing, found):
+        _, closing = self._earlier
+        found = content if not calls or closing is None else text.find(closing, content)
+        if closing is None or found < 0 or not text.startswith(closing, found):
             raise UnwrittenTurn(f"closes message {place + 1} ({ASSISTANT}) otherwise than other answers")
-        return found + len(self._closing)
+        return found + len(closing)
 
     def _written(self, messages: list[Message], tools: Any, *, asks: bool = False) -> str | None:
         """A part of a conversation; None where the template writes no such part."""
@@ -189,16 +189,31 @@ class TurnTemplate:
         self._asks = bool(asking.strip()) and self.opening == asking
         self.lead = follow[len(self.opening) :]
         self.closing = after
-        #: Likewise; None where the template ends the last answer alone by this.
-        self._closing: str | None = after
+        self._earlier: tuple[str, str | None] = self.opening, after
         four = self._written([first, answer, {"role": "user", "content": _SECOND}, answer], None)
         if four is not None:
-            between = four.partition(_ANSWER)[2].partition(_SECOND)[0]
-            self._closing = after if between.startswith(after) else self._same_head(after, between)
-            if self._closing.strip():
-                self.closing = self._closing
-            elif after.strip():
-                self._closing = None
+            self._look_at_earlier(base.partition(_FIRST)[0], ended, four)
+
+    def _look_at_earlier(self, start: str, ended: str, four: str) -> None:
+        """What is put around an answer that is followed by other turns, which may be written otherwise.
+
+        Args:
+            start: what is before a first question.
+            ended: what ends a question.
+            four: a conversation of two exchanges.
+        """
+        before, _, rest = four.partition(_FIRST)[2].partition(_ANSWER)
+        between, opening, after = rest.partition(_SECOND)[0], before.removeprefix(ended), self.closing
+        if not (opening.strip() and before.startswith(ended) and self.opening.startswith(opening)):
+            opening = self.opening
+        closing: str | None = after if between.startswith(after) else self._same_head(after, between)
+        if closing and closing.strip():
+            self.closing = closing
+        elif after.strip():  # the last answer alone ends by this, as GPT-OSS's: take the next question's opening away
+            asks = between[len(between) - _common(between[::-1], start[::-1]) :]
+            asks = asks.removeprefix(ended) if ended.strip() else asks
+            closing = between.removesuffix(asks) if asks else None
+        self._earlier = opening, closing if closing or not after.strip() else None
 
     def _same_head(self, first: str, second: str) -> str:
         """The tokens that both texts begin with, as text: characters alone would cut marks that begin alike."""
