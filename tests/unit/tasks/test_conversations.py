@@ -133,10 +133,13 @@ def test_the_model_is_asked_by_the_turns_before_the_last_answer(chat_task: Make)
     assert prompts["attention_mask"][:, -1].all()
 
 
-def test_a_smaller_length_leaves_something_to_learn(chat_task: Make) -> None:
-    task = chat_task([{"messages": [{"role": "user", "content": "film " * 200}, TURNS[1]]}, {"messages": TURNS}])
+@pytest.mark.parametrize("loss_on", ["assistant", "last", "all"])
+def test_a_smaller_length_leaves_something_to_learn(loss_on: str, chat_task: Make) -> None:
+    long = [{"role": "user", "content": "film " * 200}, TURNS[1]]
+    steps = [*long, {"role": "tool", "content": "plot"}, TURNS[3]]  # of one exchange, in which much is learned
+    task = chat_task([{"messages": long}, {"messages": TURNS}, {"messages": steps}], loss_on=loss_on)
     for limit in (2, 3, 5, 8, 48):
-        batch = task.batch([0, 1], max_length=limit)
+        batch = task.batch([0, 1, 2], max_length=limit)
         assert batch.targets.shape[1] <= limit
         assert (task.loss_terms(batch) > 0).all()
         assert (batch.targets[:, 0] == IGNORED).all()

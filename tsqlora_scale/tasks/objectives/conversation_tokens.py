@@ -43,7 +43,8 @@ class Marked:
         end = self.answer + max(answer_limit, limit - self.answer)
         end = min(end, len(self.ids))
         begin = max(0, end - limit)
-        return Marked(self.ids[begin:end], self.learned[begin:end], self.answer - begin)
+        learned = [False, *self.learned[begin + 1 : end]]  # nothing before the first token says what it should be
+        return Marked(self.ids[begin:end], learned, self.answer - begin)
 
 
 class ConversationTokens:
@@ -88,7 +89,7 @@ class ConversationTokens:
         messages = self._plain(up_to_last_answer(messages)[:-1])
 
         def written(part: list[Message]) -> list[int]:
-            return self._ids(tail(self.template.question(part, tools), limit, self._length))
+            return self._ids(tail(self.template.question(part, self._without_marks(tools)), limit, self._length))
 
         return self._shortest(messages, limit, written, len)[-limit:]
 
@@ -110,7 +111,7 @@ class ConversationTokens:
     def length(self, messages: list[Message], tools: Tools, most: int) -> tuple[int, int]:
         """Tokens of a whole conversation, and how many of them are learned; no more than about ``most`` are counted."""
         made = self._whole(self._plain(up_to_last_answer(messages)), tools, most)
-        return len(made.ids), sum(made.learned)
+        return len(made.ids), sum(made.learned[1:])
 
     def _shortest(
         self, messages: list[Message], limit: int, make: Callable[[list[Message]], T], size: Callable[[T], int]
@@ -143,7 +144,7 @@ class ConversationTokens:
     def _whole(self, messages: list[Message], tools: Tools, limit: int) -> Marked:
         """All tokens of a conversation, but of a very long one no more than ``limit`` on each side of the last answer's
         beginning, and some."""
-        text, spans = self.template.spans(messages, tools)
+        text, spans = self.template.spans(messages, self._without_marks(tools))
         begin = spans[-1][0]
         if is_long(text, limit):
             before, after = tail(text[:begin], limit, self._length), head(text[begin:], limit, self._length)
@@ -158,8 +159,6 @@ class ConversationTokens:
         start = answer.index(True) if True in answer else len(ids)
         if not self._closes:
             ids, learned = [*ids, self._end], [*learned, True]
-        if learned:
-            learned[0] = False  # nothing before it says what it should be
         return Marked(ids, learned, start)
 
     def _plain(self, messages: list[Message]) -> list[Message]:
