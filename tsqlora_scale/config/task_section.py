@@ -41,7 +41,8 @@ class DatasetConfig(Section):
     exclude: str | None = None
     #: A column of the pool with numbers that multiply how often a row is drawn; 0 leaves it out.
     weight: str | None = None
-    #: Leave out rows with an empty text instead of refusing the data.
+    #: Leave out rows with an empty text, and conversations of which nothing can be learned, instead of refusing the
+    #: data.
     drop_empty: bool = False
     #: A random subset of that size, fixed by ``run.seed``: files are often sorted.
     max_train_samples: PositiveInt | None = None
@@ -118,6 +119,16 @@ class TaskConfig(Section):
     source: str | None = None
     #: Column of the text that is to be written.
     target: str | None = None
+    #: A column whose text, where there is one, follows the source after a blank line, such as alpaca's ``input``
+    #: (causal).
+    input: str | None = None
+    #: A column of whole conversations in the place of source and target (causal): lists of messages with ``role`` and
+    #: ``content``, or ``from`` and ``value`` (ShareGPT), put through the tokenizer's chat template.
+    messages: str | None = None
+    #: A column of the tools that a conversation's template is told of, lists of JSON schemas; a row may have none.
+    tools: str | None = None
+    #: What of a conversation is learned: all that the ``assistant`` says, its ``last`` answer, or ``all`` of it.
+    loss_on: Literal["assistant", "last", "all"] = "assistant"
     #: Text put before every source (T5-style).
     prefix: str = ""
     #: Language of the source, as the tokenizer names it; models of many languages (mBART, NLLB, M2M100) need both
@@ -157,13 +168,29 @@ class TaskConfig(Section):
                 raise ValueError(f"'text' must name one or two columns for a {self.type} task, got {self.text!r}")
             if self.label is None:
                 raise ValueError(f"'label' must name the label column of a {self.type} task")
-        elif self.source is None or self.target is None:
-            raise ValueError(f"'source' and 'target' must name the input and output columns of a {self.type} task")
+        elif self.messages is None and (self.source is None or self.target is None):
+            or_messages = ", or 'messages' one of conversations" if self.type == "causal" else ""
+            raise ValueError(
+                f"'source' and 'target' must name the input and output columns of a {self.type} task{or_messages}"
+            )
         if self.query in ("", []) or (isinstance(self.query, list) and "" in self.query):
             raise ValueError("'query' names no file: give one, or leave it out")
-        for key, type_ in (("source_lang", "seq2seq"), ("target_lang", "seq2seq"), ("chat_date", "causal")):
+        of_causal = [(key, "causal") for key in ("chat_date", "input", "messages", "tools")]
+        for key, type_ in [("source_lang", "seq2seq"), ("target_lang", "seq2seq"), *of_causal]:
             if getattr(self, key) is not None and self.type != type_:
                 raise ValueError(f"'{key}' is for {type_} tasks, and 'type' is {self.type!r}; remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _conversations_or_texts(self) -> TaskConfig:
+        if self.messages is not None:
+            given = [key for key in ("source", "input", "target", "prefix") if getattr(self, key)]
+            if given:
+                raise ValueError(f"'{given[0]}' goes with texts, and 'messages' names whole conversations; remove one")
+            return self
+        if self.tools is not None or self.loss_on != "assistant":
+            key = "tools" if self.tools is not None else "loss_on"
+            raise ValueError(f"'{key}' is for tasks with 'messages', a column of conversations; name it, or remove it")
         return self
 
     @property

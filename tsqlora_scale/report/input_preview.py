@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 from tsqlora_scale.common.printing import printable, shortened
@@ -44,4 +46,7 @@ def _marked(task: Task, row: int) -> str:
     learned = decode(targets[targets != IGNORED])
     if len(targets) != len(batch.inputs["input_ids"][0]) or "decoder_input_ids" in batch.inputs:
         return f"{decode(ids)} -> [[{learned}]]"
-    return f"{decode(ids[: int((targets != IGNORED).int().argmax())])}[[{learned}]]"
+    ends = np.flatnonzero(np.diff((targets != IGNORED).numpy(), prepend=False, append=False)).tolist()
+    parts = [0, *ends, len(ids)]
+    texts = [str(decode(ids[begin:end])) for begin, end in itertools.pairwise(parts)]
+    return "".join(f"[[{text}]]" if place % 2 else text for place, text in enumerate(texts))

@@ -21,11 +21,13 @@ class Batch:
         inputs: what ``model.forward`` receives, each of shape (B, T); never labels, for the loss is taken per sample.
         targets: class ids (B,) int64, numbers (B,) float32, or token ids (B, T) int64 with :data:`IGNORED` gaps.
         indices: the samples' rows in their split, (B,) int64.
+        prompts: what texts are generated from, (B, P) each, where ``inputs`` do not tell; None otherwise.
     """
 
     inputs: dict[str, Tensor]
     targets: Tensor
     indices: np.ndarray
+    prompts: dict[str, Tensor] | None = None
 
     @property
     def size(self) -> int:
@@ -34,8 +36,12 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on ``device``."""
-        inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}
-        return Batch(inputs, self.targets.to(device, non_blocking=True), self.indices)
+
+        def moved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+
+        prompts = None if self.prompts is None else moved(self.prompts)
+        return Batch(moved(self.inputs), self.targets.to(device, non_blocking=True), self.indices, prompts)
 
 
 def pad_rows(rows: Sequence[Sequence[int]], value: int, *, on_the_left: bool = False) -> Tensor:

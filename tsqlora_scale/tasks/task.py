@@ -22,6 +22,7 @@ from tsqlora_scale.tasks.batch import Batch
 from tsqlora_scale.tasks.losses import loss_terms
 from tsqlora_scale.tasks.metrics import METRICS, SampleLosses, compute_metrics, needs_answers, needs_losses
 from tsqlora_scale.tasks.objectives.causal import CausalObjective
+from tsqlora_scale.tasks.objectives.chat import ChatObjective
 from tsqlora_scale.tasks.objectives.label_heads import LabelObjective
 from tsqlora_scale.tasks.objectives.objective import Measured, Objective, Rows
 from tsqlora_scale.tasks.objectives.seq2seq import Seq2SeqObjective
@@ -110,8 +111,12 @@ class Task:
             max_length: a limit in tokens in place of ``task.max_length``, if smaller.
         """
         limit = self._cfg.max_length if max_length is None else min(max_length, self._cfg.max_length)
-        inputs, targets = self._objective.collate(self._rows(split, rows), limit)
-        return Batch(inputs, targets, np.array(rows, dtype=np.int64))
+        cells = self._rows(split, rows)
+        inputs, targets = self._objective.collate(cells, limit)
+        prompts = None
+        if split != "train" and isinstance(self._objective, ChatObjective):  # what the model may be asked for
+            prompts = self._objective.prompts(cells)
+        return Batch(inputs, targets, np.array(rows, dtype=np.int64), prompts)
 
     def losses(self, module: Any, batch: Batch) -> Tensor:
         """Every sample's own mean loss, (B,) float32, with a graph: a forward of ``module`` on the batch."""
@@ -179,7 +184,10 @@ class Task:
 
     def references(self, rows: Indices, *, split: SplitName = "train") -> list[Any]:
         """The right answers of some rows: class ids, numbers or texts (whole, however short the targets are cut)."""
-        return self._rows(split, rows)[self._objective.answer]
+        cells = self._rows(split, rows)
+        if isinstance(self._objective, ChatObjective):
+            return list(self._objective.references(cells))
+        return cells[self._objective.answer]
 
     def answer(self, row: int, *, split: SplitName = "train") -> str:
         """The right answer of a row, for tables: a class's name, a number, or the target text."""
@@ -266,10 +274,13 @@ class Task:
         return weights
 
     def texts(self, rows: Indices, *, split: SplitName = "train") -> list[tuple[str, ...]]:
-        """The texts of some rows as they are in the data: one or two, or source and target."""
+        """The texts of some rows as they are in the data: one or two, or source and target; of a conversation all that
+        is said before its last answer, and that answer."""
         names = list(text_columns(self._cfg).values())
         cells = self._data[split].select_columns(names)[np.asarray(rows, dtype=np.int64).tolist()]
-        return list(zip(*(cells[name] for name in names), strict=True))
+        if isinstance(self._objective, ChatObjective):
+            return self._objective.texts(cells)
+        return list(zip(*([text or "" for text in cells[name]] for name in names), strict=True))
 
     def given(self, block: slice) -> pa.Table:
         """The pool's samples of a block as they are in the data: its own id, the texts, and the answer (a class by its
@@ -323,7 +334,8 @@ def objective_class(cfg: TaskConfig) -> Any:
         UserError: an extension that cannot be imported, is no class, or is no objective.
     """
     if cfg.objective is None:
-        return {"seq2seq": Seq2SeqObjective, "causal": CausalObjective}.get(cfg.type, LabelObjective)
+        causal = CausalObjective if cfg.messages is None else ChatObjective
+        return {"seq2seq": Seq2SeqObjective, "causal": causal}.get(cfg.type, LabelObjective)
     found = load_extension(cfg.objective, key="task.objective")
     if not isinstance(found, type):
         raise UserError(f"task.objective={cfg.objective!r}: is no class; name the class of an objective")

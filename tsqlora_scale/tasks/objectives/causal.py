@@ -34,26 +34,19 @@ class CausalObjective:
     def __init__(self, cfg: TaskConfig, tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig) -> None:
         assert cfg.source is not None, "the config requires source and target columns"
         assert cfg.target is not None, "the config requires source and target columns"
-        if model_config.is_encoder_decoder:
-            raise UserError(
-                f"task.type='causal' needs a decoder-only model, and model.name_or_path names a "
-                f"{model_config.model_type!r} model, an encoder-decoder; use task.type: seq2seq"
-            )
-        if not tokenizer.is_fast:
-            raise UserError(
-                "task.type='causal' needs a fast tokenizer (tokenizer.json); this model has a slow one only"
-            )
+        check_decoder(tokenizer, model_config)
         self._cfg, self._tokenizer = cfg, tokenizer
         self._format = PromptFormat(tokenizer, cfg.prefix, cfg.chat_date)
         self._pad = pad_id(tokenizer)
         self._source, self.answer = cfg.source, cfg.target
-        self.columns = [cfg.source, cfg.target]
+        self._input = cfg.input
+        self.columns = list(dict.fromkeys(name for name in (cfg.source, cfg.input, cfg.target) if name is not None))
         self._limits(cfg.max_length)
 
     def collate(self, rows: Rows, max_length: int) -> tuple[dict[str, Tensor], Tensor]:
         """Prompt and answer, padded on the right (B, T); targets (B, T) at the answers' own positions."""
         prompt_limit, answer_limit = self._limits(max_length)
-        prompts = self._format.prompts(rows[self._source], prompt_limit)
+        prompts = self._format.prompts(self._sources(rows), prompt_limit)
         answers = self._format.answers(rows[self.answer], answer_limit)
         both = list(zip(prompts, answers, strict=True))
         inputs = {
@@ -68,15 +61,8 @@ class CausalObjective:
 
     def predict(self, module: Any, batch: Batch, *, synced: bool) -> list[Any]:
         """Texts by beam search from the prompts alone."""
-        inputs = self.prompts_only(batch)
-        own = module.generation_config.eos_token_id
-        stops = {*self._format.stop_ids, *([own] if isinstance(own, int) else own or [])}
-        return generate_text(
-            module, self._tokenizer, inputs,
-            prompt_length=inputs["input_ids"].shape[1],
-            max_new_tokens=self._cfg.max_target_length, num_beams=self._cfg.num_beams, synced=synced,
-            eos_token_id=sorted(stops), pad_token_id=self._pad,
-        )  # fmt: skip
+        ends = self._format.stop_ids
+        return continued(module, self._tokenizer, self._cfg, self.prompts_only(batch), ends=ends, synced=synced)
 
     def prompts_only(self, batch: Batch) -> dict[str, Tensor]:
         """The batch's prompts (B, P), padded on the left, as generation needs them: every row ends with its prompt."""
@@ -89,18 +75,26 @@ class CausalObjective:
 
     def preview(self, rows: Rows) -> list[str]:
         """``source -> target``."""
-        return [f"{s} -> {t}" for s, t in zip(rows[self._source], rows[self.answer], strict=True)]
+        return [f"{s} -> {t}" for s, t in zip(self._sources(rows), rows[self.answer], strict=True)]
 
     def measured(self, rows: Rows) -> list[Measured]:
         """Lengths of prompt and answer."""
         prompt, answer = self._limits(self._cfg.max_length)
-        sources, targets = ([text[:MEASURED] for text in rows[name]] for name in (self._source, self.answer))
+        sources, targets = ([text[:MEASURED] for text in cells] for cells in (self._sources(rows), rows[self.answer]))
         prompts = [len(row) for row in self._format.prompts(sources, MEASURED)]
         answers = [len(row) for row in self._format.answers(targets, MEASURED)]
         return [
             Measured("prompt", prompts, prompt, "source's beginning"),
             Measured("answer", answers, answer, "end"),
         ]
+
+    def _sources(self, rows: Rows) -> list[str]:
+        """The sources, behind each what ``task.input`` has for it."""
+        sources: list[str] = rows[self._source]
+        if self._input is None:
+            return sources
+        inputs = [text if text and text.strip() else None for text in rows[self._input]]
+        return [s if text is None else f"{s}\n\n{text}" for s, text in zip(sources, inputs, strict=True)]
 
     def _limits(self, max_length: int) -> tuple[int, int]:
         """Most tokens of (prompt, answer)."""
@@ -114,3 +108,38 @@ class CausalObjective:
                 f"and prefix and template take {self._format.overhead}; raise max_length or lower max_target_length"
             )
         return prompt, answer
+
+
+def check_decoder(tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig) -> None:
+    """Check that a model writes on from what it has read, and that its tokenizer tells where tokens lie.
+
+    Raises:
+        UserError: it does not.
+    """
+    if model_config.is_encoder_decoder:
+        raise UserError(
+            f"task.type='causal' needs a decoder-only model, and model.name_or_path names a "
+            f"{model_config.model_type!r} model, an encoder-decoder; use task.type: seq2seq"
+        )
+    if not tokenizer.is_fast:
+        raise UserError("task.type='causal' needs a fast tokenizer (tokenizer.json); this model has a slow one only")
+
+
+def continued(
+    module: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    cfg: TaskConfig,
+    prompts: dict[str, Tensor],
+    *,
+    ends: list[int],
+    synced: bool,
+) -> list[str]:
+    """What the model writes behind prompts (B, P), padded on the left, up to one of ``ends`` or of its own."""
+    own = module.generation_config.eos_token_id
+    stops = {*ends, *([own] if isinstance(own, int) else own or [])}
+    return generate_text(
+        module, tokenizer, prompts,
+        prompt_length=prompts["input_ids"].shape[1],
+        max_new_tokens=cfg.max_target_length, num_beams=cfg.num_beams, synced=synced,
+        eos_token_id=sorted(stops), pad_token_id=pad_id(tokenizer),
+    )  # fmt: skip

@@ -54,7 +54,7 @@ def chat_marks(tokenizer: PreTrainedTokenizerBase, today: str | None = None) -> 
     Raises:
         UserError: the template fails, or does not show the source as it is, once.
     """
-    template = _template(tokenizer)
+    template = template_text(tokenizer)
     if template is None:
         return None
     fixed = with_date(template, today or USUAL_DATE)
@@ -72,18 +72,19 @@ def chat_marks(tokenizer: PreTrainedTokenizerBase, today: str | None = None) -> 
     except Exception:
         reason = " ".join(str(failures[0]).split())[:300] or type(failures[0]).__name__
         raise UserError(
-            f"the tokenizer's chat template fails on a turn of the user and one of the assistant ({reason}); {_REMEDY}"
+            f"the tokenizer's chat template fails on a turn of the user and one of the assistant ({reason}); {REMEDY}"
         ) from None
     raise UserError(
         "the tokenizer's chat template does not show the source once and as it is: of SOURCE it makes "
-        f"{shown(shows, 200)}; {_REMEDY}"
+        f"{shown(shows, 200)}; {REMEDY}"
     )
 
 
-_REMEDY = "mend chat_template in the model's folder, or remove it to train on plain text"
+#: What a user can do about a template.
+REMEDY = "mend chat_template in the model's folder, or remove it to train on plain text"
 
 
-def _template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+def template_text(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """The template's text; None where there is none, or nothing in it."""
     if not tokenizer.chat_template:
         return None
@@ -91,7 +92,7 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> str | None:
         template: str = tokenizer.get_chat_template()
     except ValueError as error:  # several, and none is the default
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"the tokenizer's chat template cannot be chosen ({reason}); {_REMEDY}") from None
+        raise UserError(f"the tokenizer's chat template cannot be chosen ({reason}); {REMEDY}") from None
     return template if template.strip() else None
 
 

@@ -89,6 +89,13 @@ class TextEncoder:
             encoded = self._tokenizer(text, **options, **self._options)
         return text, encoded["offset_mapping"]
 
+    def among_marks(self, text: str) -> str:
+        """The text as it may stand in one whose marks are read: unchanged unless a mark would be read in it, too."""
+        if self._marks is None or not self._marks.search(text):
+            return text
+        ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return text if self._special.isdisjoint(ids) else self.broken(text)
+
     def length(self, text: str) -> int:
         """Tokens of a text."""
         return len(self.plain([text])[0])

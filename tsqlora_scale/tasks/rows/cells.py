@@ -6,8 +6,10 @@ missing value and NaN are empty. So a file says the same as csv, as JSON and as 
 
 from __future__ import annotations
 
+import json
 import uuid
 from decimal import Decimal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -64,3 +66,25 @@ def _texts_of_floats(array: pa.Array) -> pa.Array:
     values = array.to_numpy(zero_copy_only=False)
     cells = values.tolist() if pa.types.is_float64(array.type) else values
     return pa.array([None if cell != cell else str(cell) for cell in cells], pa.string())
+
+
+def json_of(array: pa.Array) -> pa.Array | None:
+    """Lists of objects (N,) as JSON; None where the type has none. Texts are taken for JSON already.
+
+    A struct has every key in every row: one without a value is left out, for the row's own object did not have it.
+    """
+    kind = array.type
+    if is_text(kind) or pa.types.is_null(kind):
+        return pc.cast(array, pa.string())
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
+        return None
+    cells = [
+        None if cell is None else json.dumps(_without_nulls(cell), ensure_ascii=False) for cell in array.to_pylist()
+    ]
+    return pa.array(cells, pa.string())
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value

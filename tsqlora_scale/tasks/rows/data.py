@@ -18,13 +18,25 @@ from tsqlora_scale.common.random_streams import subset_rows
 from tsqlora_scale.config.schema import TaskConfig
 from tsqlora_scale.tasks.metrics import check_metrics
 from tsqlora_scale.tasks.rows.column_checks import SAMPLE_ID, check_text, sample_ids
+from tsqlora_scale.tasks.rows.conversations import check_conversations, check_tools
 from tsqlora_scale.tasks.rows.excluded_ids import digest_of, not_excluded, read_ids
 from tsqlora_scale.tasks.rows.label_cells import class_ids, draw_weights, infer_labels, regression_targets
 from tsqlora_scale.tasks.rows.origin import Origin
 from tsqlora_scale.tasks.rows.query_rows import as_in_pool, check_query, query_ids
 from tsqlora_scale.tasks.rows.row_ids import text_column
 from tsqlora_scale.tasks.rows.sources import Opened, open_dev, open_pool, open_query
-from tsqlora_scale.tasks.rows.wanted import ID_KEY, LABEL_KEY, WEIGHT_KEY, Wanted, no_plain_cells
+from tsqlora_scale.tasks.rows.wanted import (
+    EMPTY_KEYS,
+    ID_KEY,
+    INPUT_KEY,
+    LABEL_KEY,
+    MESSAGES_KEY,
+    STRUCTURED_KEYS,
+    TOOLS_KEY,
+    WEIGHT_KEY,
+    Wanted,
+    no_plain_cells,
+)
 
 log = logging.getLogger("tsqlora_scale")
 
@@ -113,8 +125,11 @@ def check_classes_known(cfg: TaskConfig) -> None:
 
 
 def text_columns(cfg: TaskConfig) -> dict[str, str]:
-    """Config key -> name of every column of text that the task reads."""
-    named = {"task.source": cfg.source, "task.target": cfg.target}
+    """Config key -> name of every column of text, or of conversations, that the task reads."""
+    if cfg.messages is not None:
+        named = {MESSAGES_KEY: cfg.messages, TOOLS_KEY: cfg.tools}
+    else:
+        named = {"task.source": cfg.source, INPUT_KEY: cfg.input, "task.target": cfg.target}
     if cfg.type in ("classification", "regression"):
         return {f"task.text[{i}]": name for i, name in enumerate(cfg.text)}
     return {key: name for key, name in named.items() if name is not None}
@@ -233,7 +248,7 @@ def _text_of(raw: datasets.Dataset, name: str, key: str, where: Origin) -> pa.Ch
         UserError: its type has no plain cells.
     """
     column = raw.data.column(name)
-    texts = text_column(column, ids=key == ID_KEY)
+    texts = text_column(column, ids=key == ID_KEY, structured=key in STRUCTURED_KEYS)
     if texts is None:
         raise no_plain_cells(key, name, column.type, where=where)
     return texts
@@ -260,7 +275,7 @@ def _checked(
         column = _text_of(raw, name, key, where)
         if column.type != raw.data.column(name).type:
             own_columns[name] = column
-        filled &= check_text(column, name, where=where, kept=kept, may_be_empty=cfg.dataset.drop_empty)
+        filled &= _filled(cfg, key, column, where, kept)
     label = _label(cfg)
     if label is not None:
         own_columns[label] = _targets(cfg, opened, label, filled)
@@ -279,8 +294,20 @@ def _checked(
     if not filled.all():
         dataset = dataset.select(np.flatnonzero(filled))
     if not len(dataset):
-        raise UserError(f"{where}: every row has an empty text; check task.text, task.source and task.target")
+        keys = "task.messages" if cfg.messages is not None else "task.text, task.source and task.target"
+        raise UserError(f"{where}: every row has an empty text; check {keys}")
     return dataset
+
+
+def _filled(cfg: TaskConfig, key: str, column: pa.ChunkedArray, where: Origin, kept: np.ndarray) -> np.ndarray:
+    """Which rows (N,) have something in a column that must be there; all, of one that need not."""
+    name, drop = text_columns(cfg)[key], cfg.dataset.drop_empty
+    if key == MESSAGES_KEY:
+        return check_conversations(column, name, where=where, kept=kept, may_be_empty=drop)
+    if key == TOOLS_KEY:
+        check_tools(column, name, where=where, kept=kept)
+    found = check_text(column, name, where=where, kept=kept, may_be_empty=drop or key in EMPTY_KEYS)
+    return kept if key in EMPTY_KEYS else found
 
 
 def _say_left_out(where: Origin, rows: int, which: str) -> None:

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.tasks.rows import file_limits
-from tsqlora_scale.tasks.rows.cells import texts_of
-from tsqlora_scale.tasks.rows.wanted import ID_KEY, Wanted, check_names, no_plain_cells
+from tsqlora_scale.tasks.rows.cells import json_of, texts_of
+from tsqlora_scale.tasks.rows.wanted import ID_KEY, STRUCTURED_KEYS, Wanted, check_names, no_plain_cells
 
 #: The key of a schema's metadata under which ``datasets`` describes the columns.
 FEATURES = b"huggingface"
@@ -74,7 +74,7 @@ def _chunk(chunk: pa.Array, name: str, key: str | None, path: Path) -> pa.Array:
     if key is None:
         return _undone(chunk)
     try:
-        texts = texts_of(chunk, ids=key == ID_KEY)
+        texts = json_of(chunk) if key in STRUCTURED_KEYS else texts_of(chunk, ids=key == ID_KEY)
     except (pa.ArrowException, ValueError):  # ValueError: a text within a dictionary that is no UTF-8
         texts = None
     if texts is None:

@@ -115,4 +115,4 @@ def _texts(rows: datasets.Dataset, columns: Sequence[str]) -> Iterator[tuple[str
     for block in blocks(len(view), _ROWS):
         table = view[block]
         for cells in zip(*(table[name] for name in columns), strict=True):
-            yield tuple(" ".join(cell.split()).casefold() for cell in cells)
+            yield tuple(" ".join((cell or "").split()).casefold() for cell in cells)

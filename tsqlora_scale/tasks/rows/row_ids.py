@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.ipc
 
 from tsqlora_scale.common import disk_arrays
-from tsqlora_scale.tasks.rows.cells import is_text, texts_of
+from tsqlora_scale.tasks.rows.cells import is_text, json_of, texts_of
 
 _SCHEMA = pa.schema([("text", pa.string())])
 
@@ -24,21 +24,26 @@ def row_numbers(size: int) -> pa.ChunkedArray:
     return _stored(batches, size * (4 + len(str(size))))
 
 
-def text_column(column: pa.ChunkedArray, *, ids: bool) -> pa.ChunkedArray | None:
+def text_column(column: pa.ChunkedArray, *, ids: bool, structured: bool = False) -> pa.ChunkedArray | None:
     """A column (N,) as texts, mapped to disk where it is large; None where its type has no plain cells.
 
     Args:
         ids: take what :func:`.texts_of` takes of ids.
+        structured: take lists of objects, as :func:`.json_of` does, and nothing else.
     """
     if is_text(column.type):
         return column
-    if texts_of(pa.nulls(0).cast(column.type) if not column.num_chunks else column.chunk(0)[:0], ids=ids) is None:
+
+    def converted(part: pa.Array) -> pa.Array | None:
+        return json_of(part) if structured else texts_of(part, ids=ids)
+
+    if converted(pa.nulls(0).cast(column.type) if not column.num_chunks else column.chunk(0)[:0]) is None:
         return None
     batches = (
         pa.record_batch([texts.cast(pa.string())], schema=_SCHEMA)
         for block in disk_arrays.blocks(len(column))
         for part in column.slice(block.start, block.stop - block.start).chunks
-        if (texts := texts_of(part, ids=ids)) is not None
+        if (texts := converted(part)) is not None
     )
     return _stored(batches, 2 * column.nbytes)
 

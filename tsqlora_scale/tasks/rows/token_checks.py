@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import logging
-
 import datasets
 import numpy as np
 import pyarrow.compute as pc
@@ -12,13 +9,14 @@ from transformers import PreTrainedTokenizerBase
 
 from tsqlora_scale.common.disk_arrays import blocks, new_array
 from tsqlora_scale.common.errors import UserError
-from tsqlora_scale.common.printing import printable, shown
+from tsqlora_scale.common.printing import shown
 from tsqlora_scale.config.schema import TaskConfig
 from tsqlora_scale.tasks.objectives.tokenizing import TextEncoder
 from tsqlora_scale.tasks.rows.column_checks import SAMPLE_ID
 from tsqlora_scale.tasks.rows.data import Data, text_columns
-
-log = logging.getLogger("tsqlora_scale")
+from tsqlora_scale.tasks.rows.every_split import for_every_split, sample_name, without
+from tsqlora_scale.tasks.rows.turn_checks import with_written_turns
+from tsqlora_scale.tasks.rows.wanted import INPUT_KEY, STRUCTURED_KEYS
 
 #: Letters, digits, punctuation, signs of mathematics and money: what every normaliser keeps.
 _SOLID = r"[\p{L}\p{N}\p{P}\p{Sm}\p{Sc}]"
@@ -40,26 +38,11 @@ def with_tokens(cfg: TaskConfig, data: Data, tokenizer: PreTrainedTokenizerBase)
     Raises:
         UserError: naming the first row that gives nothing, unless ``task.dataset.drop_empty`` leaves such rows out.
     """
+    if cfg.messages is not None and cfg.objective is None:
+        return with_written_turns(cfg, data, tokenizer)
     encoder = TextEncoder(tokenizer)
     drops = any(not _gives_tokens(encoder, character) for character in _SCRIPTS)
-    first, *_ = cfg.dataset.dev_sets or [""]
-    sets = {name: rows for name, rows in {first: data.dev, **data.more_dev}.items() if rows is not None}
-    for name, rows in sets.items():
-        where = f"the held-out set {name!r}" if name else _place(cfg, "dev_file")
-        sets[name] = _split_with_tokens(cfg, rows, where, encoder, drops)
-    return dataclasses.replace(
-        data,
-        train=_split_with_tokens(cfg, data.train, _place(cfg, "train_file"), encoder, drops),
-        query=None if data.query is None else _split_with_tokens(cfg, data.query, "task.query", encoder, drops),
-        dev=sets.pop(first, None),
-        more_dev=sets,
-    )
-
-
-def _place(cfg: TaskConfig, key: str) -> str:
-    """The words for where the rows of a split come from."""
-    given = getattr(cfg.dataset, key)
-    return given if isinstance(given, str) else cfg.dataset.name or f"the files of task.dataset.{key}"
+    return for_every_split(cfg, data, lambda rows, where: _split_with_tokens(cfg, rows, where, encoder, drops))
 
 
 def _split_with_tokens(
@@ -69,7 +52,9 @@ def _split_with_tokens(
         return rows
     kept = new_array(len(rows), bool)
     kept[:] = True
-    for name in text_columns(cfg).values():
+    for key, name in text_columns(cfg).items():
+        if key in (INPUT_KEY, *STRUCTURED_KEYS):
+            continue
         view = rows.select_columns([name, SAMPLE_ID]).with_format("arrow")
         for block in blocks(len(rows), _ROWS):
             table = view[block]
@@ -82,19 +67,12 @@ def _split_with_tokens(
                 kept[block.start + place] = False
                 if not cfg.dataset.drop_empty:
                     raise UserError(_refusal(cfg, where, table[SAMPLE_ID][int(place)].as_py(), name, text))
-    if kept.all():
-        return rows
-    left_out = len(kept) - int(np.count_nonzero(kept))
-    log.warning("%s: %d rows of which the tokenizer makes nothing are left out", printable(where), left_out)
-    if left_out == len(kept):
-        raise UserError(f"{where}: the tokenizer makes nothing of any row; give the model's own tokenizer")
-    return rows.select(np.flatnonzero(kept))
+    return without(rows, kept, where, "of which the tokenizer makes nothing", "give the model's own tokenizer")
 
 
 def _refusal(cfg: TaskConfig, where: str, sample: str, name: str, text: str) -> str:
-    row = f"row {int(sample) + 1}" if cfg.dataset.id_column is None and sample.isdigit() else f"sample {sample!r}"
     return (
-        f"{where}, {row}: column {name!r} is {shown(text)}, of which the tokenizer makes nothing; "
+        f"{where}, {sample_name(cfg, sample)}: column {name!r} is {shown(text)}, of which the tokenizer makes nothing; "
         "fill it in, or set task.dataset.drop_empty=true to leave such rows out"
     )
 

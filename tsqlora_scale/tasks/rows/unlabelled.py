@@ -14,9 +14,10 @@ from tsqlora_scale.common.disk_arrays import filled as ones
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.schema import TaskConfig
 from tsqlora_scale.tasks.rows.column_checks import check_text
+from tsqlora_scale.tasks.rows.conversations import answerable, check_tools
 from tsqlora_scale.tasks.rows.data import Data, check_classes_known, text_columns
 from tsqlora_scale.tasks.rows.sources import open_dev
-from tsqlora_scale.tasks.rows.wanted import Wanted
+from tsqlora_scale.tasks.rows.wanted import INPUT_KEY, Wanted
 
 #: Stands where a row has no target yet; nothing that a model answers depends on it.
 PLACEHOLDER = "."
@@ -55,13 +56,23 @@ def load_unlabelled(cfg: TaskConfig, file: Path) -> Unlabelled:
     opened = open_dev(source, "", Wanted(texts, others=cfg.objective is not None), label=None)
     raw, where = opened.rows, opened.where
     filled = ones(len(raw), bool, True)
-    for name in texts.values():
+    if cfg.messages is not None:
+        if cfg.tools is not None:
+            check_tools(raw.data.column(cfg.tools), cfg.tools, where=where, kept=filled)
+        cells, filled = answerable(raw.data.column(cfg.messages), cfg.messages, where=where)
+        return Unlabelled(_with_column(cfg, raw, cfg.messages, cells), filled)
+    for name in [name for key, name in texts.items() if key != INPUT_KEY]:
         filled &= check_text(raw.data.column(name), name, where=where, kept=filled, may_be_empty=True)
     answer = cfg.target or cfg.label
     assert answer is not None, "the config requires one"
     blank = pa.repeat({"regression": 0.0, "classification": 0}.get(cfg.type, PLACEHOLDER), len(raw))
-    identity = hashlib.sha256(repr((raw._fingerprint, cfg.type, answer)).encode()).hexdigest()[:16]
-    added = datasets.Dataset(pa.table({answer: blank}), fingerprint=identity)
-    kept = raw.remove_columns([answer]) if answer in raw.column_names else raw
-    rows = datasets.concatenate_datasets([kept, added], axis=1)
-    return Unlabelled(Data(rows.select([]), rows), filled)
+    return Unlabelled(_with_column(cfg, raw, answer, blank), filled)
+
+
+def _with_column(cfg: TaskConfig, raw: datasets.Dataset, name: str, cells: pa.Array) -> Data:
+    """The rows as a held-out set, with a column in the place of their own."""
+    identity = hashlib.sha256(repr((raw._fingerprint, cfg.type, name)).encode()).hexdigest()[:16]
+    added = datasets.Dataset(pa.table({name: cells}), fingerprint=identity)
+    kept = raw.remove_columns([name]) if name in raw.column_names else raw
+    rows = datasets.concatenate_datasets([kept, added], axis=1) if kept.column_names else added
+    return Data(rows.select([]), rows)

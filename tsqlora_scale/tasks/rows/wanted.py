@@ -11,6 +11,11 @@ from tsqlora_scale.common.errors import UserError
 ID_KEY, LABEL_KEY, WEIGHT_KEY = "task.dataset.id_column", "task.label", "task.dataset.weight"
 #: Keys of columns that hold no text to learn from.
 VALUE_KEYS = (ID_KEY, LABEL_KEY, WEIGHT_KEY)
+MESSAGES_KEY, TOOLS_KEY, INPUT_KEY = "task.messages", "task.tools", "task.input"
+#: Keys of columns of lists of objects, which are read as JSON.
+STRUCTURED_KEYS = (MESSAGES_KEY, TOOLS_KEY)
+#: Keys of columns that may be empty in any row.
+EMPTY_KEYS = (TOOLS_KEY, INPUT_KEY)
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class Wanted:
 
     def texts(self) -> list[str]:
         """Names of the columns of text."""
-        return [name for name, key in self.keys().items() if key not in VALUE_KEYS]
+        return [name for name, key in self.keys().items() if key not in (*VALUE_KEYS, *STRUCTURED_KEYS)]
 
     def among(self, present: Sequence[str], *, where: object) -> list[str]:
         """The wanted columns of a file, in its order.
@@ -103,6 +108,8 @@ def not_text(cells: Sequence[str | None]) -> str | None:
 
 def no_plain_cells(key: str, name: str, kind: object, *, where: object) -> UserError:
     """What is said of a column whose cells are no texts, numbers or truth values."""
+    if key in STRUCTURED_KEYS:
+        return UserError(f"{where}: column {name!r} holds {kind} values; it must hold a list in every row ({key})")
     if key == ID_KEY:
         return UserError(f"{key}={name!r}: {where} holds {kind} values; ids must be plain, or unset to use row numbers")
     return UserError(
