@@ -1,7 +1,7 @@
 """What is learned of a conversation is what generation marks in the template would say, without them.
 
-The templates are public ones. Those of ``cohere``, ``deepseekv3``, ``gemma``, ``llama3``, ``phi3``, ``qwen2_5`` and
-``qwen3``, and the marked twins of all but the last, are TRL's (Apache 2.0), by which it trains on assistants alone.
+The templates are those that public models come with. Their marked twins are the same templates with generation marks
+about what the assistant says, as trainers that rely on these marks (TRL) need them.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def tokens_of(made: PreTrainedTokenizerFast, tmp_path: Path, **keys: Any) -> Con
 def marked_by_template(
     name: str, made: PreTrainedTokenizerFast, messages: list[dict[str, Any]], **more: Any
 ) -> tuple[list[int], list[bool]]:
-    """Ids and masks as TRL gets them."""
+    """Ids and masks as transformers, and so TRL, gets them from generation marks."""
     out = made.apply_chat_template(
         messages, chat_template=template(name, marked=True), return_dict=True, return_assistant_tokens_mask=True, **more
     )
