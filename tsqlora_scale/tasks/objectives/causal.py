@@ -103,9 +103,10 @@ class CausalObjective:
             answer = max(1, answer * max_length // self._cfg.max_length)
         prompt = max_length - answer
         if prompt <= self._format.overhead:
+            name = "task.max_length" if max_length == self._cfg.max_length else "a text's max_length"
             raise UserError(
-                f"max_length={max_length} leaves {prompt} tokens for the prompt beside {answer} of max_target_length, "
-                f"and prefix and template take {self._format.overhead}; raise max_length or lower max_target_length"
+                f"{name}={max_length} leaves {prompt} tokens for the prompt beside {answer} of task.max_target_length, "
+                f"and prefix and template take {self._format.overhead}; raise it or lower task.max_target_length"
             )
         return prompt, answer
 

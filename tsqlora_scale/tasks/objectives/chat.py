@@ -123,9 +123,10 @@ def answer_limit(cfg: TaskConfig, max_length: int) -> int:
     if max_length < cfg.max_length:
         limit = max(1, limit * max_length // cfg.max_length)
     if max_length <= limit:
+        name = "task.max_length" if max_length == cfg.max_length else "a text's max_length"
         raise UserError(
-            f"max_length={max_length} leaves nothing for what is before an answer of max_target_length={limit} tokens; "
-            "raise max_length or lower max_target_length"
+            f"{name}={max_length} leaves nothing for what is before an answer of task.max_target_length={limit} tokens; "
+            "raise it or lower task.max_target_length"
         )
     return limit
 
