@@ -264,7 +264,7 @@ def test_keys_that_do_not_go_together(keys: dict[str, Any], message: str, tmp_pa
 
 
 def test_no_place_for_a_prompt(chat_task: Make) -> None:
-    with pytest.raises(UserError, match="max_length=16 leaves nothing for what is before an answer of max_target"):
+    with pytest.raises(UserError, match=r"task\.max_length=16 leaves nothing before an answer of task\.max_target"):
         chat_task([{"messages": TURNS}], max_length=16)
 
 

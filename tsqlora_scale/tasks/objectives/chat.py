@@ -125,7 +125,7 @@ def answer_limit(cfg: TaskConfig, max_length: int) -> int:
     if max_length <= limit:
         name = "task.max_length" if max_length == cfg.max_length else "a text's max_length"
         raise UserError(
-            f"{name}={max_length} leaves nothing for what is before an answer of task.max_target_length={limit} tokens; "
+            f"{name}={max_length} leaves nothing before an answer of task.max_target_length={limit} tokens; "
             "raise it or lower task.max_target_length"
         )
     return limit
