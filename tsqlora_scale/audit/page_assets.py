@@ -18,7 +18,8 @@ h2 { font-size: 1.1rem; margin: 2rem 0 .6rem; }
 table { border-collapse: collapse; width: 100%; }
 th, td { text-align: start; padding: .35rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { color: var(--dim); font-weight: 600; font-size: .85rem; }
-td.number, th.number { text-align: end; font-variant-numeric: tabular-nums; white-space: nowrap; }
+td.number, th.number { text-align: end; font-variant-numeric: tabular-nums; }
+td.number { white-space: nowrap; }
 td.text { overflow-wrap: anywhere; white-space: pre-wrap; min-width: 16rem; }
 .label { border: 1px solid var(--line); border-radius: 1rem; padding: 0 .55rem; overflow-wrap: anywhere; }
 .suggested { border-color: var(--mark); color: var(--mark); }
