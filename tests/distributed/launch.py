@@ -11,19 +11,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+import yaml
+
 BIN = Path(sys.executable).parent
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("worker.py")
 
 #: Seconds after which a launch counts as hanging; less than a test may take.
 LONGEST = 500.0
-#: name -> (processes, ZeRO stage or None, what result.json must say the engine was)
-ENGINES = {
+#: name -> (processes, ZeRO stage, "fsdp2" or None, what result.json must say the engine was)
+ENGINES: dict[str, tuple[int, int | str | None, str]] = {
     "plain": (1, None, "NO"),
     "ddp-2": (2, None, "MULTI_CPU"),
     "zero2-2": (2, 2, "DEEPSPEED"),
     "zero3-2": (2, 3, "DEEPSPEED"),
     "zero3-3": (3, 3, "DEEPSPEED"),
+    "fsdp2-2": (2, "fsdp2", "FSDP"),
+    "fsdp2-3": (3, "fsdp2", "FSDP"),
 }
 
 
@@ -32,7 +36,7 @@ def launch(
 ) -> str:
     """Run a script under an engine; its output. Fails the test with that output if it exits with an error."""
     done = run_launched(engine, script, arguments, folder, timeout, persistence=persistence)
-    assert done.returncode == 0, f"{engine} exited with {done.returncode}:\n{done.stdout[-6000:]}"
+    assert done.returncode == 0, f"{engine} exited with {done.returncode}:\n{done.stdout[-12000:]}"
     return done.stdout
 
 
@@ -42,12 +46,18 @@ def run_launched(
     """Run a script under an engine, output and errors together.
 
     Args:
-        persistence: of how many elements ZeRO-3 leaves a parameter whole on every rank; 0: even a tiny model's weights
-            are really partitioned.
+        persistence: of how many elements ZeRO-3 and FSDP2 leave a parameter whole on every rank; 0: even a tiny
+            model's weights are really partitioned.
     """
     processes, stage, _ = ENGINES[engine]
     port = str(free_port())
-    if stage is not None:
+    if stage == "fsdp2":
+        settings = yaml.safe_load((ROOT / "configs" / "accelerate" / "fsdp2.yaml").read_text(encoding="utf-8"))
+        settings["fsdp_config"]["fsdp_min_num_params"] = persistence
+        config = folder / "fsdp2.yaml"
+        config.write_text(yaml.safe_dump(settings | {"num_processes": processes}), encoding="utf-8")
+        command = [str(BIN / "accelerate"), "launch", "--config_file", str(config), "--main_process_port", port]
+    elif stage is not None:
         zero: dict[str, object] = {"stage": stage}
         if stage == 3:
             zero["stage3_param_persistence_threshold"] = persistence

@@ -13,9 +13,10 @@ from accelerate import Accelerator
 from torch import nn
 
 from tsqlora_scale.config.schema import TrainConfig
-from tsqlora_scale.engine import zero_internals
 from tsqlora_scale.engine.collectives import World
 from tsqlora_scale.engine.numerics import fix_summation_order
+from tsqlora_scale.engine.replicas import Holdings, compare
+from tsqlora_scale.engine.sharded import held_part, is_sharded
 from tsqlora_scale.engine.train_state import TrainState
 
 
@@ -45,6 +46,8 @@ class BaseEngine(ABC):
         gc.collect()
         gc.freeze()
         self._prepare(module, state, sends_base=True)
+        if state.params:
+            self._check_restored(state, when="after the checkpoint was read")
 
     @property
     @abstractmethod
@@ -52,8 +55,12 @@ class BaseEngine(ABC):
         """What the engine really is."""
 
     @abstractmethod
-    def gather(self) -> TrainState:
-        """Every trainable parameter and its moments, whole, on every rank. A collective."""
+    def _gather(self) -> TrainState:
+        """Every parameter of :attr:`_named` and its moments, whole, on every rank. A collective."""
+
+    @abstractmethod
+    def _unlike(self, state: TrainState) -> list[str]:
+        """What this rank holds, shards included, and ``state`` has otherwise: ``exp_avg of NAME``."""
 
     @property
     @abstractmethod
@@ -74,6 +81,33 @@ class BaseEngine(ABC):
     def _fuses(self) -> bool:
         """Whether Adam's step is one kernel for many tensors."""
         return False
+
+    def gather(self) -> TrainState:
+        """See :class:`~tsqlora_scale.engine.engine.Engine`."""
+        state = self._gather()
+        faults = self._strays() + (self._unlike(state) if self._assembles else [])
+        self._compare(state, faults, when="taken together")
+        return state
+
+    @property
+    def _assembles(self) -> bool:
+        """Whether :meth:`_gather` puts parts of several ranks together, so that all ranks see the same in any case."""
+        return False
+
+    def _strays(self) -> list[str]:
+        """What trains in the module and not in the optimizer, or the other way round."""
+        known = {id(param) for param in self._named.values()}
+        there = {name: param for name, param in self.module.named_parameters() if param.requires_grad}
+        found = [f"{name} was made after the engine started" for name, param in there.items() if id(param) not in known]
+        return found + [f"{name} is gone or frozen" for name in self._named if name not in there]
+
+    def _check_restored(self, state: TrainState, *, when: str) -> None:
+        """Whether all ranks were given the same, and hold it. A collective."""
+        self._compare(state, self._unlike(state), when=when)
+
+    def _compare(self, state: TrainState, faults: list[str], *, when: str) -> None:
+        alone = self.world.size == 1  # with nobody to compare with
+        compare(self.world, Holdings({}, faults) if alone else Holdings.of(state, faults), when=when)
 
     @property
     def distributed_type(self) -> str:
@@ -115,6 +149,7 @@ class BaseEngine(ABC):
         self._take_down()
         state = self._agreed(module, change(module, state))
         self._prepare(module, state, sends_base=False)
+        self._check_restored(state, when="after the ranks of layers have changed")
 
     def _agreed(self, module: nn.Module, state: TrainState) -> TrainState:
         """``state`` and the module's trainable parameters, the same on every rank, where the engine sees to it."""
@@ -127,7 +162,7 @@ class BaseEngine(ABC):
 
     def _take_down(self) -> None:
         self._release()
-        del self._wrapped, self._optimizer, self._trained
+        del self._wrapped, self._optimizer, self._trained, self._named
         gc.collect()
 
     def frozen_parameters(self) -> dict[str, Any]:
@@ -135,16 +170,17 @@ class BaseEngine(ABC):
         frozen = [p for p in self.module.parameters() if not p.requires_grad]
         held: dict[str, int] = {}
         for param in frozen:
-            tensor = zero_internals.held_part(param)
+            tensor = held_part(param)
             kind = str(tensor.dtype).removeprefix("torch.")
             held[kind] = held.get(kind, 0) + tensor.numel() * tensor.element_size()
-        return {"sharded": sum(zero_internals.is_sharded(p) for p in frozen), "all": len(frozen), "bytes": held}
+        return {"sharded": sum(is_sharded(p) for p in frozen), "all": len(frozen), "bytes": held}
 
     def _prepare(self, module: nn.Module, state: TrainState, *, sends_base: bool) -> None:
         if self._before_prepare is not None:
             self._before_prepare(module)
         #: What trains, in the order of names, until the next rebuild: looking for it takes milliseconds.
-        self._trained = trainable(module)
+        self._named = {name: param for name, param in sorted(module.named_parameters()) if param.requires_grad}
+        self._trained = list(self._named.values())
         optimizer = adamw(self._trained, self._train, fused=self._fuses)
         self._wrapped, self._optimizer = self._wrap(module, optimizer, state, sends_base=sends_base)
         self._wrapped.train()

@@ -74,13 +74,10 @@ class DdpEngine(BaseEngine):
         self._optimizer.zero_grad()
         return found
 
-    def gather(self) -> TrainState:
-        """Every trainable parameter and its moments."""
+    def _gather(self) -> TrainState:
         inner = self._optimizer.optimizer.state
         state, steps = TrainState(), torch.zeros(())
-        for name, param in sorted(self.module.named_parameters()):
-            if not param.requires_grad:
-                continue
+        for name, param in self._named.items():
             entry = ParamState.fresh(param.detach().float().cpu().clone())
             if param in inner:
                 entry.exp_avg = inner[param]["exp_avg"].detach().cpu().clone()
@@ -89,6 +86,19 @@ class DdpEngine(BaseEngine):
             state.params[name] = entry
         state.optimizer_steps = int(steps)
         return state
+
+    def _unlike(self, state: TrainState) -> list[str]:
+        own = self._gather()
+        found = [] if own.optimizer_steps == state.optimizer_steps else ["optimizer_steps"]
+        for name, entry in own.params.items():
+            other = state.params.get(name)
+            parts = ("value", "exp_avg", "exp_avg_sq") if state.optimizer_steps else ("value",)
+            found += [
+                f"{part} of {name}"
+                for part in parts
+                if other is None or not torch.equal(getattr(entry, part), getattr(other, part))
+            ]
+        return found
 
     def _agreed(self, module: nn.Module, state: TrainState) -> TrainState:
         """Trainable parameters and moments of rank 0: what every rank computed for itself may differ in the last bits
@@ -112,13 +122,14 @@ class DdpEngine(BaseEngine):
     def _wrap(
         self, module: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState, *, sends_base: bool
     ) -> tuple[Any, Any]:
-        _restore_moments(optimizer, module, state)
+        restore_moments(optimizer, module, state)
         self.accelerator.ddp_handler = _DdpKwargs(init_sync=sends_base)
         wrapped, prepared = self.accelerator.prepare(module, optimizer)
         return wrapped, prepared
 
 
-def _restore_moments(optimizer: torch.optim.Optimizer, module: nn.Module, state: TrainState) -> None:
+def restore_moments(optimizer: torch.optim.Optimizer, module: nn.Module, state: TrainState) -> None:
+    """Give an optimizer of whole parameters the moments and the step count of ``state``."""
     if not state.optimizer_steps:
         return
     for name, param in module.named_parameters():

@@ -26,7 +26,7 @@ class Engine(Protocol):
 
     @property
     def name(self) -> str:
-        """What the engine really is: ``plain``, ``ddp``, ``zero1``, ``zero2`` or ``zero3``."""
+        """What the engine really is: ``plain``, ``ddp``, ``zero1``, ``zero2``, ``zero3`` or ``fsdp2``."""
         ...
 
     @property
@@ -85,13 +85,19 @@ class Engine(Protocol):
         ...
 
     def gather(self) -> TrainState:
-        """Every trainable parameter and its moments, whole, on every rank. A collective."""
+        """Every trainable parameter and its moments, whole, on every rank. A collective.
+
+        Raises:
+            ReplicasDiffer: on every rank, where one holds others than the rest, or something trains that the engine
+                was not started with.
+        """
         ...
 
     def rebuild(self, change: Callable[[nn.Module, TrainState], TrainState]) -> None:
         """Gather, take the engine down, let ``change`` alter the module, and prepare again. A collective.
 
-        The frozen base stays where it is: no rank sends it, under ZeRO-3 nothing of it is gathered or sharded anew.
+        The frozen base stays where it is: no rank sends it, under ZeRO-3 and FSDP2 nothing of it is gathered or sharded
+        anew. Before and after, the ranks compare what they hold, as in :meth:`gather`.
 
         Args:
             change: alters the module in place and returns the state of its trainable parameters, by name; it runs
@@ -136,12 +142,16 @@ def start_engine(
         before_prepare: called with the module before every ``prepare``: where hooks are attached that must sit
             inside the engine's own.
         state: moments and step count to start from (a resumed run); values must already be in ``module``.
+
+    Raises:
+        ReplicasDiffer: on every rank, where one was given, or has restored, another ``state`` than the rest.
     """
     from tsqlora_scale.engine.ddp import DdpEngine
-    from tsqlora_scale.engine.start import is_deepspeed
+    from tsqlora_scale.engine.fsdp import FsdpEngine
+    from tsqlora_scale.engine.start import is_deepspeed, is_fsdp
     from tsqlora_scale.engine.zero import ZeroEngine
 
-    kind = ZeroEngine if is_deepspeed(accelerator) else DdpEngine
+    kind = ZeroEngine if is_deepspeed(accelerator) else FsdpEngine if is_fsdp() else DdpEngine
     return kind(
         accelerator,
         module,

@@ -1,19 +1,20 @@
 """Ranks whose passes are full of collectives, one of which fails alone: it goes on with the others without computing.
 
-Under ZeRO-3 every module's forward and backward is preceded by a gather. A rank that leaves a pass in its middle, out
-of memory, leaves the others waiting in the next one. So it makes the rest of the pass's gathers and releases, and
-computes nothing; after that the ranks can agree what to do.
+Under ZeRO-3 and FSDP2 every module's forward and backward is preceded by a gather. A rank that leaves a pass in its
+middle, out of memory, leaves the others waiting in the next one. So it makes the rest of the pass's gathers and
+releases, and computes nothing; after that the ranks can agree what to do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from torch import nn
 
+from tsqlora_scale.engine.fsdp_internals import Gathers, is_sharded_module
 from tsqlora_scale.engine.sharded import has_shards
 
 T = TypeVar("T")
@@ -25,16 +26,16 @@ _OF_MODULES = (
 )
 
 
-@dataclass(frozen=True)
-class _Event:
-    """A call by which ZeRO-3 gathers or releases."""
+class _Collectives(Protocol):
+    """How an engine's gathers are heard, and made without computing."""
 
-    name: str
-    call: Callable[..., Any]
-    args: tuple[Any, ...]
+    def noted(self, done: list[Any], entered: Callable[[bool], None]) -> AbstractContextManager[None]:
+        """Within, every collective is put into ``done`` once it is made; ``entered`` is told before and after it."""
+        ...
 
-    def is_like(self, other: _Event) -> bool:
-        return self.name == other.name and all(a is b for a, b in zip(self.args, other.args, strict=True))
+    def catch_up(self, rest: list[Any]) -> None:
+        """Make those that are left, and leave the model as between passes. A collective."""
+        ...
 
 
 class Lockstep:
@@ -47,17 +48,18 @@ class Lockstep:
     Attributes:
         matters: whether the model is sharded. If not, :meth:`run` only calls.
         caught_up: whether the ranks can go on after the error that :meth:`run` has raised. They cannot where it came
-            from a collective itself, or where activations are checkpointed: a layer's repetition gathers what the
-            calls of modules alone do not tell.
+            from a collective itself, or under ZeRO-3 where activations are checkpointed.
     """
 
     def __init__(self, module: nn.Module, *, mends: Callable[[BaseException], bool]) -> None:
         self.matters = has_shards(module)
-        self._module = module
         self._mends = mends
-        self._passes: dict[str, list[_Event]] = {}
+        self._passes: dict[str, list[Any]] = {}
         self._inside = False
-        self._repeats = any(getattr(part, "gradient_checkpointing", False) for part in module.modules())
+        self._collectives: _Collectives = Gathers(module) if is_sharded_module(module) else _OfZero(module)
+        # a checkpointed layer's repetition gathers what the calls of modules alone do not tell of ZeRO-3
+        checkpointed = any(getattr(part, "gradient_checkpointing", False) for part in module.modules())
+        self._repeats = checkpointed and not is_sharded_module(module)
         self.caught_up = True
 
     def knows(self, kind: str) -> bool:
@@ -76,8 +78,9 @@ class Lockstep:
         """
         if not self.matters:
             return work()
-        done: list[_Event] = []
-        with self._noting(done):
+        done: list[Any] = []
+        self._inside = False
+        with self._collectives.noted(done, self._enter):
             try:
                 found = work()
             except Exception as error:
@@ -90,21 +93,44 @@ class Lockstep:
             else:
                 self._passes.setdefault(kind, done)
                 return found
-        self._catch_up(known[len(done) :])
+        self._collectives.catch_up(known[len(done) :])
         raise failed
 
+    def _enter(self, inside: bool) -> None:
+        self._inside = inside  # an error meanwhile is one of a collective itself
+
+
+@dataclass(frozen=True)
+class _Event:
+    """A call by which ZeRO-3 gathers or releases."""
+
+    name: str
+    call: Callable[..., Any]
+    args: tuple[Any, ...]
+
+    def __eq__(self, other: object) -> bool:
+        same = isinstance(other, _Event) and self.name == other.name
+        return same and all(a is b for a, b in zip(self.args, other.args, strict=True))  # type: ignore[attr-defined]
+
+
+class _OfZero:
+    """The calls by which ZeRO-3's modules gather and release."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
     @contextmanager
-    def _noting(self, done: list[_Event]) -> Iterator[None]:
+    def noted(self, done: list[Any], entered: Callable[[bool], None]) -> Iterator[None]:
+        """See :class:`_Collectives`."""
         from deepspeed.runtime.zero import parameter_offload
         from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
-        self._inside = False
         depth = len(parameter_offload.FWD_MODULE_STACK)
         noted = [(parameter_offload.DeepSpeedZeRoOffload, name) for name in _OF_MODULES]
         noted.append((PartitionedParameterCoordinator, "reset_step"))
         originals = [(owner, name, getattr(owner, name)) for owner, name in noted]
         for owner, name, original in originals:
-            setattr(owner, name, self._noted(name, original, done))
+            setattr(owner, name, self._noted(name, original, done, entered))
         try:
             yield
         finally:
@@ -112,17 +138,21 @@ class Lockstep:
                 setattr(owner, name, original)
             del parameter_offload.FWD_MODULE_STACK[depth:]
 
-    def _noted(self, name: str, original: Callable[..., Any], done: list[_Event]) -> Callable[..., Any]:
+    @staticmethod
+    def _noted(
+        name: str, original: Callable[..., Any], done: list[Any], entered: Callable[[bool], None]
+    ) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
-            self._inside = True  # an error from here on is one of a collective itself
+            entered(True)
             result = original(*args)
-            self._inside = False
+            entered(False)
             done.append(_Event(name, original, args))
             return result
 
         return call
 
-    def _catch_up(self, rest: list[_Event]) -> None:
+    def catch_up(self, rest: list[Any]) -> None:
+        """See :class:`_Collectives`."""
         from deepspeed.runtime.zero import parameter_offload
 
         depth = len(parameter_offload.FWD_MODULE_STACK)
@@ -135,5 +165,5 @@ class Lockstep:
                     setattr(part, name, 0)
 
 
-def _begins(known: list[_Event], done: list[_Event]) -> bool:
-    return len(done) <= len(known) and all(a.is_like(b) for a, b in zip(known, done, strict=False))
+def _begins(known: list[Any], done: list[Any]) -> bool:
+    return len(done) <= len(known) and all(a is b or a == b for a, b in zip(known, done, strict=False))

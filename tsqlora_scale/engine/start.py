@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import io
+import os
 import warnings
 from typing import Any
 
@@ -17,9 +18,15 @@ from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.launcher import launched, launched_size
 from tsqlora_scale.engine.arithmetic import set_arithmetic
 from tsqlora_scale.engine.deepspeed_settings import without_what_is_off
-from tsqlora_scale.engine.launcher_settings import deepspeed_wanted
+from tsqlora_scale.engine.launcher_settings import deepspeed_wanted, fsdp_wanted
 
-SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.DEEPSPEED)
+SUPPORTED = (
+    DistributedType.NO,
+    DistributedType.MULTI_GPU,
+    DistributedType.MULTI_CPU,
+    DistributedType.DEEPSPEED,
+    DistributedType.FSDP,
+)
 
 
 def is_deepspeed(accelerator: Accelerator) -> bool:
@@ -27,9 +34,14 @@ def is_deepspeed(accelerator: Accelerator) -> bool:
     return bool(accelerator.distributed_type == DistributedType.DEEPSPEED)
 
 
+def is_fsdp() -> bool:
+    """Whether the processes were started for FSDP2. Accelerate itself does not know it without a GPU."""
+    return launched() and fsdp_wanted()
+
+
 def shards_parameters(accelerator: Accelerator) -> bool:
-    """Whether a parameter is whole only while its own module runs (ZeRO-3)."""
-    return is_deepspeed(accelerator) and bool(accelerator.state.deepspeed_plugin.zero_stage == 3)
+    """Whether a parameter is whole only while its own module runs (ZeRO-3, FSDP2)."""
+    return is_fsdp() or (is_deepspeed(accelerator) and bool(accelerator.state.deepspeed_plugin.zero_stage == 3))
 
 
 def start_accelerator(
@@ -60,6 +72,14 @@ def start_accelerator(
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
     deepspeed = deepspeed_wanted()
+    if fsdp_wanted():
+        if not launched():
+            raise UserError("FSDP was asked for (ACCELERATE_USE_FSDP), but no launcher has started this process")
+        # Every rank reads the base's files itself: heads and new weights are made from them before anything is sharded.
+        # Else Transformers gives all ranks but one weights without values.
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+        # of every linear layer; nobody can change these in place (fsdp_internals)
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     # cpu=True is what makes Accelerate wrap a model in DDP without a GPU, and what silently disables DeepSpeed
     cpu = launched() and not deepspeed and not torch.cuda.is_available()
     if launched():
@@ -90,7 +110,7 @@ def start_accelerator(
     if accelerator.distributed_type not in SUPPORTED:
         raise UserError(
             f"distributed_type {accelerator.distributed_type.value!r} is not supported; "
-            "use DDP or DeepSpeed ZeRO-2/3 (configs/accelerate/)"
+            "use DDP, DeepSpeed ZeRO-2/3 or FSDP2 (configs/accelerate/)"
         )
     if is_deepspeed(accelerator):
         stage = accelerator.state.deepspeed_plugin.zero_stage

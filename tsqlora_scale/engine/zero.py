@@ -55,9 +55,15 @@ class ZeroEngine(BaseEngine):
         self._wrapped.step()
         return float(self._wrapped.get_global_grad_norm() or 0.0)
 
-    def gather(self) -> TrainState:
-        """Every trainable parameter and its moments, whole, on every rank. A collective."""
-        return zero_internals.gather(self._wrapped)
+    def _gather(self) -> TrainState:
+        return zero_internals.gather(self._wrapped, self._named)
+
+    @property
+    def _assembles(self) -> bool:
+        return True
+
+    def _unlike(self, state: TrainState) -> list[str]:
+        return zero_internals.unlike(self._named, state)
 
     def _release(self) -> None:
         zero_internals.release(self.accelerator, self._wrapped, self._optimizer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -172,14 +172,16 @@ def held_part(param: Any) -> torch.Tensor:
     return part
 
 
-def gather(engine: Any) -> TrainState:
-    """Every trainable parameter with its moments, whole, on every rank. A collective."""
+def gather(engine: Any, params: Mapping[str, nn.Parameter]) -> TrainState:
+    """Parameters with their moments, whole, on every rank. A collective.
+
+    Args:
+        params: those that train since ``prepare``, by name, sorted.
+    """
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     state = TrainState(optimizer_steps=_optimizer_steps(engine))
-    for name, param in sorted(engine.module.named_parameters()):
-        if not param.requires_grad:
-            continue
+    for name, param in params.items():
         value = safe_get_full_fp32_param(param).detach().float().cpu().clone()
         entry = ParamState.fresh(value)
         if state.optimizer_steps:
@@ -188,6 +190,45 @@ def gather(engine: Any) -> TrainState:
                 setattr(entry, key, moment.detach().float().cpu().reshape(value.shape).clone())
         state.params[name] = entry
     return state
+
+
+def unlike(params: Mapping[str, nn.Parameter], state: TrainState) -> list[str]:
+    """What this rank holds for itself, its shards and what it computes with, and ``state`` has otherwise."""
+    found = []
+    for name, param in params.items():
+        entry = state.params.get(name)
+        if entry is None:
+            found.append(f"value of {name}")
+            continue
+        for part in ("value", *(MOMENTS if state.optimizer_steps else ())):
+            if not all(_same(held, getattr(entry, part), start) for held, start in _parts(param, part)):
+                found.append(f"{part} of {name}")
+    return found
+
+
+def _parts(param: Any, part: str) -> Iterator[tuple[torch.Tensor, int]]:
+    """Flat pieces of a parameter's value or moment that lie on this rank, each with its place in the whole."""
+    key = None if part == "value" else part
+    if hasattr(param, "ds_id"):
+        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+        start = dist.get_rank() * param.ds_tensor.numel()
+        if key is None:
+            yield param.ds_tensor.detach(), start
+            yield safe_get_local_fp32_param(param), start
+        else:
+            yield safe_get_local_optimizer_state(param, key), start
+        return
+    if key is None:
+        yield param.detach(), 0
+    if param._hp_mapping is not None:  # no part of the parameter is this rank's
+        yield param._hp_mapping.get_hp_fragment(key), param._hp_mapping.lp_fragment_address.start
+
+
+def _same(held: torch.Tensor, whole: torch.Tensor, start: int) -> bool:
+    """Whether a piece, padded at its end perhaps, is that of the whole."""
+    wanted = whole.flatten()[start : start + held.numel()]
+    return torch.equal(held.detach().float().cpu().flatten()[: wanted.numel()], wanted)
 
 
 def restore_moments(engine: Any, state: TrainState) -> None:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from tsqlora_scale.engine.sharded import lasting
 from tsqlora_scale.ranks.estimators import (
     ghost_is_cheaper,
     ghost_squared_norm,
@@ -210,7 +211,7 @@ class Listener:
         if site.gradients is None:
             shape = (len(groups), delta.shape[-1], x.shape[-1])
             site.gradients = torch.zeros(shape, dtype=torch.float32, device=x.device)
-            site.held_weight = None if self.squared else site.weight()
+            site.held_weight = None if self.squared else lasting(site.weight(), site.linear)
         for total, pair in zip(site.gradients, pairs, strict=True):
             total += weight_gradient(*pair)
         if site.arrived == site.calls:
