@@ -57,7 +57,7 @@ def write(param: Any, value: torch.Tensor) -> None:
 
 def shard(module: nn.Module, *, settings: FsdpSettings, device: torch.device) -> None:
     """Shard the frozen weights of ``module`` over all ranks, in place, layer by layer: the device never holds all of
-    them. Everything else moves to ``device``. A collective.
+    them. Everything else moves to ``device``. What has been sharded before stays so. A collective.
 
     Whole on every rank stay what trains, weights below the launcher's size, those that several layers share (a unit
     has one layer), and embeddings other than of the input (DeBERTa reads those of its positions without a call).
@@ -65,6 +65,8 @@ def shard(module: nn.Module, *, settings: FsdpSettings, device: torch.device) ->
     Raises:
         UserError: torch is too old, or packed weights are stored as integers.
     """
+    if is_sharded_module(module):
+        return
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 

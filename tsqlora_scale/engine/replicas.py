@@ -68,8 +68,8 @@ def compare(world: World, held: Holdings, *, when: str) -> None:
             problems.append(f"rank {rank} of {world.size} differs in {_listed(sorted(differing, key=_order))}")
     if problems:
         raise ReplicasDiffer(
-            f"{when}, the ranks do not hold the same factors and moments ({'; '.join(problems)}); nothing was written "
-            "or changed; resume from the last checkpoint"
+            f"{when}, the ranks do not hold the same factors and moments ({'; '.join(problems)}); nothing of it "
+            "was written; resume from the last checkpoint"
         )
 
 
