@@ -8,6 +8,7 @@ from typing import Any
 from tests.bad_input.place import Case, Place
 
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true"}
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 FILE = DEEPSPEED | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds.json"}
 
 
@@ -105,7 +106,14 @@ CASES = [
     launcher("mixed precision of another kind", {"ACCELERATE_MIXED_PRECISION": "fp16"}, "model.dtype='bf16'",
              "--mixed_precision no", dtype="bf16"),
     launcher("eight bits", {"ACCELERATE_MIXED_PRECISION": "fp8"}, "mixed_precision='fp8'", "not supported"),
-    launcher("FSDP", {"ACCELERATE_USE_FSDP": "true"}, "FSDP", "not supported"),
+    launcher("FSDP of old", {"ACCELERATE_USE_FSDP": "true"}, "version '1'", "fsdp_version: 2"),
+    launcher("FSDP2 with offload", FSDP | {"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params=true", "ZeRO-3"),
+    launcher("FSDP2 that checkpoints", FSDP | {"FSDP_ACTIVATION_CHECKPOINTING": "true"},
+             "fsdp_activation_checkpointing=true", "model.gradient_checkpointing"),
+    launcher("FSDP2 of a size", FSDP | {"FSDP_MIN_NUM_PARAMS": "1e8"}, "fsdp_min_num_params='1e8'"),
+    launcher("FSDP2 with fp16", FSDP, "model.dtype='fp16'", "FSDP2", dtype="fp16"),
+    launcher("FSDP2 with packed integers", FSDP, "model.quant_storage='uint8'", "model.quant_storage=fp32",
+             quantization="nf4"),
     launcher("Megatron", {"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM", "not supported"),
     launcher("parallelism", {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "parallelism config", "not supported"),
     launcher("compilation", {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "'INDUCTOR'", "--dynamo_backend no"),

@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.launch import ENGINES, WORKER, launch
+from tests.distributed.launch import ENGINES as ALL
+from tests.distributed.launch import WORKER, launch
 from tests.runs import losses_of, ranks_of, result_of, run_tree, write_config
 
 # a test may have to make the runs of two engines first
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(3000)]
 
+#: FSDP2 has runs of its own (test_fsdp).
+ENGINES = {name: kind for name, kind in ALL.items() if not name.startswith("fsdp2")}
 MODELS = ["deberta", "bart", "llama"]
 #: dropout: its masks belong to the micro-batch, not to the rank
 CASES = [*((kind, base) for kind in MODELS for base in ("fp32", "nf4")), ("bert", "dropout")]

@@ -32,6 +32,7 @@ CHAIN = [
     ("ddp-2", (after(optimizer_step), 4, "1"), 6),
     ("zero2-2", (within(save_file), 2, "0"), 6),
     ("zero3-3", (after(ZeroEngine.backward), 7, "0,1,2"), 9),
+    ("fsdp2-2", (after(optimizer_step), 3, "1"), 9),
     ("plain", None, 13),
 ]
 

@@ -17,9 +17,7 @@ SCRIPT = Path(__file__).with_name("injected.py")
 
 @pytest.mark.parametrize("engine", ["ddp-2", "zero2-2", "zero3-2", "fsdp2-2"])
 def test_what_one_rank_has_otherwise_is_named(engine: str, tmp_path: Path, models_dir: Path) -> None:
-    tree = run_tree(
-        "bert", tmp_path, models_dir, "run", scoring={"enabled": False}, sampling={"selector": "full"}
-    )
+    tree = run_tree("bert", tmp_path, models_dir, "run", scoring={"enabled": False}, sampling={"selector": "full"})
     config = write_config(tmp_path / "config.yaml", tree)
     launch(engine, SCRIPT, [str(config), str(tmp_path / "out.json")], tmp_path, timeout=250)
     first, second = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
