@@ -1,4 +1,4 @@
-"""Ranks of a sharded model halve their batches together when one runs out of memory, wherever in the pass; none hangs."""
+"""Ranks of a sharded model halve their batches together when one runs out of memory, wherever it is; none hangs."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ def outside_texts(source: str) -> Iterator[str]:
 
 def engine_matters(source: str) -> Iterator[str]:
     """What only ``engine/`` may ask for or touch."""
-    yield from re.findall(r"\bds_[a-z]\w*|is_deepspeed\w*|DistributedType", source)
+    yield from re.findall(r"\bds_[a-z]\w*|is_deepspeed\w*|DistributedType|FSDPModule|DTensor", source)
 
 
 def exits(source: str) -> Iterator[str]:

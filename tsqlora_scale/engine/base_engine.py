@@ -97,9 +97,11 @@ class BaseEngine(ABC):
     def _strays(self) -> list[str]:
         """What trains in the module and not in the optimizer, or the other way round."""
         known = {id(param) for param in self._named.values()}
-        there = {name: param for name, param in self.module.named_parameters() if param.requires_grad}
-        found = [f"{name} was made after the engine started" for name, param in there.items() if id(param) not in known]
-        return found + [f"{name} is gone or frozen" for name in self._named if name not in there]
+        training = {name: param for name, param in self.module.named_parameters() if param.requires_grad}
+        found = [
+            f"{name} was made after the engine started" for name, param in training.items() if id(param) not in known
+        ]
+        return found + [f"{name} is gone or frozen" for name in self._named if name not in training]
 
     def _check_restored(self, state: TrainState, *, when: str) -> None:
         """Whether all ranks were given the same, and hold it. A collective."""
@@ -107,7 +109,7 @@ class BaseEngine(ABC):
 
     def _compare(self, state: TrainState, faults: list[str], *, when: str) -> None:
         alone = self.world.size == 1  # with nobody to compare with
-        compare(self.world, Holdings({}, faults) if alone else Holdings.of(state, faults), when=when)
+        compare(self.world, Holdings({}, faults) if alone else Holdings.from_state(state, faults), when=when)
 
     @property
     def distributed_type(self) -> str:

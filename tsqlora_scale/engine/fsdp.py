@@ -81,10 +81,10 @@ class FsdpEngine(DdpEngine):
 
     def step(self, lr: float) -> float:
         """See :class:`~tsqlora_scale.engine.engine.Engine`."""
-        for some in _pieces(self._trained):
-            flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in some])
-            summed = self.world.sum(flat).split([p.numel() for p in some])
-            for param, gradient in zip(some, summed, strict=True):
+        for piece in _pieces(self._trained):
+            flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in piece])
+            summed = self.world.sum(flat).split([p.numel() for p in piece])
+            for param, gradient in zip(piece, summed, strict=True):
                 param.grad = gradient.view_as(param)
         return super().step(lr)
 

@@ -148,7 +148,8 @@ def _units(module: nn.Module, whole_below: int) -> list[tuple[nn.Module, list[nn
 
 
 def _input_embeddings(module: nn.Module) -> list[nn.Module]:
-    found = []
+    found: list[nn.Module] = []
+    part: Any
     for part in module.modules():
         if hasattr(part, "get_input_embeddings"):
             try:

@@ -36,7 +36,7 @@ class Holdings:
     faults: list[str] = field(default_factory=list)
 
     @classmethod
-    def of(cls, state: TrainState, faults: list[str]) -> Holdings:
+    def from_state(cls, state: TrainState, faults: list[str]) -> Holdings:
         """Of a state that every rank has whole."""
         parts = ("value", "exp_avg", "exp_avg_sq")
         found = {

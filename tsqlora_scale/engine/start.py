@@ -44,6 +44,21 @@ def shards_parameters(accelerator: Accelerator) -> bool:
     return is_fsdp() or (is_deepspeed(accelerator) and bool(accelerator.state.deepspeed_plugin.zero_stage == 3))
 
 
+def _prepare_fsdp() -> None:
+    """What Accelerate, Transformers and PyTorch would do of themselves, and must not.
+
+    Raises:
+        UserError: there are no processes to shard over.
+    """
+    if not launched():
+        raise UserError("FSDP was asked for (ACCELERATE_USE_FSDP), but no launcher has started this process")
+    # Every rank reads the base's files itself: heads and new weights are made from them before anything is sharded.
+    # Else Transformers gives all ranks but one weights without values.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    # of every linear layer; nobody can change these in place (fsdp_internals)
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+
+
 def start_accelerator(
     *,
     accumulation: int,
@@ -73,13 +88,7 @@ def start_accelerator(
         GradientState._reset_state()
     deepspeed = deepspeed_wanted()
     if fsdp_wanted():
-        if not launched():
-            raise UserError("FSDP was asked for (ACCELERATE_USE_FSDP), but no launcher has started this process")
-        # Every rank reads the base's files itself: heads and new weights are made from them before anything is sharded.
-        # Else Transformers gives all ranks but one weights without values.
-        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
-        # of every linear layer; nobody can change these in place (fsdp_internals)
-        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+        _prepare_fsdp()
     # cpu=True is what makes Accelerate wrap a model in DDP without a GPU, and what silently disables DeepSpeed
     cpu = launched() and not deepspeed and not torch.cuda.is_available()
     if launched():

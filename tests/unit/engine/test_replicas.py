@@ -32,7 +32,7 @@ def said(world: World, fault: str, at: int) -> str:
         elif fault == "own":
             faults = ["c was made after the engine started"]
     try:
-        compare(world, Holdings.of(state, faults), when="here")
+        compare(world, Holdings.from_state(state, faults), when="here")
     except ReplicasDiffer as error:
         return str(error)
     return ""
@@ -58,9 +58,9 @@ def test_the_rank_that_is_not_as_most_are_is_named_on_all() -> None:
 def test_one_bit_anywhere_changes_one_digest(place: int, part: str, name: str) -> None:
     changed = state_of()
     getattr(changed.params[name], part).reshape(-1).numpy().view("int32")[place] ^= 1
-    before, after = Holdings.of(state_of(), []).digests, Holdings.of(changed, []).digests
+    before, after = Holdings.from_state(state_of(), []).digests, Holdings.from_state(changed, []).digests
     assert [key for key in before if before[key] != after[key]] == [f"{part} of {name}"]
 
 
 def test_moments_of_before_the_first_step_are_not_asked() -> None:
-    assert set(Holdings.of(state_of(steps=0), []).digests) == {"value of a", "value of b", "optimizer_steps"}
+    assert set(Holdings.from_state(state_of(steps=0), []).digests) == {"value of a", "value of b", "optimizer_steps"}
