@@ -112,6 +112,10 @@ CASES = [
              "fsdp_activation_checkpointing=true", "model.gradient_checkpointing"),
     launcher("FSDP2 of a size", FSDP | {"FSDP_MIN_NUM_PARAMS": "1e8"}, "fsdp_min_num_params='1e8'"),
     launcher("FSDP2 with fp16", FSDP, "model.dtype='fp16'", "FSDP2", dtype="fp16"),
+    Case(
+        "FSDP2 with DoRA", ("adapter.type='dora'", "FSDP2"),
+        lambda place: place.set(adapter={"method": "dora"}), "train", FSDP,
+    ),
     launcher("FSDP2 with packed integers", FSDP, "model.quant_storage='uint8'", "model.quant_storage=fp32",
              quantization="nf4"),
     launcher("Megatron", {"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM", "not supported"),

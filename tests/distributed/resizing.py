@@ -30,7 +30,9 @@ def holdings(module) -> dict[str, int]:
     for param in module.parameters():
         hooks += len(param._backward_hooks or ()) + len(param._post_accumulate_grad_hooks or ())
     gc.collect()
-    tensors = [item for item in gc.get_objects() if isinstance(item, torch.Tensor)]
+    # of a DTensor its shard counts; it has no memory of its own
+    everything = [item for item in gc.get_objects() if isinstance(item, torch.Tensor)]
+    tensors = [item for item in everything if not hasattr(item, "_local_tensor")]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return {

@@ -51,8 +51,11 @@ def fsdp_wanted() -> bool:
     return _is_on("ACCELERATE_USE_FSDP")
 
 
-def check_launcher(model: ModelConfig) -> None:
+def check_launcher(model: ModelConfig, *, adapter: str = "lora") -> None:
     """Refuse what the launcher asks for and a run does not do: other engines, compilation, another precision.
+
+    Args:
+        adapter: ``adapter.type``.
 
     Raises:
         UserError: naming the setting, its value and the remedy.
@@ -84,6 +87,11 @@ def check_launcher(model: ModelConfig) -> None:
         )
     if fsdp_wanted():
         _check_fsdp(model)
+        if adapter == "dora":
+            raise UserError(
+                "adapter.type='dora' reads the base's weights beside their layers, and FSDP2 gathers them for their "
+                "layers only; set adapter.type=lora or rslora, or use DDP or ZeRO"
+            )
 
 
 def _check_fsdp(model: ModelConfig) -> None:

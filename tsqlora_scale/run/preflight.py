@@ -214,7 +214,7 @@ def check_machine(config: Config) -> None:
         UserError: naming the key or the launcher's setting, its value and the remedy.
     """
     check_start()
-    check_launcher(config.model)
+    check_launcher(config.model, adapter=config.adapter.type)
     check_deepspeed(config)
     if config.model.quantization == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError("model.quantization='nf4' needs bitsandbytes; pip install 'tsqlora-scale[nf4]'")
