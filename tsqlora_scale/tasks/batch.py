@@ -34,6 +34,11 @@ class Batch:
         """Number of samples B."""
         return len(self.indices)
 
+    def pinned(self) -> Batch:
+        """The same batch in memory from which a GPU copies without the host waiting for it."""
+        inputs = {name: tensor.pin_memory() for name, tensor in self.inputs.items()}
+        return Batch(inputs, self.targets.pin_memory(), self.indices)
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on ``device``."""
 

@@ -235,6 +235,14 @@ class Task:
             lengths[block] = sum(pc.fill_null(pc.utf8_length(table[name]), 0).to_numpy() for name in names)
         return lengths
 
+    def sizes(self, rows: Indices) -> np.ndarray:
+        """Characters of all texts of some rows of the pool, targets too, (B,) int64."""
+        names = list(dict.fromkeys(text_columns(self._cfg).values()))
+        table = self.train.select_columns(names).with_format("arrow")[np.asarray(rows, dtype=np.int64).tolist()]
+        columns = [pc.fill_null(pc.utf8_length(table[name]), 0).to_numpy() for name in names]
+        found: np.ndarray = np.stack(columns).sum(axis=0, dtype=np.int64)
+        return found
+
     def measured(self, rows: Indices) -> list[Measured]:
         """How long texts of the pool are in tokens, and how much of them is kept; nothing where the objective is a
         user's own and does not say."""
