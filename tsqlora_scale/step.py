@@ -145,7 +145,7 @@ def optimizer_step(
         listener.start_micro_batch(batch.size, place * micro_batch_size)
         samples.start_micro_batch(batch.size, place * micro_batch_size)
         with engine.micro_batch():
-            sums, counts = task.loss_sums(engine.forward(**batch.inputs), batch)
+            sums, counts = task.loss_sums(task.outputs(engine.module, batch, forward=engine.forward), batch)
             own, share, of_all = sums.detach() / counts, share.to(sums), terms.to(sums)
             sums = sums * share
             losses.append(sums.detach())

@@ -71,7 +71,7 @@ def test_a_selector_of_a_users_own_says_nothing_of_what_comes(tmp_path: Path, mo
     assert isinstance(run.selector, FullSelector)
     assert run.selector.draw_ahead(5) is not None
     assert Own(run.selector.context).draw_ahead(5) is None
-    assert next_batches.likely_rows(object(), 5) is None
+    assert next_batches.likely_rows(run.task, 5) is None
 
 
 def test_an_error_ahead_is_met_by_its_own_step(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,12 +22,16 @@ class Batch:
         targets: class ids (B,) int64, numbers (B,) float32, or token ids (B, T) int64 with :data:`IGNORED` gaps.
         indices: the samples' rows in their split, (B,) int64.
         prompts: what texts are generated from, (B, P) each, where ``inputs`` do not tell; None otherwise.
+        places: where logits are looked at, positions (n,) int64 in the flattened (B, T) of the targets; None where it
+            is not known beforehand, or where there are no tokens. Found out on the host, so that a GPU need not be
+            waited for.
     """
 
     inputs: dict[str, Tensor]
     targets: Tensor
     indices: np.ndarray
     prompts: dict[str, Tensor] | None = None
+    places: Tensor | None = None
 
     @property
     def size(self) -> int:
@@ -36,17 +40,19 @@ class Batch:
 
     def pinned(self) -> Batch:
         """The same batch in memory from which a GPU copies without the host waiting for it."""
-        inputs = {name: tensor.pin_memory() for name, tensor in self.inputs.items()}
-        return Batch(inputs, self.targets.pin_memory(), self.indices)
+        return self._each(lambda tensor: tensor.pin_memory())
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on ``device``."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
-        def moved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-            return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
-
-        prompts = None if self.prompts is None else moved(self.prompts)
-        return Batch(moved(self.inputs), self.targets.to(device, non_blocking=True), self.indices, prompts)
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        inputs, prompts = (
+            None if tensors is None else {name: change(tensor) for name, tensor in tensors.items()}
+            for tensors in (self.inputs, self.prompts)
+        )
+        places = None if self.places is None else change(self.places)
+        return replace(self, inputs=inputs, targets=change(self.targets), prompts=prompts, places=places)
 
 
 def pad_rows(rows: Sequence[Sequence[int]], value: int, *, on_the_left: bool = False) -> Tensor:
@@ -56,3 +62,10 @@ def pad_rows(rows: Sequence[Sequence[int]], value: int, *, on_the_left: bool = F
         start = out.shape[1] - len(row) if on_the_left else 0
         out[i, start : start + len(row)] = torch.tensor(row, dtype=torch.int64)
     return out
+
+
+def places_of(targets: Tensor, shift: int) -> Tensor:
+    """Where a loss is taken at, of targets (B, T) on the host: positions (n,) in the flattened (B, T), each ``shift``
+    before its target; a row's first ``shift`` positions have none before them."""
+    rows, columns = torch.nonzero(targets[:, shift:] != IGNORED, as_tuple=True)
+    return rows * targets.shape[1] + columns

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard
 
 import datasets
@@ -18,9 +18,10 @@ from tsqlora_scale.common.disk_arrays import blocks, counts, new_array
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.extensions import load_extension
 from tsqlora_scale.config.schema import TaskConfig
-from tsqlora_scale.tasks.batch import Batch
-from tsqlora_scale.tasks.losses import loss_terms
+from tsqlora_scale.tasks.batch import Batch, places_of
+from tsqlora_scale.tasks.losses import loss_terms, losses_at
 from tsqlora_scale.tasks.metrics import METRICS, SampleLosses, compute_metrics, needs_answers, needs_losses
+from tsqlora_scale.tasks.needed_logits import needed_logits
 from tsqlora_scale.tasks.objectives.causal import CausalObjective
 from tsqlora_scale.tasks.objectives.chat import ChatObjective
 from tsqlora_scale.tasks.objectives.label_heads import LabelObjective
@@ -116,12 +117,24 @@ class Task:
         prompts = None
         if split != "train" and isinstance(self._objective, ChatObjective):  # what the model may be asked for
             prompts = self._objective.prompts(cells)
-        return Batch(inputs, targets, np.array(rows, dtype=np.int64), prompts)
+        places = None if self._shift is None else places_of(targets, self._shift)
+        return Batch(inputs, targets, np.array(rows, dtype=np.int64), prompts, places)
 
     def losses(self, module: Any, batch: Batch) -> Tensor:
         """Every sample's own mean loss, (B,) float32, with a graph: a forward of ``module`` on the batch."""
-        sums, counts = self.loss_sums(module(**batch.inputs), batch)
+        sums, counts = self.loss_sums(self.outputs(module, batch), batch)
         return sums / counts
+
+    def outputs(self, module: Any, batch: Batch, *, forward: Callable[..., Any] | None = None) -> Any:
+        """A forward on the batch, for :meth:`loss_sums`: of a model of tokens the logits of those places alone that a
+        loss is taken at, (1, n, V), where that spares much.
+
+        Args:
+            module: the model itself.
+            forward: of an engine around it; none: the model's own.
+        """
+        with needed_logits(module, batch.places, batch.targets.shape):
+            return (forward or module)(**batch.inputs)
 
     def loss_sums(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         """Summed loss and number of loss terms of every sample, (B,) float32 each.
@@ -130,7 +143,22 @@ class Task:
         target tokens (docs/method.md). Their sums over an optimizer step, divided, are the step's loss, however the
         step is cut into batches.
         """
-        return self._objective.losses(outputs.logits, batch.targets)
+        logits, places = outputs.logits, batch.places
+        if places is None or self._shift is None:
+            return self._objective.losses(logits, batch.targets)
+        if logits.shape[:2] == batch.targets.shape:
+            logits = logits.flatten(0, 1).index_select(0, places).unsqueeze(0)
+        assert logits.shape[:2] == (1, len(places)), "neither the logits of all places nor those of the needed ones"
+        return losses_at(logits[0], batch.targets, places, shift=self._shift)
+
+    @property
+    def _shift(self) -> int | None:
+        """How many places before its target a logit is; None where the objective's losses are not of tokens, or are a
+        user's own."""
+        own = getattr(type(self._objective), "losses", None)
+        if own in (CausalObjective.losses, ChatObjective.losses):
+            return 1
+        return 0 if own is Seq2SeqObjective.losses else None
 
     def loss_terms(self, batch: Batch) -> Tensor:
         """Number of loss terms of every sample (B,) float32, as :meth:`loss_sums` counts them, before any forward."""
