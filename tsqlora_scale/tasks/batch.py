@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tsqlora_scale.tasks.known_padding import Padding
+
 #: Target of a position that no loss is taken at.
 IGNORED = -100
 
@@ -25,6 +27,7 @@ class Batch:
         places: where logits are looked at, positions (n,) int64 in the flattened (B, T) of the targets; None where it
             is not known beforehand, or where there are no tokens. Found out on the host, so that a GPU need not be
             waited for.
+        padding: what the host knows of the padding of the inputs; None: nothing.
     """
 
     inputs: dict[str, Tensor]
@@ -32,6 +35,7 @@ class Batch:
     indices: np.ndarray
     prompts: dict[str, Tensor] | None = None
     places: Tensor | None = None
+    padding: Padding | None = None
 
     @property
     def size(self) -> int:

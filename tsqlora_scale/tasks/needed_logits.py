@@ -14,6 +14,10 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from tsqlora_scale.tasks.objectives.causal import CausalObjective
+from tsqlora_scale.tasks.objectives.chat import ChatObjective
+from tsqlora_scale.tasks.objectives.seq2seq import Seq2SeqObjective
+
 #: Numbers that must be saved before it is done: small products are as fast whole.
 WORTH = 2**22
 
@@ -54,3 +58,12 @@ def _output_layer(module: Any) -> nn.Linear | None:
     find = getattr(module, "get_output_embeddings", None)
     found = find() if callable(find) else None
     return found if isinstance(found, nn.Linear) and not isinstance(found, BaseTunerLayer) else None
+
+
+def token_shift(objective: Any) -> int | None:
+    """How many places before its target a logit is; None where an objective's losses are not of tokens, or are a
+    user's own."""
+    own = getattr(type(objective), "losses", None)
+    if own in (CausalObjective.losses, ChatObjective.losses):
+        return 1
+    return 0 if own is Seq2SeqObjective.losses else None

@@ -19,9 +19,10 @@ from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.extensions import load_extension
 from tsqlora_scale.config.schema import TaskConfig
 from tsqlora_scale.tasks.batch import Batch, places_of
+from tsqlora_scale.tasks.known_padding import known_padding, padding_of
 from tsqlora_scale.tasks.losses import loss_terms, losses_at
 from tsqlora_scale.tasks.metrics import METRICS, SampleLosses, compute_metrics, needs_answers, needs_losses
-from tsqlora_scale.tasks.needed_logits import needed_logits
+from tsqlora_scale.tasks.needed_logits import needed_logits, token_shift
 from tsqlora_scale.tasks.objectives.causal import CausalObjective
 from tsqlora_scale.tasks.objectives.chat import ChatObjective
 from tsqlora_scale.tasks.objectives.label_heads import LabelObjective
@@ -52,6 +53,7 @@ class Task:
 
     def __init__(self, cfg: TaskConfig, data: Data, tokenizer: PreTrainedTokenizerBase, objective: Objective) -> None:
         self._cfg, self._objective = cfg, objective
+        self._shift = token_shift(objective)
         self.tokenizer = tokenizer
         self.train, self.dev = data.pool(with_query=cfg.train_on_query), data.dev
         #: Rows of the query at the end of the pool.
@@ -118,7 +120,8 @@ class Task:
         if split != "train" and isinstance(self._objective, ChatObjective):  # what the model may be asked for
             prompts = self._objective.prompts(cells)
         places = None if self._shift is None else places_of(targets, self._shift)
-        return Batch(inputs, targets, np.array(rows, dtype=np.int64), prompts, places)
+        padding = padding_of(inputs, looks_back=self._shift is not None)
+        return Batch(inputs, targets, np.array(rows, dtype=np.int64), prompts, places, padding)
 
     def losses(self, module: Any, batch: Batch) -> Tensor:
         """Every sample's own mean loss, (B,) float32, with a graph: a forward of ``module`` on the batch."""
@@ -133,7 +136,11 @@ class Task:
             module: the model itself.
             forward: of an engine around it; none: the model's own.
         """
-        with needed_logits(module, batch.places, batch.targets.shape):
+        mask = batch.inputs.get("attention_mask")
+        with (
+            known_padding(batch.padding, None if mask is None else mask.shape),
+            needed_logits(module, batch.places, batch.targets.shape),
+        ):
             return (forward or module)(**batch.inputs)
 
     def loss_sums(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -150,15 +157,6 @@ class Task:
             logits = logits.flatten(0, 1).index_select(0, places).unsqueeze(0)
         assert logits.shape[:2] == (1, len(places)), "neither the logits of all places nor those of the needed ones"
         return losses_at(logits[0], batch.targets, places, shift=self._shift)
-
-    @property
-    def _shift(self) -> int | None:
-        """How many places before its target a logit is; None where the objective's losses are not of tokens, or are a
-        user's own."""
-        own = getattr(type(self._objective), "losses", None)
-        if own in (CausalObjective.losses, ChatObjective.losses):
-            return 1
-        return 0 if own is Seq2SeqObjective.losses else None
 
     def loss_terms(self, batch: Batch) -> Tensor:
         """Number of loss terms of every sample (B,) float32, as :meth:`loss_sums` counts them, before any forward."""
