@@ -1,4 +1,4 @@
-"""What makes steps faster changes no run, where weights are sharded: order of length, batches made ahead, needed logits alone."""
+"""What makes steps faster changes no run where weights are sharded: order of length, batches made ahead, few logits."""
 
 from __future__ import annotations
 

@@ -51,12 +51,12 @@ class Batch:
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        inputs, prompts = (
-            None if tensors is None else {name: change(tensor) for name, tensor in tensors.items()}
-            for tensors in (self.inputs, self.prompts)
-        )
+        def changed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: change(tensor) for name, tensor in tensors.items()}
+
+        prompts = None if self.prompts is None else changed(self.prompts)
         places = None if self.places is None else change(self.places)
-        return replace(self, inputs=inputs, targets=change(self.targets), prompts=prompts, places=places)
+        return replace(self, inputs=changed(self.inputs), targets=change(self.targets), prompts=prompts, places=places)
 
 
 def pad_rows(rows: Sequence[Sequence[int]], value: int, *, on_the_left: bool = False) -> Tensor:
