@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import torch
 
-from tsqlora_scale.common.random_streams import seed_dropout
+from tsqlora_scale.common.random_streams import philox, seed_dropout
 from tsqlora_scale.engine.transfers import HostCopy, to_device
 from tsqlora_scale.quality.online.sample_listener import DeafListener, SampleListener
 
@@ -51,6 +51,28 @@ def micro_batches(indices: np.ndarray, micro_batch_size: int, rank: int, world_s
     return list(parts[rank::world_size])
 
 
+def in_order_of_length(
+    rows: np.ndarray, lengths: np.ndarray, *, micro_batch_size: int, seed: int, step: int
+) -> np.ndarray:
+    """A global batch put in order of length, so that the samples of a micro-batch are padded little, and micro-batches
+    that are dealt to the ranks at once take a like time.
+
+    The order begins with another micro-batch in every step, a random one: what is sampled by its place in the global
+    batch, as sensitivities are, is not of the shortest samples alone. Where the batch is one micro-batch there is
+    nothing to gain, and it stays as it is.
+
+    Args:
+        rows: of the pool, (batch_size,).
+        lengths: of them, (batch_size,), in any unit.
+        step: optimizer steps finished.
+    """
+    count = len(rows) // micro_batch_size
+    if count == 1:
+        return rows
+    first = int(philox(seed, "first of the lengths", step).integers(count))
+    return np.roll(rows[np.argsort(lengths, kind="stable")], first * micro_batch_size)
+
+
 class StepListener(Protocol):
     """Told of a step's passes, so that it can hear gradients in them: the rank half of a run."""
 
@@ -77,6 +99,7 @@ def optimizer_step(
     lr: float,
     micro_batch_size: int,
     seed: int,
+    batches: Sequence[Batch] | None = None,
     samples: SampleListener | None = None,
     weights: np.ndarray | None = None,
     stop: bool = False,
@@ -95,6 +118,7 @@ def optimizer_step(
         rows: of the pool, the global batch, (batch_size,).
         listener: told of every pass.
         step: optimizer steps finished.
+        batches: of this rank's :func:`micro_batches` of ``rows``, on the host; none: they are made here.
         samples: told of every pass, and of what all ranks have heard of the samples in it; none: nobody is.
         weights: of the rows' losses, (batch_size,), up to a constant; none: all equal.
         stop: whether this rank was asked to stop; the result says whether any was.
@@ -106,7 +130,7 @@ def optimizer_step(
     on_host = [
         torch.from_numpy(part).float() for part in micro_batches(weights, micro_batch_size, world.rank, world.size)
     ]
-    batches = [task.batch(part) for part in parts]
+    batches = [task.batch(part) for part in parts] if batches is None else batches
     terms = count_terms(world, task, batches, on_host)
     batches = [batch.to(world.device) for batch in batches]
     shares = [to_device(share, world.device) for share in on_host]
@@ -121,7 +145,7 @@ def optimizer_step(
         listener.start_micro_batch(batch.size, place * micro_batch_size)
         samples.start_micro_batch(batch.size, place * micro_batch_size)
         with engine.micro_batch():
-            sums, counts = task.loss_sums(engine.forward(**batch.inputs), batch)
+            sums, counts = task.loss_sums(task.outputs(engine.module, batch, forward=engine.forward), batch)
             own, share, of_all = sums.detach() / counts, share.to(sums), terms.to(sums)
             sums = sums * share
             losses.append(sums.detach())

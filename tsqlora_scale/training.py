@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tsqlora_scale.model.model_card import write_card
+from tsqlora_scale.run.next_batches import NextBatches
 from tsqlora_scale.run.outcome import build_result
 from tsqlora_scale.run.training_run import Run
 from tsqlora_scale.step import StepResult, optimizer_step
@@ -32,21 +33,22 @@ def take_steps(run: Run, *, until: int | None = None) -> StepResult | None:
     Returns:
         What the last step did; None if there was none.
     """
-    engine, task, selector, ranks = run.engine, run.task, run.selector, run.ranks
+    engine, selector, ranks = run.engine, run.selector, run.ranks
     last = run.plan.total_steps if until is None else until
     result: StepResult | None = None
-    with run.progress("training") as bar:
+    with run.progress("training") as bar, NextBatches(run, last=last) as nexts:
         while run.step < last and not run.is_over:
             if selector.due(run.step):
                 with run.scoring():
                     selector.score(engine.module, run.step)  # lines 2 and 9: Q, p and S
             with run.stepping():
-                rows = selector.draw(run.step)  # line 4: a minibatch of S by p
+                found = nexts.take(run.step)  # line 4: a minibatch of S by p
                 result = optimizer_step(  # lines 4 and 5: loss, backward and step; the controller listens
                     engine,
-                    task,
-                    rows,
-                    weights=selector.weights(rows),
+                    run.task,
+                    found.rows,
+                    batches=found.batches,
+                    weights=selector.weights(found.rows),
                     listener=ranks,
                     samples=selector.listener,
                     step=run.step,
@@ -56,7 +58,8 @@ def take_steps(run: Run, *, until: int | None = None) -> StepResult | None:
                     stop=run.stop.requested,
                     beat=run.watchdog.beat,
                 )
-                run.note_step(rows, result)
+                nexts.settle()
+                run.note_step(found.rows, result)
             if ranks.due(run.step):
                 with run.record.phase("resizing"):
                     event = ranks.adapt(engine, selector.quality(), run.step)  # lines 7 and 8: S_l, then r_l

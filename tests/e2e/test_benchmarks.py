@@ -32,6 +32,8 @@ COMMANDS = {
     "redundancy": "--config CONFIG --out OUT --seeds 0 --power 1 train.max_steps=9",
     "sampler": "--out OUT --sizes 1e4,1e5 --seconds 0.1",
     "scoring": "--model MODEL --batch 4 --length 8 --repeat 2 --loop-repeat 1",
+    "throughput": "--encoder MODEL --causal DECODER --batch 4 --micro-batch 2 --max-length 24 --rows 40 --steps 1 "
+    "--repeats 1",
 }
 #: The first two need the original package and a folder of data, the others are parts of benchmarks.
 NOT_RUN = {"make_movie_snippets", "audit", "policies", "random_models", "steps", "traffic"}
@@ -41,6 +43,7 @@ NOT_RUN = {"make_movie_snippets", "audit", "policies", "random_models", "steps",
 def test_it_runs(name: str, tmp_path: Path, models_dir: Path) -> None:
     config = write_config(tmp_path / "config.yaml", run_tree("bert", tmp_path, models_dir, "benchmark"))
     words = {"CONFIG": config, "OUT": tmp_path / "out", "MODEL": tiny_model("bert", models_dir)}
+    words["DECODER"] = tiny_model("llama", models_dir)
     (tmp_path / "out").mkdir()
     arguments = [str(words.get(word, word)) for word in COMMANDS[name].split()]
     script = FOLDER / f"{name.split()[0]}.py"

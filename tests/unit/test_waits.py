@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import traceback
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from tests.runs import go, losses_of, ranks_of, run_tree
 from tests.steps import take_step
@@ -16,27 +20,77 @@ from tsqlora_scale.config.load import parse_config
 from tsqlora_scale.engine.base_engine import adamw
 from tsqlora_scale.engine.ddp import DdpEngine
 from tsqlora_scale.engine.transfers import HostCopy, to_device
+from tsqlora_scale.quality.online.online_scorer import OnlineScorer
 from tsqlora_scale.run import preflight
 from tsqlora_scale.run.build import build_run
+from tsqlora_scale.tasks import Task
 from tsqlora_scale.tasks.batch import IGNORED
 from tsqlora_scale.tasks.losses import token_losses
 
 #: Operations whose result the host has to know before it can go on.
 WAITING = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.equal.default}
+LIBRARIES = ("/tsqlora_scale/", "/transformers/", "/peft/", "/accelerate/", "/torch/nn/", "/torch/optim/")
 
 
 class Waits(TorchDispatchMode):
-    """Counts them."""
+    """Counts them, and copies to the host by ``cpu()``, by the line that asks for them.
+
+    What the host does with tensors of its own, as it makes a batch and looks at a copy, is left out.
+
+    Attributes:
+        found: by line.
+        copies: reads of what was copied to the host; one that comes after a wait is none itself.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.found: Counter[str] = Counter()
+        self.copies = 0
+        self._patches = ExitStack()
+
+    def __enter__(self) -> Waits:
+        batch, tensors, take, cpu = Task.batch, HostCopy.tensors, OnlineScorer.take, torch.Tensor.cpu
+
+        def copied(copy: HostCopy) -> list[torch.Tensor]:
+            self.copies += 1
+            return tensors(copy)
+
+        def counted(tensor: torch.Tensor) -> torch.Tensor:
+            self.found[line()] += 1
+            return cpu(tensor)
+
+        def apart(call: Any) -> Any:
+            def alone(*args: Any, **kwargs: Any) -> Any:
+                with _disable_current_modes():
+                    return call(*args, **kwargs)
+
+            return alone
+
+        for owner, name, other in (
+            (Task, "batch", apart(batch)),
+            (OnlineScorer, "take", apart(take)),
+            (HostCopy, "tensors", copied),
+            (torch.Tensor, "cpu", counted),
+        ):
+            self._patches.enter_context(mock.patch.object(owner, name, other))
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._patches.close()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Called instead of every operation."""
         if func in WAITING:
-            self.found[str(func)] += 1
+            self.found[line()] += 1
         return func(*args, **(kwargs or {}))
+
+
+def line() -> str:
+    """The innermost line of a package that is running: its file, its function and what it says."""
+    frames = [one for one in traceback.extract_stack() if any(part in one.filename for part in LIBRARIES)]
+    return f"{Path(frames[-1].filename).name}, {frames[-1].name}: {frames[-1].line}" if frames else "a test"
 
 
 @pytest.fixture
@@ -45,28 +99,41 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DdpEngine, "_fuses", True)
 
 
-def waits_of_a_step(tree: dict[str, Any]) -> int:
-    """Of one in the middle of a run, without what the transformers library looks at: whether a mask is all ones."""
+OFF: dict[str, Any] = {
+    "allocation": {"policy": "fixed"}, "sampling": {"selector": "full"}, "scoring": {"refresh": "none"}
+}  # fmt: skip
+ONLINE: dict[str, Any] = {"scoring": {"source": "online", "refresh": "none"}, "sampling": {"keep_fraction": 1.0}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "sections", "parts"),
+    [("bert", OFF, 1), ("bert", OFF, 3), ("bart", OFF, 3), ("t5", OFF, 2), ("llama", {}, 3), ("llama", ONLINE, 2)],
+)
+def test_a_step_waits_once(
+    tmp_path: Path, models_dir: Path, kind: str, sections: dict[str, Any], parts: int, fused: None
+) -> None:
+    """Whatever the accumulation, and whoever listens."""
+    tree = run_tree(kind, tmp_path, models_dir, "run", train={"micro_batch_size": 12 // parts}, **sections)
     run = build_run(preflight.check(parse_config(tree)))
     take_step(run)
     with Waits() as waits:
         take_step(run)
-    return waits.found.total()
+    assert waits.found == {"ddp.py, step: found = float(norm)  # the step's one wait for a GPU": 1}
 
 
-@pytest.mark.parametrize("kind", ["bert", "llama"])
-def test_a_step_waits_once_beside_its_forwards(tmp_path: Path, models_dir: Path, kind: str, fused: None) -> None:
-    """A micro-batch more adds what the model's own forward looks at, and of tokens how many there are."""
-    off = {"allocation": {"policy": "fixed"}, "sampling": {"selector": "full"}, "scoring": {"refresh": "none"}}
-    trees = [
-        run_tree(kind, tmp_path, models_dir, f"run{parts}", train={"micro_batch_size": 12 // parts}, **off)
-        for parts in (1, 2, 4)
-    ]
-    one, two, four = map(waits_of_a_step, trees)
-    by_forward = two - one
-    assert four - two == 2 * by_forward
-    assert one - by_forward == 1, "the gradient's norm"
-    assert by_forward == {"bert": 1, "llama": 3}[kind], "whether masks are all ones, and how many targets there are"
+@pytest.mark.parametrize(("kind", "delta"), [("bert", "first_order"), ("bart", "exact"), ("llama", "exact")])
+def test_a_scoring_batch_waits_once(tmp_path: Path, models_dir: Path, kind: str, delta: str) -> None:
+    tree = run_tree(kind, tmp_path, models_dir, "run", scoring={"delta_loss": delta, "batch_size": 8})
+    run = build_run(preflight.check(parse_config(tree)))
+    selector: Any = run.selector
+    measurer, rows = selector.scorer._measurer, np.arange(32)
+    with measurer.on(run.engine.module):
+        measurer.measure(rows, kind=delta)  # which decides on batches
+        with Waits() as waits:
+            measurer.measure(rows, kind=delta)
+    assert waits.copies == 4
+    assert [name.split(":")[0] for name in waits.found] == ["measurer.py, _on_any_rank"], "once a shard"
+    assert waits.found.total() == 1
 
 
 def test_the_fused_optimizer_is_the_same_method(

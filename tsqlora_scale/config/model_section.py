@@ -27,6 +27,9 @@ class ModelConfig(Section):
     #: On a GPU, let float32 products round their factors to TF32 (10 bits of mantissa): several times as fast. The same
     #: to no more than three digits; fp32 alone has such products.
     tf32: bool = False
+    #: How attention is computed: ``auto`` is what Transformers takes; ``flash_attention_2`` and ``_3`` need
+    #: their packages, a GPU, and bf16 or fp16.
+    attention: Literal["auto", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"] = "auto"
     #: Compute activations again in the backward pass, in scoring too: less memory for more time.
     gradient_checkpointing: bool = False
     #: One value for every dropout of the base; none leaves the model's own.

@@ -45,6 +45,9 @@ class TrainConfig(Section):
     #: At most so many samples per rank and backward pass; none, or more than a rank's share, means
     #: batch_size / ranks (no accumulation).
     micro_batch_size: PositiveInt | None = None
+    #: Put the samples of a step in order of length before they are cut into micro-batches: less is computed on padding.
+    #: The step's loss is the same; which samples share a forward pass, and so masks of dropout, is not.
+    group_by_length: bool = False
     #: Samples per rank and forward pass of evaluations and predictions.
     eval_batch_size: PositiveInt = 64
     #: The learning rate at its highest, after ``lr_warmup``.

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
@@ -28,10 +29,14 @@ log = logging.getLogger("tsqlora_scale")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def skeleton(auto_class: Any, model_config: Any, *, trust_remote_code: bool = False) -> nn.Module:
-    """The model's modules without weights (meta device): names and shapes for checks before anything is loaded."""
+def skeleton(auto_class: Any, model_config: Any, *, trust_remote_code: bool = False, **options: Any) -> nn.Module:
+    """The model's modules without weights (meta device): names and shapes for checks before anything is loaded.
+
+    Args:
+        options: more of ``from_config``.
+    """
     with torch.device("meta"):
-        bare: nn.Module = auto_class.from_config(model_config, trust_remote_code=trust_remote_code)
+        bare: nn.Module = auto_class.from_config(model_config, trust_remote_code=trust_remote_code, **options)
     return bare
 
 
@@ -126,6 +131,8 @@ def _loading_options(
 ) -> dict[str, Any]:
     """Arguments of ``from_pretrained``: the base's type, and how it is packed or was."""
     options: dict[str, Any] = {"config": config, "dtype": DTYPES[model.dtype], "revision": model.revision}
+    if model.attention != "auto":
+        options["attn_implementation"] = model.attention
     if model.quantization == "nf4":
         if stored_quantization(config) is not None:
             options["config"] = loads_stored(config, compute_dtype=DTYPES[model.dtype], unquantised=unquantised)
@@ -197,10 +204,17 @@ def initialise_new(model: nn.Module, names: Iterable[str], *, std: float, genera
 
 
 def use_autocast(model: Any, dtype: str) -> None:
-    """Run the innermost model's forward under autocast, on whatever path it is called."""
+    """Run the innermost model's forward under autocast, on whatever path it is called.
+
+    LoRA's layers then take their inputs as they are: PEFT would make a float32 copy of each, which the backward pass
+    keeps, and autocast would round it to the same bf16 again.
+    """
     if dtype != "bf16":
         return
     inner: Any = model.base_model.model
+    for part in inner.modules():
+        if isinstance(part, LoraLayer) and not part.lora_variant:
+            part.cast_input_dtype_enabled = False
     forward = inner.forward
 
     @functools.wraps(forward)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,7 @@ def check_architecture(config: Config, model_config: Any, tokenizer: Any) -> lis
             ) from None
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UserError(f"{key}: its config.json describes no model that can be built ({reason}); mend it") from None
+    _check_attention(config, model_config, auto_class)
     layers: dict[str, Any] = linear_layers(bare)
     widest = max(min(layers[name].weight.shape) for name in resolve_targets(bare, config.adapter.target_modules))
     if config.adapter.r > widest:
@@ -145,3 +147,21 @@ def check_architecture(config: Config, model_config: Any, tokenizer: Any) -> lis
             )
         return kept
     return [*heads_of(bare), *sorted(read_past(bare))]
+
+
+def _check_attention(config: Config, model_config: Any, auto_class: Any) -> None:
+    """Raises:
+    UserError: the model has no attention of the kind that is asked for, or a package for it is missing.
+    """
+    from tsqlora_scale.model.base_model import skeleton
+
+    wanted, trust = config.model.attention, config.model.trust_remote_code
+    if wanted == "auto":
+        return
+    try:
+        skeleton(auto_class, copy.deepcopy(model_config), trust_remote_code=trust, attn_implementation=wanted)
+    except (ImportError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"model.attention={wanted!r}: this model cannot compute so here ({reason}); choose another, or auto"
+        ) from None

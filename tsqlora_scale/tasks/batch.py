@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from tsqlora_scale.tasks.known_padding import Padding
 
 #: Target of a position that no loss is taken at.
 IGNORED = -100
@@ -22,26 +24,39 @@ class Batch:
         targets: class ids (B,) int64, numbers (B,) float32, or token ids (B, T) int64 with :data:`IGNORED` gaps.
         indices: the samples' rows in their split, (B,) int64.
         prompts: what texts are generated from, (B, P) each, where ``inputs`` do not tell; None otherwise.
+        places: where logits are looked at, positions (n,) int64 in the flattened (B, T) of the targets; None where it
+            is not known beforehand, or where there are no tokens. Found out on the host, so that a GPU need not be
+            waited for.
+        padding: what the host knows of the padding of the inputs; None: nothing.
     """
 
     inputs: dict[str, Tensor]
     targets: Tensor
     indices: np.ndarray
     prompts: dict[str, Tensor] | None = None
+    places: Tensor | None = None
+    padding: Padding | None = None
 
     @property
     def size(self) -> int:
         """Number of samples B."""
         return len(self.indices)
 
+    def pinned(self) -> Batch:
+        """The same batch in memory from which a GPU copies without the host waiting for it."""
+        return self._each(lambda tensor: tensor.pin_memory())
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on ``device``."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
-        def moved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-            return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        def changed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: change(tensor) for name, tensor in tensors.items()}
 
-        prompts = None if self.prompts is None else moved(self.prompts)
-        return Batch(moved(self.inputs), self.targets.to(device, non_blocking=True), self.indices, prompts)
+        prompts = None if self.prompts is None else changed(self.prompts)
+        places = None if self.places is None else change(self.places)
+        return replace(self, inputs=changed(self.inputs), targets=change(self.targets), prompts=prompts, places=places)
 
 
 def pad_rows(rows: Sequence[Sequence[int]], value: int, *, on_the_left: bool = False) -> Tensor:
@@ -51,3 +66,10 @@ def pad_rows(rows: Sequence[Sequence[int]], value: int, *, on_the_left: bool = F
         start = out.shape[1] - len(row) if on_the_left else 0
         out[i, start : start + len(row)] = torch.tensor(row, dtype=torch.int64)
     return out
+
+
+def places_of(targets: Tensor, shift: int) -> Tensor:
+    """Where a loss is taken at, of targets (B, T) on the host: positions (n,) in the flattened (B, T), each ``shift``
+    before its target; a row's first ``shift`` positions have none before them."""
+    rows, columns = torch.nonzero(targets[:, shift:] != IGNORED, as_tuple=True)
+    return rows * targets.shape[1] + columns

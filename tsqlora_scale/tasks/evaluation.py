@@ -52,7 +52,7 @@ def evaluate(
     order = np.argsort(lengths, kind="stable")
     with evaluating(module):
         for rows, batch in own_batches(task, world, order, batch_size=batch_size, split=split, progress=progress):
-            outputs = module(**batch.inputs) if task.needs_losses else None
+            outputs = task.outputs(module, batch) if task.needs_losses else None
             losses = None if outputs is None else torch.stack(task.loss_sums(outputs, batch)).cpu().numpy()
             if not task.answers_by_forward:
                 outputs = None  # its logits of every position would be kept while texts are generated

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard
 
 import datasets
@@ -18,9 +18,11 @@ from tsqlora_scale.common.disk_arrays import blocks, counts, new_array
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.extensions import load_extension
 from tsqlora_scale.config.schema import TaskConfig
-from tsqlora_scale.tasks.batch import Batch
-from tsqlora_scale.tasks.losses import loss_terms
+from tsqlora_scale.tasks.batch import Batch, places_of
+from tsqlora_scale.tasks.known_padding import known_padding, padding_of
+from tsqlora_scale.tasks.losses import loss_terms, losses_at
 from tsqlora_scale.tasks.metrics import METRICS, SampleLosses, compute_metrics, needs_answers, needs_losses
+from tsqlora_scale.tasks.needed_logits import needed_logits, token_shift
 from tsqlora_scale.tasks.objectives.causal import CausalObjective
 from tsqlora_scale.tasks.objectives.chat import ChatObjective
 from tsqlora_scale.tasks.objectives.label_heads import LabelObjective
@@ -51,6 +53,7 @@ class Task:
 
     def __init__(self, cfg: TaskConfig, data: Data, tokenizer: PreTrainedTokenizerBase, objective: Objective) -> None:
         self._cfg, self._objective = cfg, objective
+        self._shift = token_shift(objective)
         self.tokenizer = tokenizer
         self.train, self.dev = data.pool(with_query=cfg.train_on_query), data.dev
         #: Rows of the query at the end of the pool.
@@ -116,12 +119,29 @@ class Task:
         prompts = None
         if split != "train" and isinstance(self._objective, ChatObjective):  # what the model may be asked for
             prompts = self._objective.prompts(cells)
-        return Batch(inputs, targets, np.array(rows, dtype=np.int64), prompts)
+        places = None if self._shift is None else places_of(targets, self._shift)
+        padding = padding_of(inputs, looks_back=self._shift is not None)
+        return Batch(inputs, targets, np.array(rows, dtype=np.int64), prompts, places, padding)
 
     def losses(self, module: Any, batch: Batch) -> Tensor:
         """Every sample's own mean loss, (B,) float32, with a graph: a forward of ``module`` on the batch."""
-        sums, counts = self.loss_sums(module(**batch.inputs), batch)
+        sums, counts = self.loss_sums(self.outputs(module, batch), batch)
         return sums / counts
+
+    def outputs(self, module: Any, batch: Batch, *, forward: Callable[..., Any] | None = None) -> Any:
+        """A forward on the batch, for :meth:`loss_sums`: of a model of tokens the logits of those places alone that a
+        loss is taken at, (1, n, V), where that spares much.
+
+        Args:
+            module: the model itself.
+            forward: of an engine around it; none: the model's own.
+        """
+        mask = batch.inputs.get("attention_mask")
+        with (
+            known_padding(batch.padding, None if mask is None else mask.shape),
+            needed_logits(module, batch.places, batch.targets.shape),
+        ):
+            return (forward or module)(**batch.inputs)
 
     def loss_sums(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         """Summed loss and number of loss terms of every sample, (B,) float32 each.
@@ -130,7 +150,13 @@ class Task:
         target tokens (docs/method.md). Their sums over an optimizer step, divided, are the step's loss, however the
         step is cut into batches.
         """
-        return self._objective.losses(outputs.logits, batch.targets)
+        logits, places = outputs.logits, batch.places
+        if places is None or self._shift is None:
+            return self._objective.losses(logits, batch.targets)
+        if logits.shape[:2] == batch.targets.shape:
+            logits = logits.flatten(0, 1).index_select(0, places).unsqueeze(0)
+        assert logits.shape[:2] == (1, len(places)), "neither the logits of all places nor those of the needed ones"
+        return losses_at(logits[0], batch.targets, places, shift=self._shift)
 
     def loss_terms(self, batch: Batch) -> Tensor:
         """Number of loss terms of every sample (B,) float32, as :meth:`loss_sums` counts them, before any forward."""
@@ -234,6 +260,14 @@ class Task:
             table = view[block]
             lengths[block] = sum(pc.fill_null(pc.utf8_length(table[name]), 0).to_numpy() for name in names)
         return lengths
+
+    def sizes(self, rows: Indices) -> np.ndarray:
+        """Characters of all texts of some rows of the pool, targets too, (B,) int64."""
+        names = list(dict.fromkeys(text_columns(self._cfg).values()))
+        table = self.train.select_columns(names).with_format("arrow")[np.asarray(rows, dtype=np.int64).tolist()]
+        columns = [pc.fill_null(pc.utf8_length(table[name]), 0).to_numpy() for name in names]
+        found: np.ndarray = np.stack(columns).sum(axis=0, dtype=np.int64)
+        return found
 
     def measured(self, rows: Indices) -> list[Measured]:
         """How long texts of the pool are in tokens, and how much of them is kept; nothing where the objective is a

@@ -66,6 +66,10 @@ class BatchSampler:
 
     def draw(self, step: int) -> np.ndarray:
         """Pool indices (batch_size,) of optimizer step ``step`` (from ``start``) of the run."""
+        return self.ahead(step)
+
+    def ahead(self, step: int) -> np.ndarray:
+        """What :meth:`draw` gives, asked before the step's turn."""
         assert step >= self.start, (step, self.start)
         if self.replacement:
             generator = philox(self.seed, "draw", step)

@@ -36,7 +36,7 @@ class RedrawnSampler(BatchSampler):
         self.count, self.always = count, always
         self._rounds: dict[int, np.ndarray] = {}
 
-    def draw(self, step: int) -> np.ndarray:
+    def ahead(self, step: int) -> np.ndarray:
         """Pool indices (batch_size,) of optimizer step ``step`` of the run."""
         first, stop = step * self.batch_size, (step + 1) * self.batch_size
         size = self.count + len(self.always)

@@ -250,7 +250,7 @@ class PerSampleGradients:
         def add(x: Tensor, delta: Tensor) -> None:
             if lacks_batch:
                 return
-            wide = torch.promote_types(delta.dtype, x.dtype)
+            wide = torch.promote_types(torch.promote_types(delta.dtype, x.dtype), torch.float32)  # here, not kept
             d, x = delta.to(wide).reshape(rows, -1, delta.shape[-1]), _rows(x.to(wide), rows)
             if folds is not None and folds.takes_rows(name, d, x):
                 folds.add_rows(f"{name}.weight", d, x)

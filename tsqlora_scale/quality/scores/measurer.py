@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.schema import ScoringConfig
 from tsqlora_scale.engine.collectives import World
+from tsqlora_scale.engine.transfers import HostCopy
 from tsqlora_scale.quality.gradients.batch_memory import (
     LiveBytes,
     bytes_kept,
@@ -220,7 +221,8 @@ class Measurer(Generic[BatchT]):
                 delta = before - self.losses(gradients.module, batch).float()
             if self._sketches_wanted:
                 sketch = self._sketch(of_theta)
-        return torch.stack([before, norm, delta], 1).cpu().double(), sketch.cpu()
+        numbers, sketch = HostCopy(torch.stack([before, norm, delta], 1), sketch).tensors()  # the one wait for a GPU
+        return numbers.double(), sketch
 
     def _fitting_batch_size(self, gradients: PerSampleGradients, indices: np.ndarray) -> int:
         """``scoring.batch_size: auto``: what the longest samples of the shard leave room for. Collective.

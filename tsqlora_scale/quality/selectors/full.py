@@ -83,6 +83,13 @@ class FullSelector:
         """See :class:`~tsqlora_scale.quality.draws.batch_sampler.BatchSampler`."""
         return self._sampler.draw(step)
 
+    def draw_ahead(self, step: int) -> np.ndarray | None:
+        """What :meth:`draw` will give if nothing is scored until then; None where that is not known. Changes nothing.
+
+        A selector that draws in its own way says nothing, unless it has its own answer here, too.
+        """
+        return self._sampler.ahead(step) if type(self).draw is FullSelector.draw else None
+
     def weights(self, rows: np.ndarray) -> np.ndarray | None:
         """All equal."""
         return None

@@ -46,10 +46,13 @@ class InfoBatchSelector(FullSelector):
 
     def draw(self, step: int) -> np.ndarray:
         """The next batch of the epoch, or the first of the next one."""
-        size = int(np.count_nonzero(self._kept))
-        if step >= self._start + ceil(size / self.config.train.batch_size):
+        if self._is_over(step):
             self._begin(step)
         return super().draw(step)
+
+    def draw_ahead(self, step: int) -> np.ndarray | None:
+        """The next batch of the epoch; of another one nothing is known, as losses decide."""
+        return None if self._is_over(step) else self._sampler.ahead(step)
 
     def weights(self, rows: np.ndarray) -> np.ndarray | None:
         """``1 / (1 - SKIPPED)`` of samples that might have been skipped, else 1."""
@@ -72,6 +75,10 @@ class InfoBatchSelector(FullSelector):
         with self.context.world.together():
             self._sampler = self._make_sampler(positions(self._kept), None, start=self._start)
         super().load_state_dict(state)
+
+    def _is_over(self, step: int) -> bool:
+        """Whether the epoch ends before ``step``."""
+        return step >= self._start + ceil(int(np.count_nonzero(self._kept)) / self.config.train.batch_size)
 
     def _begin(self, step: int) -> None:
         """Another epoch, from ``step`` on; of the losses that are known by now, so the same on every rank."""
