@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# What a job's step runs once on every node, and in every container: the launcher of this node's ranks. job.sh says by
+# variables which engine, how many ranks, and where they meet.
+#
+# A request to stop (USR1, or the TERM of a preemption) goes to the ranks themselves: launchers would end them after 30
+# seconds, with an error, and a checkpoint may take longer. The ranks then end with 0, as a finished run does, so the
+# exit code of this script says that there was a request.
+
+set -euo pipefail
+source launch/slurm/await.sh
+
+# The launcher's children are the ranks; read from /proc, as containers may lack ps.
+ranks() {
+    local stat line fields
+    for stat in /proc/[0-9]*/stat; do
+        read -r line 2>/dev/null <"$stat" || continue
+        read -r -a fields <<<"${line##*) }" # the name, in brackets, may hold anything
+        [ "${fields[1]}" != "$launcher" ] || echo "${line%% *}"
+    done
+}
+
+asked=0
+pass_on() {
+    local pids
+    interrupted=1
+    if ! ((asked)); then # a second request would end a rank without its checkpoint
+        asked=1
+        pids=$(ranks)
+        # before there are ranks nothing would be lost
+        # shellcheck disable=SC2086
+        if [ -n "$pids" ]; then kill -USR1 $pids; else kill -TERM "$launcher"; fi 2>/dev/null || true
+    fi
+}
+
+case $ENGINE in
+ddp) # by torchrun, which starts several ranks on CPUs, too
+    ((SLURM_NODEID)) && host=false || host=true
+    command=(torchrun --nnodes "$SLURM_NNODES" --nproc_per_node "$PROCESSES_PER_NODE" --rdzv_backend c10d
+        --rdzv_id "$SLURM_JOB_ID" --rdzv_endpoint "$RENDEZVOUS_HOST:$RENDEZVOUS_PORT" --rdzv_conf "is_host=$host")
+    ;;
+*)
+    command=(accelerate launch --config_file "configs/accelerate/$ENGINE.yaml" --num_machines "$SLURM_NNODES"
+        --num_processes $((SLURM_NNODES * PROCESSES_PER_NODE)) --machine_rank "$SLURM_NODEID"
+        --main_process_ip "$RENDEZVOUS_HOST" --main_process_port "$RENDEZVOUS_PORT")
+    ;;
+esac
+# in a session of its own, where Slurm's signals to this script's group do not reach it
+setsid "${command[@]}" launch/train.py "$@" &
+launcher=$!
+trap pass_on TERM USR1
+await "$launcher"
+! ((asked)) || exit "$ASKED"
+exit "$code"
