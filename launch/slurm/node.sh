@@ -34,9 +34,8 @@ pass_on() {
 
 case $ENGINE in
 ddp) # by torchrun, which starts several ranks on CPUs, too
-    ((SLURM_NODEID)) && host=false || host=true
-    command=(torchrun --nnodes "$SLURM_NNODES" --nproc_per_node "$PROCESSES_PER_NODE" --rdzv_backend c10d
-        --rdzv_id "$SLURM_JOB_ID" --rdzv_endpoint "$RENDEZVOUS_HOST:$RENDEZVOUS_PORT" --rdzv_conf "is_host=$host")
+    command=(torchrun --nnodes "$SLURM_NNODES" --nproc_per_node "$PROCESSES_PER_NODE" --node_rank "$SLURM_NODEID"
+        --master_addr "$RENDEZVOUS_HOST" --master_port "$RENDEZVOUS_PORT")
     ;;
 *)
     command=(accelerate launch --config_file "configs/accelerate/$ENGINE.yaml" --num_machines "$SLURM_NNODES"
