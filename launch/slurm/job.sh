@@ -10,9 +10,6 @@
 set -euo pipefail
 source launch/slurm/await.sh
 
-#: Seconds that a run has to end its step and to write its checkpoint after it was asked to; less than the --signal of
-#: the scripts leaves before the end of the job's time.
-LEAVE_SECONDS=${LEAVE_SECONDS:-240}
 #: How often a job goes back to the queue, so that one that gets nowhere ends.
 MOST_REQUEUES=${MOST_REQUEUES:-100}
 
@@ -24,7 +21,7 @@ fail() {
 # The engines are the files of configs/accelerate/.
 check_engine() {
     local names
-    names=$(cd configs/accelerate && ls -- *.yaml | sed 's/\.yaml$//' | paste -s -d ' ')
+    names=$(basename -s .yaml configs/accelerate/*.yaml | paste -s -d ' ')
     [ -f "configs/accelerate/$1.yaml" ] || fail "--engine '$1': configs/accelerate/ has no such file; choose from: $names"
 }
 
@@ -93,26 +90,26 @@ ask() {
     if ! ((asked)); then
         asked=1
         echo "job $SLURM_JOB_ID: asked to stop"
-        kill -USR1 "$step" 2>/dev/null || true # srun hands it on to every node
-        # what does not end in time goes back as it is
-        (trap - TERM USR1 && sleep "$LEAVE_SECONDS" && kill -USR2 $$) &
-        timer=$!
+        [ -z "$step" ] || kill -USR1 "$step" 2>/dev/null || true # srun hands it on to every node
+        alarm $((LEAVE_SECONDS + 20)) # the nodes see to it; this is for one that does not answer
     fi
 }
 
 late() {
-    echo "job $SLURM_JOB_ID: the run has not ended $LEAVE_SECONDS s after it was asked to"
+    echo "job $SLURM_JOB_ID: not all nodes have ended their ranks"
     requeue
 }
 
 train() {
-    local step timer='' code
+    local step='' timer='' code
+    trap ask TERM USR1
+    trap late USR2
     read_arguments "$@"
     choose_container
     # made in the repository, unless another environment is active, or a container brings its own
     [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}$image" ] || [ ! -d .venv/bin ] || PATH=$PWD/.venv/bin:$PATH
     RENDEZVOUS_HOST=$(first_address)
-    export RENDEZVOUS_HOST RENDEZVOUS_PORT=$((20000 + SLURM_JOB_ID % 10000)) ENGINE=$engine
+    export LEAVE_SECONDS RENDEZVOUS_HOST RENDEZVOUS_PORT=$((20000 + SLURM_JOB_ID % 10000)) ENGINE=$engine
     export PROCESSES_PER_NODE=${PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((${SLURM_CPUS_PER_TASK:-1} + PROCESSES_PER_NODE - 1) / PROCESSES_PER_NODE))}
     # srun does not take it from the job any more, and would bind every node's ranks to one core
@@ -121,8 +118,7 @@ train() {
     srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=0 \
         "${inside[@]}" bash launch/slurm/node.sh "${arguments[@]}" --resume auto &
     step=$!
-    trap ask TERM USR1
-    trap late USR2
+    ! ((asked)) || kill -USR1 "$step" 2>/dev/null || true
     await "$step"
     [ -z "$timer" ] || kill "$timer" 2>/dev/null || true
     if ((asked)) || ((code == ASKED)); then requeue; fi

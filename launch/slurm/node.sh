@@ -9,6 +9,7 @@
 set -euo pipefail
 source launch/slurm/await.sh
 
+# shellcheck disable=SC2317
 # The launcher's children are the ranks; read from /proc, as containers may lack ps.
 ranks() {
     local stat line fields
@@ -19,17 +20,26 @@ ranks() {
     done
 }
 
-asked=0
+asked=0 timer='' launcher=''
 pass_on() {
     local pids
     interrupted=1
     if ! ((asked)); then # a second request would end a rank without its checkpoint
         asked=1
+        [ -n "$launcher" ] || return 0 # it is about to start, and is seen to there
         pids=$(ranks)
         # before there are ranks nothing would be lost
         # shellcheck disable=SC2086
         if [ -n "$pids" ]; then kill -USR1 $pids; else kill -TERM "$launcher"; fi 2>/dev/null || true
+        alarm "$LEAVE_SECONDS"
     fi
+}
+
+late() {
+    interrupted=1
+    echo "$SLURMD_NODENAME: the run has not ended $LEAVE_SECONDS s after it was asked to"
+    # shellcheck disable=SC2046
+    kill -KILL $(ranks) "$launcher" 2>/dev/null || true
 }
 
 case $ENGINE in
@@ -43,10 +53,13 @@ ddp) # by torchrun, which starts several ranks on CPUs, too
         --main_process_ip "$RENDEZVOUS_HOST" --main_process_port "$RENDEZVOUS_PORT")
     ;;
 esac
+trap pass_on TERM USR1 # first: a script that ended here would leave its launcher behind
+trap late USR2
 # in a session of its own, where Slurm's signals to this script's group do not reach it
 setsid "${command[@]}" launch/train.py "$@" &
 launcher=$!
-trap pass_on TERM USR1
+! ((asked)) || kill -TERM "$launcher" 2>/dev/null || true
 await "$launcher"
+[ -z "$timer" ] || kill "$timer" 2>/dev/null || true
 ! ((asked)) || exit "$ASKED"
 exit "$code"

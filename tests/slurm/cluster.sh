@@ -78,7 +78,7 @@ start() {
     for node in munged slurmctld slurmd; do
         command -v "$node" >/dev/null || fail "$node is not installed: apt-get install slurm-wlm munge"
     done
-    mkdir -p -m 755 "$dir" "$dir/state"
+    mkdir -p "$dir/state"
     [ ! -e "$dir/slurm.conf" ] || fail "$dir has been used: give another folder"
     write_config
     export SLURM_CONF=$dir/slurm.conf
@@ -114,14 +114,20 @@ end() {
 }
 
 stop() {
-    local name
+    local name environment
     export SLURM_CONF=$dir/slurm.conf
-    true || true
     scancel --user=root 2>/dev/null || true
-    for _ in {1..40}; do # the node daemons end the jobs' processes
+    for _ in {1..20}; do # the node daemons end the jobs' processes
         [ -n "$(squeue --noheader 2>/dev/null)" ] || break
         sleep 0.5
     done
+    for environment in /proc/[0-9]*/environ; do # and by process group miss those that have left theirs
+        if tr '\0' '\n' <"$environment" | grep -qx "SLURM_CONF=$SLURM_CONF" &&
+            tr '\0' '\n' <"$environment" | grep -q '^SLURM_JOB_ID='; then
+            name=${environment#/proc/}
+            kill -KILL "${name%/environ}" || true
+        fi
+    done 2>/dev/null
     for name in "${NODES[@]}" slurmctld munged; do end "$name"; done
 }
 

@@ -48,7 +48,7 @@ class Queue:
 
     def submit(self, script: str, *arguments: str, options: tuple[str, ...] = (), **environment: str) -> Job:
         """A job by a script of ``launch/slurm/``, cut down to what the cluster has; its output is in the job's file."""
-        words = ["--gpus-per-node=1", "--cpus-per-task=1", "--exclusive=user", *options]
+        words = ["--gpus-per-node=1", "--cpus-per-task=1", *options]
         out = self.folder / "job-%j.out"
         with_more = Queue(self.folder, self.environment | environment)
         number = with_more.ask("sbatch", "--parsable", f"--output={out}", *words, str(SCRIPTS / script), *arguments)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -91,9 +90,3 @@ def test_every_task_of_an_array_is_a_pair(tmp_path: Path) -> None:
         assert meeting.startswith("ddp ")
         names.append((config.run.name, config.run.seed, config.adapter.r, config.train.lr))
     assert names == [("a-4", 4, 8, 1e-3), ("b-4", 4, 2, 0.1), ("a-5", 5, 8, 1e-3), ("b-5", 5, 2, 0.1)]
-
-
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
-def test_shellcheck() -> None:
-    scripts = [str(path) for path in [*SCRIPTS.iterdir(), ROOT / "tests" / "slurm" / "cluster.sh"]]
-    subprocess.run(["shellcheck", "--external-sources", *scripts], check=True, cwd=ROOT)
