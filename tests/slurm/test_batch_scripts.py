@@ -15,13 +15,15 @@ from tsqlora_scale.config.schema import Config
 
 BATCH = sorted(SCRIPTS.glob("*.sbatch"))
 SCHEDULE = {
-    "scontrol": 'case "$*" in *hostnames*) echo gpu07; echo gpu08 ;; *) echo "NodeName=gpu07 NodeAddr=10.0.0.7 x" ;; esac',
+    "scontrol": 'case "$*" in *hostnames*) echo gpu07 ;; *) echo "NodeName=gpu07 NodeAddr=10.0.0.7 Port=1" ;; esac',
     "srun": 'echo "$ENGINE $RENDEZVOUS_HOST:$RENDEZVOUS_PORT $PROCESSES_PER_NODE"; printf "%s\\n" "$@"',
     "squeue": "echo RUNNING",
 }
 
 
-def run(script: str, *arguments: str, folder: Path, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
+def run(
+    script: str, *arguments: str, folder: Path, cwd: Path = ROOT, **variables: str
+) -> subprocess.CompletedProcess[str]:
     """A batch script as Slurm would run it, with programs of Slurm that only say what they are asked."""
     for name, text in SCHEDULE.items():
         (folder / name).write_text(f"#!/usr/bin/env bash\n{text}\n")

@@ -1,4 +1,4 @@
-"""The batch scripts on a real Slurm of two nodes: jobs that train together, that are interrupted, cancelled, refused."""
+"""The batch scripts on a real Slurm of two nodes: jobs that train together, are interrupted, cancelled, fail."""
 
 from __future__ import annotations
 
@@ -23,6 +23,11 @@ RANK = """#!/usr/bin/env bash
 bash -c '{rank}' &
 wait $!
 """
+APPTAINER = """#!/bin/sh
+echo "$@" >>{notes}
+while [ "$1" != bash ]; do shift; done
+exec "$@"
+"""
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +43,8 @@ def queue() -> Iterator[Queue]:
     assert started.returncode == 0, started.stderr
     python = Path(sys.executable).parent
     environment = os.environ | {
-        "SLURM_CONF": started.stdout.strip(), "PATH": f"{python}:{os.environ['PATH']}", "VIRTUAL_ENV": str(python.parent),
-        "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
+        "SLURM_CONF": started.stdout.strip(), "PATH": f"{python}:{os.environ['PATH']}",
+        "VIRTUAL_ENV": str(python.parent), "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     try:
         yield Queue(folder, environment)
@@ -102,7 +107,7 @@ def test_zero_trains_in_a_container_on_two_nodes(queue: Queue, place: Path) -> N
     programs = place / "programs"
     programs.mkdir()
     program = programs / "apptainer"
-    program.write_text(f'#!/bin/sh\necho "$@" >>{place}/containers\nwhile [ "$1" != bash ]; do shift; done\nexec "$@"\n')
+    program.write_text(APPTAINER.format(notes=place / "containers"))
     program.chmod(0o755)
     job = queue.submit(
         "container.sbatch", "--image", "image.sif", "--engine=zero2", "--config", str(place / "config.yaml"),
@@ -130,9 +135,8 @@ def test_an_array_trains_the_variants_of_a_comparison(queue: Queue, place: Path)
     )  # fmt: skip
     rows = [line.split(" |")[0] for line in done.stdout.splitlines()]
     assert rows == ["| variant", "|---|---|---|---|---|"[: len(rows[1])], "| tsqlora", "| lora"]
-    assert result_of(place / "table" / "lora-3")["trainable_parameters"] < result_of(place / "table" / "tsqlora-3")[
-        "trainable_parameters"
-    ]
+    lora, tsqlora = (result_of(place / "table" / name)["trainable_parameters"] for name in ("lora-3", "tsqlora-3"))
+    assert lora < tsqlora
 
 
 @pytest.mark.parametrize(
@@ -143,9 +147,7 @@ def test_an_array_trains_the_variants_of_a_comparison(queue: Queue, place: Path)
     ],
     ids=["ends", "does not end"],
 )
-def test_a_cancelled_job_stays_so_and_an_asked_one_comes_back(
-    queue: Queue, place: Path, rank: str, line: str
-) -> None:
+def test_a_cancelled_job_stays_so_and_an_asked_one_comes_back(queue: Queue, place: Path, rank: str, line: str) -> None:
     launcher(place / "stub", rank)
     environment: dict[str, Any] = {"PATH": f"{place / 'stub'}:{queue.environment['PATH']}", "LEAVE_SECONDS": "2"}
     job = queue.submit("one_node.sbatch", "--config", "any.yaml", **environment)
