@@ -10,9 +10,10 @@ set -euo pipefail
 source launch/slurm/await.sh
 
 # shellcheck disable=SC2317
-# The launcher's children are the ranks; read from /proc, as containers may lack ps.
+# The launcher's children are the ranks, or it is the only one; read from /proc, as containers may lack ps.
 ranks() {
     local stat line fields
+    if [ "${command[0]}" = python ]; then echo "$launcher" && return; fi
     for stat in /proc/[0-9]*/stat; do
         read -r line 2>/dev/null <"$stat" || continue
         read -r -a fields <<<"${line##*) }" # the name, in brackets, may hold anything
@@ -42,8 +43,9 @@ late() {
     kill -KILL $(ranks) "$launcher" 2>/dev/null || true
 }
 
-case $ENGINE in
-ddp) # by torchrun, which starts several ranks on CPUs, too
+case $ENGINE$((SLURM_NNODES * PROCESSES_PER_NODE)) in
+ddp1) command=(python) ;; # one rank needs no launcher
+ddp*) # by torchrun, which starts several ranks on CPUs, too
     command=(torchrun --nnodes "$SLURM_NNODES" --nproc_per_node "$PROCESSES_PER_NODE" --node_rank "$SLURM_NODEID"
         --master_addr "$RENDEZVOUS_HOST" --master_port "$RENDEZVOUS_PORT")
     ;;

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "launch" / "slurm"
 CLUSTER = Path(__file__).with_name("cluster.sh")
 #: Seconds after which a state that does not come is a failure.
-LONGEST = 150.0
+LONGEST = 240.0
 
 
 def lacking() -> str | None:

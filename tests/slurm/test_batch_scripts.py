@@ -19,11 +19,10 @@ SCHEDULE = {
     "srun": 'echo "$ENGINE $RENDEZVOUS_HOST:$RENDEZVOUS_PORT $PROCESSES_PER_NODE"; printf "%s\\n" "$@"',
     "squeue": "echo RUNNING",
 }
+Done = subprocess.CompletedProcess[str]
 
 
-def run(
-    script: str, *arguments: str, folder: Path, cwd: Path = ROOT, **variables: str
-) -> subprocess.CompletedProcess[str]:
+def run(script: str, *arguments: str, folder: Path, cwd: Path = ROOT, **variables: str) -> Done:
     """A batch script as Slurm would run it, with programs of Slurm that only say what they are asked."""
     for name, text in SCHEDULE.items():
         (folder / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
@@ -65,7 +64,7 @@ def test_a_script_has_what_a_requeue_needs(script: Path, tmp_path: Path) -> None
     assert done.returncode == 2 and "submit from there" in done.stderr
 
 
-def trained(done: subprocess.CompletedProcess[str]) -> tuple[str, list[str], Config]:
+def trained(done: Done) -> tuple[str, list[str], Config]:
     """How ranks meet, the words of srun's command, and the config that they would train by."""
     assert done.returncode == 0, done.stderr
     meeting, *words = done.stdout.splitlines()

@@ -150,7 +150,7 @@ def test_an_array_trains_the_variants_of_a_comparison(queue: Queue, place: Path)
 def test_a_cancelled_job_stays_so_and_an_asked_one_comes_back(queue: Queue, place: Path, rank: str, line: str) -> None:
     launcher(place / "stub", rank)
     environment: dict[str, Any] = {"PATH": f"{place / 'stub'}:{queue.environment['PATH']}", "LEAVE_SECONDS": "2"}
-    job = queue.submit("one_node.sbatch", "--config", "any.yaml", **environment)
+    job = queue.submit("nodes.sbatch", "--config", "any.yaml", **environment)
     job.wait_until(lambda: (place / "stub" / "started").exists(), "started")
     queue.ask("scancel", "--batch", "--signal=USR1", job.number)
     restarted(job, 1)
