@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -50,6 +51,7 @@ def queue() -> Iterator[Queue]:
         yield Queue(folder, environment)
     finally:
         subprocess.run([str(CLUSTER), "stop", str(folder / "c")], check=True, timeout=90)
+        shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="module")
