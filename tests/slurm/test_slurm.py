@@ -141,6 +141,13 @@ def test_an_array_trains_the_variants_of_a_comparison(queue: Queue, place: Path)
     assert lora < tsqlora
 
 
+def test_a_failure_is_one(queue: Queue, place: Path) -> None:
+    launcher(place / "fails", "exit 3")
+    job = queue.submit("nodes.sbatch", "--config", "any.yaml", PATH=f"{place / 'fails'}:{queue.environment['PATH']}")
+    job.wait_for("FAILED")
+    assert (job.field("ExitCode"), job.field("Restarts")) == ("3:0", "0")
+
+
 @pytest.mark.parametrize(
     ("rank", "line"),
     [
@@ -149,7 +156,9 @@ def test_an_array_trains_the_variants_of_a_comparison(queue: Queue, place: Path)
     ],
     ids=["ends", "does not end"],
 )
-def test_a_cancelled_job_stays_so_and_an_asked_one_comes_back(queue: Queue, place: Path, rank: str, line: str) -> None:
+def test_a_job_that_is_asked_to_stop_comes_back_unless_it_is_cancelled(
+    queue: Queue, place: Path, rank: str, line: str
+) -> None:
     launcher(place / "stub", rank)
     environment: dict[str, Any] = {"PATH": f"{place / 'stub'}:{queue.environment['PATH']}", "LEAVE_SECONDS": "2"}
     job = queue.submit("nodes.sbatch", "--config", "any.yaml", **environment)
@@ -157,18 +166,9 @@ def test_a_cancelled_job_stays_so_and_an_asked_one_comes_back(queue: Queue, plac
     queue.ask("scancel", "--batch", "--signal=USR1", job.number)
     restarted(job, 1)
     assert line in job.said()
-    (place / "stub" / "started").unlink()
-    job.wait_until(lambda: (place / "stub" / "started").exists(), "started again")
-    queue.ask("scancel", job.number)
+    queue.ask("scancel", job.number)  # while it waits for its next life
     job.wait_for("CANCELLED")
     assert job.field("Restarts") == "1"
-
-
-def test_a_failure_is_one(queue: Queue, place: Path) -> None:
-    launcher(place / "fails", "exit 3")
-    job = queue.submit("nodes.sbatch", "--config", "any.yaml", PATH=f"{place / 'fails'}:{queue.environment['PATH']}")
-    job.wait_for("FAILED")
-    assert (job.field("ExitCode"), job.field("Restarts")) == ("3:0", "0")
 
 
 def launcher(folder: Path, rank: str) -> None:
