@@ -1,0 +1,93 @@
+"""What the batch scripts refuse, and what they start; without a Slurm."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.queue import ROOT, SCRIPTS
+from tsqlora_scale.config.load import load_config
+from tsqlora_scale.config.schema import Config
+
+BATCH = sorted(SCRIPTS.glob("*.sbatch"))
+SCHEDULE = {
+    "scontrol": 'case "$*" in *hostnames*) echo gpu07 ;; *) echo "NodeName=gpu07 NodeAddr=10.0.0.7 Port=1" ;; esac',
+    "srun": 'echo "$ENGINE $RENDEZVOUS_HOST:$RENDEZVOUS_PORT $PROCESSES_PER_NODE"; printf "%s\\n" "$@"',
+    "squeue": "echo RUNNING",
+}
+Done = subprocess.CompletedProcess[str]
+
+
+def run(script: str, *arguments: str, folder: Path, cwd: Path = ROOT, **variables: str) -> Done:
+    """A batch script as Slurm would run it, with programs of Slurm that only say what they are asked."""
+    for name, text in SCHEDULE.items():
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (folder / name).chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "123456", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "gpu[07-08]"}
+    slurm |= {"SLURM_GPUS_ON_NODE": "8", "SLURM_CPUS_PER_TASK": "96"}
+    return subprocess.run(
+        ["bash", str(SCRIPTS / script), *arguments], cwd=cwd, capture_output=True, text=True, check=False, timeout=60,
+        env=os.environ | slurm | {"PATH": f"{folder}:{os.environ['PATH']}"} | variables,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "words"),
+    [
+        ("nodes.sbatch", "--engine zero9 --config F", ["--engine 'zero9'", "choose from: ddp zero2 zero3"]),
+        ("nodes.sbatch", "--config F --engine", ["--engine needs a value"]),
+        ("one_node.sbatch", "--config F --overwrite", ["--overwrite", "run.name"]),
+        ("one_node.sbatch", "--config F --resume=DIR", ["--resume=DIR", "--resume auto"]),
+        ("nodes.sbatch", "--config F --image a.sif", ["--image 'a.sif'", "neither apptainer nor pyxis"]),
+        ("container.sbatch", "--config F", ["which container? give --image"]),
+        ("compare.sbatch", "--config F --out D", ["--variant is missing"]),
+        ("compare.sbatch", "--config F --variant a", ["--out is missing"]),
+        ("compare.sbatch", "--config F --out D --variant a --variant b:c=d", ["6 tasks", "--array 0-5"]),
+    ],
+)
+def test_a_mistake_is_one_line(script: str, arguments: str, words: list[str], tmp_path: Path) -> None:
+    done = run(script, *arguments.split(), folder=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert [word for word in words if word not in done.stderr] == []
+
+
+@pytest.mark.parametrize("script", BATCH, ids=lambda path: path.name)
+def test_a_script_has_what_a_requeue_needs(script: Path, tmp_path: Path) -> None:
+    lines = script.read_text(encoding="utf-8").splitlines()
+    assert {"#SBATCH --requeue", "#SBATCH --open-mode=append", "#SBATCH --signal=B:USR1@300"} <= set(lines)
+    done = run(script.name, "--config", "F", folder=tmp_path, cwd=tmp_path)  # not the repository's root
+    assert done.returncode == 2 and "submit from there" in done.stderr
+
+
+def trained(done: Done) -> tuple[str, list[str], Config]:
+    """How ranks meet, the words of srun's command, and the config that they would train by."""
+    assert done.returncode == 0, done.stderr
+    meeting, *words = done.stdout.splitlines()
+    command = words[words.index("launch/slurm/node.sh") + 1 :]
+    assert command[-2:] == ["--resume", "auto"]
+    overrides = [word for word in command if re.match(r"\w+\.\w+=", word)]
+    return meeting, words, load_config(ROOT / command[command.index("--config") + 1], overrides)
+
+
+def test_the_example_of_sixteen_gpus(tmp_path: Path) -> None:
+    meeting, words, config = trained(run("a100.sbatch", "train.epochs=1", folder=tmp_path))
+    assert meeting == "zero3 10.0.0.7:23456 8"
+    assert words[:2] == ["--ntasks=2", "--ntasks-per-node=1"]
+    assert (config.model.dtype, config.model.quantization, config.train.epochs) == ("bf16", "none", 1)
+    assert config.train.batch_size == 16 * (config.train.micro_batch_size or 0)
+
+
+def test_every_task_of_an_array_is_a_pair(tmp_path: Path) -> None:
+    arguments = "--config configs/quickstart.yaml --seeds=4,5 --out D --variant a --variant b:adapter.r=2;train.lr=0.1"
+    names = []
+    for task in range(4):
+        done = run("compare.sbatch", *arguments.split(), folder=tmp_path, SLURM_ARRAY_TASK_ID=str(task))
+        meeting, _, config = trained(done)
+        assert meeting.startswith("ddp ")
+        names.append((config.run.name, config.run.seed, config.adapter.r, config.train.lr))
+    assert names == [("a-4", 4, 8, 1e-3), ("b-4", 4, 2, 0.1), ("a-5", 5, 8, 1e-3), ("b-5", 5, 2, 0.1)]
