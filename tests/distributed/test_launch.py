@@ -37,6 +37,19 @@ CHAIN = [
 ]
 
 
+def test_one_rank_of_a_launcher_is_a_run_of_one_process(tmp_path: Path, models_dir: Path) -> None:
+    """torchrun with one process has a group of one, and DDP about the model."""
+    tree = run_tree("bert", tmp_path, models_dir, "alone")
+    go(tree)
+    tree["run"] = tree["run"] | {"name": "launched"}
+    config = write_config(tmp_path / "config.yaml", tree)
+    command = [str(BIN / "torchrun"), "--nproc_per_node", "1", "--master_port", str(free_port()), str(TRAIN)]
+    subprocess.run([*command, "--config", str(config)], check=True, timeout=200)
+    alone, launched = tmp_path / "runs" / "alone", tmp_path / "runs" / "launched"
+    assert losses_of(launched) == pytest.approx(losses_of(alone), abs=1e-6)
+    assert ranks_of(launched) == ranks_of(alone)
+
+
 def test_killed_and_resumed_from_engine_to_engine(tmp_path: Path, models_dir: Path) -> None:
     """SIGKILL to one rank or all of them: no engine leaves a process behind, and the next one goes on."""
     train = {"checkpoint_every": 3, "checkpoint_keep": 9, "eval_every": 4}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from tsqlora_scale.engine.base_engine import BaseEngine
 from tsqlora_scale.engine.numerics import clip_gradients
@@ -33,7 +34,8 @@ class DdpEngine(BaseEngine):
     @property
     def module(self) -> nn.Module:
         """The unwrapped model."""
-        module: nn.Module = self._wrapped.module if self.world.size > 1 else self._wrapped
+        wrapped = self._wrapped  # by DDP on one rank, too, if a launcher has started it alone
+        module: nn.Module = wrapped.module if isinstance(wrapped, DistributedDataParallel) else wrapped
         return module
 
     @property
