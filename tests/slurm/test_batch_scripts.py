@@ -38,7 +38,7 @@ def run(script: str, *arguments: str, folder: Path, cwd: Path = ROOT, **variable
 @pytest.mark.parametrize(
     ("script", "arguments", "words"),
     [
-        ("nodes.sbatch", "--engine zero9 --config F", ["--engine 'zero9'", "choose from: ddp zero2 zero3"]),
+        ("nodes.sbatch", "--engine zero9 --config F", ["--engine 'zero9'", "choose from: ddp fsdp2 zero2 zero3"]),
         ("nodes.sbatch", "--config F --engine", ["--engine needs a value"]),
         ("one_node.sbatch", "--config F --overwrite", ["--overwrite", "run.name"]),
         ("one_node.sbatch", "--config F --resume=DIR", ["--resume=DIR", "--resume auto"]),
