@@ -65,7 +65,7 @@ def test_every_expected_config_is_there() -> None:
     names = {path.relative_to(CONFIGS).as_posix() for path in RUNS}
     assert {f"glue/{task}.yaml" for task in GLUE_METRICS} <= names
     assert {"quickstart.yaml", "xsum_r2.yaml", "xsum_r6.yaml", "llm/qlora_zero3.yaml"} <= names
-    assert {path.stem for path in ACCELERATE} == {"ddp", "zero2", "zero3", "zero3_offload"}
+    assert {path.stem for path in ACCELERATE} == {"ddp", "fsdp2", "zero2", "zero3", "zero3_offload"}
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -133,6 +133,9 @@ def test_accelerate_configs_are_what_they_are_called(path: Path) -> None:
     assert loaded.use_cpu is False
     if path.stem == "ddp":
         assert loaded.distributed_type == DistributedType.MULTI_GPU
+        return
+    if path.stem == "fsdp2":
+        assert loaded.distributed_type == DistributedType.FSDP and loaded.fsdp_config["fsdp_version"] == 2
         return
     assert loaded.distributed_type == DistributedType.DEEPSPEED
     assert loaded.deepspeed_config["zero_stage"] == int(path.stem.removeprefix("zero")[0])

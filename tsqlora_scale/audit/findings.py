@@ -16,6 +16,8 @@ WEAK_GAIN = 0.02
 WEAK_EXPLAINED = 0.05
 #: suggested fixes are those that are more probable than not
 LIKELY = 0.5
+#: off the query are those that surely are: the share of wanted rows is a rough estimate, and rather too low
+FAR = 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +90,7 @@ class Findings:
         """Samples to look at or leave out, and why, the most suspect first.
 
         Labels that are more probably wrong than right; copies to the letter of another sample, all but the least
-        suspect of them; and samples that are more probably off the query than not.
+        suspect of them; and samples that are off the query with a probability of :data:`FAR`.
         """
         reasons: dict[int, str] = {}
         for members in groups_of(self.same):
@@ -102,7 +104,7 @@ class Findings:
                 copied = f"; {reasons[place]}" if place in reasons else ""
                 reasons[place] = f"label is probably wrong{copied}"
         if self.off_query is not None:
-            for place in np.flatnonzero(self.off_query >= LIKELY).tolist():
+            for place in np.flatnonzero(self.off_query >= FAR).tolist():
                 before = f"{reasons[place]}; " if place in reasons else ""
                 reasons[place] = f"{before}off the query"
         return sorted(reasons.items(), key=lambda fix: (-self.suspicion[fix[0]], fix[0]))
@@ -147,7 +149,7 @@ class Findings:
             "fixes": len(self.fixes()),
             "copies": int(sum(len(group) - 1 for group in groups)),
             "groups of copies": len(groups),
-            "off the query": None if self.off_query is None else int((self.off_query >= LIKELY).sum()),
+            "off the query": None if self.off_query is None else int((self.off_query >= FAR).sum()),
             "classes": self.classes(),
             "strength": self.strength,
             "sources": {name: round(weight, 4) for name, weight in self.sources.items()},

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import BaseModel
+
+from tsqlora_scale.config.quality_sections import SamplingConfig, ScoringConfig
+
 #: The keys that ``adapter.method`` stands for.
 PRESET_KEYS = ("adapter.type", "sampling.selector", "allocation.policy")
 #: Their values, by method. Without a word about scores ``tsqlora`` draws evenly: no choice without a query was found to
@@ -14,6 +18,16 @@ PRESETS = {
     "lora": ("lora", "full", "fixed"),
     "rslora": ("rslora", "full", "fixed"),
     "dora": ("dora", "full", "fixed"),
+}
+
+
+#: Keys that only scores have a use for. Not the technical ones, nor those of an audit.
+WORDS_OF_SCORES = {
+    "scoring": (
+        *("source", "warmup_steps", "preset", "weights", "eta", "delta_loss", "convergence", "mean_gradient"),
+        *("convergence_form", "sketch_dim", "max_samples", "proxy_model", "refresh", "refresh_fraction"),
+    ),
+    "sampling": ("tau", "keep_fraction", "redundancy", "similarity", "unbiased", "use"),
 }
 
 
@@ -28,7 +42,7 @@ def with_preset(tree: Mapping[str, Any]) -> dict[str, Any]:
     if method == "tsqlora" and _get(out, "sampling.selector") is None:
         if _get(out, "task.query") is not None:
             _set(out, "sampling.selector", "query")
-        elif _speaks_of(out, "scoring") or _speaks_of(out, "sampling"):
+        elif _speaks_of_scores(out):
             _set(out, "sampling.selector", "quality")
     for key, value in zip(PRESET_KEYS, values or (), strict=False):
         if _get(out, key) is None:
@@ -52,6 +66,8 @@ def from_0_1(tree: Mapping[str, Any]) -> dict[str, Any]:
     plain = _get(out, "adapter.method", "tsqlora") != "tsqlora" and _get(out, "adapter.type") is None
     if plain:
         _set(out, "sampling.selector", "full")
+    if switches["scoring"] is True and not plain and _get(out, "sampling.selector") is None:
+        _set(out, "sampling.selector", "quality")
     for name, value in switches.items():
         if isinstance(value, bool):
             out[name] = {key: entry for key, entry in out[name].items() if key != "enabled"}
@@ -65,22 +81,37 @@ def from_0_1(tree: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _speaks_of(tree: Mapping[str, Any], section: str) -> bool:
-    """Whether a section is there and sets something."""
-    values = tree.get(section)
-    if isinstance(values, Mapping):
-        return any(value is not None for value in values.values())
-    return bool(getattr(values, "model_fields_set", False))
+def _speaks_of_scores(tree: Mapping[str, Any]) -> bool:
+    """Whether some key says how to score or to draw by scores. Where all keys of a section are there, as in a config
+    that is spelled out, it is those that differ from their defaults."""
+    for section, kind in (("scoring", ScoringConfig), ("sampling", SamplingConfig)):
+        values = tree.get(section)
+        if isinstance(values, kind):
+            values = {name: getattr(values, name) for name in values.model_fields_set}
+        if not isinstance(values, Mapping):
+            continue
+        is_whole = set(kind.model_fields) <= {*values, "selector"}
+        for name in WORDS_OF_SCORES[section]:
+            default = kind.model_fields[name].get_default(call_default_factory=True)
+            if values.get(name) is not None and not (is_whole and values[name] == default):
+                return True
+    return False
 
 
 def _get(tree: Mapping[str, Any], key: str, otherwise: Any = None) -> Any:
     section, name = key.split(".")
     values = tree.get(section)
-    found = values.get(name) if isinstance(values, Mapping) else getattr(values, name, None)
+    if isinstance(values, BaseModel):
+        found = getattr(values, name) if name in values.model_fields_set else None
+    else:
+        found = values.get(name) if isinstance(values, Mapping) else None
     return otherwise if found is None else found
 
 
 def _set(tree: dict[str, Any], key: str, value: Any) -> None:
     section, name = key.split(".")
-    if isinstance(tree.get(section, {}), Mapping):
-        tree[section] = {**tree.get(section, {}), name: value}
+    values = tree.get(section, {})
+    if isinstance(values, Mapping):
+        tree[section] = {**values, name: value}
+    elif isinstance(values, BaseModel):
+        tree[section] = values.model_copy(update={name: value})

@@ -166,7 +166,7 @@ def test_the_script_is_one(tmp_path: Path) -> None:
 
 
 def test_rows_off_the_query_are_listed() -> None:
-    off = np.array([0.9, 0.1, 0.6, 0.0, 0.51, 0.2])
+    off = np.array([0.99, 0.1, 0.95, 0.0, 0.91, 0.8])
     quiet = {"wrong": np.array([0.1, 0.2, 0.9, 0.1, 0.1, 0.1])}
     found = findings(len(NASTY), ["a", "b"], off_query=off, **quiet)
     reasons = dict(found.fixes())
@@ -174,6 +174,6 @@ def test_rows_off_the_query_are_listed() -> None:
     assert found.summary()["off the query"] == 3
     text, _ = page(found, Pool(NASTY, [found.label(i) for i in range(len(NASTY))]))
     listed = text[text.index("Off the query") :]
-    assert [listed.count(f'<td class="number">{odds}</td>') for odds in ("90%", "60%", "51%", "20%")] == [1, 1, 1, 0]
-    assert listed.index("90%") < listed.index("60%") < listed.index("51%")
+    assert [listed.count(f'<td class="number">{odds}</td>') for odds in ("99%", "95%", "91%", "80%")] == [1, 1, 1, 0]
+    assert listed.index("99%") < listed.index("95%") < listed.index("91%")
     assert findings(3, ["a", "b"]).summary()["off the query"] is None

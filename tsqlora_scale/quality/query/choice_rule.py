@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import numpy as np
 
+from tsqlora_scale.common.disk_arrays import blocks, new_array
 from tsqlora_scale.quality.query.density_ratio import Standing
 
-#: Rows of every class that are added to the query's before its shares are taken: few rows say little of them.
-PRIOR = 2
+#: Rows for every stratum of the query's that are added to these before shares are taken: few rows say little of them.
+PRIOR = 1.0
 #: Rows that are kept for every one that is estimated to be wanted, where draws are by the probability of being so: the
 #: estimate is rough, and what is kept in vain is seldom drawn.
 MARGIN = 1.5
 
 
-def kept_rows(standing: Standing, size: int, *, least: int) -> int:
-    """Rows of ``size`` to keep, not fewer than ``least``: all without evidence; :data:`MARGIN` times what a second look
-    finds wanted; of what only a first look has seen, the surer part."""
+def kept_rows(standing: Standing, size: int, *, least: int, soft: bool = True) -> int:
+    """Rows of ``size`` to keep, not fewer than ``least``: all without evidence; what a second look finds wanted,
+    :data:`MARGIN` times that for ``soft`` draws; of what only a first look has seen, the surer part."""
     if not standing.is_evident:
         return size
-    part = MARGIN * standing.share if standing.by_mixture else surer_part(standing.share)
+    part = surer_part(standing.share)
+    if standing.by_mixture:
+        part = standing.share * (MARGIN if soft else 1.0)
     return min(size, max(round(part * size), least))
 
 
@@ -33,21 +36,39 @@ def surer_part(share: float) -> float:
 
 
 def strata_of(classes: np.ndarray | None, agrees: np.ndarray | None) -> np.ndarray | None:
-    """Numbers from 0 of the strata of rows, (n,) int64: the class, and whether the pool expects it there; None of rows
+    """Numbers from 0 of the strata of rows, (n,) int32: the class, and whether the pool expects it there; None of rows
     that have neither."""
-    if agrees is None:
-        return None if classes is None else classes.astype(np.int64)
-    halves = agrees.astype(np.int64)
-    return halves if classes is None else 2 * classes.astype(np.int64) + halves
+    known = classes if agrees is None else agrees
+    if known is None:
+        return None
+    strata = new_array(len(known), np.int32)
+    for block in blocks(len(known)):
+        halves = 0 if agrees is None else agrees[block].astype(np.int32)
+        whole = 0 if classes is None else classes[block].astype(np.int32) * (1 if agrees is None else 2)
+        strata[block] = whole + halves
+    return strata
 
 
-def strata_shares(wanted: np.ndarray, count: int, *, halved: bool) -> np.ndarray:
-    """Shares of ``count`` strata in S up to a constant, (count or more,): those of the query's ``wanted`` (n,).
+def strata_shares(wanted: np.ndarray, likely: np.ndarray) -> np.ndarray:
+    """Shares of strata in S up to a constant, (k,): those of the query's ``wanted`` (n,), and a few rows more that are
+    spread as the pool's wanted rows probably are.
 
     That a model of the pool expects a wanted row's answer as often in S as in the query makes S no more a lesson in the
     pool's rule, or against it, than the wanted task is.
 
     Args:
-        halved: whether there are two strata a class.
+        likely: how many rows of the pool are probably wanted, by stratum, (k,).
     """
-    return np.bincount(wanted, minlength=count) + PRIOR / (2.0 if halved else 1.0)
+    count = max(len(likely), int(wanted.max()) + 1)
+    shares = np.bincount(wanted, minlength=count).astype(np.float64)
+    seen = int(np.count_nonzero(shares))
+    shares[: len(likely)] += PRIOR * seen * likely / max(float(likely.sum()), 1e-12)
+    return shares
+
+
+def likely_rows(strata: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Sums of probabilities ``wanted`` (N,) by stratum, (k,)."""
+    sums = np.zeros(int(strata.max()) + 1)
+    for block in blocks(len(strata)):
+        sums += np.bincount(strata[block], wanted[block], minlength=len(sums))
+    return sums

@@ -36,6 +36,7 @@ class Mixture:
         wanted, rest: models of the answers.
         by_text: of the text term alone, query against pool.
         share: of the pool that is wanted.
+        handicap: of the wanted part's model, (nats a row): see :meth:`fit`.
         usual: of answers whatever the text: log shares of classes (C,), or mean and deviation of numbers (2,).
         classes: None for numbers.
     """
@@ -46,6 +47,7 @@ class Mixture:
     rest: AnswerModel
     by_text: DensityRatio
     share: float
+    handicap: float
     usual: np.ndarray
     classes: int | None
 
@@ -65,6 +67,10 @@ class Mixture:
     ) -> tuple[Mixture, np.ndarray, np.ndarray]:
         """The mixture; and the values of :attr:`names` for the pool's rows (N, 3) and the query's (n, 3), no row by
         what has seen it.
+
+        Of wanted rows the wanted part's model is in the mean no worse than the other's; but it has learned from fewer
+        rows. Where it is worse on the query's, left out, both count as equal there: else the share would shrink with
+        every round wherever both parts follow one rule.
 
         Args:
             features: of the pool (N, L, 1, d), and of the query (n, L, 1, d).
@@ -87,14 +93,15 @@ class Mixture:
             weights = np.concatenate([sure, np.ones(len(z))])
             model, log_wanted = fit_answers(everything, y, weights, judged=queried, classes=classes)
             rest, log_rest = fit_answers(x, answers[0], 1 - sure, classes=classes)
-            odds = prior_odds(text, share) + log_wanted[: len(x)] - log_rest
-            sure = np.clip(1 / (1 + np.exp(-odds)), DOUBT, 1 - DOUBT)
+            of_rest = rest.log_likelihood(z, answers[1])
+            handicap = max(float((of_rest - log_wanted[len(x) :]).mean()), 0.0)
+            odds = prior_odds(text, share) + log_wanted[: len(x)] + handicap - log_rest
+            sure = np.clip(1 / (1 + np.exp(-np.clip(odds, -50, 50))), DOUBT, 1 - DOUBT)
         usual = _usual(answers[0], classes)
-        mixture = cls(likeness, directions, model, rest, by_text, share, usual, classes)
+        mixture = cls(likeness, directions, model, rest, by_text, share, handicap, usual, classes)
         gains = [part[:, 2] - mixture._marginal(known) for part, known in zip(first, answers, strict=True)]
         of_pool = np.column_stack([log_wanted[: len(x)], log_rest, gains[0]])
-        log_rest = rest.log_likelihood(z, answers[1])
-        return mixture, of_pool, np.column_stack([log_wanted[len(x) :], log_rest, gains[1]])
+        return mixture, of_pool, np.column_stack([log_wanted[len(x) :], of_rest, gains[1]])
 
     def values(self, features: np.ndarray, answers: np.ndarray, log_p: np.ndarray) -> np.ndarray:
         """Of rows that no model has seen, (n, 3), from features (n, L, 1, d), answers (n,) and ``log p(y|x)`` (n,)."""
@@ -105,7 +112,7 @@ class Mixture:
     def log_odds(self, text_term: np.ndarray, values: np.ndarray) -> np.ndarray:
         """That rows are wanted, (n,), from their text term (n,) and :meth:`values` (n, 3)."""
         prior = prior_odds(self.by_text.log_ratio(text_term[:, None]), self.share)
-        odds: np.ndarray = prior + values[:, 0] - values[:, 1]
+        odds: np.ndarray = prior + values[:, 0] + self.handicap - values[:, 1]
         return odds
 
     def _marginal(self, answers: np.ndarray) -> np.ndarray:

@@ -104,19 +104,22 @@ class QueryRater:
         shape = look.agreed_shape(module, self.world, max_length=scoring.max_length)
         rating = self._fit(shape, numbers, wanted)
         columns = len(rating.names)
-        values = new_array(len(self.pool) * columns, np.float32).reshape(len(self.pool), columns)
-        values[rows] = rating.of_pool
-        if len(rows) < size:
+        with self.world.together():
+            values = new_array(len(self.pool) * columns, np.float32).reshape(len(self.pool), columns)
+            values[rows] = rating.of_pool
             rest = filled(size, bool, True)
             rest[rows] = False
             places = positions(rest)
-            seen = passes.run(self.pool, places, _TermLook(look, rating), name=f"terms of {name}")
+        if len(rows) < size:
+            kind = f"terms of {name}: {' '.join(rating.names)}"
+            seen = passes.run(self.pool, places, _TermLook(look, rating), name=kind)
             for block in blocks(len(places)):
                 values[places[block]] = seen[block]
         if self.pool.query_rows:
             values[size:] = rating.of_query
         passes.forget()
-        return _told(rating, values)
+        with self.world.together():
+            return _told(rating, values)
 
     def _fitted(self, size: int) -> np.ndarray:
         if size <= FITTED:

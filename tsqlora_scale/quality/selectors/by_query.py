@@ -6,7 +6,7 @@ import numpy as np
 from torch import nn
 
 from tsqlora_scale.common.disk_arrays import copied
-from tsqlora_scale.quality.query.choice_rule import kept_rows, strata_of, strata_shares
+from tsqlora_scale.quality.query.choice_rule import kept_rows, likely_rows, strata_of, strata_shares
 from tsqlora_scale.quality.query.query_rater import QueryRater, QueryRating
 from tsqlora_scale.quality.selectors.ranked import RankedSelector, Rating
 from tsqlora_scale.quality.selectors.selector import SelectorContext
@@ -25,14 +25,16 @@ class QuerySelector(RankedSelector):
         """See :class:`~tsqlora_scale.quality.query.query_rater.QueryRater`."""
         found = query_rater(self.context).rate(module)
         standing = found.standing
-        strata, shares = self._strata(found)
+        with self.context.world.together():
+            strata, shares = self._strata(found)
+            weights = self._weights(found) if self.config.sampling.soft else None
         return Rating(
             quality=found.log_ratio,
             terms=found.terms,
             keep=self._keep(found),
             shares=shares,
             strata=strata,
-            weights=self._weights(found) if self.config.sampling.soft else None,
+            weights=weights,
             findings={
                 "share on target": round(standing.share, 4),
                 "at most": round(standing.most, 4),
@@ -48,7 +50,7 @@ class QuerySelector(RankedSelector):
     def _keep(self, found: QueryRating) -> int:
         assert self.pool.query is not None
         size = len(self.pool) - self.pool.query_rows
-        return kept_rows(found.standing, size, least=len(self.pool.query))
+        return kept_rows(found.standing, size, least=len(self.pool.query), soft=self.config.sampling.soft)
 
     def _weights(self, found: QueryRating) -> np.ndarray:
         """The probability that a row is wanted, (N,); 1 for the query's own."""
@@ -66,7 +68,8 @@ class QuerySelector(RankedSelector):
         wanted = strata_of(query.class_ids(), agrees[1])
         if strata is None or wanted is None:
             return None, None
-        return strata, strata_shares(wanted, int(strata.max()) + 1, halved=agrees[0] is not None)
+        rest = len(self.pool) - self.pool.query_rows
+        return strata, strata_shares(wanted, likely_rows(strata[:rest], found.wanted[:rest]))
 
 
 def query_rater(context: SelectorContext) -> QueryRater:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tsqlora_scale.quality.query.choice_rule import kept_rows, strata_of, strata_shares, surer_part
+from tsqlora_scale.quality.query.choice_rule import kept_rows, likely_rows, strata_of, strata_shares, surer_part
 from tsqlora_scale.quality.query.density_ratio import EVIDENCE, Standing
 
 SHARES = st.floats(0.01, 1.0)
@@ -50,23 +50,47 @@ def test_strata_are_pairs(rows: list[tuple[int, bool]]) -> None:
         ((None, agrees), [agree for _, agree in rows]),
     ):
         strata = strata_of(*known)
-        assert strata is not None and strata.dtype == np.int64 and strata.min() >= 0
+        assert strata is not None and strata.dtype == np.int32 and strata.min() >= 0
         alike = strata[:, None] == strata[None]
         np.testing.assert_array_equal(alike, [[one == other for other in of_row] for one in of_row])
     assert strata_of(None, None) is None
 
 
-@given(ROWS, st.integers(1, 4))
-def test_strata_have_the_querys_shares(rows: list[tuple[int, bool]], classes: int) -> None:
-    """Of a class as many as without halves, and none of a class or half that the query lacks is left out."""
+@given(ROWS, st.integers(1, 4), st.integers(0, 100))
+def test_strata_have_the_querys_shares(rows: list[tuple[int, bool]], more: int, seed: int) -> None:
+    """And one row for every stratum of the query's, spread as the pool's wanted rows probably are."""
     labels, agrees = (np.array(side) for side in zip(*rows, strict=True))
-    whole = strata_shares(labels, classes, halved=False)
     strata = strata_of(labels, agrees)
     assert strata is not None
-    halved = strata_shares(strata, 2 * len(whole), halved=True)
-    assert len(whole) == max(classes, labels.max() + 1)
-    np.testing.assert_allclose(halved.reshape(-1, 2).sum(1), whole)
-    for label in range(len(whole)):
-        assert whole[label] == rows.count((label, True)) + rows.count((label, False)) + 2
-        assert halved[2 * label + 1] == rows.count((label, True)) + 1
-    assert halved.min() > 0
+    likely = np.random.default_rng(seed).random(int(strata.max()) + more)
+    shares = strata_shares(strata, likely)
+    seen = len(set(rows))
+    assert len(shares) == len(likely)
+    assert shares.sum() == pytest.approx(len(rows) + seen)
+    for number, share in enumerate(shares.tolist()):
+        own = sum(2 * label + agree == number for label, agree in rows)
+        assert share == pytest.approx(own + seen * likely[number] / likely.sum())
+
+
+def test_many_classes_do_not_swamp_a_query_of_few() -> None:
+    wanted, likely = np.arange(10).repeat(6), np.full(100, 0.5)
+    likely[:10] = 20.0
+    shares = strata_shares(wanted, likely)
+    assert shares[:10].sum() / shares.sum() > 0.95
+
+
+def test_soft_draws_keep_a_margin_that_even_ones_do_not() -> None:
+    found = standing(0.2, by_mixture=True)
+    assert kept_rows(found, 1000, least=0) == 300
+    assert kept_rows(found, 1000, least=0, soft=False) == 200
+
+
+@given(ROWS, st.integers(0, 100))
+def test_likely_rows_are_sums_by_stratum(rows: list[tuple[int, bool]], seed: int) -> None:
+    labels, agrees = (np.array(side) for side in zip(*rows, strict=True))
+    strata, wanted = strata_of(labels, agrees), np.random.default_rng(seed).random(len(rows))
+    assert strata is not None
+    for number, total in enumerate(likely_rows(strata, wanted).tolist()):
+        assert total == pytest.approx(
+            sum(w for s, w in zip(strata.tolist(), wanted.tolist(), strict=True) if s == number)
+        )

@@ -15,7 +15,7 @@ from tests.unit.quality.query.planted import Made, zeros
 from tsqlora_scale.advice.query_choice import PoolRatio, chosen_weights
 from tsqlora_scale.config.quality_sections import SamplingConfig
 from tsqlora_scale.quality.draws.key_order import largest
-from tsqlora_scale.quality.query.choice_rule import strata_of, strata_shares
+from tsqlora_scale.quality.query.choice_rule import likely_rows, strata_of, strata_shares
 from tsqlora_scale.quality.query.density_ratio import EVIDENCE, DensityRatio, Standing, separation, stand
 from tsqlora_scale.quality.query.mixture import Mixture
 from tsqlora_scale.quality.query.row_rating import RowRating
@@ -90,7 +90,7 @@ class Looked:
         strata, wanted = (strata_of(labels, self.rating.agrees(values) if halved else None) for labels, values in sides)
         if strata is None or wanted is None:
             return largest(score, np.array([count]), None)
-        shares = strata_shares(wanted, int(strata.max()) + 1, halved=halved)
+        shares = strata_shares(wanted, likely_rows(strata, self.rating.wanted(self.rating.of_pool)))
         return largest(score, quota_of(np.bincount(strata), count, shares), strata)
 
 
