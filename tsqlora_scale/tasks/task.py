@@ -29,8 +29,11 @@ from tsqlora_scale.tasks.objectives.label_heads import LabelObjective
 from tsqlora_scale.tasks.objectives.objective import Measured, Objective, Rows
 from tsqlora_scale.tasks.objectives.seq2seq import Seq2SeqObjective
 from tsqlora_scale.tasks.rows.column_checks import SAMPLE_ID
-from tsqlora_scale.tasks.rows.data import Data, text_columns
+from tsqlora_scale.tasks.rows.data import Data
+from tsqlora_scale.tasks.rows.mixed_sets import MixedSets
+from tsqlora_scale.tasks.rows.set_columns import DATA_SET
 from tsqlora_scale.tasks.rows.sources import SplitName
+from tsqlora_scale.tasks.rows.wanted import text_columns
 from tsqlora_scale.tasks.split_pool import SplitPool
 
 QUERY: SplitName = "query"
@@ -58,6 +61,8 @@ class Task:
         self.train, self.dev = data.pool(with_query=cfg.train_on_query), data.dev
         #: Rows of the query at the end of the pool.
         self.query_rows = len(self.train) - len(data.train)
+        #: The sets of ``task.mixture`` in the pool; None without one.
+        self.sets = MixedSets.in_pool(cfg, self.train)
         self._data = {"train": self.train, QUERY: data.query}
         self._digests: dict[SplitName, str] = {}
         self._views: dict[SplitName, datasets.Dataset] = {"train": self.train.select_columns(objective.columns)}
@@ -91,7 +96,7 @@ class Task:
     @property
     def held_out(self) -> dict[SplitName, str]:
         """What goes before the names of the metrics of every held-out set, the deciding one first: ``NAME/``."""
-        names = list(self._cfg.dataset.dev_sets) if self.dev is not None else []
+        names = list(self._cfg.dev_sets) if self.dev is not None else []
         prefixes = [f"{name}/" if name else "" for name in names]
         return dict(zip(["dev", *(f"dev {name}" for name in names[1:])], prefixes, strict=False))
 
@@ -231,6 +236,10 @@ class Task:
         for rows in view.iter(batch_size=10_000):
             for name in view.column_names:
                 digest.update(repr(rows[name]).encode())
+        if split == "train" and self.sets is not None:
+            digest.update(repr(self.sets.names).encode())
+            for block in blocks(len(self.sets.numbers)):
+                digest.update(self.sets.numbers[block].tobytes())
         weights = self.draw_weights() if split == "train" else None
         if weights is not None:
             for block in blocks(len(weights)):
@@ -276,8 +285,11 @@ class Task:
         return [] if measure is None else list(measure(self._rows("train", rows)))
 
     def strata(self) -> np.ndarray | None:
-        """The class of every sample of the pool as numbers from 0 without gaps, (N,) int32; None without classes."""
+        """The class of every sample of the pool as numbers from 0 without gaps, (N,) int32, in a mixture with shares
+        the pair of set and class; None without both."""
         labels = self.class_ids()
+        if self.sets is not None and self.sets.shares is not None:
+            labels = self.sets.within(labels)
         if labels is None:
             return None
         present = np.flatnonzero(counts(labels))
@@ -297,7 +309,10 @@ class Task:
         return labels
 
     def draw_weights(self) -> np.ndarray | None:
-        """What multiplies how often a sample is drawn, (N,) float64, above 0; None without ``task.dataset.weight``."""
+        """What multiplies how often a sample is drawn, (N,) float64, above 0; None without ``task.dataset.weight`` and
+        shares of a mixture."""
+        if self.sets is not None:
+            return self.sets.draw_weights(self.train)
         name = self._cfg.dataset.weight
         if name is None:
             return None
@@ -317,8 +332,8 @@ class Task:
         return list(zip(*([text or "" for text in cells[name]] for name in names), strict=True))
 
     def given(self, block: slice) -> pa.Table:
-        """The pool's samples of a block as they are in the data: its own id, the texts, and the answer (a class by its
-        name)."""
+        """The pool's samples of a block as they are in the data: its own id, the set of a mixture that they are of, the
+        texts, and the answer (a class by its name)."""
         own_id = self._cfg.dataset.id_column
         names = [] if own_id in (None, SAMPLE_ID) else [own_id]
         names = list(dict.fromkeys([*names, *text_columns(self._cfg).values(), self._objective.answer]))
@@ -327,6 +342,9 @@ class Task:
         if self._cfg.type == "classification" and isinstance(self._cfg.labels, list):
             classes = pa.array(self._cfg.labels).take(table.column(place).combine_chunks())
             table = table.set_column(place, names[place], classes)
+        if self.sets is not None:
+            sets = pa.array(self.sets.names).take(pa.array(self.sets.numbers[block]))
+            table = table.add_column(0, DATA_SET, sets)
         return table
 
     def preview(self, row: int, *, split: SplitName = "train") -> str:

@@ -30,7 +30,7 @@ def with_written_turns(cfg: TaskConfig, data: Data, tokenizer: PreTrainedTokeniz
     if not tokenizer.is_fast:  # which is said where the objective is built
         return data
     tokens = ConversationTokens(tokenizer, cfg)
-    return for_every_split(cfg, data, lambda rows, where: _written(cfg, rows, where, tokens))
+    return for_every_split(cfg, data, lambda own, rows, where: _written(own, rows, where, tokens))
 
 
 def _written(cfg: TaskConfig, rows: datasets.Dataset, where: str, tokens: ConversationTokens) -> datasets.Dataset:
