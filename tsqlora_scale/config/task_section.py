@@ -164,8 +164,8 @@ class TaskConfig(Section):
     objective: name_or_extension() | None = None  # type: ignore[valid-type]
     dataset: DatasetConfig = DatasetConfig()
     #: Several data sets in the place of ``task.dataset``: a list of sets with ``name``, ``dataset`` (its keys are those
-    #: above), ``weight``, and the names of columns (``text``, ``label``, ``source``, ``target``, ``input``,
-    #: ``messages``, ``tools``, ``prefix``) where they are not the task's.
+    #: above), ``weight``, ``prefix``, and the names of its columns: of ``text``, ``label``, ``source``, ``target`` and
+    #: ``messages`` where they are not the task's, of ``input`` and ``tools`` where it has them.
     mixture: list[MixedSetConfig] = []
     #: Shares of the draws are as the sets' sizes to the power of 1 / temperature: 1 is as many as there are, more makes
     #: them more alike. In the place of the sets' weights.
@@ -283,9 +283,12 @@ class TaskConfig(Section):
             )
         taken = {self.label, *self.text, *(getattr(self, key) for key in SET_COLUMNS[2:])} & OUR_COLUMNS
         if taken:
-            raise ValueError(f"{min(map(str, taken))!r} is a column of ours in a mixture; name it otherwise for the task")
+            raise ValueError(f"{min(map(str, taken))!r} is a column of ours in a mixture; give the task another name")
         for each in self.mixture:
             self._check_set(each)
+        for key in ("input", "tools"):
+            if getattr(self, key) is not None and all(getattr(each, key) is None for each in self.mixture):
+                raise ValueError(f"'{key}' is named by no set of 'mixture'; name it in those that have the column")
         return self
 
     def _check_set(self, each: MixedSetConfig) -> None:
@@ -307,11 +310,11 @@ class TaskConfig(Section):
             raise ValueError(f"{each.name!r} names the column {twice!r} twice; a column has one meaning")
 
     def of_set(self, each: MixedSetConfig) -> TaskConfig:
-        """The task on one data set of the mixture alone, with its columns."""
+        """The task on one data set of the mixture alone, with its columns: ``input`` and ``tools`` only where it names
+        them, for others may have none."""
         named = {key: getattr(each, key) for key in SET_COLUMNS if getattr(each, key)}
-        texts = each.source is not None
-        without = {"messages", "tools"} if texts else {"source", "target", "input"} if each.messages else set()
-        columns = {**dict.fromkeys(without), **named}
+        others = ("messages",) if each.source is not None else ("source", "target") if each.messages else ()
+        columns = {**dict.fromkeys(("input", "tools", *others)), **named}
         return self.model_copy(update={**columns, "dataset": each.dataset, "mixture": [], "temperature": None})
 
     @property

@@ -54,14 +54,14 @@ class SetColumns:
         """What the columns depend on beside those of the set."""
         return repr((self.name, self.number, self.prefix, self.is_pool, text_columns(self.task), self.task.label))
 
-    def own_ids(self, ids: pa.Array) -> pa.Array:
-        """Of a list of samples to leave out those that may be the set's, by the ids that they have in it.
+    def own_ids(self, ids: pa.Array) -> pa.Array | None:
+        """Of a list of samples to leave out those that may be the set's, by their ids in it; None without any.
 
         A list may name samples as the mixture does, by the name of their set, and then hold those of other sets, too.
         """
         ours, *others = (f"{name}{SEPARATOR}" for name in (self.name, *self._other_names()))
         found = [text.removeprefix(ours) for text in ids.to_pylist() if not text.startswith(tuple(others))]
-        return pa.array(list(dict.fromkeys(found)), pa.string())
+        return pa.array(list(dict.fromkeys(found)), pa.string()) if found else None
 
     def _other_names(self) -> list[str]:
         return [each.name for each in self.task.mixture if each.name != self.name]
@@ -85,9 +85,7 @@ class SetColumns:
         found: dict[str, Column] = {SAMPLE_ID: self._named(ids) if self.is_pool else as_column(ids)}
         for key, name in text_columns(self.task).items():
             if key == MESSAGES_KEY and key not in texts:
-                found[name] = exchanges(
-                    texts[SOURCE_KEY], texts.get(INPUT_KEY), texts[TARGET_KEY], prefix=self.prefix
-                )
+                found[name] = exchanges(texts[SOURCE_KEY], texts.get(INPUT_KEY), texts[TARGET_KEY], prefix=self.prefix)
             elif key not in texts:
                 found[name] = pa.chunked_array([pa.nulls(size, pa.string())])
             elif key == SOURCE_KEY and self.prefix:
