@@ -6,7 +6,6 @@ import json
 import random
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -14,32 +13,12 @@ import pytest
 import yaml
 from transformers import AutoTokenizer
 
-from tests.runs import GOOD, go, losses_of, result_of, run_tree
+from tests.mixed import mixed_tree
+from tests.runs import go, losses_of, result_of, run_tree
 from tests.tiny import WORDS, tiny_model
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.quality import ScoreTable
 from tsqlora_scale.report.result_table import print_result
-
-
-def words(path: Path, rows: int, text: str, label: str, seed: int) -> dict[str, Any]:
-    """A file of lines with a good word in them or none, and the keys of a set that read it."""
-    rng = random.Random(seed)
-    with path.open("w", encoding="utf-8") as file:
-        for _ in range(rows):
-            chosen = rng.choices(WORDS, k=rng.randint(4, 10))
-            file.write(json.dumps({text: " ".join(chosen), label: "yes" if GOOD & set(chosen) else "no"}) + "\n")
-    return {"text": text, "label": label, "dataset": {"train_file": str(path)}}
-
-
-def mixed_tree(folder: Path, models: Path, name: str, **sampling: Any) -> dict[str, Any]:
-    """A run on 36 rows of one file and 12 of another, half of the draws from each."""
-    tree = run_tree("bert", folder, models, name, sampling=sampling, train={"checkpoint_every": 5, "eval_every": 5})
-    many = words(folder / "many.jsonl", 36, "text", "label", 0) | {"name": "many", "weight": 1}
-    few = words(folder / "few.jsonl", 12, "review", "good", 1) | {"name": "few", "weight": 1.0}
-    many["dataset"]["dev_file"] = few["dataset"]["train_file"].replace("few", "many")
-    few["dataset"]["dev_file"] = few["dataset"]["train_file"]
-    task = {key: value for key, value in tree["task"].items() if key not in ("dataset", "text", "label")}
-    return tree | {"task": task | {"mixture": [many, few]}}
 
 
 @pytest.mark.parametrize("selector", ["full", "quality", "random"])
