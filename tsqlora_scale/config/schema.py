@@ -96,7 +96,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _draws_agree(self) -> Config:
-        if self.sampling.stratify is True and self.task.type != "classification" and not self.task.mixture:
+        if self.sampling.stratify is True and self.task.type != "classification" and not self.task.asks_for_shares:
             raise ValueError(
                 f"'sampling.stratify: true' needs labels, but 'task.type' is {self.task.type!r}; remove it"
             )

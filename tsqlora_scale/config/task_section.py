@@ -367,9 +367,9 @@ def _with_columns_of_sets(tree: dict[str, Any]) -> dict[str, Any]:
     sets = [each for each in tree.get("mixture") or () if isinstance(each, dict)]
     own = {key: tree.get(key) for key in SET_COLUMNS}
     chats = bool(own["messages"]) or (not own["source"] and any(each.get("messages") for each in sets))
-    for key in SET_COLUMNS:
-        if chats and key in ("source", "target", "input"):
-            continue
+    labelled = tree.get("type") in ("classification", "regression")
+    texts = SET_COLUMNS[5:] if chats else SET_COLUMNS[2:]
+    for key in SET_COLUMNS[:2] if labelled else texts:
         found = next((each[key] for each in sets if each.get(key)), None)
         if found is not None and not own[key]:
             tree = {**tree, key: [found] if key == "text" and isinstance(found, str) else found}

@@ -26,17 +26,26 @@ class DrawCounts:
             self._counts += self._sets.counts(rows)
 
     def by_set(self) -> dict[str, dict[str, Any]] | None:
-        """Of every set its samples in the pool (``pool``), how many were drawn (``drawn``), which part of all draws
-        that is (``share``), and which was asked for (``asked``, None where none was)."""
+        """Of every set its samples in the pool (``pool``), how many were drawn (``drawn``), which part that is of the
+        draws from the sets (``share``), and which was asked for (``asked``, None where none was). Of the query's rows,
+        which are of no set, how many."""
         if self._sets is None:
             return None
-        total, sizes = max(int(self._counts.sum()), 1), self._sets.sizes()
+        sizes, count = self._sets.sizes(), self._sets.count
+        total = max(int(self._counts[:count].sum()), 1)
         asked: list[float | None] = [None] * len(sizes)
         if self._sets.shares is not None:
             asked[: len(self._sets.shares)] = [round(share, 6) for share in self._sets.shares.tolist()]
         return {
-            name: {"pool": int(size), "drawn": int(drawn), "share": round(int(drawn) / total, 6), "asked": share}
-            for name, size, drawn, share in zip(self._sets.names, sizes, self._counts, asked, strict=True)
+            name: {
+                "pool": int(size),
+                "drawn": int(drawn),
+                "share": round(int(drawn) / total, 6) if place < count else None,
+                "asked": share,
+            }
+            for place, (name, size, drawn, share) in enumerate(
+                zip(self._sets.names, sizes, self._counts, asked, strict=True)
+            )
         }
 
     def state_dict(self) -> list[int]:

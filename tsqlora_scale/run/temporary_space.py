@@ -27,6 +27,8 @@ def data_bytes(config: Config, pool_size: int) -> int:
     """What the ids, labels and weights of a sample take in temporary files, at most."""
     weights = 16 if config.task.is_weighted else 0  # beside the text, and in the selector
     ids = 0 if config.task.dataset.id_column else 4 + len(str(pool_size))
+    if config.task.mixture:  # ids begin with the set's name, and every row has its number
+        ids += 3 + max(len(each.name) for each in config.task.mixture)
     return ids + weights + {"classification": 8, "regression": 4}.get(config.task.type, 0)
 
 

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from transformers import AutoConfig, AutoTokenizer
 
 from tests.reference import mixtures as slow
 from tests.unit.tasks.vocabularies import dropping
 from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.config.load import parse_config
 from tsqlora_scale.config.schema import TaskConfig
 from tsqlora_scale.tasks import Data, Task, build_task, load_data, load_dev, with_tokens
 from tsqlora_scale.tasks.rows.mixed_sets import MixedSets, asked_shares
@@ -241,3 +243,56 @@ def test_shares_are_those_of_the_reference(data: st.DataObject) -> None:
 
 def test_a_low_temperature_is_no_overflow() -> None:
     np.testing.assert_allclose(asked_shares(np.array([10**6, 10, 1]), temperature=0.001), [1, 0, 0], atol=1e-12)
+
+
+MISTAKES: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    ({"dataset": {"train_file": "x"}}, {}, "'dataset' and 'mixture' both name data"),
+    ({"mixture": [], "text": "a", "label": "b"}, {}, "'dataset' names no data"),
+    ({"temperature": 2.0, "dataset": {"train_file": "x"}, "mixture": [], "text": "a", "label": "b"}, {}, "is not set"),
+    ({"temperature": 2.0}, {}, "'temperature' and the 'weight' of sets both say"),
+    ({"temperature": 0.0}, {}, "greater than 0"),
+    ({}, {"weight": None}, "'weight' is given for 'films' and not for 'books'"),
+    ({}, {"weight": -1.0}, "greater than 0"),
+    ({}, {"name": "films"}, "two sets called 'films'"),
+    ({}, {"name": "query"}, "'query' is no name of a data set"),
+    ({}, {"name": "a/b"}, "'a/b' is no name of a data set"),
+    ({}, {"source": "text"}, "'source' of 'books' is of another kind of task than 'classification'"),
+    ({}, {"text": ["a", "b"]}, "'books' has 2 columns of text, and the task 1"),
+    ({}, {"text": ["stars"]}, "'books' names the column 'stars' twice"),
+    ({}, {"dataset": {}}, "'dataset' of 'books' names no data"),
+    ({}, {"text": ["review"], "messages": "m", "source": "s"}, "'books' names whole conversations"),
+    ({}, {"tools": "tools"}, "'tools' of 'books' goes with 'messages'"),
+    ({"text": "data_set"}, {}, "'data_set' is a column of ours"),
+]
+
+
+@pytest.mark.parametrize(("task", "change", "words"), MISTAKES, ids=[words for _, _, words in MISTAKES])
+def test_contradictions(task: dict[str, Any], change: dict[str, Any], words: str) -> None:
+    second = books(weight=1.0) | change
+    tree = {"type": "classification", "mixture": [films(weight=2.0), second]} | task
+    with pytest.raises(ValidationError) as caught:
+        TaskConfig.model_validate(tree)
+    assert words in str(caught.value)
+
+
+def test_one_line_names_the_key() -> None:
+    task = {"type": "classification", "mixture": [films(weight=2.0), books(weight="much")]}
+    tree = {"model": {"name_or_path": "x"}, "train": {"max_steps": 1, "batch_size": 1, "lr": 1e-3}, "task": task}
+    with pytest.raises(UserError, match=r"^config: task.mixture.1.weight='much': input should be"):
+        parse_config(tree)
+    task["mixture"][1] = books(weight=1.0) | {"wieght": 2}
+    with pytest.raises(UserError, match=r"unknown key 'task.mixture.1.wieght'; did you mean 'task.mixture.weight'"):
+        parse_config(tree)
+    task["mixture"][1] = books(weight=1.0)
+    with pytest.raises(UserError, match=r"'sampling.replacement: false' takes every sample once an epoch"):
+        parse_config(tree | {"sampling": {"replacement": False}})
+
+
+def test_optional_columns_are_those_of_their_sets() -> None:
+    tree = {"type": "causal", "source": "s", "target": "t", "input": "i"}
+    sets = [{"name": name, "dataset": {"train_file": "x"}} for name in "ab"]
+    with pytest.raises(ValidationError, match="'input' is named by no set of 'mixture'"):
+        TaskConfig.model_validate(tree | {"mixture": sets})
+    cfg = TaskConfig.model_validate(tree | {"mixture": [sets[0] | {"input": "more"}, sets[1]]})
+    assert [cfg.of_set(each).input for each in cfg.mixture] == ["more", None]
+    assert TaskConfig.model_validate(cfg.model_dump()) == cfg

@@ -99,10 +99,10 @@ class MixedSets:
         if own is None:
             own = new_array(len(self.numbers), np.float64)
             own[:] = 1.0
-        sizes = self.sizes()[: self._sets]
+        sizes = self.sizes()[: self.count]
         shares = sizes / sizes.sum() if self.shares is None else self.shares
         factors = np.ones(len(self.names))
-        factors[: self._sets] = shares * sizes.sum() / self._sums(counted(len(own)), own)[: self._sets]
+        factors[: self.count] = shares * sizes.sum() / self._sums(counted(len(own)), own)[: self.count]
         for block in blocks(len(own)):
             own[block] *= factors[self.numbers[block]]
         return own
@@ -115,18 +115,18 @@ class MixedSets:
         """
         if self.shares is None:
             return
-        sums = self._sums(rows, weights)[: self._sets]
+        sums = self._sums(rows, weights)[: self.count]
         wanted = np.where(sums > 0, self.shares, 0.0)
         if not wanted.any():
             return
         factors = np.ones(len(self.names))
-        factors[: self._sets] = wanted / wanted.sum() * sums.sum() / np.where(sums > 0, sums, 1.0)
+        factors[: self.count] = wanted / wanted.sum() * sums.sum() / np.where(sums > 0, sums, 1.0)
         for block in blocks(len(rows)):
             weights[block] *= factors[self.numbers[rows[block]]]
 
     @property
-    def _sets(self) -> int:
-        """K."""
+    def count(self) -> int:
+        """K, the query's rows being of no set."""
         return len(self.names) - (self.names[-1] == QUERY_SET)
 
     def _sums(self, rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
