@@ -16,18 +16,16 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from tsqlora_scale.common.disk_arrays import blocks, counts, new_array
 from tsqlora_scale.common.errors import UserError
-from tsqlora_scale.config.extensions import load_extension
 from tsqlora_scale.config.schema import TaskConfig
 from tsqlora_scale.tasks.batch import Batch, places_of
 from tsqlora_scale.tasks.known_padding import known_padding, padding_of
 from tsqlora_scale.tasks.losses import loss_terms, losses_at
 from tsqlora_scale.tasks.metrics import METRICS, SampleLosses, compute_metrics, needs_answers, needs_losses
 from tsqlora_scale.tasks.needed_logits import needed_logits, token_shift
-from tsqlora_scale.tasks.objectives.causal import CausalObjective
+from tsqlora_scale.tasks.objective_names import check_members, objective_class
 from tsqlora_scale.tasks.objectives.chat import ChatObjective
 from tsqlora_scale.tasks.objectives.label_heads import LabelObjective
 from tsqlora_scale.tasks.objectives.objective import Measured, Objective, Rows
-from tsqlora_scale.tasks.objectives.seq2seq import Seq2SeqObjective
 from tsqlora_scale.tasks.rows.column_checks import SAMPLE_ID
 from tsqlora_scale.tasks.rows.data import Data
 from tsqlora_scale.tasks.rows.mixed_sets import MixedSets
@@ -375,41 +373,10 @@ def build_task(cfg: TaskConfig, data: Data, tokenizer: PreTrainedTokenizerBase, 
         UserError: the model cannot do the task; or an extension lacks what an objective sets when it is built.
     """
     objective = objective_class(cfg)(cfg, tokenizer, model_config)
-    _check_members(cfg, objective, ("columns", "answer"))
+    check_members(cfg, objective, ("columns", "answer"))
     return Task(cfg, data, tokenizer, objective)
-
-
-def objective_class(cfg: TaskConfig) -> Any:
-    """The implementation of :class:`.Objective`: ``task.objective``, or that of the task's type.
-
-    Raises:
-        UserError: an extension that cannot be imported, is no class, or is no objective.
-    """
-    if cfg.objective is None:
-        causal = CausalObjective if cfg.messages is None else ChatObjective
-        return {"seq2seq": Seq2SeqObjective, "causal": causal}.get(cfg.type, LabelObjective)
-    found = load_extension(cfg.objective, key="task.objective")
-    if not isinstance(found, type):
-        raise UserError(f"task.objective={cfg.objective!r}: is no class; name the class of an objective")
-    _check_members(cfg, found, ("auto_class", "peft_task_type", "collate", "losses", "predict", "preview"))
-    return found
-
-
-def _check_members(cfg: TaskConfig, objective: Any, members: Sequence[str]) -> None:
-    """``columns`` and ``answer`` follow the config: an instance has them, its class need not."""
-    missing = [member for member in members if not hasattr(objective, member)]
-    if missing:
-        raise UserError(
-            f"task.objective={cfg.objective!r}: is no objective, it lacks {', '.join(missing)}; derive it from one of "
-            "tsqlora_scale.tasks.objectives"
-        )
 
 
 def _answers_by_forward(objective: Objective) -> TypeGuard[LabelObjective]:
     """Whether the objective's answers are those of :class:`.LabelObjective`, which one forward's logits give."""
     return isinstance(objective, LabelObjective) and type(objective).predict is LabelObjective.predict
-
-
-def auto_class_of(cfg: TaskConfig) -> Any:
-    """The transformers auto class that loads models for a task."""
-    return objective_class(cfg).auto_class
