@@ -21,7 +21,7 @@ from tsqlora_scale.quality import ScoreTable
 from tsqlora_scale.report.result_table import print_result
 
 
-@pytest.mark.parametrize("selector", ["full", "quality", "random"])
+@pytest.mark.parametrize("selector", ["full", "quality"])
 def test_shares_hold_and_go_on(
     selector: str, tmp_path: Path, models_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -167,7 +167,7 @@ def test_rows_without_tokens(place: Path, write: Write, models: Callable[[str], 
     weights = task_of(cfg, data, models("bert")).draw_weights()
     np.testing.assert_allclose(weights, [5 / 12] * 3 + [15 / 8] * 2)
     cfg = mixture(place, films(), books(dataset={"drop_empty": False, "id_column": None}), **LABELS)
-    with pytest.raises(UserError, match=r"^task.mixture, 'books': books.csv, row 2: column 'text' is"):
+    with pytest.raises(UserError, match=r"^task.mixture, 'books': books.csv, row 2: the column read as 'text' is"):
         with_tokens(cfg, load_data(cfg, seed=0), tokenizer)
 
 

@@ -73,6 +73,11 @@ def sample_name(cfg: TaskConfig, sample: str) -> str:
     return f"row {int(number) + 1}" if cfg.dataset.id_column is None and number.isdigit() else f"sample {sample!r}"
 
 
+def column_words(cfg: TaskConfig, name: str) -> str:
+    """What the column ``name`` of the task is called in messages: a set of a mixture may call it otherwise."""
+    return f"the column read as {name!r}" if cfg.mixture else f"column {name!r}"
+
+
 def _place(dataset: DatasetConfig, key: str) -> str:
     """The words for where the rows of a split come from."""
     given = getattr(dataset, key)
