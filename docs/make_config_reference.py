@@ -40,6 +40,7 @@ WORDS = {
     "UnitInterval": "number in (0, 1]",
     "Below1": "number in [0, 1)",
     "StepsOrFraction": "steps, or a fraction of the run",
+    "MixedSetConfig": "sets",
     "IsoDate": "date, as 'YYYY-MM-DD'",
     "bool": "true or false",
     "int": "integer",

@@ -208,7 +208,7 @@ def test_wrong_value_names_key_value_and_remedy(key: str, value: Any, words: str
 
 
 CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
-    ({"task__dataset": {}}, "task.dataset: needs exactly one of 'path'"),
+    ({"task__dataset": {}}, "task: 'dataset' names no data"),
     ({"task__dataset__name": "hub/name"}, "task.dataset: needs exactly one of 'path'"),
     ({"task__dataset": {"path": "data"}}, "task.dataset: 'path' needs 'train_file'"),
     ({"task__text": []}, "task: 'text' must name one or two columns"),

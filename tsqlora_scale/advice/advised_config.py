@@ -33,6 +33,9 @@ def config_lines(config: Config, way: str, *, steps: int) -> dict[str, Any]:
     if way != ALONE:
         return {"sampling": even}
     dataset: dict[str, Any] = {"train_file": config.task.query}
+    if config.task.mixture:
+        alone: dict[str, Any] = {"dataset": dataset, "mixture": [], "temperature": None, "query": None}
+        return {"task": alone, "sampling": even}
     for key in ("name", "subset", "exclude", "weight", "id_column", "max_train_samples"):
         if getattr(config.task.dataset, key) is not None:  # of the pool, and not of the query's file
             dataset[key] = None

@@ -19,7 +19,7 @@ from tsqlora_scale.common.disk_arrays import blocks
 from tsqlora_scale.common.random_streams import philox
 from tsqlora_scale.quality.draws.redundancy import similar_pairs
 from tsqlora_scale.run.training_run import Run
-from tsqlora_scale.tasks.rows.data import text_columns
+from tsqlora_scale.tasks.rows.wanted import text_columns
 
 #: samples that a regression on features learns from, as a bound of its work; all are predicted
 LEARNED = 10_000

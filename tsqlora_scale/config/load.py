@@ -80,7 +80,8 @@ def _key(error: Any) -> str:
     """
     known = _known_keys(Config)
     loc = [str(part) for part in error["loc"]]
-    end = max((n for n in range(1, len(loc) + 1) if ".".join(loc[:n]) in known), default=len(loc))
+    named = [".".join(part for part in loc[:n] if not part.isdigit()) for n in range(1, len(loc) + 1)]
+    end = max((n for n, name in enumerate(named, 1) if name in known), default=len(loc))
     return ".".join(loc[:end] + [part for part in loc[end:] if part.isdigit()])
 
 
@@ -99,6 +100,7 @@ def _quote(value: Any) -> str:
 def _unknown(loc: list[str], known: list[str]) -> str:
     """The nearest known key: a slip of the pen in this section, then the same name in another, then anything near."""
     key, name, parent = shown(".".join(loc)), loc[-1][:100], loc[:-1]
+    parent = [part for part in parent if not part.isdigit()]  # of a list of sections
     siblings = {k.split(".")[-1]: k for k in known if k.split(".")[:-1] == parent}
     elsewhere = {k.split(".")[-1]: k for k in reversed(known)}
     for names, cutoff in ((siblings, 0.75), (elsewhere, 1.0), (siblings, 0.6), (elsewhere, 0.75)):

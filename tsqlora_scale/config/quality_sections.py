@@ -166,8 +166,8 @@ class SamplingConfig(Section):
     soft: bool = True
     #: Whether a sample may be drawn again before the others of S have been.
     replacement: bool = True
-    #: Classification: Eq. 2 within every label, so that each keeps its share of the draws. ``auto`` is yes, but for
-    #: ``scoring.preset: paper``, which is to the letter.
+    #: Classification: Eq. 2 within every label, so that each keeps its share of the draws; likewise within every set
+    #: of a mixture that asks for shares. ``auto`` is yes, but for ``scoring.preset: paper``, which is to the letter.
     stratify: Literal["auto"] | bool = "auto"
     #: p_i is divided by this power of the number of samples that teach the same as i, itself included. 0: by nothing.
     redundancy: NonNegativeFloat = 0.0

@@ -96,9 +96,14 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _draws_agree(self) -> Config:
-        if self.sampling.stratify is True and self.task.type != "classification":
+        if self.sampling.stratify is True and self.task.type != "classification" and not self.task.asks_for_shares:
             raise ValueError(
                 f"'sampling.stratify: true' needs labels, but 'task.type' is {self.task.type!r}; remove it"
+            )
+        if self.task.asks_for_shares and not self.sampling.replacement:
+            raise ValueError(
+                "'sampling.replacement: false' takes every sample once an epoch, and 'task.mixture' asks for other "
+                "shares of the draws; remove one of them"
             )
         selector = self.sampling.selector
         if selector in QUERY_SELECTORS and self.task.query is None:
@@ -154,7 +159,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _evaluation_has_data(self) -> Config:
-        if self.train.eval_every and not self.task.dataset.has_dev:
+        if self.train.eval_every and not self.task.has_dev:
             raise ValueError(
                 f"'train.eval_every' is {self.train.eval_every}, but there is nothing to evaluate on; "
                 "set 'task.dataset.dev_file', or 'dev_split' of a hub dataset"
@@ -257,9 +262,10 @@ class Config(Section):
 
     @property
     def stratifies(self) -> bool:
-        """Whether p is taken within labels (``sampling.stratify``)."""
+        """Whether p is taken within labels (``sampling.stratify``), and within the sets of a mixture with shares."""
         if self.sampling.stratify == "auto":
-            return self.scores_data and self.task.type == "classification" and self.scoring.preset != "paper"
+            grouped = self.task.type == "classification" or self.task.asks_for_shares
+            return self.scores_data and grouped and self.scoring.preset != "paper"
         return self.sampling.stratify
 
     @property

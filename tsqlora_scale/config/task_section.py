@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from tsqlora_scale.config.fields import IsoDate, PositiveInt, Section, name_or_extension
+from tsqlora_scale.config.fields import IsoDate, PositiveFloat, PositiveInt, Section, name_or_extension
 
 #: The metrics of a task that names none.
 DEFAULT_METRICS = {"classification": "accuracy", "regression": "pearson", "seq2seq": "rougeL", "causal": "rougeL"}
@@ -70,8 +70,15 @@ class DatasetConfig(Section):
             return dict(places)
         return {} if places is None else {"": places}
 
+    @property
+    def is_named(self) -> bool:
+        """Whether it says where data is; one that says nothing stands beside a mixture."""
+        return bool(self.model_fields_set) and self != DatasetConfig()
+
     @model_validator(mode="after")
     def _one_source(self) -> DatasetConfig:
+        if not self.is_named:
+            return self
         if (self.path is not None or self.train_file is not None) == (self.name is not None):
             raise ValueError("needs exactly one of 'path' or 'train_file' (local files) and 'name' (a hub dataset)")
         if self.path is not None and self.train_file is None:
@@ -96,6 +103,58 @@ class DatasetConfig(Section):
         return self
 
 
+#: Keys of a set of a mixture that name columns, as the task's own do.
+SET_COLUMNS = ("text", "label", "source", "target", "input", "messages", "tools")
+
+#: Columns of ours in the pool of a mixture.
+OUR_COLUMNS = {"sample_id", "data_set", "row_weight"}
+
+
+class MixedSetConfig(Section):
+    """One data set of several: its rows, its share of the draws, and its columns where they are not the task's."""
+
+    #: Goes before the ids of its samples and the names of its metrics: letters, digits, ``_``, ``-``, ``.``.
+    name: str
+    dataset: DatasetConfig
+    #: Its share of the draws beside those of the other sets, all of which then need one; they need not add up to 1.
+    weight: PositiveFloat | None = None
+    #: As the task's key: its one or two columns of text.
+    text: list[str] = []
+    #: Its column of classes or numbers.
+    label: str | None = None
+    #: Its column of the text that is given. Beside sets of conversations such rows are conversations of one exchange.
+    source: str | None = None
+    #: Its column of the text that is to be written.
+    target: str | None = None
+    #: Its column whose text follows the source after a blank line.
+    input: str | None = None
+    #: Its column of conversations.
+    messages: str | None = None
+    #: Its column of tools.
+    tools: str | None = None
+    #: Text put before every source of it, behind the task's own prefix.
+    prefix: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists(cls, tree: Any) -> Any:
+        return (
+            {**tree, "text": [tree["text"]]} if isinstance(tree, dict) and isinstance(tree.get("text"), str) else tree
+        )
+
+    @model_validator(mode="after")
+    def _named_well(self) -> MixedSetConfig:
+        if not re.fullmatch(r"[\w.-]+", self.name) or self.name == "query":
+            raise ValueError(f"{self.name!r} is no name of a data set: use letters, digits, '_', '-', '.', not 'query'")
+        if not self.dataset.is_named:
+            raise ValueError(f"'dataset' of {self.name!r} names no data: set 'train_file', or 'name' of a hub dataset")
+        if self.messages is not None and (self.source or self.target or self.input or self.prefix):
+            raise ValueError(f"{self.name!r} names whole conversations by 'messages', and columns of texts; remove one")
+        if self.messages is None and self.tools is not None:
+            raise ValueError(f"'tools' of {self.name!r} goes with 'messages', a column of conversations; name it")
+        return self
+
+
 class TaskConfig(Section):
     """What the model learns: columns, lengths, metrics."""
 
@@ -103,7 +162,14 @@ class TaskConfig(Section):
     type: Literal["classification", "regression", "seq2seq", "causal"]
     #: An objective of one's own in the place of the type's: ``FILE.py:NAME`` or ``package.module:NAME``.
     objective: name_or_extension() | None = None  # type: ignore[valid-type]
-    dataset: DatasetConfig
+    dataset: DatasetConfig = DatasetConfig()
+    #: Several data sets in the place of ``task.dataset``: a list of sets with ``name``, ``dataset`` (its keys are those
+    #: above), ``weight``, ``prefix``, and the names of its columns: of ``text``, ``label``, ``source``, ``target`` and
+    #: ``messages`` where they are not the task's, of ``input`` and ``tools`` where it has them.
+    mixture: list[MixedSetConfig] = []
+    #: Shares of the draws are as the sets' sizes to the power of 1 / temperature: 1 is as many as there are, more makes
+    #: them more alike. In the place of the sets' weights.
+    temperature: PositiveFloat | None = None
     #: A file of 10 to 500 rows of the wanted task, with the columns of the pool, none of them in a held-out set: what
     #: ``sampling.selector: query`` (and others that look for a target) chooses the pool's samples by.
     query: str | list[str] | None = None
@@ -159,7 +225,7 @@ class TaskConfig(Section):
         default = DEFAULT_METRICS.get(kind) if isinstance(kind, str) else None
         if default is not None and tree.get("metrics") is None:
             tree["metrics"] = [default]
-        return tree
+        return _with_columns_of_sets(tree)
 
     @model_validator(mode="after")
     def _columns_of_the_type(self) -> TaskConfig:
@@ -193,6 +259,96 @@ class TaskConfig(Section):
             raise ValueError(f"'{key}' is for tasks with 'messages', a column of conversations; name it, or remove it")
         return self
 
+    @model_validator(mode="after")
+    def _one_set_or_many(self) -> TaskConfig:
+        if not self.mixture:
+            if not self.dataset.is_named:
+                raise ValueError("'dataset' names no data: set 'train_file', 'name' of a hub dataset, or 'mixture'")
+            if self.temperature is not None:
+                raise ValueError("'temperature' is of the sets of 'mixture', which is not set; remove it")
+            return self
+        if self.dataset.is_named:
+            raise ValueError("'dataset' and 'mixture' both name data: every set of a mixture has its own 'dataset'")
+        names = [each.name for each in self.mixture]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"'mixture' has two sets called {twice!r}; give each its own name")
+        weighted = [each.name for each in self.mixture if each.weight is not None]
+        if weighted and self.temperature is not None:
+            raise ValueError("'temperature' and the 'weight' of sets both say what is drawn; remove one")
+        if weighted and len(weighted) < len(names):
+            lacks = next(name for name in names if name not in weighted)
+            raise ValueError(
+                f"'weight' is given for {weighted[0]!r} and not for {lacks!r}; give every set one, or none"
+            )
+        taken = {self.label, *self.text, *(getattr(self, key) for key in SET_COLUMNS[2:])} & OUR_COLUMNS
+        if taken:
+            raise ValueError(f"{min(map(str, taken))!r} is a column of ours in a mixture; give the task another name")
+        for each in self.mixture:
+            self._check_set(each)
+        for key in ("input", "tools"):
+            if getattr(self, key) is not None and all(getattr(each, key) is None for each in self.mixture):
+                raise ValueError(f"'{key}' is named by no set of 'mixture'; name it in those that have the column")
+        return self
+
+    def _check_set(self, each: MixedSetConfig) -> None:
+        """The columns of a set of the mixture are of the task's kind."""
+        chats = each.messages is not None or (self.messages is not None and each.source is None)
+        fits = {"classification": ("text", "label"), "regression": ("text", "label")}.get(self.type)
+        allowed = fits or ("source", "target", "input", "messages", "tools", "prefix")
+        wrong = [key for key in (*SET_COLUMNS, "prefix") if getattr(each, key) and key not in allowed]
+        if wrong:
+            raise ValueError(f"'{wrong[0]}' of {each.name!r} is of another kind of task than {self.type!r}; remove it")
+        own = self.of_set(each)
+        if len(own.text) != len(self.text):
+            raise ValueError(f"{each.name!r} has {len(own.text)} columns of text, and the task {len(self.text)}")
+        if fits is None and not chats and (own.source is None or own.target is None):
+            raise ValueError(f"{each.name!r} needs 'source' and 'target', or 'messages', the names of its columns")
+        named = [*own.text, *(getattr(own, key) for key in SET_COLUMNS[1:])]
+        twice = next((name for name in named if name is not None and named.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"{each.name!r} names the column {twice!r} twice; a column has one meaning")
+
+    def of_set(self, each: MixedSetConfig) -> TaskConfig:
+        """The task on one data set of the mixture alone, with its columns: ``input`` and ``tools`` only where it names
+        them, for others may have none."""
+        named = {key: getattr(each, key) for key in SET_COLUMNS if getattr(each, key)}
+        others = ("messages",) if each.source is not None else ("source", "target") if each.messages else ()
+        columns = {**dict.fromkeys(("input", "tools", *others)), **named}
+        return self.model_copy(update={**columns, "dataset": each.dataset, "mixture": [], "temperature": None})
+
+    @property
+    def dev_sets(self) -> dict[str, tuple[MixedSetConfig | None, str]]:
+        """Every held-out set by its name: the set of the mixture that it belongs to, and its name there. The deciding
+        one comes first."""
+        if not self.mixture:
+            return {name: (None, name) for name in self.dataset.dev_sets}
+        return {
+            f"{each.name}.{name}" if name else each.name: (each, name)
+            for each in self.mixture
+            for name in each.dataset.dev_sets
+        }
+
+    @property
+    def datasets(self) -> list[DatasetConfig]:
+        """The data set, or those of the mixture."""
+        return [each.dataset for each in self.mixture] or [self.dataset]
+
+    @property
+    def has_dev(self) -> bool:
+        """Whether there is a held-out set."""
+        return bool(self.dev_sets)
+
+    @property
+    def asks_for_shares(self) -> bool:
+        """Whether the sets of a mixture are to have other shares of the draws than of the pool."""
+        return self.temperature is not None or any(each.weight is not None for each in self.mixture)
+
+    @property
+    def is_weighted(self) -> bool:
+        """Whether some rows of the pool are drawn more often than others, whatever selects."""
+        return self.asks_for_shares or any(dataset.weight is not None for dataset in self.datasets)
+
     @property
     def num_labels(self) -> int:
         """Size of the head: classes, or 1 for regression. 0 where there is no head."""
@@ -201,3 +357,20 @@ class TaskConfig(Section):
         if self.labels is None:
             return 0
         return self.labels if isinstance(self.labels, int) else len(self.labels)
+
+
+def _with_columns_of_sets(tree: dict[str, Any]) -> dict[str, Any]:
+    """The names of columns that the task itself does not give: those of the first set that has them.
+
+    Where one set has conversations, so has the task: rows of source and target can be read as such.
+    """
+    sets = [each for each in tree.get("mixture") or () if isinstance(each, dict)]
+    own = {key: tree.get(key) for key in SET_COLUMNS}
+    chats = bool(own["messages"]) or (not own["source"] and any(each.get("messages") for each in sets))
+    labelled = tree.get("type") in ("classification", "regression")
+    texts = SET_COLUMNS[5:] if chats else SET_COLUMNS[2:]
+    for key in SET_COLUMNS[:2] if labelled else texts:
+        found = next((each[key] for each in sets if each.get(key)), None)
+        if found is not None and not own[key]:
+            tree = {**tree, key: [found] if key == "text" and isinstance(found, str) else found}
+    return tree

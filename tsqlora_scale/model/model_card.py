@@ -56,7 +56,7 @@ def model_card(config: Config, result: Mapping[str, Any], *, merged: bool) -> st
         library_name="transformers" if merged else "peft",
         license="unknown",
         pipeline_tag=_TASKS[config.task.type][0],
-        datasets=[config.task.dataset.name] if config.task.dataset.name else None,
+        datasets=list(dict.fromkeys(each.name for each in config.task.datasets if each.name)) or None,
         metrics=list(metrics) or None,
         tags=[f"base_model:{'finetune' if merged else 'adapter'}:{base}", config.adapter.type, "tsqlora"],
     )
@@ -96,12 +96,14 @@ def for_hub(text: str) -> str:
 
 
 def _data(config: Config, result: Mapping[str, Any]) -> Iterator[str]:
-    dataset = config.task.dataset
-    if dataset.name is not None:
-        subset = f", {dataset.subset}" if dataset.subset else ""
-        yield f"`{printable(dataset.name)}`{subset}: split `{dataset.train_split}`"
-    for name, size in _files(dataset):
-        yield f"`{printable(name)}`" + (f", {size:,} bytes" if size is not None else "")
+    for dataset in config.task.datasets:
+        if dataset.name is not None:
+            subset = f", {dataset.subset}" if dataset.subset else ""
+            yield f"`{printable(dataset.name)}`{subset}: split `{dataset.train_split}`"
+        for name, size in _files(dataset):
+            yield f"`{printable(name)}`" + (f", {size:,} bytes" if size is not None else "")
+    for name, each in (result.get("draws_by_set") or {}).items():
+        yield f"{printable(name)}: {each['drawn']:,} draws of {each['pool']:,} samples"
     if "pool_size" in result:
         yield f"{result['pool_size']:,} samples, {result['distinct_samples_seen']:,} of them seen"
 

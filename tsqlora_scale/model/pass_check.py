@@ -87,7 +87,7 @@ def _check_beams(config: Config, bare: Any) -> None:
     Raises:
         UserError: naming the key; it would end the run at its first evaluation.
     """
-    if not config.task.dataset.has_dev or config.task.num_beams == 1 or not getattr(bare, "_is_stateful", False):
+    if not config.task.has_dev or config.task.num_beams == 1 or not getattr(bare, "_is_stateful", False):
         return
     keeps_cache = getattr(bare, "_supports_default_dynamic_cache", lambda: True)()
     if not keeps_cache and not hasattr(bare, "_reorder_cache"):

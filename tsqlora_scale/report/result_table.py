@@ -51,6 +51,11 @@ def print_result(result: dict[str, Any]) -> None:
         f"{result['distinct_samples_seen']} of the pool's {result['pool_size']} seen, "
         f"{result['samples_drawn']} drawn in {result['steps']} steps",
     )
+    for name, each in (result.get("draws_by_set") or {}).items():
+        asked = "" if each["asked"] is None else f" ({100 * each['asked']:.1f} % asked for)"
+        share = "" if each["share"] is None else f", {100 * each['share']:.1f} %{asked}"
+        drawn = f"{each['drawn']} drawn{share}, of its {each['pool']} samples"
+        table.add_row(plain(f"samples of {name}"), drawn)
     for name, value in findings_told(result.get("findings") or {}):
         table.add_row(plain(name), plain(value))
     table.add_row("trainable parameters", f"{result['trainable_parameters']:,}")

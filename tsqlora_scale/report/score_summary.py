@@ -60,7 +60,7 @@ def summarise(
     summary: dict[str, Any] = {
         "pool": len(table),
         "scored": int(np.count_nonzero(scored)),
-        "ranked within": "the pool" if strata is None else "labels",
+        "ranked within": _groups(task),
         "warm-up steps": steps,
         "measured": scorer.measured,
         "effective samples": round(table.effective_sample_size(), 1),
@@ -117,7 +117,7 @@ def summarise_ratings(
     return {
         "pool": len(table),
         "scored": int(np.count_nonzero(table.scoring_pass != NEVER)),
-        "ranked within": "the pool" if strata is None else "labels",
+        "ranked within": _groups(task),
         "warm-up steps": steps,
         "kept": int(np.count_nonzero(table.selected)),
         "findings": dict(findings),
@@ -128,6 +128,13 @@ def summarise_ratings(
         "best": ranked(-1),
         "worst": ranked(1),
     }
+
+
+def _groups(task: Task) -> str:
+    """What ``task.strata()`` are, in words."""
+    if task.sets is not None and task.sets.shares is not None:
+        return "sets" if task.class_ids() is None else "sets and labels"
+    return "the pool" if task.strata() is None else "labels"
 
 
 def _entry(table: ScoreTable, task: Task, index: int) -> dict[str, Any]:

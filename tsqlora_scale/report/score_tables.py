@@ -29,7 +29,8 @@ def print_scores(summary: dict[str, Any], file: str) -> None:
         console.print(plain(f"{name}: {value}"))
     if "kept" in summary:
         console.print(f"kept: {summary['kept']} of {summary['pool']} samples")
-    within = ", within their labels" if summary.get("ranked within") == "labels" else ""
+    groups = summary.get("ranked within", "the pool")
+    within = "" if groups == "the pool" else f", within their {groups}"
     for title in ("best", "worst", "most against the others"):
         if summary.get(title):
             console.print(_samples(title + within, summary[title], columns))

@@ -53,6 +53,7 @@ def build_result(run: Run, metrics: dict[str, float], adapter: Path) -> dict[str
         "measured": getattr(scorer, "measured", None) if scorer is not None and scorer.table is not None else None,
         "distinct_samples_seen": int(run.seen.sum()),
         "samples_drawn": run.step * run.config.train.batch_size,
+        "draws_by_set": run.draws.by_set(),
         "trainable_parameters": sum(entry.value.numel() for entry in state.params.values()),
         "ranks_start": {short_name(n): r for n, r in run.initial_ranks.items()},
         "ranks_end": {short_name(n): r for n, r in current_ranks(run.engine.module).items()},

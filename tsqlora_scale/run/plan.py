@@ -135,3 +135,8 @@ def _scoring_step(config: Config, total: int, pool_size: int) -> int | None:
         epoch = ceil(pool_size / config.train.batch_size)
         return epoch * ceil(step / epoch + 0.5)
     return 0 if config.scores_by_proxy else step  # the warm-up is the proxy's
+
+
+def due(every: int | None, step: int) -> bool:
+    """Whether something that happens every ``every`` steps happens after ``step``."""
+    return every is not None and step % every == 0

@@ -25,8 +25,10 @@ MEMORY_KINDS = ("tmpfs", "ramfs")
 
 def data_bytes(config: Config, pool_size: int) -> int:
     """What the ids, labels and weights of a sample take in temporary files, at most."""
-    weights = 16 if config.task.dataset.weight else 0  # beside the text, and in the selector
+    weights = 16 if config.task.is_weighted else 0  # beside the text, and in the selector
     ids = 0 if config.task.dataset.id_column else 4 + len(str(pool_size))
+    if config.task.mixture:  # ids begin with the set's name, and every row has its number
+        ids += 3 + max(len(each.name) for each in config.task.mixture)
     return ids + weights + {"classification": 8, "regression": 4}.get(config.task.type, 0)
 
 
@@ -41,7 +43,7 @@ def score_bytes(config: Config, pool_size: int) -> int:
     discounted = 8 if sampling.redundancy else 0
     sampler = (32 if sampling.replacement else 16) * kept
     importance = 8 if sampling.unbiased else 0
-    weighted = 8 if config.task.dataset.weight else 0  # probabilities times weights
+    weighted = 8 if config.task.is_weighted else 0  # probabilities times weights
     pool = 32 if weighted else 8  # the even sampler of the warm-up
     scored = 8 * min(1.0, (scoring.max_samples or pool_size) / pool_size)
     first = pool + scored + max(1 + 2 * scored, discounted + 8 + 8 + 1)  # the rounding of terms; log p, keys and S

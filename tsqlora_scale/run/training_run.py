@@ -28,9 +28,10 @@ from tsqlora_scale.ranks.controller import RankController, RankEvent
 from tsqlora_scale.report.progress import Progress
 from tsqlora_scale.report.record import RunRecord
 from tsqlora_scale.run.checkpoint import checkpoint_dir
+from tsqlora_scale.run.draw_counts import DrawCounts
 from tsqlora_scale.run.lr_schedule import learning_rate
 from tsqlora_scale.run.nonfinite import NonFiniteSteps
-from tsqlora_scale.run.plan import RunPlan
+from tsqlora_scale.run.plan import RunPlan, due
 from tsqlora_scale.run.preemption import StopRequest
 from tsqlora_scale.run.run_checkpoints import RunCheckpoints
 from tsqlora_scale.run.trained_adapter import write_from_checkpoint
@@ -64,6 +65,7 @@ class Run:
     step: int = 0
     #: Which pool rows have been trained on, (N,) bool.
     seen: np.ndarray = field(init=False)
+    draws: DrawCounts = field(init=False)
     best: dict[str, Any] | None = None
     checkpoints: RunCheckpoints = field(init=False)
     nonfinite: NonFiniteSteps = field(init=False)
@@ -85,6 +87,7 @@ class Run:
         self._total_rank = sum(self.initial_ranks.values())
         with self.engine.world.together():
             self.seen = filled(self.plan.pool_size, bool, False)
+        self.draws = DrawCounts(self.task.sets)
 
     @property
     def is_main(self) -> bool:
@@ -131,6 +134,7 @@ class Run:
         """
         lr = self.lr
         self.step += 1
+        self.draws.add(rows)
         self.stop.agreed = result.stop
         if result.taken:
             self.seen[rows] = True
@@ -370,6 +374,7 @@ class Run:
             "loss_scaler": self.engine.scaler_state(),
             "metrics_before": self.metrics_before,
             "seen": torch.from_numpy(self.seen.view(np.uint8)),
+            "draws": self.draws.state_dict(),
             "config": self.config.model_dump(mode="json"),
             "data": self.task.digest(),
             "seconds": dict(self.record.seconds),
@@ -378,6 +383,7 @@ class Run:
     def load_state_dict(self, tree: dict[str, Any]) -> None:
         """Continue from a checkpoint; parameters, moments and ranks are already in the engine."""
         self.seen[:] = tree["seen"].numpy()
+        self.draws.load_state_dict(tree.get("draws", []))
         self.selector.load_state_dict(tree["selector"])
         self.ranks.load_state_dict(tree["controller"])
         self.step, self.best, self.checkpoints.best = tree["step"], tree["best"], tree["best_kept"]
@@ -392,8 +398,3 @@ class Run:
         self.write_on_main(
             f"{str(self.record.folder)!r}", lambda: self.record.rewind(self.step, last_step=self.plan.total_steps)
         )
-
-
-def due(every: int | None, step: int) -> bool:
-    """Whether something that happens every ``every`` steps happens after ``step``."""
-    return every is not None and step % every == 0

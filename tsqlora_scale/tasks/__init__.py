@@ -4,10 +4,12 @@
 """
 
 from tsqlora_scale.tasks.batch import IGNORED, Batch
+from tsqlora_scale.tasks.objective_names import auto_class_of, objective_class
 from tsqlora_scale.tasks.objectives.positions import check_lengths
-from tsqlora_scale.tasks.rows.data import Data, load_data, load_dev
+from tsqlora_scale.tasks.rows.data import Data
+from tsqlora_scale.tasks.rows.loading import load_data, load_dev
 from tsqlora_scale.tasks.rows.token_checks import with_tokens
-from tsqlora_scale.tasks.task import Task, auto_class_of, build_task, objective_class
+from tsqlora_scale.tasks.task import Task, build_task
 
 __all__ = [
     "IGNORED",

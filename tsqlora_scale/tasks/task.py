@@ -16,21 +16,22 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from tsqlora_scale.common.disk_arrays import blocks, counts, new_array
 from tsqlora_scale.common.errors import UserError
-from tsqlora_scale.config.extensions import load_extension
 from tsqlora_scale.config.schema import TaskConfig
 from tsqlora_scale.tasks.batch import Batch, places_of
 from tsqlora_scale.tasks.known_padding import known_padding, padding_of
 from tsqlora_scale.tasks.losses import loss_terms, losses_at
 from tsqlora_scale.tasks.metrics import METRICS, SampleLosses, compute_metrics, needs_answers, needs_losses
 from tsqlora_scale.tasks.needed_logits import needed_logits, token_shift
-from tsqlora_scale.tasks.objectives.causal import CausalObjective
+from tsqlora_scale.tasks.objective_names import check_members, objective_class
 from tsqlora_scale.tasks.objectives.chat import ChatObjective
 from tsqlora_scale.tasks.objectives.label_heads import LabelObjective
 from tsqlora_scale.tasks.objectives.objective import Measured, Objective, Rows
-from tsqlora_scale.tasks.objectives.seq2seq import Seq2SeqObjective
 from tsqlora_scale.tasks.rows.column_checks import SAMPLE_ID
-from tsqlora_scale.tasks.rows.data import Data, text_columns
+from tsqlora_scale.tasks.rows.data import Data
+from tsqlora_scale.tasks.rows.mixed_sets import MixedSets
+from tsqlora_scale.tasks.rows.set_columns import DATA_SET
 from tsqlora_scale.tasks.rows.sources import SplitName
+from tsqlora_scale.tasks.rows.wanted import text_columns
 from tsqlora_scale.tasks.split_pool import SplitPool
 
 QUERY: SplitName = "query"
@@ -58,6 +59,8 @@ class Task:
         self.train, self.dev = data.pool(with_query=cfg.train_on_query), data.dev
         #: Rows of the query at the end of the pool.
         self.query_rows = len(self.train) - len(data.train)
+        #: The sets of ``task.mixture`` in the pool; None without one.
+        self.sets = MixedSets.in_pool(cfg, self.train)
         self._data = {"train": self.train, QUERY: data.query}
         self._digests: dict[SplitName, str] = {}
         self._views: dict[SplitName, datasets.Dataset] = {"train": self.train.select_columns(objective.columns)}
@@ -91,7 +94,7 @@ class Task:
     @property
     def held_out(self) -> dict[SplitName, str]:
         """What goes before the names of the metrics of every held-out set, the deciding one first: ``NAME/``."""
-        names = list(self._cfg.dataset.dev_sets) if self.dev is not None else []
+        names = list(self._cfg.dev_sets) if self.dev is not None else []
         prefixes = [f"{name}/" if name else "" for name in names]
         return dict(zip(["dev", *(f"dev {name}" for name in names[1:])], prefixes, strict=False))
 
@@ -231,6 +234,10 @@ class Task:
         for rows in view.iter(batch_size=10_000):
             for name in view.column_names:
                 digest.update(repr(rows[name]).encode())
+        if split == "train" and self.sets is not None:
+            digest.update(repr(self.sets.names).encode())
+            for block in blocks(len(self.sets.numbers)):
+                digest.update(self.sets.numbers[block].tobytes())
         weights = self.draw_weights() if split == "train" else None
         if weights is not None:
             for block in blocks(len(weights)):
@@ -276,8 +283,11 @@ class Task:
         return [] if measure is None else list(measure(self._rows("train", rows)))
 
     def strata(self) -> np.ndarray | None:
-        """The class of every sample of the pool as numbers from 0 without gaps, (N,) int32; None without classes."""
+        """The class of every sample of the pool as numbers from 0 without gaps, (N,) int32, in a mixture with shares
+        the pair of set and class; None without both."""
         labels = self.class_ids()
+        if self.sets is not None and self.sets.shares is not None:
+            labels = self.sets.within(labels)
         if labels is None:
             return None
         present = np.flatnonzero(counts(labels))
@@ -297,7 +307,10 @@ class Task:
         return labels
 
     def draw_weights(self) -> np.ndarray | None:
-        """What multiplies how often a sample is drawn, (N,) float64, above 0; None without ``task.dataset.weight``."""
+        """What multiplies how often a sample is drawn, (N,) float64, above 0; None without ``task.dataset.weight`` and
+        shares of a mixture."""
+        if self.sets is not None:
+            return self.sets.draw_weights(self.train)
         name = self._cfg.dataset.weight
         if name is None:
             return None
@@ -317,8 +330,8 @@ class Task:
         return list(zip(*([text or "" for text in cells[name]] for name in names), strict=True))
 
     def given(self, block: slice) -> pa.Table:
-        """The pool's samples of a block as they are in the data: its own id, the texts, and the answer (a class by its
-        name)."""
+        """The pool's samples of a block as they are in the data: its own id, the set of a mixture that they are of, the
+        texts, and the answer (a class by its name)."""
         own_id = self._cfg.dataset.id_column
         names = [] if own_id in (None, SAMPLE_ID) else [own_id]
         names = list(dict.fromkeys([*names, *text_columns(self._cfg).values(), self._objective.answer]))
@@ -327,6 +340,9 @@ class Task:
         if self._cfg.type == "classification" and isinstance(self._cfg.labels, list):
             classes = pa.array(self._cfg.labels).take(table.column(place).combine_chunks())
             table = table.set_column(place, names[place], classes)
+        if self.sets is not None:
+            sets = pa.array(self.sets.names).take(pa.array(self.sets.numbers[block]))
+            table = table.add_column(0, DATA_SET, sets)
         return table
 
     def preview(self, row: int, *, split: SplitName = "train") -> str:
@@ -357,41 +373,10 @@ def build_task(cfg: TaskConfig, data: Data, tokenizer: PreTrainedTokenizerBase, 
         UserError: the model cannot do the task; or an extension lacks what an objective sets when it is built.
     """
     objective = objective_class(cfg)(cfg, tokenizer, model_config)
-    _check_members(cfg, objective, ("columns", "answer"))
+    check_members(cfg, objective, ("columns", "answer"))
     return Task(cfg, data, tokenizer, objective)
-
-
-def objective_class(cfg: TaskConfig) -> Any:
-    """The implementation of :class:`.Objective`: ``task.objective``, or that of the task's type.
-
-    Raises:
-        UserError: an extension that cannot be imported, is no class, or is no objective.
-    """
-    if cfg.objective is None:
-        causal = CausalObjective if cfg.messages is None else ChatObjective
-        return {"seq2seq": Seq2SeqObjective, "causal": causal}.get(cfg.type, LabelObjective)
-    found = load_extension(cfg.objective, key="task.objective")
-    if not isinstance(found, type):
-        raise UserError(f"task.objective={cfg.objective!r}: is no class; name the class of an objective")
-    _check_members(cfg, found, ("auto_class", "peft_task_type", "collate", "losses", "predict", "preview"))
-    return found
-
-
-def _check_members(cfg: TaskConfig, objective: Any, members: Sequence[str]) -> None:
-    """``columns`` and ``answer`` follow the config: an instance has them, its class need not."""
-    missing = [member for member in members if not hasattr(objective, member)]
-    if missing:
-        raise UserError(
-            f"task.objective={cfg.objective!r}: is no objective, it lacks {', '.join(missing)}; derive it from one of "
-            "tsqlora_scale.tasks.objectives"
-        )
 
 
 def _answers_by_forward(objective: Objective) -> TypeGuard[LabelObjective]:
     """Whether the objective's answers are those of :class:`.LabelObjective`, which one forward's logits give."""
     return isinstance(objective, LabelObjective) and type(objective).predict is LabelObjective.predict
-
-
-def auto_class_of(cfg: TaskConfig) -> Any:
-    """The transformers auto class that loads models for a task."""
-    return objective_class(cfg).auto_class

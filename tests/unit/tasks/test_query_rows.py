@@ -15,8 +15,7 @@ from transformers import AutoConfig, AutoTokenizer
 from tests.unit.tasks.cases import ANSWERS, CLASSES, NUMBERS, SUMMARIES, task_config
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.schema import TaskConfig
-from tsqlora_scale.tasks import Data, Task, build_task, load_data
-from tsqlora_scale.tasks.rows.data import load_dev
+from tsqlora_scale.tasks import Data, Task, build_task, load_data, load_dev
 
 Write = Callable[[str, "str | bytes"], Path]
 TRAIN = "text\tlabel\n" + "".join(f"a film {i}\t{'good' if i % 2 else 'bad'}\n" for i in range(8))

@@ -22,6 +22,7 @@ from tests.bad_input.place import edit_json
 from tests.tiny import VOCAB, WORDS, tiny_tokenizer
 from tests.unit.tasks.cases import CLASSES, SUMMARIES, task_config
 from tests.unit.tasks.families import build_family, config_over, describe_family, save_family
+from tests.unit.tasks.vocabularies import dropping
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.model.describe import load_descriptions
 from tsqlora_scale.tasks import IGNORED, Task, build_task, load_data, with_tokens
@@ -198,15 +199,6 @@ def test_a_mark_without_a_row_that_no_text_gives(tmp_path: Path) -> None:
 
 
 NOTHING = ["\u200b", "\u00ad\u2060", "\ufeff \u200d"]
-
-
-def dropping() -> Any:
-    """A tokenizer that drops characters which cannot be seen, as most do."""
-    from tokenizers import Regex, normalizers
-
-    made = tiny_tokenizer()
-    made.backend_tokenizer.normalizer = normalizers.Replace(Regex(r"[\u200b-\u200d\u2060\ufeff\u00ad]"), "")
-    return made
 
 
 @pytest.mark.parametrize("nothing", NOTHING)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from tests.tiny import WORDS
+from tests.tiny import WORDS, tiny_tokenizer
 
 SENTENCES = [" ".join(WORDS[i:] + WORDS[:i]) for i in range(len(WORDS))] + [
     "Ünïcode, 1234 (brackets) <tags> |bars|"
@@ -82,3 +82,10 @@ def whole_text_bpe() -> PreTrainedTokenizerFast:
 KINDS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     made.__name__: made for made in (words, wordpiece, byte_level, unigram, whole_text_bpe)
 }
+
+
+def dropping() -> PreTrainedTokenizerFast:
+    """A tokenizer that drops characters which cannot be seen, as most do."""
+    made = tiny_tokenizer()
+    made.backend_tokenizer.normalizer = normalizers.Replace(Regex(r"[\u200b-\u200d\u2060\ufeff\u00ad]"), "")
+    return made

@@ -33,6 +33,8 @@ class FullSelector:
         self.pool = context.pool
         with context.world.together():
             self._draw_weights = context.pool.draw_weights()
+            #: Of a pool that is a mixture. Unbiased draws may be uneven: their losses are weighed against it.
+            self._sets = None if self.config.sampling.unbiased else getattr(context.pool, "sets", None)
             self._sampler = self._make_sampler(self.subset(), None, start=0)
 
     def subset(self) -> np.ndarray:
@@ -52,7 +54,10 @@ class FullSelector:
         )
 
     def _weighted(self, rows: np.ndarray, probabilities: np.ndarray | None) -> np.ndarray | None:
-        """``probabilities`` (n,) of ``rows`` times their weights, up to a constant; None: all alike."""
+        """``probabilities`` (n,) of ``rows`` times their weights, up to a constant; None: all alike.
+
+        The sets of a mixture have the shares that are asked for, whatever ``probabilities`` would make of them.
+        """
         if self._draw_weights is None:
             return probabilities
         weighted = new_array(len(rows), np.float64)
@@ -60,6 +65,8 @@ class FullSelector:
             weighted[block] = self._draw_weights[rows[block]]
             if probabilities is not None:
                 weighted[block] *= probabilities[block]
+        if self._sets is not None:
+            self._sets.balance(rows, weighted)
         return weighted
 
     @property

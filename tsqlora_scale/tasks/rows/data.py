@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from dataclasses import dataclass, field
+from typing import Any
 
 import datasets
 import numpy as np
@@ -16,7 +17,6 @@ from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.printing import printable
 from tsqlora_scale.common.random_streams import subset_rows
 from tsqlora_scale.config.schema import TaskConfig
-from tsqlora_scale.tasks.metrics import check_metrics
 from tsqlora_scale.tasks.rows.column_checks import SAMPLE_ID, check_text, sample_ids
 from tsqlora_scale.tasks.rows.conversations import check_conversations, check_tools
 from tsqlora_scale.tasks.rows.excluded_ids import digest_of, not_excluded, read_ids
@@ -24,11 +24,11 @@ from tsqlora_scale.tasks.rows.label_cells import class_ids, draw_weights, infer_
 from tsqlora_scale.tasks.rows.origin import Origin
 from tsqlora_scale.tasks.rows.query_rows import as_in_pool, check_query, query_ids
 from tsqlora_scale.tasks.rows.row_ids import text_column
-from tsqlora_scale.tasks.rows.sources import Opened, open_dev, open_pool, open_query
+from tsqlora_scale.tasks.rows.set_columns import DATA_SET, ROW_WEIGHT, SetColumns
+from tsqlora_scale.tasks.rows.sources import Opened, open_dev, open_query
 from tsqlora_scale.tasks.rows.wanted import (
     EMPTY_KEYS,
     ID_KEY,
-    INPUT_KEY,
     LABEL_KEY,
     MESSAGES_KEY,
     STRUCTURED_KEYS,
@@ -36,6 +36,7 @@ from tsqlora_scale.tasks.rows.wanted import (
     WEIGHT_KEY,
     Wanted,
     no_plain_cells,
+    text_columns,
 )
 
 log = logging.getLogger("tsqlora_scale")
@@ -69,48 +70,6 @@ class Data:
         return datasets.concatenate_datasets([self.train, self.query])
 
 
-def load_dev(cfg: TaskConfig, *, seed: int) -> Data:
-    """The held-out sets alone, opened and checked; the pool is left without rows, and its file need not be there.
-
-    Raises:
-        UserError: as :func:`load_data`, there is no held-out set, or the config names no classes: those of a held-out
-            set may be others than the pool's.
-    """
-    check_metrics(cfg.metrics, cfg.type)
-    _check_declared_labels(cfg)
-    check_classes_known(cfg)
-    sets = _load_dev_sets(cfg, seed)
-    if not sets:
-        key = "dev_file" if cfg.dataset.name is None else "dev_split"
-        raise UserError(f"task.dataset.{key} is not set, and evaluation needs it; name the held-out set")
-    dev, more = _first_and_more(sets)
-    assert dev is not None
-    return Data(dev.select([]), dev, more, cfg.labels)
-
-
-def load_data(cfg: TaskConfig, *, seed: int) -> Data:
-    """Open and check all splits.
-
-    Args:
-        cfg: the task.
-        seed: fixes the subsets that ``max_train_samples`` and ``max_dev_samples`` keep. A smaller subset is
-            part of a larger one of the same seed.
-
-    Raises:
-        UserError: one line that names the key, or the file and row (from 1, without the header), the value
-            and the remedy.
-    """
-    check_metrics(cfg.metrics, cfg.type)
-    _check_declared_labels(cfg)
-    opened = open_pool(cfg.dataset, _wanted(cfg, pool=True), label=_label(cfg))
-    train, labels = _load_pool(cfg, opened, seed)
-    cfg = cfg.model_copy(update={"labels": labels})
-    sets = _load_dev_sets(cfg, seed, opened.classes)
-    dev, more = _first_and_more(sets)
-    query = None if cfg.query is None else _load_query(cfg, train, sets, opened.classes)
-    return Data(train, dev, more, labels, query)
-
-
 def check_classes_known(cfg: TaskConfig) -> None:
     """Check that the config names the classes: those of other rows than the pool's may be others.
 
@@ -124,27 +83,9 @@ def check_classes_known(cfg: TaskConfig) -> None:
         )
 
 
-def text_columns(cfg: TaskConfig) -> dict[str, str]:
-    """Config key -> name of every column of text, or of conversations, that the task reads."""
-    if cfg.messages is not None:
-        named = {MESSAGES_KEY: cfg.messages, TOOLS_KEY: cfg.tools}
-    else:
-        named = {"task.source": cfg.source, INPUT_KEY: cfg.input, "task.target": cfg.target}
-    if cfg.type in ("classification", "regression"):
-        return {f"task.text[{i}]": name for i, name in enumerate(cfg.text)}
-    return {key: name for key, name in named.items() if name is not None}
-
-
-def _first_and_more(
-    sets: dict[str, datasets.Dataset],
-) -> tuple[datasets.Dataset | None, dict[str, datasets.Dataset]]:
-    first = next(iter(sets), None)
-    return sets.get(first or ""), {name: rows for name, rows in sets.items() if name != first}
-
-
-def _wanted(cfg: TaskConfig, *, pool: bool) -> Wanted:
+def wanted_columns(cfg: TaskConfig, *, pool: bool) -> Wanted:
     required, optional = text_columns(cfg), {}
-    label = _label(cfg)
+    label = label_column(cfg)
     if label is not None:
         required[LABEL_KEY] = label
     if pool and cfg.dataset.weight is not None:
@@ -160,13 +101,21 @@ def _wanted(cfg: TaskConfig, *, pool: bool) -> Wanted:
     return Wanted(required, optional, others=cfg.objective is not None)
 
 
-def _label(cfg: TaskConfig) -> str | None:
+def label_column(cfg: TaskConfig) -> str | None:
     return cfg.label if cfg.type in ("classification", "regression") else None
 
 
-def _load_pool(cfg: TaskConfig, opened: Opened, seed: int) -> tuple[datasets.Dataset, list[str] | int | None]:
-    """The checked pool, and the classes in it."""
+def load_pool(
+    cfg: TaskConfig, opened: Opened, seed: int, part: SetColumns | None = None
+) -> tuple[datasets.Dataset, list[str] | int | None]:
+    """The checked pool, and the classes in it.
+
+    Args:
+        part: which set of a mixture it is, if it is one.
+    """
     excluded = None if cfg.dataset.exclude is None else read_ids(cfg.dataset.exclude)
+    if excluded is not None and part is not None:
+        excluded = part.own_ids(excluded)
     raw, where = opened.rows, opened.where
     ids = _ids(cfg, opened)
     kept = filled_array(len(raw), bool, True)
@@ -192,27 +141,28 @@ def _load_pool(cfg: TaskConfig, opened: Opened, seed: int) -> tuple[datasets.Dat
         column = raw.data.column(cfg.label)
         labels = infer_labels(column, where=where, name=cfg.label, names=opened.classes, kept=kept)
     cfg = cfg.model_copy(update={"labels": labels})
-    dataset = _checked(cfg, opened, ids, kept, weights, identity=digest_of(excluded))
-    return _part(dataset, cfg.dataset.max_train_samples, seed, "train"), labels
+    dataset = _checked(cfg, opened, ids, kept, weights, identity=digest_of(excluded), part=part)
+    split = "train" if part is None else f"train {part.name}"
+    return _part(dataset, cfg.dataset.max_train_samples, seed, split), labels
 
 
-def _load_dev_sets(cfg: TaskConfig, seed: int, classes: list[str] | None = None) -> dict[str, datasets.Dataset]:
-    """The checked held-out sets by name.
+def load_dev_set(
+    cfg: TaskConfig, name: str, seed: int, classes: list[str] | None = None, part: SetColumns | None = None
+) -> datasets.Dataset:
+    """The checked held-out set ``name`` of ``cfg.dataset``.
 
     Args:
         classes: the pool's own class names, where it has some.
+        part: which set of a mixture it is of, if it is of one.
     """
-    sets = {}
-    for name in cfg.dataset.dev_sets:
-        opened = open_dev(cfg.dataset, name, _wanted(cfg, pool=False), label=_label(cfg))
-        _check_numbered_alike(cfg, opened, classes)
-        kept = filled_array(len(opened.rows), bool, True)
-        dataset = _checked(cfg, opened, _ids(cfg, opened), kept, None, identity="")
-        sets[name] = _part(dataset, cfg.dataset.max_dev_samples, seed, f"dev {name}" if name else "dev")
-    return sets
+    opened = open_dev(cfg.dataset, name, wanted_columns(cfg, pool=False), label=label_column(cfg))
+    check_numbered_alike(cfg, opened, classes)
+    kept = filled_array(len(opened.rows), bool, True)
+    dataset = _checked(cfg, opened, _ids(cfg, opened), kept, None, identity="", part=part)
+    return _part(dataset, cfg.dataset.max_dev_samples, seed, f"dev {name}" if name else "dev")
 
 
-def _load_query(
+def load_query(
     cfg: TaskConfig, train: datasets.Dataset, sets: dict[str, datasets.Dataset], classes: list[str] | None
 ) -> datasets.Dataset:
     """The checked rows of ``task.query``.
@@ -223,13 +173,14 @@ def _load_query(
         classes: the pool's own class names, where it has some.
     """
     assert cfg.query is not None
-    opened = open_query(cfg.dataset, cfg.query, _wanted(cfg, pool=False), label=_label(cfg))
-    _check_numbered_alike(cfg, opened, classes)
+    opened = open_query(cfg.dataset, cfg.query, wanted_columns(cfg, pool=False), label=label_column(cfg))
+    check_numbered_alike(cfg, opened, classes)
     kept = filled_array(len(opened.rows), bool, True)
     weights = None if cfg.dataset.weight is None else filled_array(len(kept), np.float64, 1.0)
-    rows = _checked(cfg, opened, query_ids(_ids(cfg, opened)), kept, weights, identity="query")
+    rows = _checked(cfg, opened, query_ids(_ids(cfg, opened)), kept, weights, identity="query", part=None)
     check_query(rows, train, sets, list(text_columns(cfg).values()), where=opened.where)
-    return as_in_pool(rows, train, own_id=cfg.dataset.id_column, where=opened.where)
+    ours = {DATA_SET: len(cfg.mixture), ROW_WEIGHT: 1.0} if cfg.mixture else {}
+    return as_in_pool(rows, train, own_id=cfg.dataset.id_column, where=opened.where, ours=ours)
 
 
 def _ids(cfg: TaskConfig, opened: Opened) -> pa.ChunkedArray | pa.Array:
@@ -262,32 +213,36 @@ def _checked(
     weights: np.ndarray | None,
     *,
     identity: str,
+    part: SetColumns | None,
 ) -> datasets.Dataset:
-    """The rows that are ``kept`` (N,), with the columns of ours.
+    """The rows that are ``kept`` (N,), with the columns of ours; of a ``part`` of a mixture with these alone.
 
     Args:
         identity: what the kept rows depend on beside the config and the source.
     """
     raw, where = opened.rows, opened.where
     own_columns: dict[str, pa.Array | pa.ChunkedArray | np.ndarray] = {SAMPLE_ID: ids}
-    filled = copied(kept)
+    filled, texts = copied(kept), {}
     for key, name in text_columns(cfg).items():
-        column = _text_of(raw, name, key, where)
+        column = texts[key] = _text_of(raw, name, key, where)
         if column.type != raw.data.column(name).type:
             own_columns[name] = column
         filled &= _filled(cfg, key, column, where, kept)
-    label = _label(cfg)
+    label = label_column(cfg)
     if label is not None:
         own_columns[label] = _targets(cfg, opened, label, filled)
-    if weights is not None:
-        assert cfg.dataset.weight is not None
+    if weights is not None and cfg.dataset.weight is not None:
         own_columns[cfg.dataset.weight] = weights
-    others = raw.remove_columns([name for name in own_columns if name in raw.column_names])
     # a fingerprint of its own, or one is taken of a copy of the table; the same on all ranks
-    names = (cfg.dataset.id_column, cfg.type, cfg.label, cfg.labels, cfg.dataset.weight, identity)
+    names: tuple[Any, ...] = (cfg.dataset.id_column, cfg.type, cfg.label, cfg.labels, cfg.dataset.weight, identity)
+    if part is not None:
+        own_columns = part.columns(texts, ids, weights, None if label is None else own_columns[label])
+        names = (*names, part.identity, text_columns(cfg))
     fingerprint = hashlib.sha256(repr((raw._fingerprint, *names)).encode()).hexdigest()[:16]
-    added = datasets.Dataset(pa.table(own_columns), fingerprint=fingerprint)
-    dataset = datasets.concatenate_datasets([others, added], axis=1)
+    dataset = datasets.Dataset(pa.table(own_columns), fingerprint=fingerprint)
+    if part is None:
+        others = raw.remove_columns([name for name in own_columns if name in raw.column_names])
+        dataset = datasets.concatenate_datasets([others, dataset], axis=1)
     left_out = int(np.count_nonzero(kept)) - int(np.count_nonzero(filled))
     if left_out:
         _say_left_out(where, left_out, "with an empty text")
@@ -329,7 +284,7 @@ def _targets(cfg: TaskConfig, opened: Opened, label: str, kept: np.ndarray) -> n
     return class_ids(column, cfg.labels, where=opened.where, name=label, names=opened.classes, kept=kept)
 
 
-def _check_numbered_alike(cfg: TaskConfig, opened: Opened, classes: list[str] | None) -> None:
+def check_numbered_alike(cfg: TaskConfig, opened: Opened, classes: list[str] | None) -> None:
     """Label numbers that count by position must stand for the same classes in the pool and in a held-out set.
 
     Raises:
@@ -345,7 +300,7 @@ def _check_numbered_alike(cfg: TaskConfig, opened: Opened, classes: list[str] | 
     )
 
 
-def _check_declared_labels(cfg: TaskConfig) -> None:
+def check_declared_labels(cfg: TaskConfig) -> None:
     if cfg.type != "classification" or cfg.labels is None:
         return
     if cfg.num_labels < 2:

@@ -78,20 +78,28 @@ def check_query(
 
 
 def as_in_pool(
-    rows: datasets.Dataset, train: datasets.Dataset, *, own_id: str | None, where: Origin
+    rows: datasets.Dataset,
+    train: datasets.Dataset,
+    *,
+    own_id: str | None,
+    where: Origin,
+    ours: Mapping[str, float] | None = None,
 ) -> datasets.Dataset:
     """The query's rows with the columns of the pool and their types, so that they can join it.
 
     Args:
         own_id: the data's own column of ids, which the query need not have; its cells are then empty.
+        ours: what every row of the query has in columns of ours.
 
     Raises:
         UserError: a column is missing that an objective of one's own may read.
     """
-    table = rows.with_format("arrow")[:]
+    table, ours = rows.with_format("arrow")[:], ours or {}
     columns = {}
     for column in train.features.arrow_schema:
-        if column.name in table.column_names:
+        if column.name in ours:
+            columns[column.name] = pa.chunked_array([pa.array([ours[column.name]] * len(table), column.type)])
+        elif column.name in table.column_names:
             with contextlib.suppress(pa.ArrowInvalid, pa.ArrowNotImplementedError):  # ids of another type
                 columns[column.name] = table[column.name].cast(column.type)
         if column.name not in columns and column.name != own_id:

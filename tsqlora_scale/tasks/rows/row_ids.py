@@ -48,6 +48,11 @@ def text_column(column: pa.ChunkedArray, *, ids: bool, structured: bool = False)
     return _stored(batches, 2 * column.nbytes)
 
 
+def made_column(parts: Iterable[pa.Array], size_in_bytes: int) -> pa.ChunkedArray:
+    """Texts that are made part by part, about so many bytes of them, mapped to disk where they are large."""
+    return _stored((pa.record_batch([part], schema=_SCHEMA) for part in parts), size_in_bytes)
+
+
 def _stored(batches: Iterable[pa.RecordBatch], size_in_bytes: int) -> pa.ChunkedArray:
     if size_in_bytes <= disk_arrays.IN_MEMORY:
         return pa.Table.from_batches(list(batches), _SCHEMA).column(0)

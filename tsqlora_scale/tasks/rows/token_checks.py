@@ -13,10 +13,10 @@ from tsqlora_scale.common.printing import shown
 from tsqlora_scale.config.schema import TaskConfig
 from tsqlora_scale.tasks.objectives.tokenizing import TextEncoder
 from tsqlora_scale.tasks.rows.column_checks import SAMPLE_ID
-from tsqlora_scale.tasks.rows.data import Data, text_columns
-from tsqlora_scale.tasks.rows.every_split import for_every_split, sample_name, without
+from tsqlora_scale.tasks.rows.data import Data
+from tsqlora_scale.tasks.rows.every_split import column_words, for_every_split, sample_name, without
 from tsqlora_scale.tasks.rows.turn_checks import with_written_turns
-from tsqlora_scale.tasks.rows.wanted import INPUT_KEY, STRUCTURED_KEYS
+from tsqlora_scale.tasks.rows.wanted import INPUT_KEY, STRUCTURED_KEYS, text_columns
 
 #: Letters, digits, punctuation, signs of mathematics and money: what every normaliser keeps.
 _SOLID = r"[\p{L}\p{N}\p{P}\p{Sm}\p{Sc}]"
@@ -42,7 +42,7 @@ def with_tokens(cfg: TaskConfig, data: Data, tokenizer: PreTrainedTokenizerBase)
         return with_written_turns(cfg, data, tokenizer)
     encoder = TextEncoder(tokenizer)
     drops = any(not _gives_tokens(encoder, character) for character in _SCRIPTS)
-    return for_every_split(cfg, data, lambda rows, where: _split_with_tokens(cfg, rows, where, encoder, drops))
+    return for_every_split(cfg, data, lambda own, rows, where: _split_with_tokens(own, rows, where, encoder, drops))
 
 
 def _split_with_tokens(
@@ -72,8 +72,8 @@ def _split_with_tokens(
 
 def _refusal(cfg: TaskConfig, where: str, sample: str, name: str, text: str) -> str:
     return (
-        f"{where}, {sample_name(cfg, sample)}: column {name!r} is {shown(text)}, of which the tokenizer makes nothing; "
-        "fill it in, or set task.dataset.drop_empty=true to leave such rows out"
+        f"{where}, {sample_name(cfg, sample)}: {column_words(cfg, name)} is {shown(text)}, of which the tokenizer "
+        "makes nothing; fill it in, or set task.dataset.drop_empty=true to leave such rows out"
     )
 
 

@@ -14,7 +14,7 @@ from tsqlora_scale.tasks.objectives.turn_spans import UnwrittenTurn
 from tsqlora_scale.tasks.rows.column_checks import SAMPLE_ID
 from tsqlora_scale.tasks.rows.conversations import read_conversation, read_tools
 from tsqlora_scale.tasks.rows.data import Data
-from tsqlora_scale.tasks.rows.every_split import for_every_split, sample_name, without
+from tsqlora_scale.tasks.rows.every_split import column_words, for_every_split, sample_name, without
 
 #: Rows that are in memory at once.
 _ROWS = 2**12
@@ -30,7 +30,7 @@ def with_written_turns(cfg: TaskConfig, data: Data, tokenizer: PreTrainedTokeniz
     if not tokenizer.is_fast:  # which is said where the objective is built
         return data
     tokens = ConversationTokens(tokenizer, cfg)
-    return for_every_split(cfg, data, lambda rows, where: _written(cfg, rows, where, tokens))
+    return for_every_split(cfg, data, lambda own, rows, where: _written(own, rows, where, tokens))
 
 
 def _written(cfg: TaskConfig, rows: datasets.Dataset, where: str, tokens: ConversationTokens) -> datasets.Dataset:
@@ -56,8 +56,9 @@ def _written(cfg: TaskConfig, rows: datasets.Dataset, where: str, tokens: Conver
                 message = f"the tokenizer's chat template {error}"
                 if not drop:
                     remedy = ", or set task.dataset.drop_empty=true to leave such rows out" if ours else ""
+                    column = column_words(cfg, cfg.messages)
                     raise UserError(
-                        f"{where}, {sample}: the conversation in column {cfg.messages!r}: {message}; mend it{remedy}"
+                        f"{where}, {sample}: the conversation in {column}: {message}; mend it{remedy}"
                     ) from None
                 first = first or f"{sample}: {message}"
                 kept[row] = False

@@ -15,9 +15,9 @@ from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.schema import TaskConfig
 from tsqlora_scale.tasks.rows.column_checks import check_text
 from tsqlora_scale.tasks.rows.conversations import answerable, check_tools
-from tsqlora_scale.tasks.rows.data import Data, check_classes_known, text_columns
+from tsqlora_scale.tasks.rows.data import Data, check_classes_known
 from tsqlora_scale.tasks.rows.sources import open_dev
-from tsqlora_scale.tasks.rows.wanted import INPUT_KEY, Wanted
+from tsqlora_scale.tasks.rows.wanted import INPUT_KEY, Wanted, text_columns
 
 #: Stands where a row has no target yet; nothing that a model answers depends on it.
 PLACEHOLDER = "."

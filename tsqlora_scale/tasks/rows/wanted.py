@@ -7,15 +7,28 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.config.schema import TaskConfig
 
 ID_KEY, LABEL_KEY, WEIGHT_KEY = "task.dataset.id_column", "task.label", "task.dataset.weight"
 #: Keys of columns that hold no text to learn from.
 VALUE_KEYS = (ID_KEY, LABEL_KEY, WEIGHT_KEY)
 MESSAGES_KEY, TOOLS_KEY, INPUT_KEY = "task.messages", "task.tools", "task.input"
+SOURCE_KEY, TARGET_KEY = "task.source", "task.target"
 #: Keys of columns of lists of objects, which are read as JSON.
 STRUCTURED_KEYS = (MESSAGES_KEY, TOOLS_KEY)
 #: Keys of columns that may be empty in any row.
 EMPTY_KEYS = (TOOLS_KEY, INPUT_KEY)
+
+
+def text_columns(cfg: TaskConfig) -> dict[str, str]:
+    """Config key -> name of every column of text, or of conversations, that the task reads."""
+    if cfg.messages is not None:
+        named = {MESSAGES_KEY: cfg.messages, TOOLS_KEY: cfg.tools}
+    else:
+        named = {SOURCE_KEY: cfg.source, INPUT_KEY: cfg.input, TARGET_KEY: cfg.target}
+    if cfg.type in ("classification", "regression"):
+        return {f"task.text[{i}]": name for i, name in enumerate(cfg.text)}
+    return {key: name for key, name in named.items() if name is not None}
 
 
 @dataclass(frozen=True)
