@@ -83,7 +83,7 @@ def make_model(folder: Path, hidden: int, layers: int, tokens: int | None = None
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     ).save_pretrained(folder / "model")
-    words = [" ".join(f"w{(n + k) % 60}" for k in range((tokens or 1) if n % 4 else 1)) for n in range(64)]
+    words = [" ".join(f"w{(n + k) % 60}" for k in range((tokens or 1) if n % 4 != 3 else 1)) for n in range(64)]
     targets = [" ".join([f"w{n % 5}"] * (8 if tokens else 1)) for n in range(64)]
     rows = [{"source": f"{text} w{n % 7}", "target": targets[n]} for n, text in enumerate(words)]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
