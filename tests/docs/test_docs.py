@@ -19,7 +19,7 @@ from tsqlora_scale.config.load import load_config, parse_config
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-SCRIPTS = ("train", "score", "evaluate", "predict", "export", "advise")
+SCRIPTS = ("train", "score", "evaluate", "predict", "export", "advise", "plan")
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ class Forecast:
         plan: its steps.
         engines: memory of a rank under every engine, as the config says.
         proposal: the first that fits; None: none does, or nothing was said of the memory that there is.
+        least: what needs least, where none fits; None otherwise.
         memory: bytes of a device; None: unknown.
         times: phases in steps.
         hours: the same in hours; None without a number of tokens in a second.
@@ -47,11 +48,22 @@ class Forecast:
     plan: RunPlan
     engines: list[EngineMemory]
     proposal: EngineMemory | None
+    least: EngineMemory | None
     memory: int | None
     times: RunTimes
     hours: dict[str, float] | None
     trained: int
     base_elements: int
+
+    @property
+    def notes(self) -> list[str]:
+        """What the plan leaves out of this run."""
+        notes = []
+        if self.config.scores_by_proxy:
+            notes.append("scoring is that of scoring.proxy_model, which is no part of this plan: plan it by itself")
+        if self.config.scores_online:
+            notes.append("what scoring.source=online listens to in the steps is not counted")
+        return notes
 
     def to_json(self) -> dict[str, Any]:
         """Everything as JSON values, sizes in bytes."""
@@ -66,6 +78,7 @@ class Forecast:
             "memory": self.memory,
             "engines": [told(found) for found in self.engines],
             "proposal": None if self.proposal is None else told(self.proposal),
+            "notes": self.notes,
             "time": {
                 "steps": self.times.steps,
                 "tokens_per_step": self.times.tokens_per_step,
@@ -112,11 +125,13 @@ def forecast(
         evaluation=forecaster.passes.evaluation(),
         dev_size=dev_size,
     )
+    proposal = forecaster.proposal()
     return Forecast(
         config=config,
         plan=plan,
         engines=engines,
-        proposal=forecaster.proposal(),
+        proposal=proposal,
+        least=forecaster.least() if memory is not None and proposal is None else None,
         memory=memory,
         times=times,
         hours=None if tokens_per_second is None else times.hours(tokens_per_second),
@@ -219,6 +234,11 @@ class Forecaster:
             if found.total <= self._memory:
                 return found
         return None
+
+    def least(self) -> EngineMemory:
+        """The candidate that needs least."""
+        found = [self.memory_of(engine, micro, checkpointing) for checkpointing, engine, micro in self._candidates()]
+        return min(found, key=lambda memory: memory.total)
 
     def _candidates(self) -> Iterator[tuple[bool, str, int]]:
         choices = [True] if self.config.model.gradient_checkpointing else [False, True]

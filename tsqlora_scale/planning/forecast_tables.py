@@ -9,6 +9,13 @@ from tsqlora_scale.planning.engine_memory import GIB, EngineMemory
 from tsqlora_scale.planning.forecast import Forecast
 from tsqlora_scale.report.score_tables import plain
 
+#: What makes a phase need less.
+REMEDIES = {
+    "step": "lower task.max_length",
+    "scoring": "lower scoring.batch_size or scoring.max_length",
+    "evaluation": "lower train.eval_batch_size or task.num_beams",
+}
+
 
 def print_forecast(found: Forecast) -> None:
     """Memory by part and engine, what is proposed, and the time by phase."""
@@ -28,6 +35,8 @@ def print_forecast(found: Forecast) -> None:
     table.add_row("needed", *(_gib(memory.total) for memory in found.engines))
     console.print(table)
     console.print(proposal_told(found), highlight=False, soft_wrap=True)
+    for note in found.notes:
+        console.print(note, highlight=False, soft_wrap=True)
     times = Table("phase", "steps' worth", *(["hours"] if found.hours else []), title="time")
     for phase, count in found.times.steps.items():
         times.add_row(phase, f"{count:,.1f}", *([f"{found.hours[phase]:.2f}"] if found.hours else []))
@@ -42,11 +51,13 @@ def proposal_told(found: Forecast) -> str:
     """The proposal in a line."""
     if found.memory is None:
         return "--memory GIB says how much a device has; then an engine is proposed that fits"
-    best = found.proposal
+    best, least = found.proposal, found.least
     if best is None:
+        assert least is not None, "what needs least is looked for where nothing fits"
+        worst = max(least.phases, key=lambda phase: least.phases[phase])
         return (
-            f"nothing fits into {_gib(found.memory)} GiB: take more devices, model.quantization=nf4, a smaller "
-            "task.max_length, or a smaller model"
+            f"nothing fits into {_gib(found.memory)} GiB: {_settings(found, least)} needs {_gib(least.total)}, most of "
+            f"all in its {worst}; {REMEDIES[worst]}, take more devices, model.quantization=nf4 or a smaller model"
         )
     return f"fits into {_gib(found.memory)} GiB: {_settings(found, best)} ({_gib(best.total)} GiB)"
 

@@ -92,7 +92,8 @@ class PhantomPasses:
         """How the selector looks at samples; ``auto`` and ``exact`` of the loss reduction take both forwards."""
         config, scoring = self.config, self.config.scoring
         selector = config.sampling.selector
-        if selector in BLIND_SELECTORS or selector not in SELECTORS or config.scores_online or selector == "file":
+        elsewhere = config.scores_online or config.scores_by_proxy or selector == "file"
+        if selector in BLIND_SELECTORS or selector not in SELECTORS or elsewhere:
             return "none"
         if selector not in GRADIENT_SELECTORS:
             return "forward"

@@ -75,7 +75,8 @@ def run_times(
 
 def scored_samples(config: Config, plan: RunPlan) -> int:
     """Samples that all looks at the pool take together."""
-    if not config.looks_at_pool or config.scores_online or config.sampling.selector == "file":
+    elsewhere = config.scores_online or config.scores_by_proxy or config.sampling.selector == "file"
+    if not config.looks_at_pool or elsewhere:
         return 0
     scoring = config.scoring
     first = min(plan.pool_size, scoring.max_samples or plan.pool_size) if config.scores_data else plan.pool_size

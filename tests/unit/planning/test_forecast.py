@@ -100,7 +100,9 @@ def test_what_is_proposed_fits_and_is_the_first_that_does(tree: dict[str, Any]) 
     assert tight.proposal is None or tight.proposal.total < free.proposal.total
     nothing = planned(tree, devices=2, memory=1000, machine="cpu")
     assert nothing.proposal is None
-    assert "nothing fits" in proposal_told(nothing)
+    assert nothing.least is not None
+    assert nothing.least.total <= min(engine.total for engine in nothing.engines)
+    assert "nothing fits into 0.00 GiB: " in proposal_told(nothing)
     assert planned(tree, devices=2, machine="cpu").proposal is None
 
 
@@ -132,6 +134,21 @@ def test_phases_in_steps(tree: dict[str, Any]) -> None:
     assert found.hours["steps"] == pytest.approx(13 * 16 * 32 / 100 / 3600)
 
 
+@pytest.mark.parametrize(
+    ("scoring", "words"),
+    [
+        ({"proxy_model": "MODEL", "refresh": "none"}, "scoring.proxy_model, which is no part"),
+        ({"source": "online", "refresh": "none"}, "scoring.source=online"),
+    ],
+)
+def test_what_is_scored_elsewhere_is_said(tree: dict[str, Any], scoring: dict[str, Any], words: str) -> None:
+    model = tree["model"]["name_or_path"]
+    settings = {key: model if value == "MODEL" else value for key, value in scoring.items()}
+    found = planned(tree | {"scoring": tree["scoring"] | settings}, machine="cpu")
+    assert words in " ".join(found.notes)
+    assert found.engines[0].parts["scoring batch"] == found.times.steps["scoring"] == 0
+
+
 def test_samples_that_are_scored(tree: dict[str, Any]) -> None:
     def scored(**scoring: Any) -> int:
         config = parse_config(tree | {"scoring": tree["scoring"] | scoring})
@@ -146,7 +163,7 @@ def test_samples_that_are_scored(tree: dict[str, Any]) -> None:
 
 def test_the_table_has_every_part(tree: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     found = planned(tree, devices=2, memory=GIB, tokens_per_second=100.0, machine="gpu")
-    print_forecast(replace(found, proposal=None))
+    print_forecast(replace(found, proposal=None, least=found.engines[-1]))
     shown = capsys.readouterr().out
     for word in ("base", "activations", "moments", "zero3", "at its most: step", "allowed for", "scoring", "hours"):
         assert word in shown
