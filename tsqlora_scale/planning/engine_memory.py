@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tsqlora_scale.config.schema import Config
+from tsqlora_scale.engine.fsdp import AT_ONCE
 from tsqlora_scale.planning.held_bytes import HeldWeights
 from tsqlora_scale.planning.phantom_passes import Machine, PassNeeds
 
@@ -85,16 +86,30 @@ def _zero2(weights: HeldWeights, ranks: int) -> SharedState:
 
 def _zero3(weights: HeldWeights, ranks: int) -> SharedState:
     part = 4 * weights.trained_on(ranks)
-    shared = [weight for weight in weights.frozen if weight.held(ranks) < weight.elements * weight.bytes_each]
+    shared = [weight for weight in weights.frozen if weight.held(ranks) < weight.whole]
     elements = sum(weight.elements for weight in shared)
-    each = sum(weight.elements * weight.bytes_each for weight in shared) / max(elements, 1)
+    each = sum(weight.whole for weight in shared) / max(elements, 1)
     return SharedState(
-        base=weights.base_on(ranks),
+        base=sum(weight.held(ranks) for weight in weights.frozen),
         factors=2 * part,
         gradients=4 * max(weights.trained, default=0) + part,
         moments=2 * part,
         buckets=_bucket(weights),
         gathered=int(min(elements, ALIVE + AHEAD) * each) + 4 * weights.trained_elements * (ranks > 1),
+    )
+
+
+def _fsdp2(weights: HeldWeights, ranks: int) -> SharedState:
+    trained = 4 * weights.trained_elements
+    shared = [weight.whole for weight in weights.frozen if weight.held_rows(ranks) < weight.whole]
+    return SharedState(
+        base=sum(weight.held_rows(ranks) for weight in weights.frozen),
+        factors=trained,
+        gradients=trained,
+        moments=2 * trained,
+        buckets=2 * 4 * min(weights.trained_elements, AT_ONCE),
+        # a layer's weight, and the next one's as it comes and as it is put in place
+        gathered=3 * max(shared, default=0),
     )
 
 
@@ -107,13 +122,20 @@ ENGINES: dict[str, Callable[[HeldWeights, int], SharedState]] = {
     "plain": _plain,
     "ddp": _ddp,
     "zero2": _zero2,
+    "fsdp2": _fsdp2,
     "zero3": _zero3,
 }
 
 
-def engines_for(devices: int) -> list[str]:
-    """The engines that run on so many devices."""
-    return [name for name in ENGINES if (name == "plain") == (devices == 1)]
+def engines_for(config: Config, devices: int) -> list[str]:
+    """The engines that run a config on so many devices."""
+    refused = set()
+    if config.model.dtype == "fp16":
+        refused |= {"zero2", "zero3", "fsdp2"}
+    integers = config.model.quantization == "nf4" and config.model.quant_storage == "uint8"
+    if integers or config.adapter.type == "dora":
+        refused.add("fsdp2")
+    return [name for name in ENGINES if (name == "plain") == (devices == 1) and name not in refused]
 
 
 def engine_memory(

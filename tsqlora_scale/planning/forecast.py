@@ -114,7 +114,7 @@ def forecast(
     """
     plan = plan_run(config, pool_size, devices)
     forecaster = Forecaster(config, plan, memory=memory, machine=machine)
-    engines = [forecaster.memory_of(name, plan.micro_batch_size) for name in engines_for(devices)]
+    engines = [forecaster.memory_of(name, plan.micro_batch_size) for name in engines_for(config, devices)]
     scored = forecaster.scoring_rows(engines[0].engine)
     times = run_times(
         config,
@@ -243,7 +243,7 @@ class Forecaster:
     def _candidates(self) -> Iterator[tuple[bool, str, int]]:
         choices = [True] if self.config.model.gradient_checkpointing else [False, True]
         for checkpointing in choices:
-            for engine in engines_for(self.plan.world_size):
+            for engine in engines_for(self.config, self.plan.world_size):
                 for micro in micro_batch_sizes(self.config, self.plan):
                     yield checkpointing, engine, micro
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import ceil, prod
+from typing import Any
 
 from torch import nn
 
@@ -12,8 +14,8 @@ from tsqlora_scale.config.schema import Config
 from tsqlora_scale.model.base_model import DTYPES
 from tsqlora_scale.planning.phantom import BLOCK, Phantom
 
-#: Elements up to which ZeRO-3 leaves a parameter whole on every rank, DeepSpeed's default.
-PERSISTENT = 100_000
+#: Elements up to which a parameter is whole on every rank: DeepSpeed's default, and ours under FSDP2.
+WHOLE = 100_000
 #: Float32 numbers of the code of a 4-bit weight.
 CODE = 16
 
@@ -27,17 +29,35 @@ class FrozenWeight:
         bytes_each: of an element.
         scales: bytes of the scales of its blocks, which lie beside it and are never sharded.
         unpacked: bytes of the same in the type that is computed in, where that is another one.
+        rows: of its storage.
+        alone: whether FSDP2 can share it: one layer has it, and calls what reads it.
     """
 
     elements: int
     bytes_each: int
     scales: int = 0
     unpacked: int = 0
+    rows: int = 1
+    alone: bool = True
 
-    def held(self, ranks: int) -> int:
-        """Bytes on one of ``ranks`` ranks that share it, as ZeRO-3 does."""
-        shared = self.elements > PERSISTENT
+    @property
+    def whole(self) -> int:
+        """Bytes of all of it."""
+        return self.elements * self.bytes_each
+
+    def held(self, ranks: int, *, whole_up_to: int = WHOLE) -> int:
+        """Bytes on one of ``ranks`` ranks that share it, as ZeRO-3 does.
+
+        Args:
+            whole_up_to: elements of weights that are not shared.
+        """
+        shared = self.elements > whole_up_to
         return (ceil(self.elements / ranks) if shared else self.elements) * self.bytes_each
+
+    def held_rows(self, ranks: int, *, whole_below: int = WHOLE) -> int:
+        """Bytes on the first of ``ranks`` ranks, as FSDP2 shares it: by rows."""
+        shared = self.alone and self.elements >= whole_below
+        return self.whole // self.rows * ceil(self.rows / ranks) if shared else self.whole
 
 
 @dataclass(frozen=True)
@@ -59,7 +79,7 @@ class HeldWeights:
     @property
     def base(self) -> int:
         """Bytes of the base, whole."""
-        return sum(weight.elements * weight.bytes_each for weight in self.frozen)
+        return sum(weight.whole for weight in self.frozen)
 
     @property
     def scales(self) -> int:
@@ -75,15 +95,11 @@ class HeldWeights:
         """Elements of what trains on one of ``ranks`` ranks that share them."""
         return sum(ceil(size / ranks) for size in self.trained)
 
-    def base_on(self, ranks: int) -> int:
-        """Bytes of the base on one of ``ranks`` ranks that share it, as ZeRO-3 does."""
-        return sum(weight.held(ranks) for weight in self.frozen)
-
 
 def held_weights(config: Config, phantom: Phantom) -> HeldWeights:
     """The parameters of a model without memory."""
     storage = 1 if config.model.quant_storage == "uint8" else DTYPES[config.model.quant_storage].itemsize
-    frozen, trained, head = [], [], 0
+    frozen, trained, head, alone = [], [], 0, _shared_by_fsdp(phantom.model)
     for name, param in phantom.model.named_parameters():
         size = prod(param.shape)
         if param.requires_grad:
@@ -92,12 +108,33 @@ def held_weights(config: Config, phantom: Phantom) -> HeldWeights:
         elif name in phantom.packed:
             scales = 4 * ceil(size / BLOCK) + 4 * CODE
             unpacked = size * DTYPES[config.model.dtype].itemsize
-            frozen.append(FrozenWeight(ceil(ceil(size / 2) / storage), storage, scales, unpacked))
+            elements = ceil(ceil(size / 2) / storage)  # a column of them
+            frozen.append(FrozenWeight(elements, storage, scales, unpacked, elements, id(param) in alone))
         else:
-            frozen.append(FrozenWeight(size, param.element_size()))
+            rows = param.shape[0] if param.dim() else 1
+            frozen.append(FrozenWeight(size, param.element_size(), rows=rows, alone=id(param) in alone))
     return HeldWeights(frozen, trained, head, _largest_layer(phantom.model))
 
 
 def _largest_layer(model: nn.Module) -> int:
     sizes = [prod(p.shape) for name, p in model.named_parameters() if name.endswith(".base_layer.weight")]
     return max(sizes, default=0)
+
+
+def _shared_by_fsdp(model: nn.Module) -> set[int]:
+    """Ids of what :mod:`tsqlora_scale.engine.fsdp_internals` shares: what one layer owns, but for embeddings of
+    positions."""
+    owners: dict[int, list[nn.Module]] = {}
+    inputs = set()
+    module: Any
+    for module in model.modules():
+        for param in module.parameters(recurse=False):
+            owners.setdefault(id(param), []).append(module)
+        if hasattr(module, "get_input_embeddings"):
+            with suppress(NotImplementedError, AttributeError):  # of models that have none
+                inputs.add(id(module.get_input_embeddings()))
+    return {
+        param
+        for param, (owner, *others) in owners.items()
+        if not others and (not isinstance(owner, nn.Embedding) or id(owner) in inputs)
+    }

@@ -1,4 +1,4 @@
-"""The model with its adapter as a run builds it, and batches for it, of tensors that take no memory.
+"""The model with its adapter as a run builds it, of tensors that take no memory.
 
 Everything of them but the values is there: shapes, types, and which kernels a CPU would take. So a pass through them
 tells what a real pass keeps, for any architecture, in seconds.
@@ -7,11 +7,10 @@ tells what a real pass keeps, for any architecture, in seconds.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -22,8 +21,6 @@ from tsqlora_scale.model.adapters.adapter_type import adapter_type
 from tsqlora_scale.model.base_model import DTYPES, skeleton
 from tsqlora_scale.model.heads import has_head, head_modules
 from tsqlora_scale.model.linear_layers import heads_of, linear_layers, read_past
-from tsqlora_scale.tasks.batch import Batch
-from tsqlora_scale.tasks.losses import class_losses, squared_losses, token_losses
 from tsqlora_scale.tasks.task import objective_class
 
 #: Weights that share a scale in a 4-bit base.
@@ -60,7 +57,9 @@ def build_phantom(config: Config, model_config: Any, *, checkpointing: bool, unr
     if getattr(described, "pad_token_id", None) is None:
         described.pad_token_id = 0
     with quiet_libraries():
-        base: Any = skeleton(objective.auto_class, described, trust_remote_code=config.model.trust_remote_code)
+        attention = {} if config.model.attention == "auto" else {"attn_implementation": config.model.attention}
+        trust = config.model.trust_remote_code
+        base: Any = skeleton(objective.auto_class, described, trust_remote_code=trust, **attention)
         if checkpointing:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if getattr(base.config, "use_cache", None):
@@ -108,52 +107,3 @@ def _take_no_memory(model: nn.Module) -> None:
 
 def _like(tensor: Tensor) -> Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
-
-
-def lengths(config: Config, *, max_length: int | None = None) -> tuple[int, int, int]:
-    """Tokens of a row at its longest: what the model reads, what its decoder reads (0 without one), targets.
-
-    Args:
-        max_length: in the place of ``task.max_length``, if smaller.
-    """
-    task = config.task
-    longest = min(task.max_length, max_length or task.max_length)
-    answer = min(task.max_target_length, longest)
-    if task.type == "seq2seq":
-        return longest, task.max_target_length, task.max_target_length
-    if task.type == "causal":
-        return longest, 0, longest if task.messages is not None else answer
-    return longest, 0, 1
-
-
-def phantom_batch(config: Config, rows: int, *, max_length: int | None = None) -> Batch:
-    """Rows of the greatest length. Inside the mode of a :class:`Phantom`."""
-    longest, decoder, _ = lengths(config, max_length=max_length)
-    ids = torch.zeros(rows, longest, dtype=torch.int64)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    targets = torch.zeros(rows, dtype=torch.int64)
-    if config.task.type == "regression":
-        targets = torch.zeros(rows)
-    elif config.task.type == "seq2seq":
-        inputs["decoder_input_ids"] = torch.zeros(rows, decoder, dtype=torch.int64)
-        targets = torch.zeros(rows, decoder, dtype=torch.int64)
-    elif config.task.type == "causal":
-        targets = torch.zeros(rows, longest, dtype=torch.int64)
-    return Batch(inputs, targets, np.arange(rows))
-
-
-def phantom_losses(config: Config) -> Callable[[Any, Batch], Tensor]:
-    """Every sample's own mean loss (B,), by a forward of the model that is given."""
-
-    def losses(module: Any, batch: Batch) -> Tensor:
-        logits, targets = module(**batch.inputs).logits, batch.targets
-        if config.task.type == "causal":
-            sums, counts = token_losses(logits[:, :-1], targets[:, 1:])
-        elif config.task.type == "seq2seq":
-            sums, counts = token_losses(logits, targets)
-        else:
-            judged = squared_losses if config.task.type == "regression" else class_losses
-            sums, counts = judged(logits, targets)
-        return sums / counts
-
-    return losses

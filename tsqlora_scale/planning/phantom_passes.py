@@ -15,8 +15,9 @@ from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.quality_sections import BLIND_SELECTORS, GRADIENT_SELECTORS, SELECTORS
 from tsqlora_scale.config.schema import Config
 from tsqlora_scale.model.adapters.adapter_type import adapter_type
+from tsqlora_scale.planning.dataless_task import DatalessTask
 from tsqlora_scale.planning.live_storages import FusedAttention, LiveStorages
-from tsqlora_scale.planning.phantom import Phantom, build_phantom, lengths, phantom_batch, phantom_losses
+from tsqlora_scale.planning.phantom import Phantom, build_phantom
 from tsqlora_scale.quality.gradients.per_sample import PerSampleGradients
 from tsqlora_scale.quality.gradients.sketch import Sketch
 from tsqlora_scale.tasks.metrics import needs_answers, needs_losses
@@ -61,6 +62,7 @@ class PhantomPasses:
 
     def __init__(self, config: Config, model_config: Any, *, unreached: Collection[str], machine: Machine) -> None:
         self.config = config
+        self.task = DatalessTask(config.task)
         self._model_config, self._unreached, self._machine = model_config, unreached, machine
         self._phantoms: dict[bool, Phantom] = {}
         self._known: dict[tuple[Any, ...], PassNeeds] = {}
@@ -117,8 +119,7 @@ class PhantomPasses:
             ) from None
 
     def _watched(self, model: Any, rows: int, extra: Collection[Tensor] = ()) -> LiveStorages:
-        _, _, targets = lengths(self.config)
-        return LiveStorages([*model.parameters(), *model.buffers(), *extra], targets=rows * targets)
+        return LiveStorages([*model.parameters(), *model.buffers(), *extra], targets=rows * self.task.targets)
 
     def _kernels(self, stack: ExitStack) -> None:
         if self._machine == "gpu":
@@ -131,7 +132,7 @@ class PhantomPasses:
             stack.enter_context(phantom.mode)
             self._kernels(stack)
             model.train()
-            batch, losses = phantom_batch(self.config, rows), phantom_losses(self.config)
+            batch = self.task.full_batch(rows)
             trained = [param for param in model.parameters() if param.requires_grad]
             gradients = [torch.empty_like(param) for param in trained]
             for param, gradient in zip(trained, gradients, strict=True):
@@ -139,7 +140,7 @@ class PhantomPasses:
             live = stack.enter_context(self._watched(model, rows, gradients))
             before_loss: list[int] = []
             stack.callback(model.register_forward_hook(_logits_noticed(before_loss, live)).remove)
-            loss = losses(model, batch).sum() / rows
+            loss = self.task.losses(model, batch).sum() / rows
             kept = before_loss[0] if before_loss else live.now
             logits = live.now - kept
             loss.backward()
@@ -158,7 +159,7 @@ class PhantomPasses:
             stack.enter_context(phantom.mode)
             self._kernels(stack)
             stack.enter_context(gradients)
-            batch, losses = phantom_batch(config, rows, max_length=config.scoring.max_length), phantom_losses(config)
+            batch, losses = self.task.full_batch(rows, max_length=config.scoring.max_length), self.task.losses
             live = stack.enter_context(self._watched(model, rows))
             sketch = _SketchOfNothing(config.scoring.sketch_dim, seed=config.run.seed)
             if self.look == "forward":
@@ -188,18 +189,18 @@ class PhantomPasses:
         """A forward without a graph; with ``use_cache`` over the prompts, whose cache then grows to whole rows."""
         phantom = self.phantom(checkpointing=False)
         model = phantom.model
-        longest, decoder, targets = lengths(self.config)
-        prompt = max(longest - targets, 1) if options and not decoder else longest
+        task, longest = self.task, self.task.longest
+        prompt = max(longest - task.targets, 1) if options and not task.decoder else longest
         if options and "logits_to_keep" in inspect.signature(model.base_model.model.forward).parameters:
             options = options | {"logits_to_keep": 1}
         with ExitStack() as stack:
             stack.enter_context(phantom.mode)
             self._kernels(stack)
             model.eval()
-            batch = phantom_batch(self.config, rows, max_length=prompt)
+            batch = task.full_batch(rows, max_length=prompt)
             live = stack.enter_context(self._watched(model, rows))
             stack.enter_context(torch.no_grad())
-            outputs = model(**batch.inputs, **options)
+            outputs = model(**batch.inputs, **options) if options else task.outputs(model, batch)
             peak, logits = live.peak, outputs.logits.nbytes
             if options:
                 cache = (live.now - logits) * longest // prompt

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from math import prod
 
 from tsqlora_scale.config.schema import Config
-from tsqlora_scale.planning.phantom import Phantom, lengths
+from tsqlora_scale.planning.dataless_task import DatalessTask
+from tsqlora_scale.planning.phantom import Phantom
 from tsqlora_scale.planning.phantom_passes import PassNeeds
 from tsqlora_scale.quality.draws.subset import share_of
 from tsqlora_scale.quality.selectors.by_quality import refresh_steps
@@ -62,7 +63,7 @@ def run_times(
     evaluations = 2 + (plan.total_steps // config.train.eval_every if config.train.eval_every else 0)
     held_out = evaluation.flops * dev_size / config.train.eval_batch_size
     events = len(plan.schedule.events) if plan.schedule is not None and config.adapts_ranks else 0
-    longest, decoder, _ = lengths(config)
+    task = DatalessTask(config.task)
     steps = {
         "steps": float(plan.total_steps),
         "listening to sensitivities": _listened(config, plan, phantom) / of_step,
@@ -70,7 +71,7 @@ def run_times(
         "evaluation": evaluations * held_out / of_step,
         "events": events * EVENT,
     }
-    return RunTimes(steps, config.train.batch_size * (longest + decoder), int(of_step))
+    return RunTimes(steps, config.train.batch_size * (task.longest + task.decoder), int(of_step))
 
 
 def scored_samples(config: Config, plan: RunPlan) -> int:
@@ -96,5 +97,4 @@ def _listened(config: Config, plan: RunPlan, phantom: Phantom) -> float:
         last = event
     weights = sum(prod(p.shape) for n, p in phantom.model.named_parameters() if n.endswith(".base_layer.weight"))
     samples = min(config.train.batch_size, settings.max_samples or config.train.batch_size)
-    longest, _, _ = lengths(config)
-    return float(2 * steps * samples * longest * weights)
+    return float(2 * steps * samples * config.task.max_length * weights)

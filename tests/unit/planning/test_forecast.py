@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,7 +21,7 @@ from tsqlora_scale.config.schema import Config
 from tsqlora_scale.planning.engine_memory import ENGINES, GIB, SharedState, engine_memory, engines_for
 from tsqlora_scale.planning.forecast import Forecast, forecast
 from tsqlora_scale.planning.forecast_tables import print_forecast, proposal_told
-from tsqlora_scale.planning.held_bytes import PERSISTENT, FrozenWeight, HeldWeights
+from tsqlora_scale.planning.held_bytes import WHOLE, FrozenWeight, HeldWeights
 from tsqlora_scale.planning.phantom_passes import PassNeeds
 from tsqlora_scale.planning.run_times import scored_samples
 from tsqlora_scale.run.plan import plan_run
@@ -38,7 +39,7 @@ def weights_of(sizes: list[int], trained: list[int]) -> HeldWeights:
 
 
 @given(
-    st.lists(st.integers(1, 3 * PERSISTENT), min_size=1, max_size=8),
+    st.lists(st.integers(1, 3 * WHOLE), min_size=1, max_size=8),
     st.lists(st.integers(1, 5000), min_size=1, max_size=8),
     st.integers(2, 9),
 )
@@ -46,7 +47,7 @@ def test_a_rank_of_zero3_holds_its_part_of_every_parameter(sizes: list[int], tra
     """Against parts that are dealt element by element; the largest is what a plan says."""
     dealt = [0] * ranks
     for size in sizes:
-        parts = [len(range(rank, size, ranks)) for rank in range(ranks)] if size > PERSISTENT else [size] * ranks
+        parts = [len(range(rank, size, ranks)) for rank in range(ranks)] if size > WHOLE else [size] * ranks
         dealt = [held + 2 * part for held, part in zip(dealt, parts, strict=True)]
     state = ENGINES["zero3"](weights_of(sizes, trained), ranks)
     assert state.base == max(dealt)
@@ -65,9 +66,21 @@ def test_sharing_more_never_takes_more(sizes: list[int], trained: list[int], ran
     assert one == SharedState(weights.base, 4 * sum(trained), 4 * sum(trained), 8 * sum(trained))
 
 
-def test_engines_go_with_the_number_of_devices() -> None:
-    assert engines_for(1) == ["plain"]
-    assert engines_for(4) == ["ddp", "zero2", "zero3"]
+def test_engines_go_with_devices_and_config(tree: dict[str, Any]) -> None:
+    assert engines_for(parse_config(tree), 1) == ["plain"]
+    assert engines_for(parse_config(tree), 4) == ["ddp", "zero2", "fsdp2", "zero3"]
+    packed = tree | {"model": tree["model"] | {"quantization": "nf4"}}
+    assert engines_for(parse_config(packed), 4) == ["ddp", "zero2", "zero3"]
+    assert "fsdp2" in engines_for(parse_config(packed | {"model": packed["model"] | {"quant_storage": "fp32"}}), 4)
+
+
+@given(st.integers(1, 400), st.integers(300, 600), st.integers(2, 9))
+def test_fsdp2_shares_by_rows(rows: int, columns: int, ranks: int) -> None:
+    """As torch cuts a tensor: the first rank has most."""
+    weight = FrozenWeight(rows * columns, 4, rows=rows)
+    expected = 4 * len(torch.empty(rows, columns, device="meta").chunk(ranks)[0]) * columns
+    assert weight.held_rows(ranks) == (expected if rows * columns >= WHOLE else weight.whole)
+    assert FrozenWeight(rows * columns, 4, rows=rows, alone=False).held_rows(ranks) == weight.whole
 
 
 def test_phases_are_sums_of_parts(tree: dict[str, Any]) -> None:
@@ -176,7 +189,7 @@ def test_the_command_prints_json(tree: dict[str, Any], tmp_path: Path, capsys: p
     before = sorted(tmp_path.rglob("*"))
     assert main(["plan", "--config", str(config), "--json", "--devices", "2", "--memory", "4", "--on", "cpu"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert [engine["engine"] for engine in told["engines"]] == ["ddp", "zero2", "zero3"]
+    assert [engine["engine"] for engine in told["engines"]] == ["ddp", "zero2", "fsdp2", "zero3"]
     assert told["proposal"]["fits"] is True
     assert told["time"]["steps"]["steps"] == 13
     assert sorted(tmp_path.rglob("*")) == before
