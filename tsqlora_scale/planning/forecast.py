@@ -115,13 +115,14 @@ def forecast(
     plan = plan_run(config, pool_size, devices)
     forecaster = Forecaster(config, plan, memory=memory, machine=machine)
     engines = [forecaster.memory_of(name, plan.micro_batch_size) for name in engines_for(config, devices)]
-    scored = forecaster.scoring_rows(engines[0].engine)
+    checkpointing = config.model.gradient_checkpointing
+    scored = forecaster.scoring_rows(engines[0].engine, checkpointing)
     times = run_times(
         config,
         plan,
-        forecaster.passes.phantom(checkpointing=config.model.gradient_checkpointing),
-        step=forecaster.step(plan.micro_batch_size, config.model.gradient_checkpointing),
-        scoring=(forecaster.scoring_of(scored), scored),
+        forecaster.passes.phantom(checkpointing=checkpointing),
+        step=forecaster.step(plan.micro_batch_size, checkpointing),
+        scoring=(forecaster.scoring_of(scored, checkpointing), scored),
         evaluation=forecaster.passes.evaluation(),
         dev_size=dev_size,
     )
@@ -169,15 +170,15 @@ class Forecaster:
         between = {key: round(value + share * (getattr(full, key) - value)) for key, value in asdict(one).items()}
         return PassNeeds(**between)
 
-    def scoring_of(self, rows: int) -> PassNeeds:
+    def scoring_of(self, rows: int, checkpointing: bool) -> PassNeeds:
         """A scoring batch's needs, in proportion to one that was tried."""
         if rows == 0:
             return PassNeeds()
         tried = self._tried_rows
-        needs = self.passes.scoring(tried, checkpointing=self.config.model.gradient_checkpointing)
+        needs = self.passes.scoring(tried, checkpointing=checkpointing)
         return PassNeeds(passing=needs.passing * rows // tried, flops=needs.flops * rows // tried)
 
-    def scoring_rows(self, engine: str) -> int:
+    def scoring_rows(self, engine: str, checkpointing: bool) -> int:
         """Samples of a scoring batch; ``auto`` is what fits beside what the engine holds."""
         if self.passes.look == "none":
             return 0
@@ -187,8 +188,8 @@ class Forecaster:
         if self._memory is None:
             return self._tried_rows
         nothing = {"step": PassNeeds(), "scoring": PassNeeds(), "evaluation": PassNeeds()}
-        held = self._put_together(engine, 1, self.config.model.gradient_checkpointing, nothing).total
-        one = self.scoring_of(self._tried_rows).peak / self._tried_rows
+        held = self._put_together(engine, 1, checkpointing, nothing).total
+        one = self.scoring_of(self._tried_rows, checkpointing).peak / self._tried_rows
         device = torch.device("cuda" if self._machine == "gpu" else "cpu")
         return fitting_batch(one, max(self._memory - held, 0), device)
 
@@ -207,7 +208,7 @@ class Forecaster:
         checkpointing = self.config.model.gradient_checkpointing if checkpointing is None else checkpointing
         passes = {
             "step": self.step(micro, checkpointing),
-            "scoring": self.scoring_of(self.scoring_rows(engine)),
+            "scoring": self.scoring_of(self.scoring_rows(engine, checkpointing), checkpointing),
             "evaluation": self.passes.evaluation(),
         }
         return self._put_together(engine, micro, checkpointing, passes)

@@ -67,13 +67,11 @@ class HeldWeights:
     Attributes:
         frozen: the base.
         trained: elements of each parameter that trains: factors and head.
-        head: elements of those that are no factors.
         largest_layer: elements of the largest adapted layer's weight.
     """
 
     frozen: Sequence[FrozenWeight]
     trained: Sequence[int]
-    head: int
     largest_layer: int
 
     @property
@@ -99,12 +97,11 @@ class HeldWeights:
 def held_weights(config: Config, phantom: Phantom) -> HeldWeights:
     """The parameters of a model without memory."""
     storage = 1 if config.model.quant_storage == "uint8" else DTYPES[config.model.quant_storage].itemsize
-    frozen, trained, head, alone = [], [], 0, _shared_by_fsdp(phantom.model)
+    frozen, trained, alone = [], [], _shared_by_fsdp(phantom.model)
     for name, param in phantom.model.named_parameters():
         size = prod(param.shape)
         if param.requires_grad:
             trained.append(size)
-            head += 0 if ".lora_" in name else size
         elif name in phantom.packed:
             scales = 4 * ceil(size / BLOCK) + 4 * CODE
             unpacked = size * DTYPES[config.model.dtype].itemsize
@@ -113,7 +110,7 @@ def held_weights(config: Config, phantom: Phantom) -> HeldWeights:
         else:
             rows = param.shape[0] if param.dim() else 1
             frozen.append(FrozenWeight(size, param.element_size(), rows=rows, alone=id(param) in alone))
-    return HeldWeights(frozen, trained, head, _largest_layer(phantom.model))
+    return HeldWeights(frozen, trained, _largest_layer(phantom.model))
 
 
 def _largest_layer(model: nn.Module) -> int:

@@ -35,7 +35,7 @@ def tree(tmp_path: Path, models_dir: Path) -> dict[str, Any]:
 
 
 def weights_of(sizes: list[int], trained: list[int]) -> HeldWeights:
-    return HeldWeights([FrozenWeight(size, 2) for size in sizes], trained, 0, max(sizes, default=0))
+    return HeldWeights([FrozenWeight(size, 2) for size in sizes], trained, max(sizes, default=0))
 
 
 @given(
@@ -86,7 +86,7 @@ def test_fsdp2_shares_by_rows(rows: int, columns: int, ranks: int) -> None:
 def test_phases_are_sums_of_parts(tree: dict[str, Any]) -> None:
     """Computed by hand: parts that lie beside one another, and the worst of what follows one another."""
     config = parse_config(tree)
-    weights = HeldWeights([FrozenWeight(10**6, 1, scales=7, unpacked=11)], [100], 0, 50)
+    weights = HeldWeights([FrozenWeight(10**6, 1, scales=7, unpacked=11)], [100], 50)
     passes = {"step": PassNeeds(1000, 100, 10), "scoring": PassNeeds(passing=5000), "evaluation": PassNeeds()}
     found = engine_memory(
         "plain", config, weights, devices=1, micro_batch_size=2, checkpointing=False, passes=passes, machine="cpu"

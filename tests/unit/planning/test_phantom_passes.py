@@ -107,7 +107,13 @@ def test_a_scoring_batch_takes_what_is_planned(kind: str, delta_loss: str, build
             with gradients.stepped(of_theta, 1.0):
                 task.losses(module, batch)
             sketch(of_theta)
-    assert forecaster.scoring_of(4).peak == pytest.approx(live.peak, rel=0.1)
+    assert forecaster.scoring_of(4, False).peak == pytest.approx(live.peak, rel=0.1)
+    run.engine.close()
+
+
+def test_checkpointing_makes_scoring_smaller(build: Callable[..., Built]) -> None:
+    run, _, forecaster = build("llama")
+    assert forecaster.scoring_of(4, True).peak < forecaster.scoring_of(4, False).peak
     run.engine.close()
 
 
