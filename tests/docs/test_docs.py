@@ -19,7 +19,7 @@ from tsqlora_scale.config.load import load_config, parse_config
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-SCRIPTS = ("train", "score", "evaluate", "predict", "export", "advise")
+SCRIPTS = ("train", "score", "evaluate", "predict", "export", "advise", "plan")
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def check_launch(words: list[str], place: Path) -> None:
 @functools.cache
 def options_of(name: str) -> set[str]:
     """Options of a command, from the parser's own help."""
-    code = f"import sys; from tsqlora_scale.commands.{name} import main; main(['--help'])"
+    code = f"from tsqlora_scale.commands.main import main; main([{name!r}, '--help'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     return set(re.findall(r"--[\w-]+", done.stdout))
 

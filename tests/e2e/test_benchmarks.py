@@ -21,7 +21,7 @@ COMMANDS = {
     "compare": "--config CONFIG --out OUT --seeds 0 --variant lora:adapter.method=lora train.max_steps=9",
     "gpu": "--tiny --out OUT --sections minilm,nf4 --rows 24 --steps 1 --repeats 1",
     "growth": "--config CONFIG --out OUT --seeds 0 --event 4 --steps 2",
-    "memory": "--ranks 0 2 --bases fp32 --hidden 64 --layers 1",
+    "memory": "--ranks 0 2 --bases fp32 --hidden 64 --layers 1 --tokens 32",
     "noise scores": "scores --config CONFIG --out OUT --seeds 0 --warmup 0",
     "noise train": "train --config CONFIG --out OUT --seeds 0 --arm ours train.max_steps=9",
     "online cost": "cost --model MODEL --batch 4 --length 8 --repeats 2",

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from tsqlora_scale.commands.advise import main as advise
 from tsqlora_scale.commands.evaluate import main as evaluate
 from tsqlora_scale.commands.export import main as export
+from tsqlora_scale.commands.plan_memory import main as plan
 from tsqlora_scale.commands.predict import main as predict
 from tsqlora_scale.commands.score import main as score
 from tsqlora_scale.commands.train import main as train
@@ -19,6 +20,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "predict": predict,
     "export": export,
     "advise": advise,
+    "plan": plan,
 }
 
 

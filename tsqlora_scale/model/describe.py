@@ -29,27 +29,28 @@ def load_descriptions(config: Config, path: str) -> tuple[Any, Any]:
     Raises:
         UserError: when the model cannot be found or described.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
+
+    model_config, key = describe_model(config, path), f"model.name_or_path={config.model.name_or_path!r}"
+    tokenizer = _loaded(config, path, AutoTokenizer)
+    fit_tokenizer(config, model_config, tokenizer, key=key)
+    return model_config, tokenizer
+
+
+def describe_model(config: Config, path: str) -> Any:
+    """The model's config as the task needs it, by its ``config.json`` alone.
+
+    Raises:
+        UserError: when the model cannot be found or described.
+    """
+    from transformers import AutoConfig
 
     key = f"model.name_or_path={config.model.name_or_path!r}"
     if path.startswith((".", "/")) and not Path(path).is_dir():
         raise UserError(f"{key}: no such folder")
     if Path(path).is_dir():
         check_folder(Path(path), key=key)
-    options: dict[str, Any] = {
-        "revision": config.model.revision,
-        "trust_remote_code": config.model.trust_remote_code,
-    }
-    try:
-        model_config = AutoConfig.from_pretrained(path, **options)
-        tokenizer = AutoTokenizer.from_pretrained(path, **options)
-    except Exception as error:  # hub, network, JSON and import errors of several libraries
-        reason = " ".join(str(error).split())[:300]
-        if "trust_remote_code" in str(error):
-            raise UserError(
-                f"{key}: brings code of its own, which runs only with model.trust_remote_code=true; read it first"
-            ) from None
-        raise UserError(f"{key}: cannot be loaded ({reason}); give a folder with config.json or a hub name") from None
+    model_config = _loaded(config, path, AutoConfig)
     check_stored(config.model, model_config, key=key)
     if config.model.dropout is not None:
         set_dropout(model_config, config.model.dropout)
@@ -62,8 +63,29 @@ def load_descriptions(config: Config, path: str) -> tuple[Any, Any]:
         if isinstance(config.task.labels, list):
             model_config.id2label = dict(enumerate(config.task.labels))
             model_config.label2id = {name: i for i, name in enumerate(config.task.labels)}
-    fit_tokenizer(config, model_config, tokenizer, key=key)
-    return model_config, tokenizer
+    return model_config
+
+
+def _loaded(config: Config, path: str, auto_class: Any) -> Any:
+    """What an auto class makes of the model's files.
+
+    Raises:
+        UserError: nothing.
+    """
+    key = f"model.name_or_path={config.model.name_or_path!r}"
+    options: dict[str, Any] = {
+        "revision": config.model.revision,
+        "trust_remote_code": config.model.trust_remote_code,
+    }
+    try:
+        return auto_class.from_pretrained(path, **options)
+    except Exception as error:  # hub, network, JSON and import errors of several libraries
+        reason = " ".join(str(error).split())[:300]
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{key}: brings code of its own, which runs only with model.trust_remote_code=true; read it first"
+            ) from None
+        raise UserError(f"{key}: cannot be loaded ({reason}); give a folder with config.json or a hub name") from None
 
 
 def check_generation(config: Config, path: str, model_config: Any) -> None:

@@ -80,13 +80,17 @@ class Sketch:
             residue = residues[int(generator.random() * len(residues))]
             block = math.ceil(columns / math.ceil(columns / self.dim))
             pitch = block + (residue - block) % self.dim
-            # row by row, so that a factor that grows keeps the signs of its present rows
-            width = -(-columns // 8)
-            packed = np.frombuffer(philox(self.seed, f"sketch/{name}", 1).bytes(rows * width), np.uint8)
-            bits = np.unpackbits(packed.reshape(rows, width), axis=1)[:, :columns]
-            signs = torch.from_numpy(bits.astype(np.float32) * 2 - 1).to(device)
+            signs = self.signs(name, rows, columns).to(device)
             self._layouts[key] = _Layout(signs, block, pitch, offset)
         return self._layouts[key]
+
+    def signs(self, name: str, rows: int, columns: int) -> Tensor:
+        """Random signs of a parameter's entries, (rows, columns) float32."""
+        # row by row, so that a factor that grows keeps the signs of its present rows
+        width = -(-columns // 8)
+        packed = np.frombuffer(philox(self.seed, f"sketch/{name}", 1).bytes(rows * width), np.uint8)
+        bits = np.unpackbits(packed.reshape(rows, width), axis=1)[:, :columns]
+        return torch.from_numpy(bits.astype(np.float32) * 2 - 1)
 
 
 def cosines(sketches: Tensor, direction: Tensor) -> Tensor:

@@ -1,0 +1,193 @@
+"""Memory of a rank by part, under every engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tsqlora_scale.config.schema import Config
+from tsqlora_scale.engine.fsdp import AT_ONCE
+from tsqlora_scale.planning.held_bytes import HeldWeights
+from tsqlora_scale.planning.phantom_passes import Machine, PassNeeds
+
+GIB = 2**30
+#: DeepSpeed's defaults under ZeRO-3: parameters that may stay whole between their uses, and that are fetched ahead.
+ALIVE, AHEAD = 10**9, 5 * 10**7
+#: Not counted but allowed for: CUDA's context and libraries, NCCL's buffers, and pieces that the allocator cannot use.
+CONTEXT, COMMUNICATION, FRAGMENTS = int(0.6 * GIB), int(0.4 * GIB), 0.05
+#: The smallest bucket that a run gives ZeRO, in elements (:func:`tsqlora_scale.engine.zero_internals.configure`).
+LEAST_BUCKET = 1_000_000
+
+
+@dataclass(frozen=True)
+class SharedState:
+    """What an engine makes of parameters, in bytes on one rank.
+
+    Attributes:
+        base: the frozen base between uses.
+        factors: what trains, with copies that the engine keeps of it.
+        gradients: of what trains.
+        moments: of Adam.
+        buckets: what gradients are exchanged through.
+        gathered: weights of others that are there while they are used.
+    """
+
+    base: int
+    factors: int
+    gradients: int
+    moments: int
+    buckets: int = 0
+    gathered: int = 0
+
+
+@dataclass(frozen=True)
+class EngineMemory:
+    """The plan of one engine.
+
+    Attributes:
+        engine: its name, as a run records it.
+        devices: ranks, one on each.
+        micro_batch_size: samples of a rank and pass.
+        checkpointing: of activations.
+        parts: bytes by part; each is what it takes at the moment that it takes most.
+        phases: bytes of a whole step, scoring batch and evaluation batch.
+        allowance: bytes that are not counted but allowed for.
+    """
+
+    engine: str
+    devices: int
+    micro_batch_size: int
+    checkpointing: bool
+    parts: dict[str, int]
+    phases: dict[str, int]
+    allowance: int
+
+    @property
+    def total(self) -> int:
+        """Bytes of the worst phase, with the allowance."""
+        return max(self.phases.values()) + self.allowance
+
+
+def _plain(weights: HeldWeights, _: int) -> SharedState:
+    trained = 4 * weights.trained_elements
+    return SharedState(weights.base, trained, trained, 2 * trained)
+
+
+def _ddp(weights: HeldWeights, _: int) -> SharedState:
+    trained = 4 * weights.trained_elements
+    return SharedState(weights.base, trained, trained, 2 * trained, buckets=trained)
+
+
+def _zero2(weights: HeldWeights, ranks: int) -> SharedState:
+    trained, part = 4 * weights.trained_elements, 4 * -(-weights.trained_elements // ranks)
+    # the partition that is stepped is a copy; gradients are whole until they are reduced, and their own part stays
+    return SharedState(weights.base, trained + part, trained + part, 2 * part, buckets=_bucket(weights))
+
+
+def _zero3(weights: HeldWeights, ranks: int) -> SharedState:
+    part = 4 * weights.trained_on(ranks)
+    shared = [weight for weight in weights.frozen if weight.held(ranks) < weight.whole]
+    elements = sum(weight.elements for weight in shared)
+    each = sum(weight.whole for weight in shared) / max(elements, 1)
+    return SharedState(
+        base=sum(weight.held(ranks) for weight in weights.frozen),
+        factors=2 * part,
+        gradients=4 * max(weights.trained, default=0) + part,
+        moments=2 * part,
+        buckets=_bucket(weights),
+        gathered=int(min(elements, ALIVE + AHEAD) * each) + 4 * weights.trained_elements * (ranks > 1),
+    )
+
+
+def _fsdp2(weights: HeldWeights, ranks: int) -> SharedState:
+    trained = 4 * weights.trained_elements
+    shared = [weight.whole for weight in weights.frozen if weight.held_rows(ranks) < weight.whole]
+    return SharedState(
+        base=sum(weight.held_rows(ranks) for weight in weights.frozen),
+        factors=trained,
+        gradients=trained,
+        moments=2 * trained,
+        buckets=2 * 4 * min(weights.trained_elements, AT_ONCE),
+        # a layer's weight, and the next one's as it comes and as it is put in place
+        gathered=3 * max(shared, default=0),
+    )
+
+
+def _bucket(weights: HeldWeights) -> int:
+    return 4 * max(2 * weights.trained_elements, LEAST_BUCKET)
+
+
+#: By name, those that need the least exchange first. An engine more is a function more.
+ENGINES: dict[str, Callable[[HeldWeights, int], SharedState]] = {
+    "plain": _plain,
+    "ddp": _ddp,
+    "zero2": _zero2,
+    "fsdp2": _fsdp2,
+    "zero3": _zero3,
+}
+
+
+def engines_for(config: Config, devices: int) -> list[str]:
+    """The engines that run a config on so many devices."""
+    refused = set()
+    if config.model.dtype == "fp16":
+        refused |= {"zero2", "zero3", "fsdp2"}
+    integers = config.model.quantization == "nf4" and config.model.quant_storage == "uint8"
+    if integers or config.adapter.type == "dora":
+        refused.add("fsdp2")
+    return [name for name in ENGINES if (name == "plain") == (devices == 1) and name not in refused]
+
+
+def engine_memory(
+    engine: str,
+    config: Config,
+    weights: HeldWeights,
+    *,
+    devices: int,
+    micro_batch_size: int,
+    checkpointing: bool,
+    passes: dict[str, PassNeeds],
+    machine: Machine,
+) -> EngineMemory:
+    """Parts and phases of one engine.
+
+    Args:
+        passes: what ``step``, ``scoring`` and ``evaluation`` need.
+    """
+    state = ENGINES[engine](weights, devices)
+    step = passes["step"]
+    unpacked = max((weight.unpacked for weight in weights.frozen), default=0)
+    listened = _listening(config, weights)
+    parts = {
+        "base": state.base,
+        "scales of 4-bit blocks": weights.scales,
+        "factors and head": state.factors,
+        "gradients": state.gradients,
+        "moments of Adam": state.moments,
+        "buckets of the engine": state.buckets,
+        "gathered weights": state.gathered,
+        "one 4-bit layer unpacked": unpacked,
+        "activations": step.kept,
+        "logits and cross-entropy": step.logits,
+        "passing in a step": step.passing,
+        "sensitivity of one layer": listened,
+        "scoring batch": passes["scoring"].peak,
+        "evaluation batch": passes["evaluation"].peak,
+    }
+    between = state.base + weights.scales + state.factors + state.moments + state.buckets
+    used = between + state.gathered + unpacked
+    phases = {
+        "step": used + state.gradients + step.kept + step.logits + max(step.passing, listened),
+        "scoring": used + passes["scoring"].peak if passes["scoring"].peak else between,
+        "evaluation": used + passes["evaluation"].peak if passes["evaluation"].peak else between,
+    }
+    moving = max(phases.values()) - between
+    allowance = int(FRAGMENTS * moving) + CONTEXT + (COMMUNICATION if devices > 1 else 0) if machine == "gpu" else 0
+    return EngineMemory(engine, devices, micro_batch_size, checkpointing, parts, phases, allowance)
+
+
+def _listening(config: Config, weights: HeldWeights) -> int:
+    """The gradient of one weight in float32, and its product with the weight, while sensitivities are heard."""
+    if not config.adapts_ranks or config.sensitivity.estimator == "adapter":
+        return 0
+    return 2 * 4 * weights.largest_layer
