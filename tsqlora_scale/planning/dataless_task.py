@@ -10,7 +10,8 @@ import torch
 from tsqlora_scale.config.schema import TaskConfig
 from tsqlora_scale.tasks.batch import Batch
 from tsqlora_scale.tasks.needed_logits import token_shift
-from tsqlora_scale.tasks.task import Task, objective_class
+from tsqlora_scale.tasks.objective_names import objective_class
+from tsqlora_scale.tasks.task import Task
 
 
 class DatalessTask(Task):

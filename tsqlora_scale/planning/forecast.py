@@ -21,7 +21,7 @@ from tsqlora_scale.planning.phantom_passes import Machine, PassNeeds, PhantomPas
 from tsqlora_scale.planning.run_times import RunTimes, run_times
 from tsqlora_scale.quality.gradients.batch_memory import fitting_batch
 from tsqlora_scale.run.plan import RunPlan, plan_run
-from tsqlora_scale.tasks.task import objective_class
+from tsqlora_scale.tasks.objective_names import objective_class
 
 #: Tokens of the pass that tells which layers text does not reach.
 PROBE_TOKENS = 12

@@ -21,7 +21,7 @@ from tsqlora_scale.model.adapters.adapter_type import adapter_type
 from tsqlora_scale.model.base_model import DTYPES, skeleton
 from tsqlora_scale.model.heads import has_head, head_modules
 from tsqlora_scale.model.linear_layers import heads_of, linear_layers, read_past
-from tsqlora_scale.tasks.task import objective_class
+from tsqlora_scale.tasks.objective_names import objective_class
 
 #: Weights that share a scale in a 4-bit base.
 BLOCK = 64
