@@ -154,8 +154,8 @@ class SamplingConfig(Section):
     #: is like the rows of ``task.query``, by the density ratio of wanted to pool; others as papers have them
     #: (docs/selectors.md); or a selector of one's own, ``FILE.py:NAME`` or ``package.module:NAME``. By default it is
     #: ``query`` where there is a query, ``quality`` where a key of ``scoring`` or another one of ``sampling`` is set,
-    #: else ``full``; for the plain methods ``full``.
-    selector: name_or_extension(*SELECTORS) = "full"  # type: ignore[valid-type]
+    #: else ``full``; for the plain methods ``full``. (What stands here is that of the section alone.)
+    selector: name_or_extension(*SELECTORS) = "quality"  # type: ignore[valid-type]
     #: Temperature of Eq. 2: the lower, the more the best samples are drawn.
     tau: PositiveFloat = 0.7
     #: Size of S as a share of the pool (the query's rows, which S always has, not counted). ``auto``: what the selector
