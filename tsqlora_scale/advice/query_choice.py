@@ -10,7 +10,7 @@ from tsqlora_scale.advice.pool_sample import PoolSample
 from tsqlora_scale.common.random_streams import philox
 from tsqlora_scale.config.schema import Config, SamplingConfig
 from tsqlora_scale.quality.draws.key_order import largest
-from tsqlora_scale.quality.query.choice_rule import kept_rows, likely_rows, strata_of, strata_shares
+from tsqlora_scale.quality.query.choice_rule import balanced, kept_rows
 from tsqlora_scale.quality.query.density_ratio import Standing, wanted_share
 from tsqlora_scale.quality.query.looks import Shape
 from tsqlora_scale.quality.query.row_rating import RowRating
@@ -82,11 +82,11 @@ def chosen_weights(
     if not ratio.standing.is_evident:
         return np.ones(count)
     kept = kept_rows(ratio.standing, count, least=min(count, -(-rows * count // size)), soft=sampling.soft)
-    strata, quota, agrees = None, np.array([kept]), ratio.agrees or (None, None)
+    strata, quota = None, np.array([kept])
     if sampling.stratify is not False:
-        strata, of_query = strata_of(labels, agrees[0]), strata_of(wanted, agrees[1])
-        if strata is not None and of_query is not None:
-            quota = quota_of(np.bincount(strata), kept, strata_shares(of_query, likely_rows(strata, ratio.wanted)))
+        strata, shares = balanced((labels, wanted), ratio.agrees, ratio.wanted)
+        if strata is not None:
+            quota = quota_of(np.bincount(strata), kept, shares)
     chosen = largest(ratio.of_pool, quota, strata)
     return np.where(chosen, ratio.wanted if sampling.soft else 1.0, 0.0)
 

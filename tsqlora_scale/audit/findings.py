@@ -103,11 +103,17 @@ class Findings:
             for place in np.flatnonzero(self.wrong >= LIKELY).tolist():
                 copied = f"; {reasons[place]}" if place in reasons else ""
                 reasons[place] = f"label is probably wrong{copied}"
-        if self.off_query is not None:
-            for place in np.flatnonzero(self.off_query >= FAR).tolist():
-                before = f"{reasons[place]}; " if place in reasons else ""
-                reasons[place] = f"{before}off the query"
+        for place in self.strangers().tolist():
+            before = f"{reasons[place]}; " if place in reasons else ""
+            reasons[place] = f"{before}off the query"
         return sorted(reasons.items(), key=lambda fix: (-self.suspicion[fix[0]], fix[0]))
+
+    def strangers(self) -> np.ndarray:
+        """Places of the samples that are off the query with a probability of :data:`FAR`, the surest first."""
+        if self.off_query is None:
+            return np.empty(0, dtype=np.int64)
+        order = np.argsort(-self.off_query, kind="stable")
+        return order[self.off_query[order] >= FAR]
 
     def copies(self) -> list[np.ndarray]:
         """Places of the samples of every group of copies and near-copies, large groups first."""
@@ -149,7 +155,7 @@ class Findings:
             "fixes": len(self.fixes()),
             "copies": int(sum(len(group) - 1 for group in groups)),
             "groups of copies": len(groups),
-            "off the query": None if self.off_query is None else int((self.off_query >= FAR).sum()),
+            "off the query": None if self.off_query is None else len(self.strangers()),
             "classes": self.classes(),
             "strength": self.strength,
             "sources": {name: round(weight, 4) for name, weight in self.sources.items()},

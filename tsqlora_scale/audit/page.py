@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tsqlora_scale.audit.findings import FAR, Findings
+from tsqlora_scale.audit.findings import Findings
 from tsqlora_scale.audit.page_assets import SCRIPT, STYLE
 from tsqlora_scale.common.printing import printable, shortened
 from tsqlora_scale.tasks import Task
@@ -83,7 +83,7 @@ def overview(findings: Findings) -> Iterator[str]:
         tiles.append(("labels more probably wrong than right", f"{int((findings.wrong >= 0.5).sum()):,}"))
     tiles.append(("copies or near-copies of another sample", f"{sum(len(g) - 1 for g in findings.copies()):,}"))
     if findings.off_query is not None:
-        tiles.append(("samples that are probably off the query", f"{int((findings.off_query >= FAR).sum()):,}"))
+        tiles.append(("samples that are probably off the query", f"{len(findings.strangers()):,}"))
     yield '<div class="tiles">'
     yield from (f'<div class="tile"><b>{safe(value)}</b><span>{safe(what)}</span></div>' for what, value in tiles)
     yield "</div>\n"
@@ -236,7 +236,7 @@ def strangers(findings: Findings, task: Task) -> Iterator[str]:
     off = findings.off_query
     if off is None:
         return
-    places = [place for place in np.argsort(-off, kind="stable")[:STRANGERS].tolist() if off[place] >= FAR]
+    places = findings.strangers()[:STRANGERS].tolist()
     yield f"<h2>Off the query</h2><p class='dim'>The {len(places):,} surest; audit.csv has all.</p>"
     yield '<table><tr><th class="number">probability</th><th>text</th><th>label</th></tr>\n'
     for place in places:

@@ -1,5 +1,8 @@
 """How a run ends early: by a mistake that a user can mend, or because it was asked to."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from tsqlora_scale.common.printing import printable, shortened
 
 
@@ -13,6 +16,15 @@ class UserError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(shortened(printable(shortened(message, 2000)), 2000))
+
+
+@contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Mistakes inside are those of ``what``, a key and its value: their messages begin with it."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from None
 
 
 class Stopped(Exception):

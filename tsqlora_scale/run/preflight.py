@@ -6,13 +6,12 @@ import importlib.util
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.common.errors import UserError, naming
 from tsqlora_scale.common.launcher import launched_rank, launched_size, strangers
 from tsqlora_scale.common.printing import shown
 from tsqlora_scale.config.locations import resolve
@@ -165,13 +164,9 @@ def describe(config: Config, data: Data) -> Described:
     )
 
 
-@contextmanager
-def naming_the_proxy(config: Config) -> Iterator[None]:
+def naming_the_proxy(config: Config) -> AbstractContextManager[None]:
     """Say of mistakes inside that they are those of ``scoring.proxy_model``."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"scoring.proxy_model={config.scoring.proxy_model!r}: {error}") from None
+    return naming(f"scoring.proxy_model={config.scoring.proxy_model!r}")
 
 
 def check_extensions(config: Config) -> None:
@@ -200,10 +195,8 @@ def check_scoring(config: Config, task: Task) -> None:
         read_file(config, task)
     limit = config.scoring.max_length
     if config.looks_at_pool and limit is not None:
-        try:
+        with naming(f"scoring.max_length={limit}"):
             task.batch([0], max_length=limit)
-        except UserError as error:
-            raise UserError(f"scoring.max_length={limit}: {error}") from None
 
 
 def check_machine(config: Config) -> None:

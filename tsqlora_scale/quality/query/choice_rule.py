@@ -35,6 +35,25 @@ def surer_part(share: float) -> float:
     return share * (1 + share**2) / 2
 
 
+def balanced(
+    classes: tuple[np.ndarray | None, np.ndarray | None],
+    agrees: tuple[np.ndarray, np.ndarray] | None,
+    wanted: np.ndarray,
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """The strata of the pool's rows, (N,), and their shares in S, (k,); None of both where all rows are alike.
+
+    Args:
+        classes: class ids of the pool's rows (N,) and of the query's (n,); None where there are none.
+        agrees: whether the pool expects their answers, of the same rows.
+        wanted: the probability that a row of the pool is, (M,): of the first M rows, without those of the query in it.
+    """
+    pairs = zip(classes, agrees or (None, None), strict=True)
+    of_pool, of_query = (strata_of(*pair) for pair in pairs)
+    if of_pool is None or of_query is None:
+        return None, None
+    return of_pool, strata_shares(of_query, likely_rows(of_pool[: len(wanted)], wanted))
+
+
 def strata_of(classes: np.ndarray | None, agrees: np.ndarray | None) -> np.ndarray | None:
     """Numbers from 0 of the strata of rows, (n,) int32: the class, and whether the pool expects it there; None of rows
     that have neither."""

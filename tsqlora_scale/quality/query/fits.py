@@ -84,6 +84,12 @@ def logistic(x: Tensor, y: Tensor, weights: Tensor, ridge: float) -> tuple[Tenso
     return slopes, level
 
 
+def probability(odds: np.ndarray) -> np.ndarray:
+    """Of log odds, (n,)."""
+    likely: np.ndarray = 1 / (1 + np.exp(-np.clip(odds, -50, 50)))
+    return likely
+
+
 def folds_of(strata: np.ndarray | None, size: int, count: int, *, seed: int, purpose: str) -> np.ndarray:
     """A fold in 0..count-1 for each of ``size`` rows, (size,) int64, every stratum spread evenly over the folds."""
     keys = philox(seed, purpose).random(size)

@@ -15,6 +15,7 @@ import numpy as np
 
 from tsqlora_scale.quality.query.answer_models import AnswerModel, fit_answers, normal_density
 from tsqlora_scale.quality.query.density_ratio import DensityRatio
+from tsqlora_scale.quality.query.fits import probability
 from tsqlora_scale.quality.query.terms import Likeness
 
 #: Fits of both parts. On pools of 2,000 rows eight change what four have found by less than the draw of the query does.
@@ -96,7 +97,7 @@ class Mixture:
             of_rest = rest.log_likelihood(z, answers[1])
             handicap = max(float((of_rest - log_wanted[len(x) :]).mean()), 0.0)
             odds = prior_odds(text, share) + log_wanted[: len(x)] + handicap - log_rest
-            sure = np.clip(1 / (1 + np.exp(-np.clip(odds, -50, 50))), DOUBT, 1 - DOUBT)
+            sure = np.clip(probability(odds), DOUBT, 1 - DOUBT)
         usual = _usual(answers[0], classes)
         mixture = cls(likeness, directions, model, rest, by_text, share, handicap, usual, classes)
         gains = [part[:, 2] - mixture._marginal(known) for part, known in zip(first, answers, strict=True)]

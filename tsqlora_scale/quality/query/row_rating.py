@@ -8,6 +8,7 @@ import numpy as np
 
 from tsqlora_scale.common.disk_arrays import filled
 from tsqlora_scale.quality.query.density_ratio import DensityRatio, Standing, stand
+from tsqlora_scale.quality.query.fits import probability
 from tsqlora_scale.quality.query.looks import Shape
 from tsqlora_scale.quality.query.mixture import Mixture
 from tsqlora_scale.quality.query.terms import LabelTerms, NumberTerms, Terms, fit_terms
@@ -92,7 +93,7 @@ class RowRating:
         ratio = self.log_ratio(values)
         if self.mixture is None:
             return np.asarray(np.exp(np.minimum(ratio + np.log(max(self.standing.share, 1e-3)), 0.0)))
-        return np.asarray(1 / (1 + np.exp(-np.clip(ratio, -50, 50))))
+        return probability(ratio)
 
     def agrees(self, values: np.ndarray) -> np.ndarray | None:
         """Whether the pool, by the text, expects the answer that rows have, (n,) bool; None without a second look."""

@@ -6,7 +6,7 @@ import numpy as np
 from torch import nn
 
 from tsqlora_scale.common.disk_arrays import copied
-from tsqlora_scale.quality.query.choice_rule import kept_rows, likely_rows, strata_of, strata_shares
+from tsqlora_scale.quality.query.choice_rule import balanced, kept_rows
 from tsqlora_scale.quality.query.query_rater import QueryRater, QueryRating
 from tsqlora_scale.quality.selectors.ranked import RankedSelector, Rating
 from tsqlora_scale.quality.selectors.selector import SelectorContext
@@ -61,15 +61,11 @@ class QuerySelector(RankedSelector):
     def _strata(self, found: QueryRating) -> tuple[np.ndarray | None, np.ndarray | None]:
         """Of the pool's rows (N,), and the strata's shares in S; None of both where all rows are alike, or if
         ``sampling.stratify`` is false."""
-        query, agrees = self.pool.query, found.agrees or (None, None)
+        query = self.pool.query
         if query is None or self.config.sampling.stratify is False:
             return None, None
-        strata = strata_of(self.pool.class_ids(), agrees[0])
-        wanted = strata_of(query.class_ids(), agrees[1])
-        if strata is None or wanted is None:
-            return None, None
-        rest = len(self.pool) - self.pool.query_rows
-        return strata, strata_shares(wanted, likely_rows(strata[:rest], found.wanted[:rest]))
+        classes, rest = (self.pool.class_ids(), query.class_ids()), len(self.pool) - self.pool.query_rows
+        return balanced(classes, found.agrees, found.wanted[:rest])
 
 
 def query_rater(context: SelectorContext) -> QueryRater:

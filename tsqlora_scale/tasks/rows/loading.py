@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import datasets
 
-from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.common.errors import UserError, naming
 from tsqlora_scale.config.schema import TaskConfig
 from tsqlora_scale.config.task_section import MixedSetConfig
 from tsqlora_scale.tasks.metrics import check_metrics
@@ -87,7 +84,7 @@ def _load_mixture(cfg: TaskConfig, seed: int) -> Pooled:
     pools: list[datasets.Dataset] = []
     labels, classes = cfg.labels, None
     for each in cfg.mixture:
-        with _naming(each):
+        with naming(_key(each)):
             own = cfg.of_set(each)
             opened = open_pool(own.dataset, wanted_columns(own, pool=True), label=label_column(own))
             check_numbered_alike(own, opened, classes)
@@ -114,7 +111,7 @@ def _load_dev_sets(cfg: TaskConfig, seed: int, classes: list[str] | None = None)
         if each is None:
             sets[title] = load_dev_set(cfg, name, seed, classes)
             continue
-        with _naming(each):
+        with naming(_key(each)):
             sets[title] = load_dev_set(cfg.of_set(each), name, seed, classes, _part(cfg, each, is_pool=False))
     return sets
 
@@ -124,13 +121,8 @@ def _part(cfg: TaskConfig, each: MixedSetConfig, *, is_pool: bool) -> SetColumns
     return SetColumns(cfg, each.name, number, each.prefix, is_pool)
 
 
-@contextmanager
-def _naming(each: MixedSetConfig) -> Iterator[None]:
-    """Say of mistakes inside of which set of the mixture they are."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"task.mixture, {each.name!r}: {error}") from None
+def _key(each: MixedSetConfig) -> str:
+    return f"task.mixture, {each.name!r}"
 
 
 def _first_and_more(
