@@ -185,6 +185,7 @@ class Found:
     odds: np.ndarray
     unseen_odds: np.ndarray
     share: float
+    handicap: float
 
 
 def mixture(
@@ -227,7 +228,12 @@ def mixture(
         rest = (np.concatenate([z, new]), np.concatenate([asked, others]))
         turned = np.array([1 - each for each in sure])
         log_rest, rest_elsewhere = answers(x, own, turned, None, rest, classes=classes, strengths=strengths)
-        odds = [prior_odds(ratio(terms[row, 0]), share) + log_wanted[row] - log_rest[row] for row in range(len(x))]
+        behind = [rest_elsewhere[row] - log_wanted[len(x) + row] for row in range(len(z))]
+        handicap = max(sum(behind) / len(behind), 0.0)
+        odds = [
+            prior_odds(ratio(terms[row, 0]), share) + log_wanted[row] + handicap - log_rest[row]
+            for row in range(len(x))
+        ]
         sure = [min(max(1 / (1 + math.exp(-each)), 1e-3), 1 - 1e-3) for each in odds]
     usual = _usual(own, classes)
 
@@ -243,11 +249,12 @@ def mixture(
         odds=np.array(odds),
         unseen_odds=np.array(
             [
-                prior_odds(ratio(text), share) + row[0] - row[1]
+                prior_odds(ratio(text), share) + row[0] + handicap - row[1]
                 for text, row in zip(of_unseen[:, 0], of_new, strict=True)
             ]
         ),
         share=share,
+        handicap=handicap,
     )
 
 

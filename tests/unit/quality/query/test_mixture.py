@@ -29,10 +29,12 @@ def drawn(rng: np.random.Generator, rules: np.ndarray, wanted: np.ndarray, class
     return features, answers, np.column_stack([features[:, 0, 0].mean(1), -rng.random((len(wanted), 2))])
 
 
-def sides(seed: int, classes: int | None, pool: int = 40, query: int = 14) -> list[Side]:
-    """Of a pool, of a query, and of rows that no model has seen."""
+def sides(seed: int, classes: int | None, pool: int = 40, query: int = 14, *, alike: bool = False) -> list[Side]:
+    """Of a pool, of a query, and of rows that no model has seen; all follow one rule if ``alike``."""
     rng = np.random.default_rng(seed)
     rules = 1.5 * rng.normal(size=(2, 5))
+    if alike:
+        rules[1] = rules[0]
     wanted = [np.arange(pool) % 3 == 0, np.ones(query), np.arange(6) % 2]
     return [drawn(rng, rules, each.astype(np.int64), classes) for each in wanted]
 
@@ -44,18 +46,25 @@ def fitted(pool: Side, query: Side, wanted: np.ndarray, classes: int | None) -> 
 
 
 @pytest.mark.parametrize("classes", [2, 3, None])
+@pytest.mark.parametrize("alike", [False, True])
 @pytest.mark.parametrize("rounds", [1, 3])
-def test_a_mixture_is_made_of_refits(classes: int | None, rounds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mixture_is_made_of_refits(
+    classes: int | None, rounds: int, alike: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(feature_heads, "RIDGES", RIDGES)
     monkeypatch.setattr(mixture, "DIRECTIONS", DIRECTIONS)
     monkeypatch.setattr(mixture, "ROUNDS", rounds)
-    pool, query, unseen = sides(0, classes)
-    wanted = np.random.default_rng(1).random(len(pool[0]))
+    pool, query, unseen = sides(0, classes, alike=alike)
+    # of few rows that are probably wanted the query's alone teach, and the rest's model is the better one
+    wanted = np.random.default_rng(1).random(len(pool[0])) * (0.05 if alike else 1.0)
     expected = slow.mixture(
         (pool, query, unseen), wanted, classes=classes, directions=DIRECTIONS, rounds=rounds, strengths=RIDGES
     )
     found, of_pool, of_query = fitted(pool, query, wanted, classes)
     assert found.share == pytest.approx(expected.share, abs=2e-3)
+    assert found.handicap == pytest.approx(expected.handicap, abs=1e-2)
+    if alike:
+        assert found.handicap > 0.02
     np.testing.assert_allclose(of_pool, expected.pool, atol=1e-2)
     np.testing.assert_allclose(of_query, expected.query, atol=1e-2)
     np.testing.assert_allclose(found.log_odds(pool[2][:, 0], of_pool), expected.odds, atol=2e-2)

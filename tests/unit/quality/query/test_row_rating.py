@@ -217,3 +217,17 @@ def test_a_share_is_not_above_its_bound(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(Mixture, "fit", surer)
     standing = RowRating.fit(made.shape, pool, query, seed=0).standing
     assert standing.share == standing.most == 0.999
+
+
+@pytest.mark.parametrize(("kind", "least"), [("classes", 0.14), ("number", 0.16)])
+def test_a_share_does_not_shrink_where_both_parts_follow_one_rule(kind: str, least: float) -> None:
+    """Of two topics with one rule a quarter is wanted; without its handicap the smaller part's share would be lower."""
+    shares = []
+    for seed in range(3):
+        made = Made(kind, seed)
+        topic = (np.arange(1000) < 250).astype(np.int64)
+        pool, query = made.rows(topic, zeros(1000)), made.rows(zeros(64) + 1, zeros(64))
+        rating = RowRating.fit(made.shape, pool, query, seed=0, classes=2 if kind == "classes" else 0)
+        assert rating.mixture is not None
+        shares.append(rating.standing.share)
+    assert min(shares) > least
