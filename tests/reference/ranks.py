@@ -81,3 +81,20 @@ def outside(rows: Tensor, of: Tensor) -> Tensor:
     """The parts of ``rows`` (n, d) that no combination of the rows of ``of`` (m, d) gives."""
     rows, of = rows.double(), of.double()
     return rows - rows @ torch.linalg.pinv(of) @ of
+
+
+def best_division(
+    worths: Sequence[Sequence[float]], costs: Sequence[int], low: Sequence[int], high: Sequence[int], budget: int
+) -> float:
+    """The most that ranks within their bounds and the budget can be worth together, by trying all of them."""
+    best = 0.0
+    for ranks in itertools.product(*(range(lo, hi + 1) for lo, hi in zip(low, high, strict=True))):
+        if sum(cost * rank for cost, rank in zip(costs, ranks, strict=True)) <= budget:
+            best = max(best, sum(sum(values[:rank]) for values, rank in zip(worths, ranks, strict=True)))
+    return best
+
+
+def target_values(learned: Tensor, gradient: Tensor, eta: float) -> list[float]:
+    """Squared singular values of dW - eta G, both (d_out, d_in) and whole."""
+    values: list[float] = torch.linalg.svdvals(learned.double() - eta * gradient.double()).square().tolist()
+    return values

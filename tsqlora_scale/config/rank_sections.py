@@ -45,9 +45,21 @@ class ScheduleConfig(Section):
 class AllocationConfig(Section):
     """How a rank budget is divided among layers (paper 2.3, Eq. 6)."""
 
-    #: ``tsqlora``: Eq. 6; ``fixed``: ranks stay as they are, and nothing is listened to; or a policy of one's own,
-    #: ``FILE.py:NAME`` or ``package.module:NAME``.
-    policy: name_or_extension("tsqlora", "fixed") = "tsqlora"  # type: ignore[valid-type]
+    #: ``tsqlora``: Eq. 6; ``gain``: every rank where a local model of the loss says that it lowers it most
+    #: (docs/method.md); ``fixed``: ranks stay as they are, and nothing is listened to; ``file``: likewise, from the
+    #: ranks of ``file`` on; or a policy of one's own, ``FILE.py:NAME`` or ``package.module:NAME``.
+    policy: name_or_extension("tsqlora", "gain", "fixed", "file") = "tsqlora"  # type: ignore[valid-type]
+    #: The ranks of ``policy: file``: a run folder, its ``result.json``, an adapter's folder or ``adapter_config.json``,
+    #: or a yaml or json file of names and ranks, as PEFT's ``rank_pattern`` has them. Layers that it does not name
+    #: have ``adapter.r``.
+    file: Annotated[str, Field(min_length=1)] | None = None
+    #: ``fixed``: the ranks at the start, times φ. ``auto``, with ``policy: gain``: the run finds the total as well, the
+    #: fewest ranks that leave no more than ``tolerance`` of what is to be gained …
+    budget: Literal["fixed", "auto"] = "fixed"
+    #: … as a share of it, and …
+    tolerance: Below1 = 0.1
+    #: … no more than so many times the ranks at the start.
+    ceiling: PositiveFloat = 4.0
     #: 0 lets a layer lose its adapter altogether; it gets one again when its sensitivity earns it a rank (with
     #: ``sensitivity.estimator: adapter``, which then hears nothing of it, only when all others are full).
     r_min: Annotated[int, Field(ge=0)] = 1
@@ -68,6 +80,14 @@ class AllocationConfig(Section):
             raise ValueError(f"'r_max' ({self.r_max}) must not be below 'r_min' ({self.r_min})")
         if self.phi_max < self.phi_min:
             raise ValueError(f"'phi_max' ({self.phi_max}) must not be below 'phi_min' ({self.phi_min})")
+        if self.budget == "auto" and self.policy != "gain":
+            raise ValueError(f"'budget: auto' needs 'policy: gain', and it is {self.policy!r}; change one of them")
+        if (self.file is None) == (self.policy == "file"):
+            raise ValueError(
+                "'policy: file' needs 'file', the ranks to take"
+                if self.file is None
+                else f"'file' is read by 'policy: file' alone, and it is {self.policy!r}; change one of them"
+            )
         return self
 
 

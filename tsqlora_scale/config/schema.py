@@ -75,6 +75,10 @@ class Config(Section):
     @model_validator(mode="after")
     def _ranks_agree(self) -> Config:
         r_max = self.allocation.r_max
+        if self.allocation.policy == "file" and self.adapter.init_from is not None:
+            raise ValueError(
+                "'allocation.policy: file' and 'adapter.init_from' both give the layers their ranks; remove one of them"
+            )
         if not self.adapts_ranks:
             return self
         if not ADAPTER_TRAITS[self.adapter.type].resized:
@@ -91,6 +95,16 @@ class Config(Section):
             raise ValueError(
                 "'resize.grow_init: gradient' needs the gradients of the base's weights, which "
                 "'sensitivity.estimator: adapter' does not see; choose another of either"
+            )
+        if self.allocation.policy == "gain" and self.sensitivity.estimator == "adapter":
+            raise ValueError(
+                "'allocation.policy: gain' needs the gradients of the base's weights, which 'sensitivity.estimator: "
+                "adapter' does not see; choose another of either"
+            )
+        if self.allocation.policy == "gain" and self.sensitivity.window == 1:
+            raise ValueError(
+                "'allocation.policy: gain' tells signal from noise by alternate steps, and 'sensitivity.window' is 1; "
+                "set it to 2 or more"
             )
         return self
 
@@ -233,7 +247,7 @@ class Config(Section):
     def _nothing_but_scores(self) -> dict[str, Section]:
         """Sections of a run that ends with its first pass over the pool."""
         return {
-            "allocation": self.allocation.model_copy(update={"policy": "fixed"}),
+            "allocation": self.allocation.model_copy(update={"policy": "fixed", "file": None, "budget": "fixed"}),
             "train": self.train.model_copy(
                 update={"checkpoint_every": None, "eval_every": None, "keep": "last", "patience": None}
             ),
@@ -286,7 +300,7 @@ class Config(Section):
     @property
     def adapts_ranks(self) -> bool:
         """Whether the rank half of the method is on."""
-        return bool(self.allocation.policy != "fixed")
+        return self.allocation.policy not in ("fixed", "file")
 
     def to_yaml(self) -> str:
         """The resolved config; training from this text reproduces the run."""

@@ -12,8 +12,11 @@ from torch import nn
 from tsqlora_scale.config.schema import Config
 from tsqlora_scale.engine.collectives import World
 from tsqlora_scale.engine.engine import Engine
-from tsqlora_scale.ranks.install import components, current_ranks, layer_dims, resize_model
+from tsqlora_scale.ranks.gradient_sketches import SKETCH_ROWS
+from tsqlora_scale.ranks.install import components, current_ranks, layer_dims, layer_factors, resize_model
+from tsqlora_scale.ranks.policies.gain import most_ranks
 from tsqlora_scale.ranks.policies.policy import Plan, Policy, Statistics, agree
+from tsqlora_scale.ranks.rank_worth import held_part, rank_worths
 from tsqlora_scale.ranks.schedule import Schedule
 from tsqlora_scale.ranks.sensitivity import SensitivityTracker
 
@@ -33,6 +36,21 @@ class RankEvent:
     quality: float | None
     shrink_error: dict[str, float]
     seconds: float
+
+    def line(self) -> dict[str, Any]:
+        """What the record says of it."""
+        plan = self.plan
+        return {
+            "phi": plan.phi,
+            "budget": plan.budget,
+            "quality": self.quality,
+            "sensitivity": plan.sensitivity,
+            "ranks": plan.ranks,
+            "reasons": plan.reasons,
+            "shrink_error": self.shrink_error,
+            "seconds": round(self.seconds, 6),
+            **({"curve": plan.curve} if plan.curve else {}),
+        }
 
 
 class RankController(Protocol):
@@ -139,11 +157,14 @@ class AdaptiveRanks:
         self._config = config
         self._schedule = schedule
         self._first_quality: float | None = None
+        needs_worths = getattr(policy, "needs_worths", False)
         self.tracker = SensitivityTracker(
             config.sensitivity,
             batch_size=config.train.batch_size,
             micro_batch_size=micro_batch_size,
-            sketch_seed=config.run.seed if config.resize.grow_init == "gradient" else None,
+            sketch_seed=config.run.seed if needs_worths or config.resize.grow_init == "gradient" else None,
+            sketch_rows=max(SKETCH_ROWS, most_ranks(config.allocation, config.adapter.r) if needs_worths else 0),
+            halves=needs_worths,
             events=schedule.events,
             without_batch=without_batch,
         )
@@ -192,7 +213,17 @@ class AdaptiveRanks:
             first_quality=self._first_quality or 1.0,
             progress=self._schedule.progress(step),
             components=components(engine.gather(), ranks) if self.policy.needs_components else {},
+            worths=self._worths(engine) if getattr(self.policy, "needs_worths", False) else {},
         )
+
+    def _worths(self, engine: Engine) -> dict[str, tuple[float, ...]]:
+        """What every layer's ranks are worth; after the tracker has reduced. A collective."""
+        factors, halves = layer_factors(engine.module, engine.gather()), self.tracker.halves()
+        held = {
+            name: held_part(self.tracker.projection(name, len(b)), a, b, scaling)
+            for name, (a, b, scaling) in factors.items()
+        }
+        return rank_worths(held, halves)
 
     def carry_out(self, plan: Plan, engine: Engine, step: int) -> dict[str, float]:
         """Install a plan: gather, pure algebra, rebuild. A collective.

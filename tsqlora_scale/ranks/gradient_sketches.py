@@ -23,20 +23,21 @@ class GradientSketches:
     emptied at an event: what has been learnt since fades, and an event soon after another still has a direction.
     """
 
-    def __init__(self, seed: int, beta: float) -> None:
-        """Of a run of this seed; ``beta`` as for S."""
+    def __init__(self, seed: int, beta: float, *, rows: int = SKETCH_ROWS) -> None:
+        """Of a run of this seed; ``beta`` as for S, ``rows`` the number k."""
         self._seed = seed
         self._beta = beta
+        self.rows = rows
         #: (k, d_in) float32 by layer, on the CPU; zeros as long as nothing was heard.
         self.values: dict[str, Tensor] = {}
 
     def projection(self, layer: str, d_out: int) -> Tensor:
         """Omega, (k, d_out), on the CPU: the same on every process, at every time."""
-        return torch.randn(SKETCH_ROWS, d_out, generator=generator_for(self._seed, "gradient sketch", layer))
+        return torch.randn(self.rows, d_out, generator=generator_for(self._seed, "gradient sketch", layer))
 
     def add_layer(self, layer: str, d_in: int) -> None:
         """Start with a sketch of zeros, unless there is one."""
-        self.values.setdefault(layer, torch.zeros(SKETCH_ROWS, d_in))
+        self.values.setdefault(layer, torch.zeros(self.rows, d_in))
 
     def update(self, layer: str, step: Tensor) -> None:
         """Take in the sketch of a step's gradient. Its length does not matter: no bias correction."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.random_streams import layer_generator
 from tsqlora_scale.config.schema import ResizeConfig
+from tsqlora_scale.engine.sharded import write_parameter
 from tsqlora_scale.engine.train_state import ParamState, TrainState
 from tsqlora_scale.model.adapters.lora import ADAPTER, has_factors, lora_layers
 from tsqlora_scale.ranks.policies.policy import Plan
@@ -111,6 +112,35 @@ def components(state: TrainState, layers: Iterable[str]) -> dict[str, tuple[floa
         factors = [state.params[n] for n in factor_names(name) if n in state.params]
         found[name] = tuple(component_importance(*factors).tolist()) if factors else ()
     return found
+
+
+def layer_factors(model: nn.Module, state: TrainState) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """A (r, d_in), B (d_out, r) and the scaling of every adapted layer, sorted by name; r is 0 where it has none."""
+    found = {}
+    for name, layer in lora_layers(model).items():
+        d_in, d_out = _dims(layer)
+        none = (torch.zeros(0, d_in), torch.zeros(d_out, 0))
+        a, b = (
+            state.params[each].value if each in state.params else absent
+            for each, absent in zip(factor_names(name), none, strict=True)
+        )
+        found[name] = a, b, float(layer.scaling[ADAPTER])
+    return found
+
+
+def start_with_ranks(model: nn.Module, ranks: Mapping[str, int], *, seed: int) -> None:
+    """Give a model with a fresh adapter other ranks, its factors fresh, too: A drawn by layer, B zero. Scalings stay.
+
+    Raises:
+        UserError: when ``ranks`` names other layers than the model adapts.
+    """
+    before = current_ranks(model)
+    set_ranks(model, ranks)
+    for name, layer in lora_layers(model).items():
+        if ranks[name] and ranks[name] != before[name]:
+            d_in, _ = _dims(layer)
+            drawn = torch.empty(ranks[name], d_in).uniform_(-1, 1, generator=layer_generator(seed, 0, name))
+            write_parameter(layer.lora_A[ADAPTER].weight, drawn / d_in**0.5)  # type: ignore[arg-type]
 
 
 def set_ranks(model: nn.Module, ranks: Mapping[str, int]) -> None:

@@ -42,7 +42,7 @@ from tsqlora_scale.config.schema import SensitivityConfig
 from tsqlora_scale.engine.collectives import World
 from tsqlora_scale.model.adapters.lora import ADAPTER, has_factors, lora_layers, short_name
 from tsqlora_scale.ranks.estimators import full_weight
-from tsqlora_scale.ranks.gradient_sketches import GradientSketches
+from tsqlora_scale.ranks.gradient_sketches import SKETCH_ROWS, GradientSketches
 from tsqlora_scale.ranks.taps import Listener, Site
 
 log = logging.getLogger(__name__)
@@ -64,6 +64,8 @@ class SensitivityTracker:
         micro_batch_size: int,
         events: Sequence[int],
         sketch_seed: int | None = None,
+        sketch_rows: int = SKETCH_ROWS,
+        halves: bool = False,
         without_batch: Collection[str] = frozenset(),
     ) -> None:
         """Of a run of ``batch_size`` samples an optimizer step, over all processes.
@@ -71,6 +73,8 @@ class SensitivityTracker:
         Args:
             events: after how many finished steps S is wanted, ascending.
             sketch_seed: of the random projections of :meth:`sketches`; none: no sketches are taken.
+            sketch_rows: of a sketch.
+            halves: whether sketches are taken of alternate steps, too; see :meth:`halves`.
             without_batch: layers, by their short names, that never get the batch as their first dimension.
         """
         self.group_size = _group_size(cfg, micro_batch_size)
@@ -90,7 +94,14 @@ class SensitivityTracker:
         self._scale = 1.0
         self._listening = False
         assert sketch_seed is None or cfg.estimator != "adapter", "the adapter's gradients have no rows of the weight's"
-        self._sketches = None if sketch_seed is None else GradientSketches(sketch_seed, cfg.beta)
+        assert sketch_seed is not None or not halves
+        #: Of all listened steps, and where halves are wanted of every second one, and of the others.
+        self._kept: tuple[GradientSketches, ...] = ()
+        if sketch_seed is not None:
+            self._kept = tuple(
+                GradientSketches(sketch_seed, cfg.beta, rows=sketch_rows) for _ in range(3 if halves else 1)
+            )
+        self._turn = 0
         # Per layer: the EMA from zero and its bias-correcting weight, the same for its uncertainty, and how many
         # gradients were ever heard.
         self._ema: dict[str, float] = {}
@@ -120,9 +131,10 @@ class SensitivityTracker:
                 base = layer.get_base_layer()
                 transposed = bool(getattr(layer, "fan_in_fan_out", False))
                 site = Site(name, base, partial(full_weight, base, transposed=transposed))
-                if self._sketches is not None:
-                    site.projection = self._sketches.projection(name, int(layer.out_features))  # type: ignore[arg-type]
-                    self._sketches.add_layer(name, int(layer.in_features))  # type: ignore[arg-type]
+                if self._kept:
+                    site.projection = self.projection(name, int(layer.out_features))  # type: ignore[arg-type]
+                for kept in self._kept:
+                    kept.add_layer(name, int(layer.in_features))  # type: ignore[arg-type]
                 sites.append(site)
         for site in sites:
             site.without_batch = short_name(site.layer) in self._without_batch
@@ -158,6 +170,7 @@ class SensitivityTracker:
                 (accumulation) do not count.
         """
         self._listening = self.listens(step)
+        self._turn = step // self._cfg.every % 2  # listened steps are so far apart
         self._samples = 0
         if self._listening:
             self._scale = self._batch_size / loss_scale
@@ -209,11 +222,11 @@ class SensitivityTracker:
         names, heard = sorted(self._ema), float(self._listener.samples)
         values, counts = [usable.get(name, 0.0) for name in names], [heard * (name in usable) for name in names]
         self._pending.append(torch.tensor([values, counts], dtype=torch.float64))
-        if self._sketches is not None:
-            share = self._scale / self._samples
+        share = self._scale / self._samples
+        for kept in (*self._kept[:1], *self._kept[1 + self._turn : 2 + self._turn]):
             for site in sites:
                 if site.sketch is not None and site.layer in usable:
-                    self._sketches.update(site.layer, share * site.sketch)
+                    kept.update(site.layer, share * site.sketch)
 
     def synchronize(self, world: World) -> None:
         """Take the mean over processes of all steps since the last time into the averages. A collective.
@@ -225,17 +238,17 @@ class SensitivityTracker:
         names = sorted(self._ema)
         parts = [torch.tensor([self._heard[name] for name in names], dtype=torch.float64)]
         parts += [step.flatten() for step in self._pending]
-        if self._sketches is not None:
-            parts.append(self._sketches.flat())
+        parts += [kept.flat() for kept in self._kept]
         mean = world.mean(torch.cat(parts)).split([len(part) for part in parts])
         self._heard = dict(zip(names, mean[0].tolist(), strict=True))
-        for step in mean[1 : 1 + len(self._pending)]:
+        steps, flat = mean[1 : 1 + len(self._pending)], mean[1 + len(self._pending) :]
+        for step in steps:
             for name, value, count in zip(names, *step.view(2, -1).tolist(), strict=True):
                 if count:
                     self._take(name, value / count)
         self._pending = []
-        if self._sketches is not None:
-            self._sketches.take(mean[-1])
+        for kept, values in zip(self._kept, flat, strict=True):
+            kept.take(values)
 
     def _take(self, name: str, value: float) -> None:
         """A step's value of a layer, over all processes, into the layer's averages."""
@@ -276,7 +289,19 @@ class SensitivityTracker:
 
     def sketches(self) -> dict[str, Tensor]:
         """Omega G of every layer, (k, d_in), as of the last :meth:`reduce`; empty where none are taken."""
-        return {} if self._sketches is None else dict(self._sketches.values)
+        return dict(self._kept[0].values) if self._kept else {}
+
+    def halves(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Omega G of every layer, (k, d_in) each, of every second listened step and of the others, as of the last
+        :meth:`reduce`; empty where they are not taken."""
+        if not self._kept[1:]:
+            return {}
+        first, second = self._kept[1:]
+        return {name: (first.values[name], second.values[name]) for name in first.values}
+
+    def projection(self, layer: str, d_out: int) -> Tensor:
+        """Omega of a layer, (k, d_out)."""
+        return self._kept[0].projection(layer, d_out)
 
     def state_dict(self) -> dict[str, Any]:
         """Floats, and the sketches; after :meth:`synchronize` the same on all processes, and right for any number."""
@@ -289,14 +314,19 @@ class SensitivityTracker:
             "heard": dict(self._heard),
             "whole_micro_batch": self._listener.whole_micro_batch,
             "sketches": self.sketches(),
+            "alternate_sketches": {str(turn): dict(kept.values) for turn, kept in enumerate(self._kept[1:])},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a :meth:`state_dict` that was taken after :meth:`synchronize`, on every process."""
         self._ema, self._weight, self._heard = (dict(state[key]) for key in ("ema", "weight", "heard"))
         self._deviation, self._deviation_weight = dict(state["deviation"]), dict(state["deviation_weight"])
-        if self._sketches is not None:
-            self._sketches.values = dict(state["sketches"])
+        if self._kept:
+            # a checkpoint of an earlier release has the first alone
+            for kept, values in zip(
+                self._kept, (state["sketches"], *state.get("alternate_sketches", {}).values()), strict=True
+            ):
+                kept.values = dict(values)
         self._pending = []
         self._listener.whole_micro_batch = state["whole_micro_batch"]
 

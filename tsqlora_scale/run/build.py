@@ -36,6 +36,7 @@ from tsqlora_scale.run.old_checkpoints import of_today
 from tsqlora_scale.run.plan import RunPlan
 from tsqlora_scale.run.preemption import StopRequest
 from tsqlora_scale.run.preflight import Described, Preflight, resumes_in
+from tsqlora_scale.run.rank_file import start_by_file
 from tsqlora_scale.run.resume import (
     find_checkpoint,
     length_before,
@@ -94,10 +95,8 @@ def build_run(
             give(model, tree["ranks"], {name: entry.value for name, entry in state.params.items()})
         elif adapter is not None:
             give(model, *adapter_type(config.adapter.type).read(model, Path(adapter)))
-        elif config.adapter.init_from is not None:
-            for line in start_from(model, config):
-                if accelerator.is_main_process:
-                    log.warning("%s", line)
+        else:
+            start_new(model, config, says=accelerator.is_main_process)
         engine = start_engine(
             accelerator,
             model,
@@ -166,6 +165,16 @@ def note_length(run: Run, before: int, *, goes_on_here: bool) -> None:
         log.warning("%s", restated(run.config.train, run.plan, step=run.step, before=before))
     if goes_on_here:
         run.write_on_main(f"{str(run.record.folder)!r}", lambda: run.record.change_config(run.config.to_yaml()))
+
+
+def start_new(model: torch.nn.Module, config: Config, *, says: bool) -> None:
+    """What a new run's config says of the fresh adapter's values or ranks. With ZeRO-3 a collective."""
+    if config.adapter.init_from is not None:
+        for line in start_from(model, config):
+            if says:
+                log.warning("%s", line)
+    elif config.allocation.policy == "file":
+        start_by_file(model, config)
 
 
 def give(model: torch.nn.Module, ranks: dict[str, int], values: dict[str, torch.Tensor]) -> None:

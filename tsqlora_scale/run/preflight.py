@@ -95,6 +95,10 @@ def check(config: Config, *, data: Data | None = None, starts: bool = True) -> P
         from tsqlora_scale.run.initial_adapter import check_initial
 
         check_initial(config, described.model_config, unreached=findings.unreached)
+    if config.allocation.policy == "file":
+        from tsqlora_scale.run.rank_file import check_rank_file
+
+        check_rank_file(config, described.model_config, unreached=findings.unreached)
     proxy = None
     if config.scores_by_proxy:
         with naming_the_proxy(config):

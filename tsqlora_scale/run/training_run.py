@@ -157,17 +157,7 @@ class Run:
     def note_event(self, event: RankEvent) -> None:
         """Write the line of a rank event."""
         self._total_rank = sum(current_ranks(self.engine.module).values())  # a walk over all modules: not every step
-        self.record.event(
-            step=self.step,
-            phi=event.plan.phi,
-            budget=event.plan.budget,
-            quality=event.quality,
-            sensitivity=event.plan.sensitivity,
-            ranks=event.plan.ranks,
-            reasons=event.plan.reasons,
-            shrink_error=event.shrink_error,
-            seconds=round(event.seconds, 6),
-        )
+        self.record.event(step=self.step, **event.line())
 
     def note_scores(self) -> None:
         """Write the selector's scores; on rank 0."""

@@ -17,14 +17,16 @@ SIZE = 8
 
 def make_tracker(estimator: str = "weight", *, micro: int = SIZE, every: int = 1, beta: float = 0.0,
                  group: int | str | None = None, samples: int | None = None, uncertainty: float | None = None,
-                 sketch_seed: int | None = None) -> SensitivityTracker:  # fmt: skip
+                 sketch_seed: int | None = None, halves: bool = False) -> SensitivityTracker:  # fmt: skip
     """Groups of four samples, or fewer where the micro-batch is smaller."""
     size = math.gcd(micro, 4) if group is None else group
     cfg = SensitivityConfig(
         estimator=estimator, every=every, beta=beta, group_size=size, max_samples=samples, uncertainty=uncertainty
     )
     events = range(1, 1000, every)  # so that steps 0, every, 2 every, ... are heard
-    return SensitivityTracker(cfg, batch_size=SIZE, micro_batch_size=micro, events=events, sketch_seed=sketch_seed)
+    return SensitivityTracker(
+        cfg, batch_size=SIZE, micro_batch_size=micro, events=events, sketch_seed=sketch_seed, halves=halves
+    )
 
 
 def train_step(tracker: SensitivityTracker, model: nn.Module, batches: list[Batch], step: int = 0, scale: float = 1.0):

@@ -30,6 +30,9 @@ class Statistics:
     #: By layer, the importance of each of its components (see :func:`~.resize.component_importance`), which is what
     #: ``resize.shrink: importance`` keeps them by. Empty unless the policy asks.
     components: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    #: By layer, what its ranks 1, 2, ... are worth, falling (see :mod:`~tsqlora_scale.ranks.rank_worth`). Empty unless
+    #: the policy asks.
+    worths: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
     @property
     def costs(self) -> dict[str, int]:
@@ -50,6 +53,8 @@ class Plan:
     sensitivity: dict[str, float]
     #: One line a layer: what it asked for, what bounds and rounding did.
     reasons: dict[str, str]
+    #: (budget, share of all worth that it leaves unbought), where a policy finds the budget.
+    curve: tuple[tuple[int, float], ...] = ()
 
     def digest(self) -> str:
         """SHA-256 of what the plan decides: ranks, phi and budget, to the bit."""
@@ -67,6 +72,9 @@ class Policy(Protocol):
 
     #: Whether it looks at :attr:`Statistics.components`. They cost gathering the factors' moments once more.
     needs_components: ClassVar[bool]
+    #: Whether it looks at :attr:`Statistics.worths`, for which gradients are sketched twice. A policy that does not say
+    #: does not.
+    needs_worths: ClassVar[bool] = False
 
     def plan(self, stats: Statistics) -> Plan:
         """Ranks for every layer of ``stats``."""
