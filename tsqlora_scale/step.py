@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tsqlora_scale.engine.collectives import World
     from tsqlora_scale.engine.engine import Engine
     from tsqlora_scale.tasks import Batch, Task
+    from tsqlora_scale.tasks.packing import Packing
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,9 @@ class StepListener(Protocol):
         """The step that follows ``step`` finished ones begins; ``loss_scale`` is the engine's ``gradient_scale``."""
         ...
 
-    def start_micro_batch(self, size: int, position: int) -> None:
-        """A forward and backward pass over ``size`` samples, of the global batch from ``position`` on, begins."""
+    def start_micro_batch(self, size: int, position: int, packing: Packing | None = None) -> None:
+        """A forward and backward pass over ``size`` samples, of the global batch from ``position`` on, begins; with
+        ``packing`` they stand end to end in it."""
         ...
 
     def end_step(self, *, taken: bool) -> None:
@@ -142,8 +144,8 @@ def optimizer_step(
     for number, (batch, share) in enumerate(zip(batches, shares, strict=True)):
         place = number * world.size + world.rank
         seed_dropout(seed, step, place)
-        listener.start_micro_batch(batch.size, place * micro_batch_size)
-        samples.start_micro_batch(batch.size, place * micro_batch_size)
+        listener.start_micro_batch(batch.size, place * micro_batch_size, batch.packing)
+        samples.start_micro_batch(batch.size, place * micro_batch_size, batch.packing)
         with engine.micro_batch():
             sums, counts = task.loss_sums(task.outputs(engine.module, batch, forward=engine.forward), batch)
             own, share, of_all = sums.detach() / counts, share.to(sums), terms.to(sums)

@@ -172,6 +172,15 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _packs_texts(self) -> Config:
+        if self.train.packing and self.task.type != "causal":
+            raise ValueError(
+                f"'train.packing: true' lays texts of causal models end to end, and 'task.type' is {self.task.type!r}; "
+                "set it to false (train.group_by_length saves padding, too)"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _evaluation_has_data(self) -> Config:
         if self.train.eval_every and not self.task.has_dev:
             raise ValueError(

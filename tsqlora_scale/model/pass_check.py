@@ -13,7 +13,8 @@ from tsqlora_scale.common.launcher import launched_rank
 from tsqlora_scale.config.schema import Config
 from tsqlora_scale.model.base_model import skeleton
 from tsqlora_scale.model.linear_layers import kinds_of, note_on_weights, read_past, resolve_targets
-from tsqlora_scale.model.probe import padded_rows, probe_inputs, run_probe
+from tsqlora_scale.model.probe import packed_texts, padded_rows, probe_inputs, run_probe
+from tsqlora_scale.tasks.packing import Packer
 
 if TYPE_CHECKING:
     from tsqlora_scale.tasks import Task
@@ -43,9 +44,23 @@ def check_pass(config: Config, model_config: Any, task: Task) -> PassFindings:
         UserError: a model that is to write text sees ahead in it, or no layer of ``adapter.target_modules`` trains.
     """
     trust, key = config.model.trust_remote_code, f"model.name_or_path={config.model.name_or_path!r}"
+    packs = config.train.packing
+    options = {"attn_implementation": "eager"} if packs and config.model.attention == "eager" else {}
     probe = run_probe(
-        task.auto_class, model_config, probe_inputs(task), padded=padded_rows(task), trust_remote_code=trust
+        task.auto_class,
+        model_config,
+        probe_inputs(task),
+        padded=padded_rows(task),
+        packed=packed_texts(task) if packs else None,
+        trust_remote_code=trust,
+        **options,
     )
+    if packs and not probe.packs:
+        raise UserError(
+            f"train.packing: {key} is a {model_config.model_type} model, which was not seen to keep texts apart that "
+            "stand end to end in a row: it takes no positions, or has a state that goes on from text to text; set it "
+            "to false (train.group_by_length saves padding, too)"
+        )
     sees_ahead = probe.sees_ahead
     if sees_ahead is None and task.auto_class is AutoModelForCausalLM:  # then by rule: no decoder fills in masks
         is_decoder = getattr(model_config, "is_decoder", False)
@@ -79,6 +94,13 @@ def check_pass(config: Config, model_config: Any, task: Task) -> PassFindings:
         if note := note_on_weights(bare, is_4_bit=config.model.quantization == "nf4", bytes_each=bytes_each):
             log.warning("%s", note)
     return PassFindings(probe.unreached, probe.without_batch, bool(read_past(bare)))
+
+
+def packer_of(config: Config, model_config: Any) -> Packer:
+    """Lays texts end to end as the config's attention is best at."""
+    width = getattr(model_config.get_text_config(), "hidden_size", None)
+    flash = config.model.attention.startswith("flash_attention")
+    return Packer(width=width or 768, longest_row=None if flash else config.task.max_length)
 
 
 def _check_beams(config: Config, bare: Any) -> None:

@@ -1,10 +1,10 @@
 """One pass of a few tokens through a copy of the model: its structure, with random weights in the place of its own.
 
-Four things that only a forward and a backward pass can tell are known before anything is loaded: whether a token sees
+Five things that only a forward and a backward pass can tell are known before anything is loaded: whether a token sees
 those after it, which linear layers text never passes through on its way to the logits, which of them never get the
-batch as their first dimension, and whether a row's answer depends on the padding beside it. The copy takes next to no
-memory: all of its large weights are windows of one random vector, and large products are products of low rank. None of
-the questions depends on what the weights are.
+batch as their first dimension, whether a row's answer depends on the padding beside it, and whether texts that stand
+end to end in a row are kept apart. The copy takes next to no memory: all of its large weights are windows of one
+random vector, and large products are products of low rank. None of the questions depends on what the weights are.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.quiet import quiet_libraries
 from tsqlora_scale.model.dropouts import set_dropout
 from tsqlora_scale.model.linear_layers import linear_layers
+from tsqlora_scale.tasks.packing import Packing, known_samples, lay
 
 if TYPE_CHECKING:
     from tsqlora_scale.tasks import Task
@@ -42,6 +43,8 @@ RANK = 8
 LEAK = 1e-4
 #: Share of the largest logit that padding changes, above which that is not rounding.
 BY_PADS = 1e-3
+#: Texts that are laid end to end.
+LAID = 3
 #: Rows among which a short and a long one are looked for, and the tokens that they are cut to.
 ROWS, LONGEST = 16, 48
 
@@ -56,12 +59,14 @@ class Probe:
         without_batch: linear layers whose inputs have another first dimension than the batch in every call: LED's
             attention has time there, experts take tokens of all rows. Their sizes may be the batch's by chance.
         reads_pads: whether the logits of a row depend on the padding beside it; None: not asked, or could not be run.
+        packs: whether those of a text are the same where others stand before it in a row; likewise.
     """
 
     sees_ahead: bool | None = None
     unreached: frozenset[str] = frozenset()
     without_batch: frozenset[str] = frozenset()
     reads_pads: bool | None = None
+    packs: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -77,29 +82,43 @@ class PaddedRows:
     row: int
 
 
+@dataclass(frozen=True)
+class PackedTexts:
+    """A model's inputs of some texts alone, (1, t) each, and end to end in one row."""
+
+    alone: list[Mapping[str, Tensor]]
+    together: Packing
+
+
 def run_probe(
     auto_class: Any,
     model_config: Any,
     inputs: Mapping[str, Tensor],
     *,
     padded: PaddedRows | None = None,
+    packed: PackedTexts | None = None,
     trust_remote_code: bool = False,
+    **options: Any,
 ) -> Probe:
     """Run the copy, on the CPU. What cannot be run (kernels that need a GPU) tells nothing, and is no error.
 
     Args:
         inputs: of a batch of one, as the model is trained on them: (1, T) token ids, masks, decoder's ids.
         padded: rows to ask by whether padding is read.
+        packed: texts to ask by whether they are kept apart.
+        options: more of ``from_config``.
     """
     try:
         with quiet_libraries(), torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(0)
-            model, mode = _random_copy(auto_class, model_config, trust_remote_code)
+            model, mode = _random_copy(auto_class, model_config, trust_remote_code=trust_remote_code, **options)
             with mode:
                 found = Probe(_sees_ahead(model, inputs), _unreached(model, inputs))
                 with suppress(Exception):  # what only more or longer rows bring up takes nothing from the rest
                     found = replace(found, without_batch=_without_batch(model, inputs))
-                    return replace(found, reads_pads=None if padded is None else _reads_pads(model, padded))
+                    found = replace(found, reads_pads=None if padded is None else _reads_pads(model, padded))
+                with suppress(Exception):
+                    found = replace(found, packs=None if packed is None else keeps_apart(model, packed, most=BY_PADS))
                 return found
     except Exception as error:  # of whatever a model's code does
         log.debug("the model cannot be tried out (%s: %s)", type(error).__name__, error)
@@ -134,14 +153,28 @@ def padded_rows(task: Task) -> PaddedRows | None:
     return None
 
 
-def _random_copy(auto_class: Any, model_config: Any, trust_remote_code: bool) -> tuple[nn.Module, TorchFunctionMode]:
+def packed_texts(task: Task) -> PackedTexts:
+    """The pool's first texts, alone and end to end; where there is one alone, after itself."""
+    rows = [number % len(task) for number in range(LAID)]
+    try:
+        limit: int | None = LONGEST
+        batch = task.batch(rows, max_length=limit)
+    except UserError:  # a chat template that is longer
+        limit = None
+        batch = task.batch(rows)
+    assert batch.places is not None, "the packer sees to it"
+    alone = [task.batch([row], max_length=limit).inputs for row in rows]
+    return PackedTexts(list(alone), lay(batch.inputs, batch.places, [range(LAID)]))
+
+
+def _random_copy(auto_class: Any, model_config: Any, **options: Any) -> tuple[nn.Module, TorchFunctionMode]:
     from accelerate import init_empty_weights
 
     config = copy.deepcopy(model_config)
     set_dropout(config, 0.0)
     config.use_cache = False
     with init_empty_weights(include_buffers=False):
-        model: Any = auto_class.from_config(config, trust_remote_code=trust_remote_code)
+        model: Any = auto_class.from_config(config, **options)
     small = sum(param.numel() for param in model.parameters()) <= SMALL_MODEL
     if not small and hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # others multiply by all experts at once
@@ -221,6 +254,21 @@ def _reads_pads(model: nn.Module, padded: PaddedRows) -> bool:
     among = among[: len(alone)] if alone.dim() > 1 else among  # a decoder's rows are padded on the right
     change = (alone - among).abs().max()
     return bool(change.isfinite() and change > BY_PADS * torch.stack([alone, among]).abs().max())
+
+
+def keeps_apart(model: Any, texts: PackedTexts, *, most: float) -> bool:
+    """Whether logits of texts that stand end to end are those that each has alone.
+
+    Args:
+        model: in evaluation mode, or it is put there.
+        most: share of the largest logit by which they may differ.
+    """
+    model.eval()
+    with torch.no_grad(), known_samples(texts.together):
+        together = model(**texts.together.inputs).logits[0].float()
+        alone = torch.cat([model(**inputs).logits[0].float() for inputs in texts.alone])
+    change = (together[: len(alone)] - alone).abs().max()
+    return bool(change.isfinite() and change <= most * alone.abs().max())
 
 
 def _unreached(model: nn.Module, inputs: Mapping[str, Tensor]) -> frozenset[str]:

@@ -19,6 +19,7 @@ from tsqlora_scale.ranks.policies.policy import Plan, Policy, Statistics, agree
 from tsqlora_scale.ranks.rank_worth import held_part, rank_worths
 from tsqlora_scale.ranks.schedule import Schedule
 from tsqlora_scale.ranks.sensitivity import SensitivityTracker
+from tsqlora_scale.tasks.packing import Packing
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,9 @@ class RankController(Protocol):
         """The optimizer step that follows ``step`` finished ones begins."""
         ...
 
-    def start_micro_batch(self, size: int, position: int) -> None:
-        """A forward and backward pass over ``size`` samples, of the global batch from ``position`` on, begins."""
+    def start_micro_batch(self, size: int, position: int, packing: Packing | None = None) -> None:
+        """A forward and backward pass over ``size`` samples, of the global batch from ``position`` on, begins; with
+        ``packing`` they stand end to end in it."""
         ...
 
     def end_step(self, *, taken: bool) -> None:
@@ -102,7 +104,7 @@ class FixedRanks:
     def start_step(self, step: int, *, loss_scale: float) -> None:
         """Nothing to do."""
 
-    def start_micro_batch(self, size: int, position: int) -> None:
+    def start_micro_batch(self, size: int, position: int, packing: Packing | None = None) -> None:
         """Nothing to do."""
 
     def end_step(self, *, taken: bool) -> None:
@@ -177,9 +179,9 @@ class AdaptiveRanks:
         """See :meth:`.SensitivityTracker.start_step`."""
         self.tracker.start_step(step, loss_scale=loss_scale)
 
-    def start_micro_batch(self, size: int, position: int) -> None:
+    def start_micro_batch(self, size: int, position: int, packing: Packing | None = None) -> None:
         """See :meth:`.SensitivityTracker.start_micro_batch`."""
-        self.tracker.start_micro_batch(size, position)
+        self.tracker.start_micro_batch(size, position, packing)
 
     def end_step(self, *, taken: bool) -> None:
         """See :meth:`.SensitivityTracker.end_step`."""

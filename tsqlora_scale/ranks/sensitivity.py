@@ -44,6 +44,7 @@ from tsqlora_scale.model.adapters.lora import ADAPTER, has_factors, lora_layers,
 from tsqlora_scale.ranks.estimators import full_weight
 from tsqlora_scale.ranks.gradient_sketches import SKETCH_ROWS, GradientSketches
 from tsqlora_scale.ranks.taps import Listener, Site
+from tsqlora_scale.tasks.packing import Packing
 
 log = logging.getLogger(__name__)
 
@@ -186,16 +187,17 @@ class SensitivityTracker:
         window = self._cfg.window
         return ahead % self._cfg.every == 0 and (window is None or ahead < window)
 
-    def start_micro_batch(self, size: int, position: int) -> None:
+    def start_micro_batch(self, size: int, position: int, packing: Packing | None = None) -> None:
         """A forward and backward pass over ``size`` samples of this process begins.
 
         Args:
             size: of the micro-batch; the same for all.
             position: of its first sample in the global batch.
+            packing: in which the samples stand end to end; none: a row each.
         """
         if self._listening:
             self._samples += size
-            self._listener.start_micro_batch(size, position)
+            self._listener.start_micro_batch(size, position, packing)
 
     def end_step(self, *, taken: bool) -> None:
         """The step's last backward pass is over. The one point where the host waits for the device.

@@ -34,6 +34,7 @@ from tsqlora_scale.ranks.estimators import (
     squared_norm,
     weight_gradient,
 )
+from tsqlora_scale.tasks.packing import Packing
 
 
 class _Tap(torch.autograd.Function):
@@ -114,6 +115,7 @@ class Listener:
         self._scale = 1.0
         self._micro_batch = 0
         self._position = 0
+        self._packing: Packing | None = None
         #: Samples of the groups that took part since :meth:`start`.
         self.samples = 0
 
@@ -143,10 +145,11 @@ class Listener:
             site.calls = site.arrived = site.heard = 0
             site.gradients = site.held_weight = site.total = site.sketch = None
 
-    def start_micro_batch(self, size: int, position: int) -> None:
-        """The next forward and backward pass is over ``size`` samples, of the global batch from ``position`` on."""
+    def start_micro_batch(self, size: int, position: int, packing: Packing | None = None) -> None:
+        """The next forward and backward pass is over ``size`` samples, of the global batch from ``position`` on; with
+        ``packing`` they stand end to end in it."""
         self._finish_micro_batch()
-        self._micro_batch, self._position = size, position
+        self._micro_batch, self._position, self._packing = size, position, packing
 
     def stop(self) -> list[Site]:
         """Stop listening; the sites with their totals."""
@@ -170,7 +173,7 @@ class Listener:
         recomputed = torch._C._current_graph_task_id() != -1  # activation checkpointing, inside a backward pass
         if not recomputed:
             site.calls += 1
-            if (site.without_batch or x.shape[0] != self._micro_batch) and not self.whole_micro_batch:
+            if (site.without_batch or not self._by_sample(x)) and not self.whole_micro_batch:
                 self.whole_micro_batch = True  # before any gradient of this micro-batch has arrived
                 if self.group_size < self._micro_batch:
                     self._on_shared_call(site.layer)
@@ -179,6 +182,14 @@ class Listener:
         anchor = out.new_empty(0, requires_grad=True)
         tapped: Tensor = _Tap.apply(out, anchor, x.detach(), partial(self._on_gradient, site))  # type: ignore[no-untyped-call]
         return tapped
+
+    def _by_sample(self, x: Tensor) -> bool:
+        return x.shape[0] == self._micro_batch if self._packing is None else self._packing.holds(x)
+
+    def _parts(self, group: slice, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        if self._packing is None:
+            return x[group], delta[group]
+        return self._packing.tokens_of(x, group), self._packing.tokens_of(delta, group)
 
     def _groups(self) -> list[slice]:
         """The groups of the current micro-batch that take part."""
@@ -202,7 +213,7 @@ class Listener:
             return
         # samples that need not be told apart may come in any leading shape
         whole = groups[0] == slice(0, self._micro_batch)
-        pairs = [(x, delta)] if whole else [(x[group], delta[group]) for group in groups]
+        pairs = [(x, delta)] if whole else [self._parts(group, x, delta) for group in groups]
         if site.calls == 1:
             weight = None if self.squared else site.weight()
             for group, pair in zip(groups, pairs, strict=True):

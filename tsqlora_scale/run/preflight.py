@@ -83,7 +83,7 @@ def check(config: Config, *, data: Data | None = None, starts: bool = True) -> P
     plan = plan_run(config, len(data.pool(with_query=config.task.train_on_query)), launched_size())
     check_deepspeed_sizes(config, micro_batch_size=plan.micro_batch_size, accumulation=plan.accumulation)
     check_space(config, plan.pool_size)
-    described = describe(config, data)
+    described = describe(config, data, packs=config.train.packing)
     task = described.task  # of fewer rows, where some gave no tokens
     plan = plan_run(config, len(task), launched_size(), query_rows=task.query_rows)
     check_scoring(config, described.task)
@@ -143,12 +143,17 @@ def with_labels_of(config: Config, adapter: Path) -> Config:
     return config.with_labels(run.task.labels) if same else config
 
 
-def describe(config: Config, data: Data) -> Described:
+def describe(config: Config, data: Data, *, packs: bool = False) -> Described:
     """The config's model against its files and the task's needs, and the task over ``data``.
+
+    Args:
+        packs: whether batches of the pool are laid end to end; the model must have been seen to bear it
+            (:func:`.check_pass`).
 
     Raises:
         UserError: naming the key, the value and the remedy.
     """
+    from tsqlora_scale.model.pass_check import packer_of
     from tsqlora_scale.tasks import build_task, with_tokens
 
     path = resolve(config.model.name_or_path, key="model.name_or_path")
@@ -164,7 +169,7 @@ def describe(config: Config, data: Data) -> Described:
         model_config=model_config,
         tokenizer=tokenizer,
         heads=check_architecture(config, model_config, tokenizer),
-        task=build_task(config.task, data, tokenizer, model_config),
+        task=build_task(config.task, data, tokenizer, model_config, packer_of(config, model_config) if packs else None),
     )
 
 

@@ -22,6 +22,7 @@ MAY_CHANGE = {
     "train.max_steps": "longer or shorter, not below the step reached: what follows from the length is taken anew",
     "train.epochs": "the same; one of the two may take the other's place",
     "train.micro_batch_size": "nothing but the last bits of sums",
+    "train.packing": "the same",
     "train.eval_batch_size": "the same",
     "train.checkpoint_every": "which checkpoints there are",
     "train.checkpoint_keep": "the same",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tsqlora_scale.tasks.known_padding import Padding
+from tsqlora_scale.tasks.packing import Packing
 
 #: Target of a position that no loss is taken at.
 IGNORED = -100
@@ -28,6 +29,7 @@ class Batch:
             is not known beforehand, or where there are no tokens. Found out on the host, so that a GPU need not be
             waited for.
         padding: what the host knows of the padding of the inputs; None: nothing.
+        packing: the samples laid end to end in fewer rows, as the model receives them then; None: a row each.
     """
 
     inputs: dict[str, Tensor]
@@ -36,6 +38,7 @@ class Batch:
     prompts: dict[str, Tensor] | None = None
     places: Tensor | None = None
     padding: Padding | None = None
+    packing: Packing | None = None
 
     @property
     def size(self) -> int:
@@ -56,7 +59,14 @@ class Batch:
 
         prompts = None if self.prompts is None else changed(self.prompts)
         places = None if self.places is None else change(self.places)
-        return replace(self, inputs=changed(self.inputs), targets=change(self.targets), prompts=prompts, places=places)
+        return replace(
+            self,
+            inputs=changed(self.inputs),
+            targets=change(self.targets),
+            prompts=prompts,
+            places=places,
+            packing=None if self.packing is None else self.packing.each(change),
+        )
 
 
 def pad_rows(rows: Sequence[Sequence[int]], value: int, *, on_the_left: bool = False) -> Tensor:

@@ -26,6 +26,7 @@ from tsqlora_scale.tasks.objective_names import check_members, objective_class
 from tsqlora_scale.tasks.objectives.chat import ChatObjective
 from tsqlora_scale.tasks.objectives.label_heads import LabelObjective
 from tsqlora_scale.tasks.objectives.objective import Measured, Objective, Rows
+from tsqlora_scale.tasks.packing import Packer, known_samples
 from tsqlora_scale.tasks.rows.column_checks import SAMPLE_ID
 from tsqlora_scale.tasks.rows.data import Data
 from tsqlora_scale.tasks.rows.mixed_sets import MixedSets
@@ -50,7 +51,10 @@ class Task:
         train: the pool, memory-mapped, with a ``sample_id`` column.
         dev: the held-out set, or the first of several, likewise, or None.
         tokenizer: the model's.
+        packer: lays the pool's samples end to end; None: a row each.
     """
+
+    packer: Packer | None = None
 
     def __init__(self, cfg: TaskConfig, data: Data, tokenizer: PreTrainedTokenizerBase, objective: Objective) -> None:
         self._cfg, self._objective = cfg, objective
@@ -124,7 +128,8 @@ class Task:
             prompts = self._objective.prompts(cells)
         places = None if self._shift is None else places_of(targets, self._shift)
         padding = padding_of(inputs, looks_back=self._shift is not None)
-        return Batch(inputs, targets, np.array(rows, dtype=np.int64), prompts, places, padding)
+        packing = self.packer.packed(inputs, places) if self.packer is not None and split == "train" else None
+        return Batch(inputs, targets, np.array(rows, dtype=np.int64), prompts, places, padding, packing)
 
     def losses(self, module: Any, batch: Batch) -> Tensor:
         """Every sample's own mean loss, (B,) float32, with a graph: a forward of ``module`` on the batch."""
@@ -139,6 +144,9 @@ class Task:
             module: the model itself.
             forward: of an engine around it; none: the model's own.
         """
+        if (packing := batch.packing) is not None:
+            with known_samples(packing), needed_logits(module, packing.places, packing.shape):
+                return (forward or module)(**packing.inputs)
         mask = batch.inputs.get("attention_mask")
         with (
             known_padding(batch.padding, None if mask is None else mask.shape),
@@ -158,6 +166,8 @@ class Task:
             return self._objective.losses(logits, batch.targets)
         if logits.shape[:2] == batch.targets.shape:
             logits = logits.flatten(0, 1).index_select(0, places).unsqueeze(0)
+        elif batch.packing is not None and logits.shape[:2] == batch.packing.shape:
+            logits = logits.flatten(0, 1).index_select(0, batch.packing.places).unsqueeze(0)
         assert logits.shape[:2] == (1, len(places)), "neither the logits of all places nor those of the needed ones"
         return losses_at(logits[0], batch.targets, places, shift=self._shift)
 
@@ -366,7 +376,13 @@ class Task:
         return rows
 
 
-def build_task(cfg: TaskConfig, data: Data, tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig) -> Task:
+def build_task(
+    cfg: TaskConfig,
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    model_config: PretrainedConfig,
+    packer: Packer | None = None,
+) -> Task:
     """The task over its data.
 
     Raises:
@@ -374,7 +390,9 @@ def build_task(cfg: TaskConfig, data: Data, tokenizer: PreTrainedTokenizerBase, 
     """
     objective = objective_class(cfg)(cfg, tokenizer, model_config)
     check_members(cfg, objective, ("columns", "answer"))
-    return Task(cfg, data, tokenizer, objective)
+    task = Task(cfg, data, tokenizer, objective)
+    task.packer = packer
+    return task
 
 
 def _answers_by_forward(objective: Objective) -> TypeGuard[LabelObjective]:

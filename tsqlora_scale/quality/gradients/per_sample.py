@@ -30,6 +30,7 @@ from tsqlora_scale.quality.gradients.evaluation_mode import evaluation_mode
 from tsqlora_scale.quality.gradients.folds import Folds
 from tsqlora_scale.quality.gradients.sketch import Sketch
 from tsqlora_scale.quality.pool import BatchT, LossFn
+from tsqlora_scale.tasks.packing import Packing
 
 #: half-precision gradients underflow below 6e-8; a power of two costs no digits
 FP16_LOSS_SCALE = 2.0**10
@@ -91,6 +92,7 @@ class PerSampleGradients:
         self._theta = theta
         self._mode: Literal["idle", "collect", "fold", "shift"] = "idle"
         self._size = 0
+        self._packing: Packing | None = None  # in which the samples of the present batch stand end to end
         self._gradients: dict[str, Tensor] = {}
         self._folds: Folds | None = None
         self.held = 0
@@ -170,6 +172,7 @@ class PerSampleGradients:
         """Losses (B,) float32, and the gradients that are left, unsorted and scaled."""
         assert self._undo, "use inside 'with'"
         self._mode, self._size, self._gradients, self.positions = mode, batch.size, {}, 0
+        self._packing = getattr(batch, "packing", None)
         try:
             with torch.enable_grad():
                 with self._batching():
@@ -183,7 +186,8 @@ class PerSampleGradients:
 
     @contextmanager
     def stepped(self, gradients: Mapping[str, Tensor], eta: float) -> Iterator[None]:
-        """Inside, every sample sees its own factors ``theta - eta * gradient_i``; forwards only, without a graph.
+        """Inside, every sample of the last batch sees its own factors ``theta - eta * gradient_i``; forwards of that
+        batch only, without a graph.
 
         The factors do not change: each module's output is shifted by ``-eta * G_i x_i``.
         """
@@ -198,7 +202,7 @@ class PerSampleGradients:
     @contextmanager
     def _batching(self) -> Iterator[None]:
         """Around a forward over several samples. Every function of torch is watched, so only where there is need."""
-        if self._size == 1 or self._early is False:
+        if self._size == 1 or self._early is False or self._packing is not None:
             yield
             return
         with NoSecondBatch(self._size):
@@ -209,7 +213,7 @@ class PerSampleGradients:
     def _recomputing(self) -> Iterator[None]:
         """Around the repetition of a checkpointed layer's forward pass, on whatever thread."""
         with ExitStack() as stack:
-            if self._size > 1 and self._early:
+            if self._size > 1 and self._early and self._packing is None:
                 stack.enter_context(NoSecondBatch(self._size))
             live = None
             if self.recomputed is not None:
@@ -229,7 +233,8 @@ class PerSampleGradients:
                 self.positions += x.numel() // (x.shape[0] * x.shape[-1])
             if self._mode == "idle":
                 return None
-            if self._size > 1 and self._early is not False and x.dim() > 2 and x.shape[0] == 1:
+            alike = self._packing is None and self._size > 1 and self._early is not False
+            if alike and x.dim() > 2 and x.shape[0] == 1:
                 self._early = True
                 output = give_batch(output, self._size)
             if self._mode == "shift":
@@ -242,7 +247,7 @@ class PerSampleGradients:
 
     def _listen(self, name: str, x: Tensor, output: Tensor, has_bias: bool) -> Tensor:
         rows, gradients, folds = self._size, self._gradients, self._folds
-        lacks_batch = rows > 1 and (output.dim() < 2 or output.shape[0] != rows)
+        packing, lacks_batch = self._packing, self._lacks_batch(output)
         if lacks_batch:
             self.batchless = self.batchless or name
 
@@ -251,7 +256,7 @@ class PerSampleGradients:
             if lacks_batch:
                 return
             wide = torch.promote_types(torch.promote_types(delta.dtype, x.dtype), torch.float32)  # here, not kept
-            d, x = delta.to(wide).reshape(rows, -1, delta.shape[-1]), _rows(x.to(wide), rows)
+            d, x = _rows(delta.to(wide), rows, packing), _rows(x.to(wide), rows, packing)
             if folds is not None and folds.takes_rows(name, d, x):
                 folds.add_rows(f"{name}.weight", d, x)
             else:
@@ -265,19 +270,28 @@ class PerSampleGradients:
         heard: Tensor = _Heard.apply(output, anchor, x, add)  # type: ignore[no-untyped-call]
         return same_mark(heard, output)
 
+    def _lacks_batch(self, output: Tensor) -> bool:
+        if self._packing is not None:
+            return not self._packing.holds(output)
+        return self._size > 1 and (output.dim() < 2 or output.shape[0] != self._size)
+
     def _shift(self, name: str, x: Tensor, output: Tensor) -> Tensor:
         weight, bias = (self._gradients.get(f"{name}.{kind}") for kind in ("weight", "bias"))
-        rows = self._size
-        if weight is None or (rows > 1 and (output.dim() < 2 or output.shape[0] != rows)):
+        rows, packing = self._size, self._packing
+        if weight is None or self._lacks_batch(output):
             return output
-        change = torch.bmm(_rows(x.to(weight.dtype), rows), weight.transpose(1, 2))
+        change = torch.bmm(_rows(x.to(weight.dtype), rows, packing), weight.transpose(1, 2))
         if bias is not None:
             change = change + bias.unsqueeze(1)
+        if packing is not None:
+            change = packing.laid(change)
         return same_mark((output - self._eta * change.reshape(output.shape)).to(output.dtype), output)
 
 
-def _rows(x: Tensor, rows: int) -> Tensor:
-    """(rows, ..., width), or (1, ..., width) for all rows, to (rows, tokens, width)."""
+def _rows(x: Tensor, rows: int, packing: Packing | None) -> Tensor:
+    """(rows, ..., width), (1, ..., width) for all rows, or samples end to end, to (rows, tokens, width)."""
+    if packing is not None:
+        return packing.rows(x)
     flat = x.reshape(x.shape[0] if rows > 1 else 1, -1, x.shape[-1])
     return flat.expand(rows, -1, -1)
 

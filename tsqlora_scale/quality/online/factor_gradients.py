@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from tsqlora_scale.model.adapters.lora import short_name
 from tsqlora_scale.quality.gradients.sketch import Sketch
+from tsqlora_scale.tasks.packing import Packing
 
 
 class _PerSampleLinear(torch.autograd.Function):
@@ -30,24 +31,33 @@ class _PerSampleLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, receive: Callable[[Tensor, Tensor | None], None]
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        receive: Callable[[Tensor, Tensor | None], None],
+        packing: Packing | None,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)  # the parameter itself: under ZeRO-3 its values are there in the backward pass
-        ctx.receive, ctx.has_bias = receive, bias is not None
+        ctx.receive, ctx.has_bias, ctx.packing = receive, bias is not None, packing
         return F.linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, None]:
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
-        d = delta.reshape(delta.shape[0], -1, delta.shape[-1])
-        gradients = _outer(d, x.reshape(x.shape[0], -1, x.shape[-1]))
+        if ctx.packing is not None:
+            d, of_samples = ctx.packing.rows(delta), ctx.packing.rows(x)
+        else:
+            d, of_samples = (part.reshape(part.shape[0], -1, part.shape[-1]) for part in (delta, x))
+        gradients = _outer(d, of_samples)
         of_bias = d.float().sum(1) if ctx.has_bias else None
         ctx.receive(gradients, of_bias)
         return (
             delta @ weight if ctx.needs_input_grad[0] else None,
             gradients.sum(0).to(weight.dtype),
             None if of_bias is None else of_bias.sum(0).to(weight.dtype),
+            None,
             None,
         )
 
@@ -82,6 +92,7 @@ class FactorGradients:
         self._parts: dict[str, nn.Linear] = {}
         self.shared: str | None = None
         self._size = 0
+        self._packing: Packing | None = None
         self._calls: dict[str, int] = {}
         self._waiting: dict[str, list[tuple[Tensor, Tensor | None]]] = {}
         self._norms: list[Tensor] = []
@@ -102,9 +113,9 @@ class FactorGradients:
             part.__dict__.pop("forward", None)
         self._parts = {}
 
-    def start(self, size: int) -> None:
-        """A forward and a backward pass over ``size`` samples follow."""
-        self._size = size
+    def start(self, size: int, packing: Packing | None = None) -> None:
+        """A forward and a backward pass over ``size`` samples follow; with ``packing`` they stand end to end in it."""
+        self._size, self._packing = size, packing
         self._calls, self._waiting, self._norms, self._sketches = {}, {}, [], None
 
     def stop(self) -> tuple[Tensor, Tensor] | None:
@@ -122,7 +133,9 @@ class FactorGradients:
     def _forward(self, name: str, part: nn.Linear, x: Tensor) -> Tensor:
         if not self._size:
             return nn.Linear.forward(part, x)
-        if x.dim() < 2 or x.shape[0] != self._size or _layer_of(name) in self._without_batch:
+        packing = self._packing
+        by_sample = packing.holds(x) if packing is not None else x.dim() > 1 and x.shape[0] == self._size
+        if not by_sample or _layer_of(name) in self._without_batch:
             self.shared = self.shared or name
             return nn.Linear.forward(part, x)
         if torch._C._current_graph_task_id() == -1:  # else a checkpointed layer's repetition, in the backward pass
@@ -132,7 +145,7 @@ class FactorGradients:
         if torch.is_autocast_enabled(x.device.type):  # F.linear would do the same, out of autograd's sight here
             kind = torch.get_autocast_dtype(x.device.type)
             x, weight, bias = x.to(kind), weight.to(kind), None if bias is None else bias.to(kind)
-        out: Tensor = _PerSampleLinear.apply(x, weight, bias, partial(self._receive, name))  # type: ignore[no-untyped-call]
+        out: Tensor = _PerSampleLinear.apply(x, weight, bias, partial(self._receive, name), packing)  # type: ignore[no-untyped-call]
         return out
 
     def _receive(self, name: str, gradients: Tensor, of_bias: Tensor | None) -> None:

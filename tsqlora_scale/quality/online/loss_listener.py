@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tsqlora_scale.common.disk_arrays import filled
 from tsqlora_scale.quality.online.sample_listener import DeafListener
+from tsqlora_scale.tasks.packing import Packing
 
 
 class LossListener(DeafListener):
@@ -26,7 +27,7 @@ class LossListener(DeafListener):
         """See :class:`.SampleListener`."""
         self._size, self._own = size, []
 
-    def start_micro_batch(self, size: int, position: int) -> None:
+    def start_micro_batch(self, size: int, position: int, packing: Packing | None = None) -> None:
         """See :class:`.SampleListener`."""
         self._position = position
 

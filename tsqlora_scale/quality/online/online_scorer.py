@@ -24,6 +24,7 @@ from tsqlora_scale.quality.scores.equations import Standardisation, term_weights
 from tsqlora_scale.quality.scores.pass_scores import PassScores
 from tsqlora_scale.quality.scores.score_table import ScoreTable, check_pool, pool_key
 from tsqlora_scale.quality.scores.table_draws import set_draws
+from tsqlora_scale.tasks.packing import Packing
 
 log = logging.getLogger("tsqlora_scale")
 
@@ -110,10 +111,10 @@ class OnlineScorer:
         self._warms_up = step < self._warmup_steps
         self._size, self._heard, self._step_sketch, self._unheard = size, [], None, False
 
-    def start_micro_batch(self, size: int, position: int) -> None:
+    def start_micro_batch(self, size: int, position: int, packing: Packing | None = None) -> None:
         """Listen to the passes that follow."""
         self._position = position
-        self._gradients.start(size)
+        self._gradients.start(size, packing)
 
     def end_micro_batch(self, losses: Tensor, factors: Tensor) -> None:
         """Take what was heard."""

@@ -7,6 +7,8 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor, nn
 
+from tsqlora_scale.tasks.packing import Packing
+
 
 class SampleListener(Protocol):
     """Told of a step's samples and passes: the data half of a run, where the steps give its scores.
@@ -22,8 +24,9 @@ class SampleListener(Protocol):
         """The step that follows ``step`` finished ones begins, over a global batch of ``size`` samples."""
         ...
 
-    def start_micro_batch(self, size: int, position: int) -> None:
-        """A forward and backward pass over ``size`` samples, of the global batch from ``position`` on, begins."""
+    def start_micro_batch(self, size: int, position: int, packing: Packing | None = None) -> None:
+        """A forward and backward pass over ``size`` samples, of the global batch from ``position`` on, begins; with
+        ``packing`` they stand end to end in it."""
         ...
 
     def end_micro_batch(self, losses: Tensor, factors: Tensor) -> None:
@@ -63,7 +66,7 @@ class DeafListener:
     def start_step(self, step: int, size: int) -> None:
         """Nothing to do."""
 
-    def start_micro_batch(self, size: int, position: int) -> None:
+    def start_micro_batch(self, size: int, position: int, packing: Packing | None = None) -> None:
         """Nothing to do."""
 
     def end_micro_batch(self, losses: Tensor, factors: Tensor) -> None:
