@@ -39,3 +39,16 @@ def greedy(model: Any, prompt: list[int], stops: set[int], max_new_tokens: int) 
         while len(ids) < len(prompt) + max_new_tokens and not (len(ids) > len(prompt) and ids[-1] in stops):
             ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
     return ids[len(prompt) :]
+
+
+def laid_one_by_one(texts: list[list[int]], rows: list[list[int]]) -> dict[str, list[list[int]]]:
+    """Token ids, positions and numbers of texts that stand end to end in rows; what is left of a row is a text of
+    zeros with the number after the last."""
+    width = max(sum(len(texts[number]) for number in row) for row in rows)
+    found: dict[str, list[list[int]]] = {"input_ids": [], "position_ids": [], "samples": []}
+    for row in rows:
+        cells = [(token, place, number) for number in row for place, token in enumerate(texts[number])]
+        cells += [(0, place, len(texts)) for place in range(width - len(cells))]
+        for values, column in zip(found.values(), zip(*cells, strict=True), strict=True):
+            values.append(list(column))
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,15 +12,24 @@ from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoModelForCausalLM, Auto
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.launcher import launched_rank
 from tsqlora_scale.config.schema import Config
-from tsqlora_scale.model.base_model import skeleton
+from tsqlora_scale.engine.arithmetic import unit_roundoff
+from tsqlora_scale.engine.collectives import World
+from tsqlora_scale.model.base_model import DTYPES, skeleton
 from tsqlora_scale.model.linear_layers import kinds_of, note_on_weights, read_past, resolve_targets
-from tsqlora_scale.model.probe import packed_texts, padded_rows, probe_inputs, run_probe
+from tsqlora_scale.model.probe import keeps_apart, packed_texts, padded_rows, probe_inputs, run_probe
+from tsqlora_scale.tasks.evaluation import evaluating
+from tsqlora_scale.tasks.objectives.model_inputs import model_class
 from tsqlora_scale.tasks.packing import Packer
 
 if TYPE_CHECKING:
     from tsqlora_scale.tasks import Task
 
 log = logging.getLogger(__name__)
+
+#: Ways of attention that a copy of the model is tried with on a CPU, and whose masks are all made in one way.
+TRIED = ("auto", "eager", "sdpa")
+#: By how many roundings of the largest logit a text's logits may differ in company.
+ROUNDINGS = 12
 
 
 @dataclass(frozen=True)
@@ -99,8 +109,35 @@ def check_pass(config: Config, model_config: Any, task: Task) -> PassFindings:
 def packer_of(config: Config, model_config: Any) -> Packer:
     """Lays texts end to end as the config's attention is best at."""
     width = getattr(model_config.get_text_config(), "hidden_size", None)
-    flash = config.model.attention.startswith("flash_attention")
-    return Packer(width=width or 768, longest_row=None if flash else config.task.max_length)
+    built = model_class(AutoModelForCausalLM, model_config)
+    known = {} if built is None else inspect.signature(built.forward).parameters
+    return Packer(
+        width=width or 768,
+        longest_row=config.task.max_length,
+        flash=config.model.attention.startswith("flash_attention"),
+        takes_starts=any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()),
+    )
+
+
+def check_loaded(config: Config, module: Any, task: Task, world: World) -> None:
+    """Whether the loaded model keeps texts apart, by kernels that its copy was not tried with. A collective.
+
+    Args:
+        module: the model itself, not an engine around it; its modes stay as they are.
+
+    Raises:
+        UserError: it does not, on any rank.
+    """
+    attention = config.model.attention
+    if task.packer is None or attention in TRIED:
+        return
+    most = ROUNDINGS * unit_roundoff(DTYPES[config.model.dtype])
+    with world.together(), evaluating(module):
+        if not keeps_apart(module, packed_texts(task).to(world.device), most=most):
+            raise UserError(
+                f"train.packing: with model.attention={attention!r} this {module.config.model_type} model does not "
+                "keep texts apart that stand end to end in a row; choose model.attention: sdpa, or set it to false"
+            )
 
 
 def _check_beams(config: Config, bare: Any) -> None:

@@ -26,7 +26,7 @@ from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.quiet import quiet_libraries
 from tsqlora_scale.model.dropouts import set_dropout
 from tsqlora_scale.model.linear_layers import linear_layers
-from tsqlora_scale.tasks.packing import Packing, known_samples, lay
+from tsqlora_scale.tasks.packing import Packing, known_samples
 
 if TYPE_CHECKING:
     from tsqlora_scale.tasks import Task
@@ -88,6 +88,11 @@ class PackedTexts:
 
     alone: list[Mapping[str, Tensor]]
     together: Packing
+
+    def to(self, device: torch.device | str) -> PackedTexts:
+        """The same on ``device``."""
+        alone = [{name: tensor.to(device) for name, tensor in inputs.items()} for inputs in self.alone]
+        return PackedTexts(list(alone), self.together.each(lambda tensor: tensor.to(device)))
 
 
 def run_probe(
@@ -162,9 +167,10 @@ def packed_texts(task: Task) -> PackedTexts:
     except UserError:  # a chat template that is longer
         limit = None
         batch = task.batch(rows)
+    assert task.packer is not None
     assert batch.places is not None, "the packer sees to it"
     alone = [task.batch([row], max_length=limit).inputs for row in rows]
-    return PackedTexts(list(alone), lay(batch.inputs, batch.places, [range(LAID)]))
+    return PackedTexts(list(alone), task.packer.laid(batch.inputs, batch.places, [range(LAID)]))
 
 
 def _random_copy(auto_class: Any, model_config: Any, **options: Any) -> tuple[nn.Module, TorchFunctionMode]:

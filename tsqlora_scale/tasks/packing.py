@@ -3,8 +3,8 @@
 Positions begin anew with every sample, and no token sees one of another sample: Transformers' masks (of eager
 attention, ``scaled_dot_product_attention`` and flex attention, windows among them) are told which sample a position is
 of, and flash attention takes the samples apart by their positions. So a sample's logits, its loss and its gradient are
-what they are alone. A batch keeps its padded form, too: targets are counted in it, and whoever looks at single samples is
-given their rows back.
+what they are alone. A batch keeps its padded form, too: targets are counted in it, and whoever looks at single samples
+is given their rows back.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import heapq
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from torch import Tensor
 
 from tsqlora_scale.common.errors import UserError
 
+#: Of what a row each costs, the most that fewer rows may: a mask that attention has to read costs something, too.
+GAIN = 0.9
 #: What the model receives of a batch that can be packed.
 PACKED = {"input_ids", "attention_mask"}
 
@@ -29,7 +32,8 @@ class Packing:
     """Where the tokens of B samples, padded (B, T), stand in the R rows of W positions that they are laid in.
 
     Attributes:
-        inputs: what the model receives, (R, W) each.
+        inputs: what the model receives, (R, W) each; for flash attention also where samples begin, and the most tokens
+            of one.
         samples: which sample a position is of, (R, W) int64; B where a row has none left.
         places: where logits are looked at, positions (n,) in the flattened (R, W), in the order of the batch's own.
         tokens: positions of all tokens in the flattened (R, W), sample after sample, (sum of lengths,) int64.
@@ -38,7 +42,7 @@ class Packing:
         padded: (B, T).
     """
 
-    inputs: dict[str, Tensor]
+    inputs: dict[str, Any]
     samples: Tensor
     places: Tensor
     tokens: Tensor
@@ -55,12 +59,19 @@ class Packing:
         """The same with every tensor changed."""
         return replace(
             self,
-            inputs={name: change(tensor) for name, tensor in self.inputs.items()},
+            inputs={name: change(one) if isinstance(one, Tensor) else one for name, one in self.inputs.items()},
             samples=change(self.samples),
             places=change(self.places),
             tokens=change(self.tokens),
             cells=change(self.cells),
         )
+
+    def for_flash(self) -> Packing:
+        """One row, with what spares flash attention from finding out in every layer where samples begin."""
+        begins = torch.tensor(self.starts, dtype=torch.int32)
+        longest = max(end - start for start, end in pairwise(self.starts))
+        more = {"cu_seq_lens_q": begins, "cu_seq_lens_k": begins, "max_length_q": longest, "max_length_k": longest}
+        return replace(self, inputs=self.inputs | more)
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether a tensor (R, W, ...) is one of the rows' positions."""
@@ -89,12 +100,14 @@ class Packer:
 
     Args:
         width: of the model's hidden states: by it the cost of attention is weighed against that of all else.
-        longest_row: most tokens of a row, but for a longer sample; none: all samples in one row, as flash attention
-            takes them, which leaves out what no token sees.
+        longest_row: most tokens of a row, but for a longer sample.
+        flash: all samples in one row, as flash attention takes them: it leaves out what no token sees.
+        takes_starts: whether the model hands on what it does not know to flash attention.
     """
 
-    def __init__(self, *, width: int, longest_row: int | None) -> None:
+    def __init__(self, *, width: int, longest_row: int, flash: bool = False, takes_starts: bool = False) -> None:
         self._width, self._longest_row = width, longest_row
+        self._flash, self._takes_starts = flash, flash and takes_starts
 
     def packed(self, inputs: dict[str, Tensor], places: Tensor | None) -> Packing | None:
         """A batch's samples end to end; None where they are best left a row each.
@@ -113,19 +126,24 @@ class Packer:
                 f"task.objective {reason}; set it to false"
             )
         lengths = inputs["attention_mask"].sum(1).tolist()
-        if self._longest_row is None:
+        if self._flash:
             rows = [list(range(len(lengths)))]
         else:
             rows = rows_of(lengths, longest_row=self._longest_row, width=self._width)
-        return None if len(rows) == len(lengths) else lay(inputs, places, rows)
+        return None if len(rows) == len(lengths) else self.laid(inputs, places, rows)
+
+    def laid(self, inputs: dict[str, Tensor], places: Tensor, rows: Sequence[Sequence[int]]) -> Packing:
+        """:func:`lay`, as the model takes it."""
+        packing = lay(inputs, places, rows)
+        return packing.for_flash() if self._takes_starts else packing
 
 
 def rows_of(lengths: Sequence[int], *, longest_row: int, width: int) -> list[list[int]]:
     """Which samples share a row: for every number of rows, the longest samples first, each to the row that is shortest
     so far; then the number that costs least.
 
-    A position costs its products with the weights, about 12 width^2 a layer, and those of attention with all
-    positions of its row, 2 width W: a row twice as long is cheaper than two as long as samples are short.
+    A position costs its products with the weights, about 12 width^2 a layer, and those of attention with all positions
+    of its row, 2 width W. Where less than a tenth is saved (:data:`GAIN`), every sample has a row of its own.
 
     Args:
         lengths: of the samples in tokens, (B,).
@@ -137,7 +155,7 @@ def rows_of(lengths: Sequence[int], *, longest_row: int, width: int) -> list[lis
     total, longest = sum(lengths), max(lengths)
     by_length = sorted(range(len(lengths)), key=lambda sample: (-lengths[sample], sample))
     best: list[list[int]] = [[sample] for sample in range(len(lengths))]
-    least = _cost(len(lengths), longest, width)
+    least = GAIN * _cost(len(lengths), longest, width)
     for count in range(1, len(lengths)):
         shortest = max(longest, -(-total // count))  # that the rows can be
         if shortest > max(longest_row, longest) or _cost(count, shortest, width) >= least:
@@ -154,7 +172,7 @@ def rows_of(lengths: Sequence[int], *, longest_row: int, width: int) -> list[lis
     return best
 
 
-def _cost(rows: int, length: int, width: int) -> int:
+def _cost(rows: int, length: int, width: int) -> float:
     return rows * length * (6 * width + length)
 
 
@@ -198,16 +216,21 @@ def lay(inputs: dict[str, Tensor], places: Tensor, rows: Sequence[Sequence[int]]
 @contextmanager
 def known_samples(packing: Packing) -> Iterator[None]:
     """Inside, masks for positions of this shape are told which sample each is of. Transformers would find it out by the
-    positions, and look whether there is more than one in a row: a read of the device."""
-    from transformers import masking_utils
+    positions, and look whether there is more than one in a row: a read of the device. So is its look for padding where
+    there is no mask of it, which here there need not be."""
+    from transformers import PreTrainedModel, masking_utils
 
-    find = masking_utils.find_packed_sequence_indices
+    find, warn = masking_utils.find_packed_sequence_indices, PreTrainedModel.warn_if_padding_and_no_attention_mask
 
     def known(position_ids: Tensor) -> Tensor | None:
         return packing.samples if position_ids.shape == packing.shape else find(position_ids)
 
+    def silent(*_: Any, **__: Any) -> None: ...
+
     setattr(masking_utils, "find_packed_sequence_indices", known)  # noqa: B010
+    setattr(PreTrainedModel, "warn_if_padding_and_no_attention_mask", silent)  # noqa: B010
     try:
         yield
     finally:
         setattr(masking_utils, "find_packed_sequence_indices", find)  # noqa: B010
+        setattr(PreTrainedModel, "warn_if_padding_and_no_attention_mask", warn)  # noqa: B010
