@@ -209,6 +209,7 @@ def test_a_step_waits_once(
     sections: dict[str, Any], tmp_path: Path, models_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(DdpEngine, "_fuses", True)
+    monkeypatch.setattr("tsqlora_scale.tasks.packing.GAIN", 1.0)
     run = built(tmp_path, models_dir, "gpt2", **sections)
     take_step(run)
     with Waits() as waits:
