@@ -7,8 +7,9 @@
 The same base, LoRA r 8 on the same layers, the same texts of mixed lengths (log-normal, cut to ``--max-length``
 tokens), batch, micro-batch and precision. The peers have their rows tokenized before the clock starts, ours are
 tokenized as they are drawn. ``by length`` puts samples of a length together: ours within every step, the Trainer's
-within stretches of the epoch. ``packed`` lays ours end to end, each kept to itself (a decoder's alone). Blocks of steps are timed in turns, and a ratio is one of medians: machines are noisy. A
-peer that is not installed is left out with a line.
+within stretches of the epoch. ``packed`` lays ours end to end, each kept to itself (a decoder's alone). Blocks of steps
+are timed in turns, and a ratio is one of medians: machines are noisy. A peer that is not installed is left out with a
+line.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from tsqlora_scale.engine.transfers import HostCopy, to_device
 from tsqlora_scale.quality.online.online_scorer import OnlineScorer
 from tsqlora_scale.run import preflight
 from tsqlora_scale.run.build import build_run
-from tsqlora_scale.tasks import Task
+from tsqlora_scale.tasks import Task, packing
 from tsqlora_scale.tasks.batch import IGNORED
 from tsqlora_scale.tasks.losses import token_losses
 
@@ -119,6 +119,22 @@ def test_a_step_waits_once(
     with Waits() as waits:
         take_step(run)
     assert waits.found == {"ddp.py, step: found = float(norm)  # the step's one wait for a GPU": 1}
+
+
+@pytest.mark.parametrize("sections", [{}, ONLINE])
+def test_a_packed_step_waits_once(
+    tmp_path: Path, models_dir: Path, sections: dict[str, Any], fused: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where samples lie is known on the host."""
+    monkeypatch.setattr(packing, "GAIN", 1.0)
+    train = {"micro_batch_size": 6, "packing": True}
+    run = build_run(
+        preflight.check(parse_config(run_tree("gpt2", tmp_path, models_dir, "run", train=train, **sections)))
+    )
+    take_step(run)
+    with Waits() as waits:
+        take_step(run)
+    assert waits.found.total() == 1, waits.found
 
 
 @pytest.mark.parametrize(("kind", "delta"), [("bert", "first_order"), ("bart", "exact"), ("llama", "exact")])

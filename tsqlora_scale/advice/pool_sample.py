@@ -17,6 +17,7 @@ from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.random_streams import philox, uniform
 from tsqlora_scale.quality.draws.key_order import smallest
 from tsqlora_scale.quality.features.forward_pass import ForwardPass
+from tsqlora_scale.quality.features.hidden_states import with_states
 from tsqlora_scale.quality.query.looks import FeatureLook, Shape
 from tsqlora_scale.run.training_run import Run
 from tsqlora_scale.tasks.batch import Batch
@@ -111,7 +112,7 @@ class _BothLooks:
 
     def __call__(self, module: nn.Module, batch: Batch) -> Tensor:
         """(B, width + L R d + 1) float32."""
-        outputs = module(**batch.inputs, output_hidden_states=True)
+        outputs = with_states(module, batch)
         again: Callable[..., Any] = lambda **_: outputs  # noqa: E731
         states = self.states.seen(outputs, batch).float()
         self.width = states.shape[1]

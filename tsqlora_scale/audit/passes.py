@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tsqlora_scale.common.random_streams import philox
 from tsqlora_scale.quality.features.forward_pass import ForwardPass, Look
-from tsqlora_scale.quality.features.hidden_states import mean_states
+from tsqlora_scale.quality.features.hidden_states import mean_states, with_states
 from tsqlora_scale.quality.query.query_rater import QueryRater
 from tsqlora_scale.run.training_run import Run
 from tsqlora_scale.tasks.batch import Batch
@@ -67,7 +67,7 @@ class StateLook:
 
     def __call__(self, module: nn.Module, batch: Batch) -> Tensor:
         """By one forward."""
-        return self.seen(module(**batch.inputs, output_hidden_states=True), batch)
+        return self.seen(with_states(module, batch), batch)
 
     def seen(self, outputs: Any, batch: Batch) -> Tensor:
         """The same of a forward's ``outputs``."""

@@ -18,18 +18,18 @@ from transformers import MistralConfig, masking_utils, modeling_flash_attention_
 from tests import zoo
 from tests.reference.tasks import laid_one_by_one
 from tests.runs import run_tree
-from tests.steps import take_step
-from tests.unit.test_waits import ONLINE, Waits
+from tsqlora_scale.audit.passes import StateLook
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.load import parse_config
 from tsqlora_scale.config.schema import SensitivityConfig
 from tsqlora_scale.engine.collectives import World
-from tsqlora_scale.engine.ddp import DdpEngine
 from tsqlora_scale.model.adapters.lora import theta_modules
 from tsqlora_scale.model.pass_check import check_loaded
+from tsqlora_scale.quality.features.last_layer import LastLayerLook
 from tsqlora_scale.quality.gradients.per_sample import PerSampleGradients
 from tsqlora_scale.quality.gradients.sketch import Sketch
 from tsqlora_scale.quality.online.factor_gradients import FactorGradients
+from tsqlora_scale.quality.query.looks import FeatureLook
 from tsqlora_scale.ranks.sensitivity import SensitivityTracker
 from tsqlora_scale.run import preflight
 from tsqlora_scale.run.build import build_run
@@ -204,17 +204,14 @@ def test_sensitivities_are_the_same(kind: str, estimator: Any, group: int, runs:
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
-@pytest.mark.parametrize("sections", [{}, ONLINE])
-def test_a_step_waits_once(
-    sections: dict[str, Any], tmp_path: Path, models_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(DdpEngine, "_fuses", True)
-    monkeypatch.setattr("tsqlora_scale.tasks.packing.GAIN", 1.0)
-    run = built(tmp_path, models_dir, "gpt2", **sections)
-    take_step(run)
-    with Waits() as waits:
-        take_step(run)
-    assert waits.found.total() == 1, waits.found
+def test_features_are_the_same(runs: dict[str, Run]) -> None:
+    """Of hidden states and losses, in one forward."""
+    run = runs["llama"]
+    trained(run)
+    looks: list[Any] = [FeatureLook(run.task, seed=0), LastLayerLook(by_position=True), StateLook(0)]
+    with torch.no_grad():
+        found = [[look(run.engine.module.eval(), batch) for look in looks] for batch in samples(run)]
+    torch.testing.assert_close(*found, rtol=1e-5, atol=2e-6)
 
 
 def test_windows_are_of_a_sample(tmp_path: Path, models_dir: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tsqlora_scale.tasks.batch import IGNORED, Batch
+from tsqlora_scale.tasks.packing import known_samples
 
 
 @contextmanager
@@ -26,6 +27,21 @@ def without_adapters(module: nn.Module) -> Iterator[None]:
             layer._disable_adapters = state
 
 
+def with_states(module: Any, batch: Batch) -> Any:
+    """A forward on the batch, laid end to end where it is packed: what ``module`` gives with its hidden states."""
+    packing = batch.packing
+    if packing is None:
+        return module(**batch.inputs, output_hidden_states=True)
+    with known_samples(packing):
+        return module(**packing.inputs, output_hidden_states=True)
+
+
+def by_sample(states: Tensor, batch: Batch) -> Tensor:
+    """Hidden states of the batch as its samples' rows, (B, T, d)."""
+    packing = batch.packing
+    return packing.rows(states) if packing is not None and packing.holds(states) else states
+
+
 def mean_states(outputs: Any, batch: Batch) -> Tensor:
     """Mean hidden states of a batch's samples, (B, L, R, d) float32, by layer (the embeddings first) and region.
 
@@ -33,7 +49,7 @@ def mean_states(outputs: Any, batch: Batch) -> Tensor:
     source and the target; in a model of an encoder and a decoder the encoder's states and the decoder's.
 
     Args:
-        outputs: of the model on the batch, with ``output_hidden_states=True``.
+        outputs: of :func:`with_states`.
     """
     targets = batch.targets if batch.targets.dim() == 2 else None
     attended = batch.inputs.get("attention_mask")
@@ -52,7 +68,9 @@ def mean_states(outputs: Any, batch: Batch) -> Tensor:
             answered = targets != IGNORED
             asked = ~answered if attended is None else attended.bool() & ~answered
             regions = [(states, asked), (states, answered)]
-    return torch.stack([torch.stack([_mean(state, mask) for state in layers], 1) for layers, mask in regions], 2)
+    return torch.stack(
+        [torch.stack([_mean(by_sample(state, batch), mask) for state in layers], 1) for layers, mask in regions], 2
+    )
 
 
 def _mean(states: Tensor, mask: Tensor | None) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tsqlora_scale.quality.features.hidden_states import by_sample, with_states
 from tsqlora_scale.tasks.batch import IGNORED, Batch
 
 
@@ -26,7 +27,7 @@ class LastLayerLook:
 
     def __call__(self, module: nn.Module, batch: Batch) -> Tensor:
         """(B, d) float32."""
-        states, mask = last_states(module(**batch.inputs, output_hidden_states=True), batch)
+        states, mask = last_states(with_states(module, batch), batch)
         weights = torch.ones(states.shape[:2], device=states.device) if mask is None else mask.float()
         if self._by_position:
             weights = weights * weights.cumsum(1)
@@ -38,11 +39,11 @@ def last_states(outputs: Any, batch: Batch) -> tuple[Tensor, Tensor | None]:
     """States (B, T, d) of the last layer, and which of the positions are the sample's, (B, T); None: all.
 
     Args:
-        outputs: of the model on the batch, with ``output_hidden_states=True``.
+        outputs: of :func:`.with_states`.
     """
     attended = batch.inputs.get("attention_mask")
     if getattr(outputs, "encoder_hidden_states", None) is None:
-        return outputs.hidden_states[-1], attended
+        return by_sample(outputs.hidden_states[-1], batch), attended
     if batch.targets.dim() == 2:
         return outputs.decoder_hidden_states[-1], batch.targets != IGNORED
     return outputs.encoder_hidden_states[-1], attended

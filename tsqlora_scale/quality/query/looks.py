@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tsqlora_scale.common.random_streams import philox
 from tsqlora_scale.engine.collectives import World
 from tsqlora_scale.quality.features.forward_pass import ForwardPass
-from tsqlora_scale.quality.features.hidden_states import mean_states
+from tsqlora_scale.quality.features.hidden_states import mean_states, with_states
 from tsqlora_scale.quality.pool import Pool
 
 #: Layers that are looked at, of the model's upper half.
@@ -54,7 +54,7 @@ class FeatureLook:
 
     def __call__(self, module: nn.Module, batch: Any) -> Tensor:
         """(B, L R d + 1) float32."""
-        outputs = module(**batch.inputs, output_hidden_states=True)
+        outputs = with_states(module, batch)
         states = mean_states(outputs, batch)
         states = self._narrowed(states[:, upper_layers(states.shape[1])])
         last, kind = batch.targets, "classes"
