@@ -116,7 +116,7 @@ def run_probe(
     try:
         with quiet_libraries(), torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(0)
-            model, mode = _random_copy(auto_class, model_config, trust_remote_code=trust_remote_code, **options)
+            model, mode = _random_copy(auto_class, model_config, trust_remote_code, **options)
             with mode:
                 found = Probe(_sees_ahead(model, inputs), _unreached(model, inputs))
                 with suppress(Exception):  # what only more or longer rows bring up takes nothing from the rest
@@ -173,14 +173,16 @@ def packed_texts(task: Task) -> PackedTexts:
     return PackedTexts(list(alone), task.packer.laid(batch.inputs, batch.places, [range(LAID)]))
 
 
-def _random_copy(auto_class: Any, model_config: Any, **options: Any) -> tuple[nn.Module, TorchFunctionMode]:
+def _random_copy(
+    auto_class: Any, model_config: Any, trust_remote_code: bool, **options: Any
+) -> tuple[nn.Module, TorchFunctionMode]:
     from accelerate import init_empty_weights
 
     config = copy.deepcopy(model_config)
     set_dropout(config, 0.0)
     config.use_cache = False
     with init_empty_weights(include_buffers=False):
-        model: Any = auto_class.from_config(config, **options)
+        model: Any = auto_class.from_config(config, trust_remote_code=trust_remote_code, **options)
     small = sum(param.numel() for param in model.parameters()) <= SMALL_MODEL
     if not small and hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # others multiply by all experts at once
