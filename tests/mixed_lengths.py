@@ -14,12 +14,12 @@ from tests.runs import losses_of, ranks_of, run_tree
 from tests.tiny import WORDS
 from tsqlora_scale.quality import ScoreTable
 
-#: What few rows are worth, to have most micro-batches of six in fewer.
+#: Four micro-batches a step.
 SIZES = {"batch_size": 12, "micro_batch_size": 3, "max_steps": 6}
 
 
 def mixed_tree(kind: str, folder: Path, models: Path, *, packing: bool, **sections: Any) -> dict[str, Any]:
-    """A run of six steps with a scoring pass after step 2 and a rank event after step 4; every other text is long."""
+    """A run of six steps with a scoring pass after step 2 and a rank event after step 4; every third text is long."""
     train = SIZES | {"packing": packing, "eval_batch_size": 8}
     schedule = {"start": 4, "end": 4, "every": 4}
     name = "packed" if packing else "plain"

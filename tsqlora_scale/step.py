@@ -144,8 +144,8 @@ def optimizer_step(
     for number, (batch, share) in enumerate(zip(batches, shares, strict=True)):
         place = number * world.size + world.rank
         seed_dropout(seed, step, place)
-        listener.start_micro_batch(batch.size, place * micro_batch_size, batch.packing)
-        samples.start_micro_batch(batch.size, place * micro_batch_size, batch.packing)
+        for one in (listener, samples):
+            _announce(one, batch, place * micro_batch_size)
         with engine.micro_batch():
             sums, counts = task.loss_sums(task.outputs(engine.module, batch, forward=engine.forward), batch)
             own, share, of_all = sums.detach() / counts, share.to(sums), terms.to(sums)
@@ -163,6 +163,14 @@ def optimizer_step(
     (total, asked, *_), (count,) = told.read()
     samples.take(rows, told.tensors()[0][2:], taken=math.isfinite(grad_norm))
     return outcome_of(engine, total / count if count else math.nan, grad_norm, asked > 0, parts, losses)
+
+
+def _announce(listener: StepListener | SampleListener, batch: Batch, position: int) -> None:
+    """One of a user's own may know nothing of packing, and needs to where samples are packed alone."""
+    if batch.packing is None:
+        listener.start_micro_batch(batch.size, position)
+    else:
+        listener.start_micro_batch(batch.size, position, batch.packing)
 
 
 def outcome_of(

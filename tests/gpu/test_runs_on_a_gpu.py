@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.mixed_lengths import mixed_tree
 from tests.runs import go, losses_of, ranks_of, read_lines, result_of, run_tree, write_config
 from tests.steps import Killed, killed_in_step
 from tsqlora_scale import api
@@ -50,6 +52,19 @@ def test_a_whole_run(tmp_path: Path, models_dir: Path, kind: str, dtype: str) ->
     assert result["peak_memory_bytes"] == [max(peaks.values())]
     values = load_file(folder / "adapter" / "adapter_model.safetensors")
     assert all(value.isfinite().all() for value in values.values())
+
+
+@pytest.mark.parametrize(("attention", "dtype", "near"), [("sdpa", "fp32", 1e-4), ("flash_attention_2", "bf16", 0.05)])
+def test_a_run_of_packed_samples(tmp_path: Path, models_dir: Path, attention: str, dtype: str, near: float) -> None:
+    """Of texts of mixed lengths, end to end and a row each."""
+    if attention == "flash_attention_2" and find_spec("flash_attn") is None:
+        pytest.skip("flash_attn is not installed")
+    model = {"dtype": dtype, "attention": attention}
+    plain, packed = (
+        go(mixed_tree("llama", tmp_path, models_dir, packing=packing, model=model)).record.folder
+        for packing in (False, True)
+    )
+    assert losses_of(packed) == pytest.approx(losses_of(plain), abs=near)
 
 
 def test_the_same_run_as_on_a_cpu(tmp_path: Path, models_dir: Path) -> None:
