@@ -121,16 +121,13 @@ def test_a_step_waits_once(
     assert waits.found == {"ddp.py, step: found = float(norm)  # the step's one wait for a GPU": 1}
 
 
-@pytest.mark.parametrize("sections", [{}, ONLINE])
 def test_a_packed_step_waits_once(
-    tmp_path: Path, models_dir: Path, sections: dict[str, Any], fused: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, models_dir: Path, fused: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where samples lie is known on the host."""
     monkeypatch.setattr(packing, "GAIN", 1.0)
     train = {"micro_batch_size": 6, "packing": True}
-    run = build_run(
-        preflight.check(parse_config(run_tree("gpt2", tmp_path, models_dir, "run", train=train, **sections)))
-    )
+    run = build_run(preflight.check(parse_config(run_tree("gpt2", tmp_path, models_dir, "run", train=train, **ONLINE))))
     take_step(run)
     with Waits() as waits:
         take_step(run)
