@@ -7,11 +7,12 @@ PIP := $(BIN)/python -m pip install -qq -c constraints.txt
 # CI runs everything
 ifeq ($(CI),true)
 PYTEST_MARK ?=
+PYTEST_ARGS ?= -n 2 --dist loadfile --durations=40
 else
 PYTEST_MARK ?= not slow
-endif
 # a file at a time on two workers: tests of one file share runs that take minutes
 PYTEST_ARGS ?= -n 2 --dist loadfile
+endif
 
 .PHONY: demo test test-all lint format docs clean
 .DEFAULT_GOAL := demo

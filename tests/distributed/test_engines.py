@@ -20,6 +20,14 @@ MODELS = ["deberta", "bart", "llama"]
 CASES = [*((kind, base) for kind in MODELS for base in ("fp32", "nf4")), ("bert", "dropout")]
 #: Runs, but rounds differently: ZeRO-3 has a linear layer of its own.
 BF16 = ("bert", "bf16")
+#: Three ranks: what is uneven there, and one model of each kind of base.
+FEWER = {"zero3-3": [("bart", "fp32"), ("llama", "nf4"), ("bert", "dropout"), BF16]}
+PAIRS = [(engine, case) for engine in ENGINES for case in FEWER.get(engine, [*CASES, BF16])]
+
+
+def named(part: object) -> str:
+    """An engine's or a case's name."""
+    return part if isinstance(part, str) else "-".join(part)  # type: ignore[arg-type]
 
 
 class Finished(dict[str, dict[tuple[str, str], Path]]):
@@ -33,7 +41,7 @@ class Finished(dict[str, dict[tuple[str, str], Path]]):
         folder = self._factory.mktemp(engine)
         configs = []
         runs: dict[tuple[str, str], Path] = {}
-        for kind, base in [*CASES, BF16]:
+        for kind, base in FEWER.get(engine, [*CASES, BF16]):
             name = f"{kind}-{base}"
             # a budget that does not grow: where one layer grows another one shrinks
             tree = run_tree(kind, folder, self._models, name, allocation={"phi_min": 0.9, "phi_max": 1.0})
@@ -53,8 +61,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, models_dir: Path) -> Fini
     return Finished(tmp_path_factory, models_dir)
 
 
-@pytest.mark.parametrize("case", [*CASES, BF16], ids="-".join)
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(("engine", "case"), PAIRS, ids=named)
 def test_engine_is_what_it_is_called(finished: Finished, engine: str, case: tuple[str, str]) -> None:
     processes, stage, distributed_type = ENGINES[engine]
     result = result_of(finished[engine][case])
@@ -66,8 +73,7 @@ def test_engine_is_what_it_is_called(finished: Finished, engine: str, case: tupl
     assert len(result["peak_memory_bytes"]) == processes
 
 
-@pytest.mark.parametrize("case", [*CASES, BF16], ids="-".join)
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(("engine", "case"), PAIRS, ids=named)
 def test_a_rank_holds_its_share_of_the_base_in_its_type(finished: Finished, engine: str, case: tuple[str, str]) -> None:
     processes, stage, _ = ENGINES[engine]
     whole, held = (result_of(finished[e][case])["frozen_parameters"]["bytes"] for e in ("plain", engine))
@@ -78,8 +84,9 @@ def test_a_rank_holds_its_share_of_the_base_in_its_type(finished: Finished, engi
         assert held[kind] == pytest.approx(size / (processes if stage == 3 else 1), abs=60 * 4)
 
 
-@pytest.mark.parametrize("case", CASES, ids="-".join)
-@pytest.mark.parametrize("engine", [e for e in ENGINES if e != "plain"])
+@pytest.mark.parametrize(
+    ("engine", "case"), [(e, case) for e, case in PAIRS if e != "plain" and case != BF16], ids=named
+)
 def test_same_trajectory(finished: Finished, engine: str, case: tuple[str, str]) -> None:
     reference, run = finished["plain"][case], finished[engine][case]
     expected = losses_of(reference)
