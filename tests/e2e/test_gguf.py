@@ -81,6 +81,7 @@ def test_the_header(tmp_path: Path) -> None:
     model_config = t.LlamaConfig(**SIZES, **IDS, rope_parameters=LLAMA3_ROPE)
     adapter, config, _ = trained(model_config, byte_level(LLAMA3, begins=True), tmp_path)
     export(adapter, "gguf", tmp_path / "out", config=config)
+    assert "gguf_file='model-f16.gguf'" in (tmp_path / "out" / "README.md").read_text()
     reader = gguf.GGUFReader(tmp_path / "out" / "model-f16.gguf")
     said = {name: field.contents() for name, field in reader.fields.items()}
     assert said["general.architecture"] == "llama"

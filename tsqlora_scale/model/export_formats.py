@@ -103,6 +103,7 @@ def written_folder(out: Path) -> Iterator[Path]:
 
 def _with_base(adapter: Path, out: Path, config: Config, gguf_type: GgufType | None) -> list[str]:
     """The forms that hold the base, too: a folder of Transformers, or a GGUF file, for which such a folder is made."""
+    file = None
     if gguf_type is None:
         notes = merge(adapter, out, config)
     else:
@@ -112,9 +113,10 @@ def _with_base(adapter: Path, out: Path, config: Config, gguf_type: GgufType | N
         whole = out / "merged"
         whole.mkdir()
         notes = merge(adapter, whole, config, says=False)
-        notes += write_gguf(whole, out, name=config.run.name, gguf_type=gguf_type)
+        file = f"model-{gguf_type}.gguf"
+        notes += write_gguf(whole, out / file, name=config.run.name, gguf_type=gguf_type)
         shutil.rmtree(whole)
-    write_card(out, config, result_beside(adapter), merged=True)
+    write_card(out, config, result_beside(adapter), merged=True, gguf_file=file)
     return notes
 
 

@@ -50,12 +50,12 @@ def check_gguf(config: Config) -> None:
     vocabulary_of(tokenizer, model_config.vocab_size, key=key)
 
 
-def write_gguf(folder: Path, out: Path, *, name: str, gguf_type: str) -> list[str]:
-    """Write ``model-TYPE.gguf``, holding one tensor in memory at a time.
+def write_gguf(folder: Path, path: Path, *, name: str, gguf_type: str) -> list[str]:
+    """Write a GGUF file, holding one tensor in memory at a time.
 
     Args:
         folder: of a merged model that :func:`check_gguf` has let through.
-        out: a folder.
+        path: the file to write.
         name: the model's, for people.
         gguf_type: of the matrices: ``f32``, ``f16``, ``bf16`` or ``q8_0``. Vectors are float32.
 
@@ -68,7 +68,6 @@ def write_gguf(folder: Path, out: Path, *, name: str, gguf_type: str) -> list[st
 
     model_config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     architecture = ARCHITECTURES[model_config.model_type]
-    path = out / f"model-{gguf_type}.gguf"
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name(name)
     _add_sizes(writer, model_config)
