@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from tests.vocabularies import CHAT, IDS, LLAMA3, ODD, QWEN2, SIZES, byte_level,
 from tsqlora_scale import UserError, export
 from tsqlora_scale.config.load import parse_config
 
-gguf = pytest.importorskip("gguf", reason="needs the extra gguf")
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="needs the extra gguf")
 
 LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
                "high_freq_factor": 4.0, "original_max_position_embeddings": 32}  # fmt: skip
@@ -78,6 +79,8 @@ def test_the_same_models(tmp_path: Path) -> None:
 
 def test_the_header(tmp_path: Path) -> None:
     """What Transformers does not read: frequencies of Llama 3, types of tokens, what is put around a text."""
+    import gguf
+
     model_config = t.LlamaConfig(**SIZES, **IDS, rope_parameters=LLAMA3_ROPE)
     adapter, config, _ = trained(model_config, byte_level(LLAMA3, begins=True), tmp_path)
     export(adapter, "gguf", tmp_path / "out", config=config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from tests.runs import write_config
 from tests.vocabularies import IDS, LLAMA3, SIZES, byte_level, trained
 from tsqlora_scale.commands import main as cli
 
-lm_eval = pytest.importorskip("lm_eval", reason="needs the extra lm_eval")
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs the extra lm_eval")
 
 QUESTIONS = ["the film", "a lovely story", "the plot was", "Don't watch", "there's no", "scenes and"]
 CHOICES = [" dull", " lovely", " a plot"]
@@ -73,8 +74,10 @@ def test_before_and_after(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
     row = json.loads(file.read_text())["tasks"]["tiny_choice"]["acc"]
     assert (row["base"], row["adapter"]) == pytest.approx((1.0, share))
     assert "1.0000" in said and f"{share:.4f}" in said
-    known = lm_eval.tasks.TaskManager
-    monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda **options: known(**options | {"include_defaults": False}))
+    import lm_eval.tasks as index
+
+    known = index.TaskManager
+    monkeypatch.setattr(index, "TaskManager", lambda **options: known(**options | {"include_defaults": False}))
     assert cli.main([*arguments, "--lm-eval", "tiny_*,nosuch"]) == 2  # the harness' own would take a minute to read
     assert "--lm-eval 'nosuch' is no task that lm-evaluation-harness knows" in capsys.readouterr().err.splitlines()[-1]
     assert cli.main([*arguments, "--lm-eval", "tiny_missing"]) == 2

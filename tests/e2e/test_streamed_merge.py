@@ -57,20 +57,16 @@ CASES: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
 ]
 
 
-def merges(
-    kind: str, task: str, tmp_path: Path, models: Path, options: dict[str, Any], model: dict[str, Any]
-) -> tuple[Path, Path]:
+def merges(adapter: Path, tree: dict[str, Any], folder: Path) -> tuple[Path, Path]:
     """The folders of the two merges."""
-    adapter = adapter_on(kind, task, tmp_path, models, **options)
-    config = parse_config(zoo.tree_of(kind, tmp_path, models, task, model=model))
-    folders = tmp_path / "streamed", tmp_path / "whole"
-    refused = pytest.MonkeyPatch()
-    for folder in folders:
-        folder.mkdir()
-        notes = export_formats.merge(adapter, folder, config)
-        assert any("as a whole" in note for note in notes) == (folder.name == "whole")
-        refused.setattr(export_formats, "StreamedMerge", refuse)
-    refused.undo()
+    config = parse_config(tree)
+    folders = folder / "streamed", folder / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        for out in folders:
+            out.mkdir()
+            notes = export_formats.merge(adapter, out, config)
+            assert any("as a whole" in note for note in notes) == (out.name == "whole"), notes
+            patch.setattr(export_formats, "StreamedMerge", refuse)
     return folders
 
 
@@ -91,12 +87,30 @@ def same_values(first: Any, second: Any) -> None:
 def test_the_same_to_the_bit(
     kind: str, task: str, options: dict[str, Any], model: dict[str, Any], tmp_path: Path, models_dir: Path
 ) -> None:
-    streamed, whole = merges(kind, task, tmp_path, models_dir, options, model)
+    adapter = adapter_on(kind, task, tmp_path, models_dir, **options)
+    streamed, whole = merges(adapter, zoo.tree_of(kind, tmp_path, models_dir, task, model=model), tmp_path)
     auto = zoo.auto_of(kind, task)
     same_values(auto.from_pretrained(streamed), auto.from_pretrained(whole))
     for name in ("config.json", "generation_config.json"):
         there = [(folder / name).read_text() if (folder / name).exists() else None for folder in (streamed, whole)]
         assert there[0] == there[1], name
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_files_that_are_4_bit_already(kind: str, tmp_path: Path, models_dir: Path) -> None:
+    """By bitsandbytes, with statistics that are quantised again; GPT-2's weights lie the other way round."""
+    targets = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"]}[kind]
+    adapter = adapter_on(kind, "causal", tmp_path, models_dir, target_modules=targets)
+    source = zoo.saved(kind, models_dir, "causal")
+    how = t.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    zoo.auto_of(kind).from_pretrained(source, quantization_config=how).save_pretrained(tmp_path / "packed")
+    t.AutoTokenizer.from_pretrained(source).save_pretrained(tmp_path / "packed")
+    tree = zoo.tree_of(kind, tmp_path, models_dir, model={"quantization": "nf4"})
+    tree["model"]["name_or_path"] = str(tmp_path / "packed")
+    streamed, whole = merges(adapter, tree, tmp_path)
+    auto = zoo.auto_of(kind)
+    same_values(auto.from_pretrained(streamed), auto.from_pretrained(whole))
+    assert (streamed / "config.json").read_text() == (whole / "config.json").read_text()
 
 
 MEASURED = """
