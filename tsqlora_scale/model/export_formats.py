@@ -114,7 +114,7 @@ def _with_base(adapter: Path, out: Path, config: Config, gguf_type: GgufType | N
         whole.mkdir()
         notes = merge(adapter, whole, config, says=False)
         file = f"model-{gguf_type}.gguf"
-        notes += write_gguf(whole, out / file, name=config.run.name, gguf_type=gguf_type)
+        notes += write_gguf(whole, out / file, config, gguf_type=gguf_type)
         shutil.rmtree(whole)
     write_card(out, config, result_beside(adapter), merged=True, gguf_file=file)
     return notes

@@ -50,13 +50,13 @@ def check_gguf(config: Config) -> None:
     vocabulary_of(tokenizer, model_config.vocab_size, key=key)
 
 
-def write_gguf(folder: Path, path: Path, *, name: str, gguf_type: str) -> list[str]:
+def write_gguf(folder: Path, path: Path, config: Config, *, gguf_type: str) -> list[str]:
     """Write a GGUF file, holding one tensor in memory at a time.
 
     Args:
         folder: of a merged model that :func:`check_gguf` has let through.
         path: the file to write.
-        name: the model's, for people.
+        config: of the run, whose name the model bears.
         gguf_type: of the matrices: ``f32``, ``f16``, ``bf16`` or ``q8_0``. Vectors are float32.
 
     Raises:
@@ -66,10 +66,12 @@ def write_gguf(folder: Path, path: Path, *, name: str, gguf_type: str) -> list[s
     import gguf
     from transformers import AutoConfig, AutoTokenizer
 
-    model_config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    trust = config.model.trust_remote_code
+    model_config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
     architecture = ARCHITECTURES[model_config.model_type]
     writer = gguf.GGUFWriter(path, architecture)
-    writer.add_name(name)
+    writer.add_name(config.run.name)
     _add_sizes(writer, model_config)
     kind = gguf.GGMLQuantizationType[gguf_type.upper()]
     file_type = "ALL_F32" if gguf_type == "f32" else f"MOSTLY_{gguf_type.upper()}"
