@@ -1,7 +1,8 @@
 """Fine-tuning that chooses which data to learn from and where to spend rank.
 
 The public interface: ``Config``, ``load_config``, ``train``, ``score``, ``audit``, ``advise``, ``evaluate``,
-``predict``, ``export``, and the exceptions ``UserError`` and ``Stopped``. Nothing heavy is imported before it is used.
+``evaluate_tasks``, ``predict``, ``export``, ``truncate``, and the exceptions ``UserError`` and ``Stopped``. Nothing
+heavy is imported before it is used.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ if TYPE_CHECKING:
         advise,
         audit,
         evaluate,
+        evaluate_tasks,
         export,
         predict,
         score,
         train,
+        truncate,
     )
     from tsqlora_scale.audit.audit_result import AuditResult
     from tsqlora_scale.common.errors import Stopped, UserError
@@ -41,16 +44,19 @@ __all__ = [
     "advise",
     "audit",
     "evaluate",
+    "evaluate_tasks",
     "export",
     "load_config",
     "predict",
     "score",
     "train",
+    "truncate",
 ]
 
 _HOMES = {
     **dict.fromkeys(("PredictResult", "ScoreResult", "TrainResult"), "api"),
-    **dict.fromkeys(("advise", "audit", "evaluate", "export", "predict", "score", "train"), "api"),
+    **dict.fromkeys(("advise", "audit", "evaluate", "evaluate_tasks", "export", "predict", "score", "train"), "api"),
+    "truncate": "api",
     **dict.fromkeys(("Stopped", "UserError"), "common.errors"),
     "AdviceResult": "advice.advice_result",
     "AuditResult": "audit.audit_result",

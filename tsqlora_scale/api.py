@@ -11,15 +11,17 @@ import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from tsqlora_scale.advice.advisor import advise as advise
 from tsqlora_scale.audit.audit_result import AuditResult
 from tsqlora_scale.common.errors import UserError
-from tsqlora_scale.common.launcher import launched_rank
 from tsqlora_scale.common.quiet import prepare_environment
 from tsqlora_scale.config.quality_sections import BLIND_SELECTORS
 from tsqlora_scale.config.schema import Config
+from tsqlora_scale.run.exporter import export as export
+from tsqlora_scale.run.exporter import truncate as truncate
+from tsqlora_scale.run.harness import evaluate_tasks as evaluate_tasks
 
 if TYPE_CHECKING:
     from tsqlora_scale.run.run_lock import RunLock
@@ -345,55 +347,3 @@ def predict(
     with adapter_folder(place) as folder:
         request = check_prediction(config, folder, Path(data), Path(out))
         return PredictResult(Path(out), len(request.filled), predict_file(request))
-
-
-def export(
-    adapter: str | Path,
-    form: Literal["peft", "padded", "merged"],
-    out: str | Path,
-    *,
-    config: Config | None = None,
-    overwrite: bool = False,
-    push: str | None = None,
-    public: bool = False,
-) -> list[str]:
-    """Write a trained adapter in another form, whole or not at all. Under a launcher rank 0 alone does it.
-
-    Args:
-        adapter: an adapter's folder, a run folder or a checkpoint.
-        form: as it is, with one rank everywhere, or merged into its base.
-        out: the folder to write.
-        config: of the run; needed to merge.
-        overwrite: replace what is there.
-        push: a repository of the Hugging Face hub (or of ``HF_ENDPOINT``) that gets the folder's files, too.
-        public: whether everybody may read that repository.
-
-    Returns:
-        What is worth saying about it, line by line; nothing on other ranks.
-
-    Raises:
-        UserError: no adapter there, no config to merge by, or something at ``out`` already; or no hub that takes it.
-    """
-    prepare_environment()
-    if launched_rank() != 0:
-        return []
-    from tsqlora_scale.common.quiet import quiet_libraries
-    from tsqlora_scale.model import hub_push
-    from tsqlora_scale.model.export_formats import FORMATS
-    from tsqlora_scale.model.export_formats import export as write
-
-    if form not in FORMATS:
-        raise UserError(f"form={form!r}: is none of {', '.join(map(repr, FORMATS))}")
-    if public and push is None:
-        raise UserError("--public (public) is about a repository; give --push REPO with it")
-    if push is not None:
-        hub_push.check_push(push)
-    if config is not None:
-        from tsqlora_scale.run.preflight import with_labels_of
-
-        config = with_labels_of(config, Path(adapter))
-    from tsqlora_scale.run.trained_adapter import adapter_folder
-
-    with adapter_folder(adapter) as folder, quiet_libraries():
-        notes = write(folder, form, Path(out), config=config, overwrite=overwrite)
-        return notes if push is None else [*notes, *hub_push.push(Path(out), push, public=public)]

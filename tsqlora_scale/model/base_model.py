@@ -137,7 +137,7 @@ def _loading_options(
         if stored_quantization(config) is not None:
             options["config"] = loads_stored(config, compute_dtype=DTYPES[model.dtype], unquantised=unquantised)
         else:
-            options["quantization_config"] = _nf4_config(model, unquantised)
+            options["quantization_config"] = nf4_config(model, unquantised)
         if device is not None and device.type == "cuda" and not shards_while_loading():
             options["device_map"] = {"": device}
     return options
@@ -225,7 +225,12 @@ def use_autocast(model: Any, dtype: str) -> None:
     inner.forward = autocast_forward
 
 
-def _nf4_config(model: ModelConfig, unquantised: list[str]) -> Any:
+def nf4_config(model: ModelConfig, unquantised: list[str]) -> Any:
+    """How Transformers packs a base into 4 bits as it loads.
+
+    Args:
+        unquantised: modules that stay in floating point.
+    """
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import math
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
-import torch
-from peft import PeftConfig, PeftModel
-from peft.utils.other import get_pattern_key
-from safetensors.torch import load_file, save_file
+from peft import PeftModel
 
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.random_streams import generator_for
@@ -20,46 +17,81 @@ from tsqlora_scale.config.schema import Config
 from tsqlora_scale.model.base_model import load_base
 from tsqlora_scale.model.describe import check_adapter_fits, check_architecture, check_weights, load_descriptions
 from tsqlora_scale.model.linear_layers import transpose_again, transposed_layers
-from tsqlora_scale.model.model_card import NAME, result_beside, write_card
+from tsqlora_scale.model.model_card import result_beside, write_card
+from tsqlora_scale.model.padded_adapter import check_for_vllm, copy_adapter, write_for_vllm, write_padded
 from tsqlora_scale.model.stored_quantization import dequantised
+from tsqlora_scale.model.streamed_merge import NotLayerByLayer, StreamedMerge
+from tsqlora_scale.model.tensor_stream import SHARD_BYTES
 from tsqlora_scale.model.tied_weights import is_untied, save_untied, ties_of, untie_adapted
-from tsqlora_scale.model.weight_files import DESCRIPTION, WEIGHTS, check_adapter
+from tsqlora_scale.model.weight_files import check_adapter
 from tsqlora_scale.tasks import auto_class_of, objective_class
 
-FORMATS = ("peft", "padded", "merged")
+FORMATS = ("peft", "padded", "vllm", "merged", "gguf")
+GgufType = Literal["f32", "f16", "bf16", "q8_0"]
+GGUF_TYPES = get_args(GgufType)
 
 
-def export(adapter: Path, form: str, out: Path, *, config: Config | None, overwrite: bool = False) -> list[str]:
+def export(
+    adapter: Path,
+    form: str,
+    out: Path,
+    *,
+    config: Config | None,
+    overwrite: bool = False,
+    gguf_type: GgufType = "f16",
+) -> list[str]:
     """Write ``adapter`` to the folder ``out``, whole or not at all.
 
     Args:
         adapter: the folder that a run wrote.
         form: one of :data:`FORMATS`.
-        config: of the run; needed to merge.
+        config: of the run; needed by those that load the base, merged and gguf.
+        gguf_type: of the matrices in a GGUF file.
 
     Returns:
         What is worth saying about it, line by line.
 
     Raises:
-        UserError: no adapter there, no config to merge by, or something at ``out`` already.
+        UserError: no adapter there, no config to merge by, something at ``out`` already, or a form that cannot hold it.
     """
     check_adapter(adapter)
+    check_out(out, adapter, overwrite=overwrite)
+    if form in ("merged", "gguf") and config is None:
+        raise UserError(f"--format {form} loads the base, and needs --config FILE: the run's config.yaml")
+    if form == "vllm":
+        check_for_vllm(adapter)
+    with written_folder(out) as partial:
+        if form in ("merged", "gguf"):
+            assert config is not None
+            return _with_base(adapter, partial, config, gguf_type if form == "gguf" else None)
+        write = {"peft": copy_adapter, "padded": write_padded, "vllm": write_for_vllm}[form]
+        return write(adapter, partial)
+
+
+def check_out(out: Path, adapter: Path, *, overwrite: bool) -> None:
+    """See that a folder may be written to.
+
+    Raises:
+        UserError: it is the adapter, or is there and may not be replaced.
+    """
     if out.resolve() == adapter.resolve():
         raise UserError(f"--out {str(out)!r} is the adapter itself; choose another folder")
     if out.exists() and not overwrite:
         raise UserError(f"--out {str(out)!r} exists; choose another folder, or give --overwrite")
-    if form == "merged" and config is None:
-        raise UserError("--format merged loads the base, and needs --config FILE: the run's config.yaml")
+
+
+@contextmanager
+def written_folder(out: Path) -> Iterator[Path]:
+    """A folder to write into, that takes the place of ``out`` when everything has been written.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        if form == "merged":
-            assert config is not None
-            notes = _merge(adapter, partial, config)
-            write_card(partial, config, result_beside(adapter), merged=True)
-        else:
-            notes = _copy(adapter, partial) if form == "peft" else _pad(adapter, partial)
+        yield partial
         if out.exists():
             shutil.rmtree(out)
         partial.rename(out)
@@ -67,53 +99,40 @@ def export(adapter: Path, form: str, out: Path, *, config: Config | None, overwr
         raise UserError(f"--out {str(out)!r} cannot be written ({error.strerror}); choose another folder") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _with_base(adapter: Path, out: Path, config: Config, gguf_type: GgufType | None) -> list[str]:
+    """The forms that hold the base, too: a folder of Transformers, or a GGUF file, for which such a folder is made."""
+    file = None
+    if gguf_type is None:
+        notes = merge(adapter, out, config)
+    else:
+        from tsqlora_scale.model.gguf_model import check_gguf, write_gguf
+
+        check_gguf(config)
+        whole = out / "merged"
+        whole.mkdir()
+        notes = merge(adapter, whole, config, says=False)
+        file = f"model-{gguf_type}.gguf"
+        notes += write_gguf(whole, out / file, config, gguf_type=gguf_type)
+        shutil.rmtree(whole)
+    write_card(out, config, result_beside(adapter), merged=True, gguf_file=file)
     return notes
 
 
-def _copy(adapter: Path, out: Path) -> list[str]:
-    for path in sorted(adapter.iterdir()):
-        if path.is_file():
-            shutil.copyfile(path, out / path.name)
-    return ["the ranks are in rank_pattern and alpha_pattern, which PEFT reads"]
+def merge(adapter: Path, out: Path, config: Config, *, says: bool = True) -> list[str]:
+    """Write a plain Transformers model. A 4-bit base is dequantised, to the values that the adapter was trained on.
 
+    Layer by layer where the base's files allow it, so that models larger than memory are merged, too; otherwise in
+    memory, with the reason among the notes.
 
-def _pad(adapter: Path, out: Path) -> list[str]:
-    """Zero rows of A and columns of B up to the largest rank; a scaling of its own goes into B. The same function."""
-    _copy(adapter, out)
-    config: Any = PeftConfig.from_pretrained(str(adapter))
-    tensors = load_file(adapter / WEIGHTS)
-    if embedding := next((name for name in tensors if ".lora_embedding_" in name), None):
-        raise UserError(f"--format padded: {embedding} adapts an embedding, which is not padded; choose merged or peft")
-    suffix = ".lora_A.weight"
-    layers = [name.removesuffix(suffix) for name in tensors if name.endswith(suffix)]
-    rank = max(len(tensors[layer + suffix]) for layer in layers)
+    Args:
+        out: an empty folder.
+        says: whether the notes tell how the result is opened.
 
-    def scaling(layer: str) -> float:
-        own = len(tensors[layer + suffix])
-        name = layer.removeprefix("base_model.model.")
-        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, name), config.lora_alpha)
-        return float(alpha) / (math.sqrt(own) if config.use_rslora else own)
-
-    common = scaling(layers[0])
-    padded = dict(tensors)
-    for layer in layers:
-        a, b = tensors[layer + suffix], tensors[f"{layer}.lora_B.weight"]
-        missing = rank - len(a)
-        padded[layer + suffix] = torch.cat([a, a.new_zeros(missing, a.shape[1])])
-        padded[f"{layer}.lora_B.weight"] = torch.cat([b * (scaling(layer) / common), b.new_zeros(len(b), missing)], 1)
-    save_file(padded, out / WEIGHTS, metadata={"format": "pt"})
-    described = json.loads((adapter / DESCRIPTION).read_text(encoding="utf-8"))
-    described |= {"r": rank, "rank_pattern": {}, "alpha_pattern": {}}
-    described["lora_alpha"] = common * (math.sqrt(rank) if config.use_rslora else rank)
-    (out / DESCRIPTION).write_text(json.dumps(described, indent=2, sort_keys=True), encoding="utf-8")
-    if (out / NAME).is_file():
-        with (out / NAME).open("a", encoding="utf-8") as card:
-            card.write(f"\nIn this copy every layer has rank {rank}, filled up with zeros: the same function.\n")
-    return [f"every adapted layer has rank {rank} now, filled up with zeros"]
-
-
-def _merge(adapter: Path, out: Path, config: Config) -> list[str]:
-    """A plain Transformers model. A 4-bit base is dequantised first, to the values that the adapter was trained on."""
+    Raises:
+        UserError: the adapter is not one of the config's model.
+    """
     as_it_was = config.model.model_copy(update={"dropout": None, "gradient_checkpointing": False})
     config = config.model_copy(update={"model": as_it_was})  # these are for training, and would get into the file
     path = resolve(config.model.name_or_path, key="model.name_or_path")
@@ -122,6 +141,26 @@ def _merge(adapter: Path, out: Path, config: Config) -> list[str]:
     unquantised = check_architecture(config, model_config, tokenizer)
     check_adapter_fits(config, model_config, adapter)
     notes = []
+    if config.model.quantization != "none":
+        notes.append(f"the base was dequantised to {config.model.dtype}; the file is as large as that, not 4-bit")
+    try:
+        try:
+            StreamedMerge(adapter, config, path, model_config=model_config, unquantised=unquantised).write(out)
+        except NotLayerByLayer as reason:
+            notes.append(f"merged as a whole, in memory: {reason}")
+            notes += _merge_as_a_whole(adapter, out, config, path, model_config, unquantised)
+    except (RuntimeError, ValueError) as error:
+        reason_given = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"--adapter {str(adapter)!r} does not fit model.name_or_path={path!r} ({reason_given})"
+        ) from None
+    tokenizer.save_pretrained(str(out))
+    return [*notes, *(["a plain Transformers model: from_pretrained opens it, without PEFT"] if says else [])]
+
+
+def _merge_as_a_whole(
+    adapter: Path, out: Path, config: Config, path: str, model_config: Any, unquantised: list[str]
+) -> list[str]:
     base: Any
     base, _ = load_base(
         path,
@@ -137,21 +176,14 @@ def _merge(adapter: Path, out: Path, config: Config) -> list[str]:
     ties, transposed = ties_of(base), transposed_layers(base)
     if config.model.quantization != "none":
         base = dequantised(base)
-        notes.append(f"the base was dequantised to {config.model.dtype}; the file is as large as that, not 4-bit")
-    try:
-        adapted: Any = PeftModel.from_pretrained(base, str(adapter))
-        untie_adapted(adapted)
-        merged: Any = adapted.merge_and_unload(safe_merge=True)
-    except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"--adapter {str(adapter)!r} does not fit model.name_or_path={path!r} ({reason})") from None
+    adapted: Any = PeftModel.from_pretrained(base, str(adapter))
+    untie_adapted(adapted)
+    merged: Any = adapted.merge_and_unload(safe_merge=True)
     transpose_again(merged, transposed)
     merged.config.use_cache = True
     if is_untied(merged, ties):
         key = f"--adapter {str(adapter)!r}"
         save_untied(merged, ties, out, auto_class=auto_class_of(config.task), key=key)
-        notes.append("embeddings and output layer share their weights no longer (tie_word_embeddings: false)")
-    else:
-        merged.save_pretrained(str(out))
-    tokenizer.save_pretrained(str(out))
-    return [*notes, "a plain Transformers model: from_pretrained opens it, without PEFT"]
+        return ["embeddings and output layer share their weights no longer (tie_word_embeddings: false)"]
+    merged.save_pretrained(str(out), max_shard_size=SHARD_BYTES)
+    return []

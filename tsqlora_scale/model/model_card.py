@@ -28,14 +28,18 @@ _TASKS = {
 }
 
 
-def write_card(folder: Path, config: Config, result: Mapping[str, Any], *, merged: bool = False) -> None:
+def write_card(
+    folder: Path, config: Config, result: Mapping[str, Any], *, merged: bool = False, gguf_file: str | None = None
+) -> None:
     """Write the card of a trained adapter, or of a model that it was merged into.
 
     Args:
         result: what ``result.json`` holds; empty where it is not known.
+        gguf_file: name of the file that a merged model is in.
     """
+    card = model_card(config, result, merged=merged, gguf_file=gguf_file)
     with written_whole(folder / NAME) as partial:
-        partial.write_text(model_card(config, result, merged=merged), encoding="utf-8")
+        partial.write_text(card, encoding="utf-8")
 
 
 def result_beside(adapter: Path) -> dict[str, Any]:
@@ -47,7 +51,7 @@ def result_beside(adapter: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def model_card(config: Config, result: Mapping[str, Any], *, merged: bool) -> str:
+def model_card(config: Config, result: Mapping[str, Any], *, merged: bool, gguf_file: str | None = None) -> str:
     """Markdown after YAML, as hubs read it."""
     base = lasting(config.model.name_or_path, key="model.name_or_path")
     metrics = result.get("metrics", {})
@@ -76,7 +80,7 @@ def model_card(config: Config, result: Mapping[str, Any], *, merged: bool) -> st
         "where `config.yaml` is that of the run folder."
         + "".join(f" {name} {version}." for name, version in result.get("versions", {}).items()),
         "## Use",
-        f"```python\n{_use(config, merged=merged)}\n```",
+        f"```python\n{_use(config, merged=merged, gguf_file=gguf_file)}\n```",
     ]
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
 
@@ -143,16 +147,17 @@ def _command(result: Mapping[str, Any]) -> str:
     return f"{start} launch/train.py --config config.yaml"
 
 
-def _use(config: Config, *, merged: bool) -> str:
+def _use(config: Config, *, merged: bool, gguf_file: str | None) -> str:
     """Python that opens it. Classes are named, as the base's own config need not have them."""
     labels = config.task.labels
     names = dict(enumerate(labels)) if isinstance(labels, list) else None
     more = f", id2label={names!r}" if names and not merged else ""
     if config.task.num_labels and not more and not merged:
         more = f", num_labels={config.task.num_labels}"
+    file = "" if gguf_file is None else f", gguf_file={gguf_file!r}"
     library, prefix = ("transformers", "AutoModelFor") if merged else ("peft", "AutoPeftModelFor")
     auto = f"{prefix}{_TASKS[config.task.type][1]}"
     return (
         f"from {library} import {auto}\nfrom transformers import AutoTokenizer\n\n"
-        f'model = {auto}.from_pretrained("."{more})\ntokenizer = AutoTokenizer.from_pretrained(".")'
+        f'model = {auto}.from_pretrained("."{more}{file})\ntokenizer = AutoTokenizer.from_pretrained("."{file})'
     )

@@ -1,0 +1,92 @@
+"""Tasks of lm-evaluation-harness, of the base and of the adapter: an offline task, checked by hand."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as t
+import yaml
+from peft import PeftModel
+
+from tests.runs import write_config
+from tests.vocabularies import IDS, LLAMA3, SIZES, byte_level, trained
+from tsqlora_scale.commands import main as cli
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs the extra lm_eval")
+
+QUESTIONS = ["the film", "a lovely story", "the plot was", "Don't watch", "there's no", "scenes and"]
+CHOICES = [" dull", " lovely", " a plot"]
+
+
+def task_folder(folder: Path, right: list[int]) -> Path:
+    """A task of multiple choice in a local file, and one whose file is not there."""
+    folder.mkdir()
+    rows = [{"question": q, "choices": CHOICES, "gold": gold} for q, gold in zip(QUESTIONS, right, strict=True)]
+    (folder / "rows.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": "tiny_choice", "dataset_path": "json", "test_split": "test", "output_type": "multiple_choice",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "rows.json")}},
+        "doc_to_text": "{{question}}", "doc_to_choice": "{{choices}}", "doc_to_target": "gold", "target_delimiter": "",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }  # fmt: skip
+    missing = task | {"task": "tiny_missing", "dataset_kwargs": {"data_files": {"test": str(folder / "no.json")}}}
+    for name, tree in (("tiny", task), ("missing", missing)):
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(tree))
+    return folder
+
+
+@torch.no_grad()
+def choices_of(model: Any, tokenizer: Any) -> list[int]:
+    """The most likely choice of every question."""
+    found = []
+    for question in QUESTIONS:
+        scores = []
+        for choice in CHOICES:
+            start, ids = len(tokenizer(question)["input_ids"]), tokenizer(question + choice)["input_ids"]
+            logs = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+            scores.append(sum(float(logs[k - 1, ids[k]]) for k in range(start, len(ids))))
+        found.append(scores.index(max(scores)))
+    return found
+
+
+@pytest.mark.slow
+def test_before_and_after(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The numbers by hand, in the table and in the file; what is not there is one line."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    adapter, config, _ = trained(t.LlamaConfig(**SIZES, **IDS), byte_level(LLAMA3), tmp_path)
+    path = write_config(tmp_path / "config.yaml", tree_of(config))
+    base: Any = t.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    tokenizer = t.AutoTokenizer.from_pretrained(tmp_path / "base")
+    before = choices_of(base, tokenizer)
+    after = choices_of(PeftModel.from_pretrained(base, str(adapter)).eval(), tokenizer)
+    share = sum(one == other for one, other in zip(before, after, strict=True)) / len(QUESTIONS)
+    assert share < 1, "an adapter without effect tests nothing"
+    folder = task_folder(tmp_path / "tasks", before)
+    arguments = ["evaluate", "--adapter", str(adapter), "--config", str(path), "--lm-eval-tasks", str(folder)]
+    file = tmp_path / "numbers.json"
+    assert cli.main([*arguments, "--lm-eval", "tiny_choice", "--json", str(file)]) == 0
+    said = capsys.readouterr().out
+    row = json.loads(file.read_text())["tasks"]["tiny_choice"]["acc"]
+    assert (row["base"], row["adapter"]) == pytest.approx((1.0, share))
+    assert "1.0000" in said and f"{share:.4f}" in said
+    import lm_eval.tasks as index
+
+    known = index.TaskManager
+    monkeypatch.setattr(index, "TaskManager", lambda **options: known(**options | {"include_defaults": False}))
+    assert cli.main([*arguments, "--lm-eval", "tiny_*,nosuch"]) == 2  # the harness' own would take a minute to read
+    assert "--lm-eval 'nosuch' is no task that lm-evaluation-harness knows" in capsys.readouterr().err.splitlines()[-1]
+    assert cli.main([*arguments, "--lm-eval", "tiny_missing"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: --lm-eval: the task tiny_missing cannot be prepared (")
+    assert "without a network its data must have been fetched before" in error
+
+
+def tree_of(config: Any) -> dict[str, Any]:
+    """A config as a tree again."""
+    tree: dict[str, Any] = yaml.safe_load(config.to_yaml())
+    return tree

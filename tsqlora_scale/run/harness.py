@@ -1,0 +1,188 @@
+"""Tasks of EleutherAI's lm-evaluation-harness on a trained adapter and on its base, by their own names."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.common.launcher import launched_size
+from tsqlora_scale.common.printing import shown
+from tsqlora_scale.common.quiet import prepare_environment, quiet_libraries
+from tsqlora_scale.config.schema import Config
+
+#: Of metrics whose error has no closed form.
+BOOTSTRAPS = 1000
+
+#: Task -> metric -> ``base``, ``adapter`` and, where the harness knows them, ``base_stderr`` and ``adapter_stderr``.
+TaskResults = dict[str, dict[str, dict[str, float]]]
+
+
+def evaluate_tasks(
+    config: Config,
+    adapter: str | Path,
+    tasks: Sequence[str],
+    *,
+    folder: str | Path | None = None,
+    limit: int | None = None,
+    shots: int | None = None,
+) -> TaskResults:
+    """Measure tasks of lm-evaluation-harness before and after training, by its ``simple_evaluate``. In one process.
+
+    Args:
+        config: of the run; its data are not read.
+        adapter: an adapter's folder, a run folder or a checkpoint.
+        tasks: names of tasks, groups or tags, with ``*`` for any letters.
+        folder: of tasks of one's own, as YAML.
+        limit: rows of every task at most, for a trial.
+        shots: examples in a prompt, in the place of the tasks' own.
+
+    Raises:
+        UserError: the harness is not installed, the model does not generate, a task is unknown or its data cannot be
+            had, or as ``evaluate``.
+    """
+    prepare_environment()
+    _check_request(config, tasks, folder=folder, limit=limit, shots=shots)
+    from tsqlora_scale.run.trained_adapter import adapter_folder
+
+    with adapter_folder(adapter) as place:
+        manager, names = _known(tasks, folder)
+        model, tokenizer = _load(config, place)
+        options = {"task_manager": manager, "tasks": names, "limit": limit, "num_fewshot": shots}
+        with model.disable_adapter():
+            before = _measure(model, tokenizer, config, options)
+        after = _measure(model, tokenizer, config, options)
+    return _side_by_side(before, after)
+
+
+def _check_request(
+    config: Config, tasks: Sequence[str], *, folder: str | Path | None, limit: int | None, shots: int | None
+) -> None:
+    """What can be seen before anything is imported or loaded."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError("--lm-eval needs lm-evaluation-harness; pip install 'tsqlora-scale[lm_eval]'")
+    if config.task.type != "causal":
+        raise UserError(
+            f"--lm-eval is for models that go on with a text (task.type=causal), not task.type={config.task.type}; "
+            "leave it out, and the held-out set is measured"
+        )
+    if launched_size() > 1:
+        raise UserError(f"--lm-eval works in one process, not in {launched_size()}; start it without a launcher")
+    if not tasks or not all(tasks):
+        raise UserError(f"--lm-eval {','.join(tasks)!r}: give names of tasks, as hellaswag,arc_easy")
+    if folder is not None and not Path(folder).is_dir():
+        raise UserError(f"--lm-eval-tasks {str(folder)!r}: no such folder")
+    if limit is not None and limit < 1:
+        raise UserError(f"--lm-eval-limit {limit}: must be 1 or more")
+    if shots is not None and shots < 0:
+        raise UserError(f"--lm-eval-shots {shots}: must be 0 or more")
+
+
+def _known(tasks: Sequence[str], folder: str | Path | None) -> tuple[Any, list[str]]:
+    """The harness' index of tasks, and the names in it that are meant; their data are opened.
+
+    Raises:
+        UserError: a task that is not there, or whose data cannot be had.
+    """
+    from lm_eval.tasks import TaskManager
+
+    own = None if folder is None else str(folder)
+    manager = TaskManager(include_path=own, include_defaults=False) if own else None
+    if manager is None or not all(manager.match_tasks([task]) for task in tasks):
+        manager = TaskManager(include_path=own)  # reads thousands of files
+    for task in tasks:
+        if not manager.match_tasks([task]):
+            raise UserError(
+                f"--lm-eval {task!r} is no task that lm-evaluation-harness knows; lm-eval ls tasks lists them, and "
+                "--lm-eval-tasks FOLDER adds one's own"
+            )
+    names = sorted({name for task in tasks for name in manager.match_tasks([task])})
+    for name in names:
+        try:
+            manager.load([name])
+        except Exception as error:  # of the hub, of datasets, and of what a task's own file says
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise UserError(
+                f"--lm-eval: the task {name} cannot be prepared ({reason}); without a network its data must have been "
+                "fetched before"
+            ) from None
+    return manager, names
+
+
+def _load(config: Config, adapter: Path) -> tuple[Any, Any]:
+    """The adapter on its base, and the tokenizer."""
+    from tsqlora_scale.common.random_streams import generator_for
+    from tsqlora_scale.config.locations import resolve
+    from tsqlora_scale.model.adapters.adapter_type import adapter_type
+    from tsqlora_scale.model.base_model import load_base
+    from tsqlora_scale.model.describe import (
+        check_adapter_fits,
+        check_architecture,
+        check_weights,
+        load_descriptions,
+    )
+    from tsqlora_scale.run.build import started
+    from tsqlora_scale.run.preflight import check_machine
+    from tsqlora_scale.tasks import auto_class_of, objective_class
+
+    check_machine(config)
+    path = resolve(config.model.name_or_path, key="model.name_or_path")
+    model_config, tokenizer = load_descriptions(config, path)
+    check_weights(config, path)
+    unquantised = check_architecture(config, model_config, tokenizer)
+    check_adapter_fits(config, model_config, adapter)
+    device = started(config, accumulation=1, trains=False).device
+    with quiet_libraries():
+        base, _ = load_base(
+            path,
+            config.model,
+            auto_class=auto_class_of(config.task),
+            model_config=model_config,
+            unquantised=unquantised,
+            generator=generator_for(config.run.seed, "head"),
+            device=device,
+            peft_task_type=objective_class(config.task).peft_task_type,
+            says=False,
+        )
+        model = adapter_type(config.adapter.type).load(base, adapter, dtype=config.model.dtype).to(device).eval()
+    model.config.use_cache = True  # for tasks that generate
+    return model, tokenizer
+
+
+def _measure(model: Any, tokenizer: Any, config: Config, options: dict[str, Any]) -> dict[str, Any]:
+    """The harness' own results, by task.
+
+    Raises:
+        UserError: what it says of a task that it does not run.
+    """
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    batch_size = config.train.eval_batch_size
+    try:
+        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        found = lm_eval.simple_evaluate(model=wrapped, log_samples=False, bootstrap_iters=BOOTSTRAPS, **options)
+    except (ValueError, OSError, ImportError, KeyError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(f"--lm-eval {shown(','.join(options['tasks']))}: the harness says {reason}") from None
+    assert found is not None
+    return dict(found["results"])
+
+
+def _side_by_side(before: dict[str, Any], after: dict[str, Any]) -> TaskResults:
+    """Of every task its metrics; one that is taken through a filter bears the filter's name."""
+    results: TaskResults = {}
+    for task in after:
+        for key, value in after[task].items():
+            name, _, filtered = key.partition(",")
+            if not filtered or name.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            row = {"base": float(before[task][key]), "adapter": float(value)}
+            for side, found in (("base", before), ("adapter", after)):
+                error = found[task].get(f"{name}_stderr,{filtered}")
+                if isinstance(error, int | float):
+                    row[f"{side}_stderr"] = float(error)
+            results.setdefault(task, {})[name if filtered == "none" else f"{name} ({filtered})"] = row
+    return results
