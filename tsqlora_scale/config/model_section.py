@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tsqlora_scale.config.fields import Below1, PositiveFloat, PositiveInt, Section
+from tsqlora_scale.config.fields import Below1, NonNegativeFloat, PositiveFloat, PositiveInt, Section
 
 
 class ModelConfig(Section):
@@ -50,10 +50,13 @@ class AdapterTraits:
     Attributes:
         scored: its trained parameters are linear modules, whose per-sample gradients are exact.
         resized: its ranks may change while it trains.
+        triplets: between its factors stands a diagonal: components stay whole or go, and are scored by the factors
+            alone.
     """
 
     scored: bool
     resized: bool
+    triplets: bool = False
 
 
 #: DoRA's magnitudes are no linear modules, and follow the factors' norms; rsLoRA's scaling follows the rank.
@@ -61,6 +64,7 @@ ADAPTER_TRAITS = {
     "lora": AdapterTraits(scored=True, resized=True),
     "rslora": AdapterTraits(scored=True, resized=False),
     "dora": AdapterTraits(scored=False, resized=False),
+    "svd": AdapterTraits(scored=True, resized=True, triplets=True),
 }
 
 
@@ -69,13 +73,19 @@ class AdapterConfig(Section):
 
     #: A name for three keys that are independent of one another: this section's ``type``, ``sampling.selector`` and
     #: ``allocation.policy``. Those that are not set take the method's values; none sets nothing.
-    method: Literal["tsqlora", "lora", "rslora", "dora"] | None = "tsqlora"
-    #: PEFT's own layers.
-    type: Literal["lora", "rslora", "dora"] = "lora"
-    #: Rank of every adapted layer at the start; the budget that moves is r times their number.
+    #: ``adalora`` and ``elalora`` set smoothing and bounds as well, as their papers have them (docs/method.md).
+    method: Literal["tsqlora", "lora", "rslora", "dora", "adalora", "elalora"] | None = "tsqlora"
+    #: PEFT's own layers; ``svd`` is AdaLoRA's form of them, B diag(E) A, of which whole triplets come and go, and whose
+    #: file is a plain LoRA adapter's.
+    type: Literal["lora", "rslora", "dora", "svd"] = "lora"
+    #: Rank of every adapted layer at the start; the budget that moves is r times their number. AdaLoRA starts with 1.5
+    #: times the ranks that it ends with: 12 for 8.
     r: PositiveInt = 8
     #: The scaling s = alpha / r stays constant when ranks change: rescaling harms (docs/method.md).
     alpha: PositiveFloat = 16.0
+    #: γ of AdaLoRA's penalty γ mean(‖A Aᵀ - I‖, ‖Bᵀ B - I‖) over all factors; its gradient is added to that of the
+    #: loss, the losses that a run reports are without it. 0.1 with ``method: adalora``, unless set.
+    orthogonality: NonNegativeFloat = 0.0
     #: Dropout of the factors' input while they train; scores are taken without.
     dropout: Below1 = 0.0
     #: Module-name suffixes, or ``auto``: every linear layer of attention and feed-forward blocks that text gives a

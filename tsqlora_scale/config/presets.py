@@ -18,7 +18,16 @@ PRESETS = {
     "lora": ("lora", "full", "fixed"),
     "rslora": ("rslora", "full", "fixed"),
     "dora": ("dora", "full", "fixed"),
+    "adalora": ("svd", "full", "adalora"),
+    "elalora": ("svd", "full", "elalora"),
 }
+#: What a policy of a paper means by more keys than its own, where they are not set.
+POLICY_VALUES: dict[str, dict[str, Any]] = {
+    "adalora": {"sensitivity.window": None, "sensitivity.uncertainty": 0.85, "allocation.r_min": 0},
+    "elalora": {"sensitivity.window": None, "sensitivity.uncertainty": 0.85},
+}
+#: AdaLoRA's γ, the one of most of its GLUE tasks.
+ORTHOGONALITY = 0.1
 
 
 #: Keys that only scores have a use for. Not the technical ones, nor those of an audit.
@@ -46,6 +55,13 @@ def with_preset(tree: Mapping[str, Any]) -> dict[str, Any]:
             _set(out, "sampling.selector", "quality")
     for key, value in zip(PRESET_KEYS, values or (), strict=False):
         if _get(out, key) is None:
+            _set(out, key, value)
+    policy = _get(out, "allocation.policy")
+    further = dict(POLICY_VALUES.get(policy, {})) if isinstance(policy, str) else {}
+    if method == "adalora" and _get(out, "adapter.type") == "svd":
+        further["adapter.orthogonality"] = ORTHOGONALITY
+    for key, value in further.items():
+        if not _is_set(out, key):
             _set(out, key, value)
     return out
 
@@ -106,6 +122,13 @@ def _get(tree: Mapping[str, Any], key: str, otherwise: Any = None) -> Any:
     else:
         found = values.get(name) if isinstance(values, Mapping) else None
     return otherwise if found is None else found
+
+
+def _is_set(tree: Mapping[str, Any], key: str) -> bool:
+    """Whether the key is there, be it with the value none."""
+    section, name = key.split(".")
+    values = tree.get(section)
+    return name in (values.model_fields_set if isinstance(values, BaseModel) else values or ())
 
 
 def _set(tree: dict[str, Any], key: str, value: Any) -> None:

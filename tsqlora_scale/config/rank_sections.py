@@ -8,6 +8,9 @@ from pydantic import Field, model_validator
 
 from tsqlora_scale.config.fields import Below1, PositiveFloat, PositiveInt, Section, StepsOrFraction, name_or_extension
 
+#: Policies that say themselves which components stay.
+COMPONENT_POLICIES = ("adalora", "elalora")
+
 
 class SensitivityConfig(Section):
     """Layer sensitivity (paper 2.2, Eq. 3 and 4)."""
@@ -17,7 +20,7 @@ class SensitivityConfig(Section):
     estimator: Literal["weight", "weight_per_sample", "fisher", "adapter"] = "weight"
     #: Every how many optimizer steps one takes part in the statistic, counted back from an event …
     every: PositiveInt = 1
-    #: … and how many steps before it at most; none: all of them.
+    #: … and how many steps before it at most; none: all of them, and so with ``adalora`` and ``elalora``, unless set.
     window: PositiveInt | None = 10
     #: Samples of such a step that enter the statistic at most, spaced evenly over the global batch; none: all.
     #: ``resize.grow_init: gradient`` listens to all of them.
@@ -25,6 +28,7 @@ class SensitivityConfig(Section):
     #: Share of the moving average that stays when a step enters it.
     beta: Below1 = 0.85
     #: AdaLoRA's smoothing: S times the average of its own fluctuation, whose beta this is (AdaLoRA: 0.85). None: S.
+    #: 0.85 with ``adalora`` and ``elalora``, unless set.
     uncertainty: Below1 | None = None
     #: Samples whose gradients are summed before the absolute value. ``auto`` is 1, Eq. 3 to the letter: the one size
     #: that every micro batch is a multiple of, so that accumulation never changes the ranks (and costs no more).
@@ -46,9 +50,11 @@ class AllocationConfig(Section):
     """How a rank budget is divided among layers (paper 2.3, Eq. 6)."""
 
     #: ``tsqlora``: Eq. 6; ``gain``: every rank where a local model of the loss says that it lowers it most
-    #: (docs/method.md); ``fixed``: ranks stay as they are, and nothing is listened to; ``file``: likewise, from the
-    #: ranks of ``file`` on; or a policy of one's own, ``FILE.py:NAME`` or ``package.module:NAME``.
-    policy: name_or_extension("tsqlora", "gain", "fixed", "file") = "tsqlora"  # type: ignore[valid-type]
+    #: (docs/method.md); ``adalora``: of all components the most important stay, ever fewer; ``elalora``: the least
+    #: important ones go where the most important ones are; ``fixed``: ranks stay as they are, and nothing is listened
+    #: to; ``file``: likewise, from the ranks of ``file`` on; or a policy of one's own, ``FILE.py:NAME`` or
+    #: ``package.module:NAME``.
+    policy: name_or_extension("tsqlora", "gain", "adalora", "elalora", "fixed", "file") = "tsqlora"  # type: ignore[valid-type]
     #: The ranks of ``policy: file``: a run folder, its ``result.json``, an adapter's folder or ``adapter_config.json``,
     #: or a yaml or json file of names and ranks, as PEFT's ``rank_pattern`` has them. Layers that it does not name
     #: have ``adapter.r``.
@@ -60,8 +66,15 @@ class AllocationConfig(Section):
     tolerance: Below1 = 0.1
     #: … no more than so many times the ranks at the start.
     ceiling: PositiveFloat = 4.0
+    #: Mean rank that ``adalora`` ends with; none: r / 1.5, rounded.
+    target_r: PositiveInt | None = None
+    #: b of ``elalora``: components that change their layer at the first event; ever fewer, none at the last.
+    moves: PositiveInt = 4
+    #: k of ``elalora``: so many of each layer's least important components take part.
+    candidates: PositiveInt = 2
     #: 0 lets a layer lose its adapter altogether; it gets one again when its sensitivity earns it a rank (with
-    #: ``sensitivity.estimator: adapter``, which then hears nothing of it, only when all others are full).
+    #: ``sensitivity.estimator: adapter``, which then hears nothing of it, only when all others are full; with
+    #: ``adalora`` and ``elalora`` never). 0 with ``adalora``, unless set.
     r_min: Annotated[int, Field(ge=0)] = 1
     #: None means 4 r.
     r_max: PositiveInt | None = None

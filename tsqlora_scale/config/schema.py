@@ -26,7 +26,13 @@ from tsqlora_scale.config.quality_sections import (
     SamplingConfig,
     ScoringConfig,
 )
-from tsqlora_scale.config.rank_sections import AllocationConfig, ResizeConfig, ScheduleConfig, SensitivityConfig
+from tsqlora_scale.config.rank_sections import (
+    COMPONENT_POLICIES,
+    AllocationConfig,
+    ResizeConfig,
+    ScheduleConfig,
+    SensitivityConfig,
+)
 from tsqlora_scale.config.task_section import DatasetConfig, TaskConfig
 from tsqlora_scale.config.train_section import RunConfig, TrainConfig
 
@@ -79,6 +85,11 @@ class Config(Section):
             raise ValueError(
                 "'allocation.policy: file' and 'adapter.init_from' both give the layers their ranks; remove one of them"
             )
+        if self.adapter.orthogonality and not ADAPTER_TRAITS[self.adapter.type].triplets:
+            raise ValueError(
+                f"'adapter.orthogonality' ({self.adapter.orthogonality:g}) is for factors with a diagonal between, "
+                f"and 'adapter.type: {self.adapter.type}' has none; set 'adapter.type: svd' or remove it"
+            )
         if not self.adapts_ranks:
             return self
         if not ADAPTER_TRAITS[self.adapter.type].resized:
@@ -91,6 +102,7 @@ class Config(Section):
                 f"'adapter.r' ({self.adapter.r}) must lie between 'allocation.r_min' ({self.allocation.r_min}) "
                 f"and 'allocation.r_max' ({r_max})"
             )
+        self._triplets_fit()
         if self.resize.grow_init == "gradient" and self.sensitivity.estimator == "adapter":
             raise ValueError(
                 "'resize.grow_init: gradient' needs the gradients of the base's weights, which "
@@ -107,6 +119,21 @@ class Config(Section):
                 "set it to 2 or more"
             )
         return self
+
+    def _triplets_fit(self) -> None:
+        """What policies that choose components ask for, and adapters whose components are triplets."""
+        target, start = self.allocation.target_r, self.adapter.r
+        if self.allocation.policy == "adalora" and target is not None and target > start:
+            raise ValueError(
+                f"'allocation.target_r' ({target}) is what 'allocation.policy: adalora' ends with, and must not be "
+                f"above 'adapter.r' ({start}), what it starts with"
+            )
+        chooses = self.allocation.policy in COMPONENT_POLICIES
+        if ADAPTER_TRAITS[self.adapter.type].triplets and not chooses and self.resize.shrink != "importance":
+            raise ValueError(
+                f"'resize.shrink: {self.resize.shrink}' mixes components, and those of 'adapter.type: "
+                f"{self.adapter.type}' stay whole or go; set 'resize.shrink: importance'"
+            )
 
     @model_validator(mode="after")
     def _draws_agree(self) -> Config:
@@ -135,6 +162,11 @@ class Config(Section):
             raise ValueError(
                 f"'sampling.selector: {selector}' needs gradients by sample, and 'adapter.type: {self.adapter.type}' "
                 "has none that are exact; set 'sampling.selector: full' or 'adapter.type: lora'"
+            )
+        if ADAPTER_TRAITS[self.adapter.type].triplets and self.scoring.warmup_steps == 0:
+            raise ValueError(
+                f"'scoring.warmup_steps' is 0, and the diagonal of 'adapter.type: {self.adapter.type}' starts at zero: "
+                "no sample has a gradient then; give some steps"
             )
         if self.scoring.include_head and not self.adapter.train_head:
             raise ValueError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,7 +13,9 @@ from tsqlora_scale.config.schema import Config
 from tsqlora_scale.engine.collectives import World
 from tsqlora_scale.engine.engine import Engine
 from tsqlora_scale.ranks.gradient_sketches import SKETCH_ROWS
+from tsqlora_scale.ranks.importance import ImportanceTracker
 from tsqlora_scale.ranks.install import components, current_ranks, layer_dims, layer_factors, resize_model
+from tsqlora_scale.ranks.orthogonality import OrthogonalityPenalty
 from tsqlora_scale.ranks.policies.gain import most_ranks
 from tsqlora_scale.ranks.policies.policy import Plan, Policy, Statistics, agree
 from tsqlora_scale.ranks.rank_worth import held_part, rank_worths
@@ -95,20 +97,61 @@ class RankController(Protocol):
         ...
 
 
-class FixedRanks:
-    """``allocation.policy: fixed``: ranks stay as they are, and nothing is listened to."""
+class GradientListener(Protocol):
+    """What hears the gradients of a step, or adds to them."""
 
-    def attach(self, module: nn.Module) -> None:
-        """Nothing to do."""
+    def attach(self, model: nn.Module) -> None:
+        """Hook ``model``, anew after every resize."""
+        ...
 
     def start_step(self, step: int, *, loss_scale: float) -> None:
-        """Nothing to do."""
+        """See :class:`RankController`."""
+        ...
 
     def start_micro_batch(self, size: int, position: int, packing: Packing | None = None) -> None:
-        """Nothing to do."""
+        """See :class:`RankController`."""
+        ...
 
     def end_step(self, *, taken: bool) -> None:
-        """Nothing to do."""
+        """See :class:`RankController`."""
+        ...
+
+
+class _Listening:
+    """What both kinds of controllers tell their listeners, in their order."""
+
+    listeners: Sequence[GradientListener] = ()
+
+    def attach(self, module: nn.Module) -> None:
+        """Hook the adapted layers."""
+        for listener in self.listeners:
+            listener.attach(module)
+
+    def start_step(self, step: int, *, loss_scale: float) -> None:
+        """See :class:`RankController`."""
+        for listener in self.listeners:
+            listener.start_step(step, loss_scale=loss_scale)
+
+    def start_micro_batch(self, size: int, position: int, packing: Packing | None = None) -> None:
+        """See :class:`RankController`."""
+        for listener in self.listeners:
+            listener.start_micro_batch(size, position, packing)
+
+    def end_step(self, *, taken: bool) -> None:
+        """See :class:`RankController`."""
+        for listener in self.listeners:
+            listener.end_step(taken=taken)
+
+
+class FixedRanks(_Listening):
+    """``allocation.policy: fixed``: ranks stay as they are, and no sensitivity is listened to.
+
+    Args:
+        penalty: on the factors; none: nothing is added to the loss.
+    """
+
+    def __init__(self, penalty: OrthogonalityPenalty | None = None) -> None:
+        self.listeners = [penalty] if penalty else []
 
     def due(self, step: int) -> bool:
         """Never."""
@@ -129,7 +172,7 @@ class FixedRanks:
         """Nothing changes."""
 
 
-class AdaptiveRanks:
+class AdaptiveRanks(_Listening):
     """Listens by a tracker, plans by a policy, and carries the plan out.
 
     Args:
@@ -138,9 +181,11 @@ class AdaptiveRanks:
         schedule: when ranks change.
         micro_batch_size: samples of a forward pass.
         without_batch: layers that never get the batch as their first dimension.
+        penalty: on the factors; none: nothing is added to the loss.
 
     Attributes:
-        tracker: the sensitivities.
+        tracker: the sensitivities; silent where the policy does not ask for them.
+        importances: those of components, where the policy wants them smoothed.
         policy: the rule.
         resize: how factors grow and shrink.
     """
@@ -153,6 +198,7 @@ class AdaptiveRanks:
         schedule: Schedule,
         micro_batch_size: int,
         without_batch: Collection[str] = frozenset(),
+        penalty: OrthogonalityPenalty | None = None,
     ) -> None:
         self.policy = policy
         self.resize = config.resize
@@ -171,21 +217,11 @@ class AdaptiveRanks:
             without_batch=without_batch,
         )
 
-    def attach(self, module: nn.Module) -> None:
-        """Hook the adapted layers."""
-        self.tracker.attach(module)
-
-    def start_step(self, step: int, *, loss_scale: float) -> None:
-        """See :meth:`.SensitivityTracker.start_step`."""
-        self.tracker.start_step(step, loss_scale=loss_scale)
-
-    def start_micro_batch(self, size: int, position: int, packing: Packing | None = None) -> None:
-        """See :meth:`.SensitivityTracker.start_micro_batch`."""
-        self.tracker.start_micro_batch(size, position, packing)
-
-    def end_step(self, *, taken: bool) -> None:
-        """See :meth:`.SensitivityTracker.end_step`."""
-        self.tracker.end_step(taken=taken)
+        tracks = bool(getattr(policy, "tracks_components", False))
+        self.importances = ImportanceTracker(config.sensitivity, events=schedule.events) if tracks else None
+        self._hears = bool(getattr(policy, "needs_sensitivity", True)) or config.resize.grow_init == "gradient"
+        found = (penalty, self.tracker if self._hears else None, self.importances)
+        self.listeners = [listener for listener in found if listener is not None]
 
     def due(self, step: int) -> bool:
         """At the schedule's events."""
@@ -199,7 +235,12 @@ class AdaptiveRanks:
         """
         start = time.perf_counter()
         plan = agree(self.policy.plan(self._statistics(engine, quality, step)), engine.world)
-        errors = self.carry_out(plan, engine, step) if plan.ranks != current_ranks(engine.module) else {}
+        ranks = current_ranks(engine.module)
+        errors: dict[str, float] = {}
+        if plan.changed(ranks):
+            if self.importances is not None:
+                self.importances.follow(plan, ranks)
+            errors = self.carry_out(plan, engine, step)
         return RankEvent(plan, quality, errors, time.perf_counter() - start)
 
     def _statistics(self, engine: Engine, quality: float | None, step: int) -> Statistics:
@@ -207,14 +248,14 @@ class AdaptiveRanks:
             self._first_quality = quality
         ranks = current_ranks(engine.module)
         return Statistics(
-            sensitivity=self.tracker.reduce(engine.world),
+            sensitivity=self.tracker.reduce(engine.world) if self._hears else {},
             ranks=ranks,
             dims=layer_dims(engine.module),
             initial_rank=self._config.adapter.r,
             quality=quality or 1.0,
             first_quality=self._first_quality or 1.0,
             progress=self._schedule.progress(step),
-            components=components(engine.gather(), ranks) if self.policy.needs_components else {},
+            components=self._components(engine, ranks),
             worths=self._worths(engine) if getattr(self.policy, "needs_worths", False) else {},
         )
 
@@ -226,6 +267,11 @@ class AdaptiveRanks:
             for name, (a, b, scaling) in factors.items()
         }
         return rank_worths(held, halves)
+
+    def _components(self, engine: Engine, ranks: Mapping[str, int]) -> dict[str, tuple[float, ...]]:
+        if self.importances is not None:
+            return self.importances.reduce(engine.world)
+        return components(engine.gather(), ranks) if self.policy.needs_components else {}
 
     def carry_out(self, plan: Plan, engine: Engine, step: int) -> dict[str, float]:
         """Install a plan: gather, pure algebra, rebuild. A collective.
@@ -253,14 +299,18 @@ class AdaptiveRanks:
         return errors
 
     def synchronize(self, world: World) -> None:
-        """See :meth:`.SensitivityTracker.synchronize`."""
-        self.tracker.synchronize(world)
+        """See :meth:`.SensitivityTracker.synchronize`; importances are the same everywhere after every step."""
+        if self._hears:
+            self.tracker.synchronize(world)
 
     def state_dict(self) -> dict[str, Any]:
-        """The tracker's, and the quality that later ones are compared with."""
-        return {"tracker": self.tracker.state_dict(), "first_quality": self._first_quality}
+        """The trackers', and the quality that later ones are compared with."""
+        importances = {} if self.importances is None else {"importances": self.importances.state_dict()}
+        return {"tracker": self.tracker.state_dict(), "first_quality": self._first_quality, **importances}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a :meth:`state_dict`."""
         self.tracker.load_state_dict(state["tracker"])
         self._first_quality = state["first_quality"]
+        if self.importances is not None:
+            self.importances.load_state_dict(state["importances"])

@@ -14,13 +14,20 @@ from tsqlora_scale.config.schema import ResizeConfig
 from tsqlora_scale.engine.sharded import write_parameter
 from tsqlora_scale.engine.train_state import ParamState, TrainState
 from tsqlora_scale.model.adapters.lora import ADAPTER, has_factors, lora_layers
+from tsqlora_scale.model.adapters.svd import INITIAL_STD, Diagonal, add_diagonal, diagonals_of
 from tsqlora_scale.ranks.policies.policy import Plan
+from tsqlora_scale.ranks.rearrange import Triplets, most_important, rearrange
 from tsqlora_scale.ranks.resize import component_importance, resize_layer
 
 
 def factor_names(layer: str) -> tuple[str, str]:
     """Parameter names of A and B of a layer, as ``model.named_parameters()`` has them."""
     return f"{layer}.lora_A.{ADAPTER}.weight", f"{layer}.lora_B.{ADAPTER}.weight"
+
+
+def diagonal_name(layer: str) -> str:
+    """Parameter name of E of a layer of triplets, likewise."""
+    return f"{layer}.lora_E.{ADAPTER}.weight"
 
 
 def current_ranks(model: nn.Module) -> dict[str, int]:
@@ -59,38 +66,56 @@ def resize_model(
         sketches: of the weights' gradients by layer, (k, d_in), for ``grow_init: gradient``.
 
     Returns:
-        The new state, and the shrink error of every layer whose rank fell.
+        The new state, and the shrink error of every layer that lost something.
     """
     layers = lora_layers(model)
     assert plan.ranks.keys() == layers.keys(), plan.ranks.keys() ^ layers.keys()
     params = dict(state.params)
     errors: dict[str, float] = {}
-    for name, layer in layers.items():
-        rank, before = plan.ranks[name], layer.r[ADAPTER]
-        if rank == before:
-            continue
-        d_in, d_out = _dims(layer)
-        name_a, name_b = factor_names(name)
-        resized = resize_layer(
-            params.pop(name_a, ParamState.fresh(torch.zeros(0, d_in))),
-            params.pop(name_b, ParamState.fresh(torch.zeros(d_out, 0))),
-            rank,
-            shrink=cfg.shrink,
-            grow_init=cfg.grow_init,
-            generator=layer_generator(seed, step, name),
-            sketch=(sketches or {}).get(name),
-            usual_sq=(0.0, 0.0) if before else usual_second_moments(state, layers, name),
-        )
-        if rank:
-            params[name_a], params[name_b] = resized.a, resized.b
-        if rank < before:
-            errors[name] = resized.shrink_error
-        _install(layer, resized.a.value, resized.b.value)
+    for name in plan.changed({name: layer.r[ADAPTER] for name, layer in layers.items()}):
+        layer, rank = layers[name], plan.ranks[name]
+        before = layer.r[ADAPTER]
+        old = _factors(params, name, layer)
+        usual = usual_second_moments(state, layers, name) if not before else (0.0, 0.0, 0.0)
+        sketch, generator = (sketches or {}).get(name), layer_generator(seed, step, name)
+        if diagonals_of(layer) is not None or name in plan.keep:
+            keep = plan.keep[name] if name in plan.keep else most_important(*old, rank)
+            new, error = rearrange(
+                *old, keep, rank, grow_init=cfg.grow_init, generator=generator, usual_sq=usual, sketch=sketch
+            )
+        else:
+            resized = resize_layer(
+                *old[:2],
+                rank,
+                shrink=cfg.shrink,
+                grow_init=cfg.grow_init,
+                generator=generator,
+                sketch=sketch,
+                usual_sq=(usual[0], usual[1]),
+            )
+            new, error = (resized.a, resized.b, None), resized.shrink_error
+        names = factor_names(name)
+        for part, entry in zip((*names, diagonal_name(name)), new, strict=True):
+            params.pop(part, None)
+            if rank and entry is not None:
+                params[part] = entry
+        if rank < before or not plan.keeps_all(name, {name: before}):
+            errors[name] = error
+        _install(layer, new[0].value, new[1].value, None if new[2] is None else new[2].value)
     return TrainState(params, state.optimizer_steps), errors
 
 
-def usual_second_moments(state: TrainState, layers: Iterable[str], name: str) -> tuple[float, float]:
-    """Mean second moments of A's and of B's elements, for a layer that has none of its own.
+def _factors(params: Mapping[str, ParamState], name: str, layer: LoraLayer) -> Triplets:
+    """A, B, and E where there is one, of a layer of any rank."""
+    d_in, d_out = _dims(layer)
+    name_a, name_b = factor_names(name)
+    empty = {name_a: (0, d_in), name_b: (d_out, 0), diagonal_name(name): (0,)}
+    a, b, e = (params[n] if n in params else ParamState.fresh(torch.zeros(shape)) for n, shape in empty.items())
+    return a, b, e if diagonals_of(layer) is not None else None
+
+
+def usual_second_moments(state: TrainState, layers: Iterable[str], name: str) -> tuple[float, ...]:
+    """Mean second moments of the elements of A, of B and, of triplets, of E, for a layer that has none of its own.
 
     Over layers of the same kind, those whose names end alike (the queries of all blocks), as gradients of different
     kinds differ most; over all layers where none of that kind has a rank. One number a factor: coordinates of
@@ -98,11 +123,9 @@ def usual_second_moments(state: TrainState, layers: Iterable[str], name: str) ->
     """
     present = [other for other in layers if factor_names(other)[0] in state.params]
     kind = [other for other in present if other.rpartition(".")[2] == name.rpartition(".")[2]]
-    means = [
-        torch.cat([state.params[factor_names(other)[side]].exp_avg_sq.double().flatten() for other in kind or present])
-        for side in (0, 1)
-    ]
-    return float(means[0].mean()), float(means[1].mean())
+    parts = ((*factor_names(other), diagonal_name(other)) for other in kind or present)
+    found = ([state.params[n] for n in side if n in state.params] for side in zip(*parts, strict=True))
+    return tuple(float(torch.cat([e.exp_avg_sq.double().flatten() for e in side]).mean()) for side in found if side)
 
 
 def components(state: TrainState, layers: Iterable[str]) -> dict[str, tuple[float, ...]]:
@@ -115,21 +138,20 @@ def components(state: TrainState, layers: Iterable[str]) -> dict[str, tuple[floa
 
 
 def layer_factors(model: nn.Module, state: TrainState) -> dict[str, tuple[Tensor, Tensor, float]]:
-    """A (r, d_in), B (d_out, r) and the scaling of every adapted layer, sorted by name; r is 0 where it has none."""
+    """A (r, d_in), B (d_out, r) and the scaling of every adapted layer, sorted by name; r is 0 where it has none.
+
+    Of triplets B is B diag(E).
+    """
     found = {}
     for name, layer in lora_layers(model).items():
-        d_in, d_out = _dims(layer)
-        none = (torch.zeros(0, d_in), torch.zeros(d_out, 0))
-        a, b = (
-            state.params[each].value if each in state.params else absent
-            for each, absent in zip(factor_names(name), none, strict=True)
-        )
-        found[name] = a, b, float(layer.scaling[ADAPTER])
+        a, b, e = _factors(state.params, name, layer)
+        found[name] = a.value, b.value if e is None else b.value * e.value, float(layer.scaling[ADAPTER])
     return found
 
 
 def start_with_ranks(model: nn.Module, ranks: Mapping[str, int], *, seed: int) -> None:
-    """Give a model with a fresh adapter other ranks, its factors fresh, too: A drawn by layer, B zero. Scalings stay.
+    """Give a model with a fresh adapter other ranks, its factors fresh, too: A drawn by layer, B zero; of triplets both
+    drawn, E zero. Scalings stay.
 
     Raises:
         UserError: when ``ranks`` names other layers than the model adapts.
@@ -138,9 +160,17 @@ def start_with_ranks(model: nn.Module, ranks: Mapping[str, int], *, seed: int) -
     set_ranks(model, ranks)
     for name, layer in lora_layers(model).items():
         if ranks[name] and ranks[name] != before[name]:
-            d_in, _ = _dims(layer)
-            drawn = torch.empty(ranks[name], d_in).uniform_(-1, 1, generator=layer_generator(seed, 0, name))
-            write_parameter(layer.lora_A[ADAPTER].weight, drawn / d_in**0.5)  # type: ignore[arg-type]
+            (d_in, d_out), generator = _dims(layer), layer_generator(seed, 0, name)
+            if diagonals_of(layer) is None:
+                drawn = {"A": torch.empty(ranks[name], d_in).uniform_(-1, 1, generator=generator) / d_in**0.5}
+            else:
+                shapes = {"A": (ranks[name], d_in), "B": (d_out, ranks[name])}
+                drawn = {
+                    side: torch.empty(shape).normal_(0.0, INITIAL_STD, generator=generator)
+                    for side, shape in shapes.items()
+                }
+            for side, value in drawn.items():
+                write_parameter(getattr(layer, f"lora_{side}")[ADAPTER].weight, value)
 
 
 def set_ranks(model: nn.Module, ranks: Mapping[str, int]) -> None:
@@ -160,7 +190,8 @@ def set_ranks(model: nn.Module, ranks: Mapping[str, int]) -> None:
         rank = ranks[name]
         if rank != layer.r[ADAPTER]:
             d_in, d_out = _dims(layer)
-            _install(layer, torch.zeros(rank, d_in), torch.zeros(d_out, rank))
+            e = torch.zeros(rank) if diagonals_of(layer) is not None else None
+            _install(layer, torch.zeros(rank, d_in), torch.zeros(d_out, rank), e)
 
 
 def _dims(layer: LoraLayer) -> tuple[int, int]:
@@ -170,8 +201,8 @@ def _dims(layer: LoraLayer) -> tuple[int, int]:
     return d_in, d_out
 
 
-def _install(layer: LoraLayer, a: Tensor, b: Tensor) -> None:
-    """Replace both factors of a PEFT layer by new linear layers, like the old ones in all but rank.
+def _install(layer: LoraLayer, a: Tensor, b: Tensor, e: Tensor | None) -> None:
+    """Replace both factors of a PEFT layer by new linear layers, like the old ones in all but rank, and the diagonal.
 
     No factors stay in a layer of rank 0. Those of one that comes back are as the adapter made them: trained, float32,
     on the base layer's device.
@@ -191,3 +222,20 @@ def _install(layer: LoraLayer, a: Tensor, b: Tensor) -> None:
         linear.weight.requires_grad_(True if old is None else old.weight.requires_grad)
         linear.train(layer.get_base_layer().training if old is None else old.training)
         factors[ADAPTER] = linear
+    if e is not None:
+        _install_diagonal(layer, e)
+
+
+def _install_diagonal(layer: LoraLayer, e: Tensor) -> None:
+    """Beside factors that are there already."""
+    diagonals = diagonals_of(layer)
+    if diagonals is not None and ADAPTER in diagonals:
+        diagonals.pop(ADAPTER)
+    if not layer.r[ADAPTER]:
+        return
+    factor = layer.lora_A[ADAPTER]
+    diagonal = Diagonal(len(e), device=factor.weight.device)  # type: ignore[arg-type]
+    with torch.no_grad():
+        diagonal.weight.copy_(e)
+    diagonal.weight.requires_grad_(factor.weight.requires_grad)  # type: ignore[arg-type]
+    add_diagonal(layer, diagonal.train(factor.training))

@@ -114,7 +114,7 @@ def resize_layer(
         return Resized(a, b, 0.0)
     kept, error = old, 0.0
     if rank == 0:
-        kept, error = _Factors(*(t[:0] for t in old.tensors)), float(bool(_product_norm(old.a, old.b) > 0))
+        kept, error = _Factors(*(t[:0] for t in old.tensors)), float(bool(product_norm(old.a, old.b) > 0))
     elif rank < len(old):
         kept, error = _shrink_svd(old, rank) if shrink == "svd" else _shrink_importance(old, rank, importance)
     template = kept if len(kept) else old if len(old) else _one_component(old, usual_sq)
@@ -143,7 +143,7 @@ def _shrink_svd(old: _Factors, rank: int) -> tuple[_Factors, float]:
     u, s, vh = svd(r_b @ r_a.T, full_matrices=False)
     alive = int((s > max(RELATIVE_CUTOFF * float(s[0]), ABSOLUTE_CUTOFF)).sum())
     keep = min(rank, alive)
-    error = _ratio(float(vector_norm(s[keep:])), float(vector_norm(s)))
+    error = ratio(float(vector_norm(s[keep:])), float(vector_norm(s)))
     t_a = (u[:, :keep] / s[:keep].sqrt()).T @ r_b  # (keep, r)
     t_b = r_a.T @ (vh[:keep].T / s[:keep].sqrt())  # (r, keep)
     rotation = _towards_selection(t_a + t_b.T)
@@ -176,7 +176,7 @@ def _shrink_importance(old: _Factors, rank: int, importance: Tensor | None) -> t
         importance = _importance(old)
     order = torch.argsort(importance, descending=True, stable=True)
     keep, drop = order[:rank].sort().values, order[rank:]
-    error = _ratio(_product_norm(old.a[drop], old.b[drop]), _product_norm(old.a, old.b))
+    error = ratio(product_norm(old.a[drop], old.b[drop]), product_norm(old.a, old.b))
     return _Factors(*(t[keep] for t in old.tensors)), error
 
 
@@ -191,12 +191,12 @@ def _importance(factors: _Factors) -> Tensor:
     return (factors.a * factors.a_avg).abs().mean(1) + (factors.b * factors.b_avg).abs().mean(1)
 
 
-def _product_norm(a: Tensor, b: Tensor) -> float:
+def product_norm(a: Tensor, b: Tensor) -> float:
     """||B A||_F of A (r, d_in) and B^T (r, d_out), without forming the product."""
     return float(matrix_norm(qr(b.T).R @ qr(a.T).R.T))
 
 
-def _ratio(part: float, whole: float) -> float:
+def ratio(part: float, whole: float) -> float:
     return part / whole if whole > 0 else 0.0
 
 
@@ -207,7 +207,7 @@ def _grow(
     if count == 0:
         return kept
     norm = float(vector_norm(template.a, dim=1).mean()) or INITIAL_ROW_NORM
-    rows = norm * _directions(kept.a, count, init, generator, wanted)
+    rows = norm * directions(kept.a, count, init, generator, wanted)
 
     def extend(tensor: Tensor, new: Tensor) -> Tensor:
         return torch.cat([tensor, new.expand(count, -1)])
@@ -219,7 +219,7 @@ def _grow(
     )  # fmt: skip
 
 
-def _directions(existing: Tensor, count: int, init: GrowInit, generator: torch.Generator, wanted: Tensor) -> Tensor:
+def directions(existing: Tensor, count: int, init: GrowInit, generator: torch.Generator, wanted: Tensor) -> Tensor:
     """(count, d_in) rows of norm about 1; orthonormal, and orthogonal to ``existing``, as far as there is room.
 
     First the leading right-singular directions of what ``existing`` leaves of ``wanted`` (any number, d_in).

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tsqlora_scale.common.errors import UserError
@@ -46,3 +48,13 @@ class Schedule:
     def due(self, step: int) -> bool:
         """Whether ranks change once ``step`` optimizer steps are finished."""
         return step in self.events
+
+
+def leads_up(step: int, events: Sequence[int], *, every: int, window: int | None) -> bool:
+    """Whether the step that follows ``step`` finished ones is listened to: every ``every``-th, counted back from the
+    next of ``events``, as far as ``window``."""
+    following = bisect_right(events, step)
+    if following == len(events):
+        return False
+    ahead = events[following] - 1 - step
+    return ahead % every == 0 and (window is None or ahead < window)

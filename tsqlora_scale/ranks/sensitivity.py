@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import logging
 import math
-from bisect import bisect_right
 from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
@@ -43,6 +42,7 @@ from tsqlora_scale.engine.collectives import World
 from tsqlora_scale.model.adapters.lora import ADAPTER, has_factors, lora_layers, short_name
 from tsqlora_scale.ranks.estimators import full_weight
 from tsqlora_scale.ranks.gradient_sketches import SKETCH_ROWS, GradientSketches
+from tsqlora_scale.ranks.schedule import leads_up
 from tsqlora_scale.ranks.taps import Listener, Site
 from tsqlora_scale.tasks.packing import Packing
 
@@ -180,12 +180,7 @@ class SensitivityTracker:
     def listens(self, step: int) -> bool:
         """Whether that step is listened to: every ``sensitivity.every``-th, counted back from the next event, as far as
         ``sensitivity.window``."""
-        following = bisect_right(self._events, step)
-        if following == len(self._events):
-            return False
-        ahead = self._events[following] - 1 - step
-        window = self._cfg.window
-        return ahead % self._cfg.every == 0 and (window is None or ahead < window)
+        return leads_up(step, self._events, every=self._cfg.every, window=self._cfg.window)
 
     def start_micro_batch(self, size: int, position: int, packing: Packing | None = None) -> None:
         """A forward and backward pass over ``size`` samples of this process begins.

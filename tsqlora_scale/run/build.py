@@ -28,6 +28,7 @@ from tsqlora_scale.quality.selectors.selector import Selector, SelectorContext
 from tsqlora_scale.quality.selectors.selector_names import selector_class
 from tsqlora_scale.ranks import set_ranks
 from tsqlora_scale.ranks.controller import AdaptiveRanks, FixedRanks, RankController
+from tsqlora_scale.ranks.orthogonality import OrthogonalityPenalty
 from tsqlora_scale.ranks.policies.policy_names import policy_class
 from tsqlora_scale.report.progress import Progress
 from tsqlora_scale.report.record import RunRecord
@@ -227,8 +228,10 @@ def build_model(preflight: Preflight, *, device: torch.device) -> Any:
 
 def build_controller(config: Config, plan: RunPlan, *, without_batch: Collection[str] = frozenset()) -> RankController:
     """The rank half: a null object where it is off."""
+    gamma = config.adapter.orthogonality
+    penalty = OrthogonalityPenalty(gamma, batch_size=config.train.batch_size) if gamma else None
     if not config.adapts_ranks:
-        return FixedRanks()
+        return FixedRanks(penalty)
     assert plan.schedule is not None
     policy = policy_class(config.allocation.policy)(config.allocation)
     return AdaptiveRanks(
@@ -237,6 +240,7 @@ def build_controller(config: Config, plan: RunPlan, *, without_batch: Collection
         schedule=plan.schedule,
         micro_batch_size=plan.micro_batch_size,
         without_batch=without_batch,
+        penalty=penalty,
     )
 
 

@@ -14,6 +14,9 @@ from safetensors.torch import save_file
 
 from tsqlora_scale.model.weight_files import DESCRIPTION, WEIGHTS
 
+#: Where the header of an adapter's file keeps diagonals that its factors hold: JSON, by layer.
+DIAGONALS = "diagonals"
+
 
 def describe_adapter(model: PeftModel, values: Mapping[str, torch.Tensor], config: LoraConfig) -> dict[str, Any]:
     """What :func:`write_adapter` needs beside the values, as JSON values.
@@ -39,13 +42,21 @@ def write_adapter(folder: Path, description: Mapping[str, Any], values: Mapping[
     """Write a plain PEFT adapter.
 
     Args:
-        description: of :func:`describe_adapter`.
+        description: of :func:`describe_adapter`; under ``diagonals`` it may name parameters (r,) that the columns of
+            others, (d_out, r), are multiplied by, which makes a LoRA adapter of triplets. The file's header keeps them.
         values: of the parameters that it names.
 
     Raises:
         OSError, SafetensorError: it cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {key: values[name].contiguous() for name, key in description["keys"].items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    diagonals = {name: values[other] for name, other in description.get("diagonals", {}).items()}
+    tensors = {
+        key: (values[name] * diagonals[name] if name in diagonals else values[name]).contiguous()
+        for name, key in description["keys"].items()
+    }
+    header = {"format": "pt"}
+    if diagonals:
+        header[DIAGONALS] = json.dumps({description["keys"][name]: e.tolist() for name, e in sorted(diagonals.items())})
+    save_file(tensors, folder / WEIGHTS, metadata=header)
     (folder / DESCRIPTION).write_text(json.dumps(description["config"], indent=2, sort_keys=True), encoding="utf-8")

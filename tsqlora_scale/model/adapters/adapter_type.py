@@ -13,6 +13,7 @@ from tsqlora_scale.config.schema import AdapterConfig
 from tsqlora_scale.model.adapters.dora import DoraAdapter
 from tsqlora_scale.model.adapters.lora import LoraAdapter
 from tsqlora_scale.model.adapters.rslora import RsLoraAdapter
+from tsqlora_scale.model.adapters.svd import SvdAdapter
 
 
 class AdapterType(Protocol):
@@ -90,7 +91,9 @@ class AdapterType(Protocol):
         ...
 
 
-ADAPTER_TYPES: dict[str, AdapterType] = {a.name: a for a in (LoraAdapter(), RsLoraAdapter(), DoraAdapter())}
+ADAPTER_TYPES: dict[str, AdapterType] = {
+    a.name: a for a in (LoraAdapter(), RsLoraAdapter(), DoraAdapter(), SvdAdapter())
+}
 
 
 def adapter_type(name: str) -> AdapterType:

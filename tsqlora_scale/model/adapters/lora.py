@@ -22,7 +22,7 @@ from tsqlora_scale.model.adapters.adapter_files import describe_adapter
 from tsqlora_scale.model.base_model import use_autocast
 from tsqlora_scale.model.heads import has_head, head_modules
 from tsqlora_scale.model.linear_layers import linear_layers, resolve_targets
-from tsqlora_scale.model.weight_files import PREFIX, check_adapter
+from tsqlora_scale.model.weight_files import PREFIX, WEIGHTS, check_adapter
 
 #: PEFT's name of the one adapter that a run trains.
 ADAPTER = "default"
@@ -236,10 +236,10 @@ class LoraAdapter:
             UserError: when the folder holds no adapter, or one of other layers or another scaling.
         """
         check_adapter(folder)
-        tensors = load_file(folder / "adapter_model.safetensors")
+        tensors = self._tensors(folder)
         config: Any = PeftConfig.from_pretrained(str(folder))
         removed = set(config.exclude_modules or [])
-        absent = {f"{name}.lora_{side}.{ADAPTER}.weight" for name in lora_layers(model) for side in "AB"
+        absent = {f"{name}.lora_{side}.{ADAPTER}.weight" for name in lora_layers(model) for side in "ABE"
                   if short_name(name) in removed}  # fmt: skip
         values = {}
         for name, param in model.named_parameters():
@@ -263,3 +263,7 @@ class LoraAdapter:
                     f"adapter.r of the config say {layer.scaling[ADAPTER]:g}; give the config that it was trained with"
                 )
         return ranks, values
+
+    def _tensors(self, folder: Path) -> dict[str, torch.Tensor]:
+        """What a saved adapter holds, by the keys that its parameters have there."""
+        return load_file(folder / WEIGHTS)

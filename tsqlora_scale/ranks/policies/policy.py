@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 from tsqlora_scale.engine.collectives import World
 
@@ -14,7 +15,7 @@ from tsqlora_scale.engine.collectives import World
 class Statistics:
     """All that a policy may look at. Mappings share one order of layers, that of ``adapters.lora_layers``."""
 
-    #: S_l, not normalised.
+    #: S_l, not normalised. Empty where the policy says that it does not need it.
     sensitivity: dict[str, float]
     #: Ranks now.
     ranks: dict[str, int]
@@ -27,8 +28,9 @@ class Statistics:
     first_quality: float
     #: Events done, of those before the last of the schedule: 0 at the first, 1 at the last.
     progress: float = 1.0
-    #: By layer, the importance of each of its components (see :func:`~.resize.component_importance`), which is what
-    #: ``resize.shrink: importance`` keeps them by. Empty unless the policy asks.
+    #: By layer, the importance of each of its components: see :func:`~.resize.component_importance`, which is what
+    #: ``resize.shrink: importance`` keeps them by, or :class:`~.importance.ImportanceTracker`. Empty unless the policy
+    #: asks.
     components: dict[str, tuple[float, ...]] = field(default_factory=dict)
     #: By layer, what its ranks 1, 2, ... are worth, falling (see :mod:`~tsqlora_scale.ranks.rank_worth`). Empty unless
     #: the policy asks.
@@ -55,17 +57,32 @@ class Plan:
     reasons: dict[str, str]
     #: (budget, share of all worth that it leaves unbought), where a policy finds the budget.
     curve: tuple[tuple[int, float], ...] = ()
+    #: By layer, which of its components stay, ascending; what is missing to the rank is new. A layer that is not here
+    #: shrinks as ``resize.shrink`` says.
+    keep: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def changed(self, ranks: Mapping[str, int]) -> list[str]:
+        """Layers that are not to stay as they are, with ``ranks`` now."""
+        return [name for name, rank in self.ranks.items() if rank != ranks[name] or not self.keeps_all(name, ranks)]
+
+    def keeps_all(self, name: str, ranks: Mapping[str, int]) -> bool:
+        """Whether a layer loses no component by choice, with ``ranks`` now."""
+        return name not in self.keep or len(self.keep[name]) == ranks[name]
 
     def digest(self) -> str:
-        """SHA-256 of what the plan decides: ranks, phi and budget, to the bit."""
-        decided = [sorted(self.ranks.items()), float(self.phi).hex(), self.budget]
+        """SHA-256 of what the plan decides: ranks, phi and budget, to the bit, and components."""
+        decided: list[Any] = [sorted(self.ranks.items()), float(self.phi).hex(), self.budget]
+        if self.keep:
+            decided.append(sorted(self.keep.items()))
         return hashlib.sha256(json.dumps(decided).encode()).hexdigest()
 
 
 class Policy(Protocol):
     """A rule that turns statistics into a plan: pure, so that every process computes the same one.
 
-    Built as ``Policy(config.allocation)``.
+    Built as ``Policy(config.allocation)``. Two more class variables may be left out: ``tracks_components``, whether
+    :attr:`Statistics.components` are to be smoothed over steps (:class:`~.importance.ImportanceTracker`), false if
+    missing; and ``needs_sensitivity``, whether it looks at :attr:`Statistics.sensitivity`, true if missing.
 
     How the plan is carried out is no policy's affair: moments, engines, checkpoints and files follow the ranks.
     """
