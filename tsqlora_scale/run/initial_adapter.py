@@ -12,6 +12,7 @@ from torch import nn
 
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.locations import resolve
+from tsqlora_scale.config.model_section import ADAPTER_TRAITS
 from tsqlora_scale.config.schema import Config
 from tsqlora_scale.engine.sharded import whole_shape, write_parameter
 from tsqlora_scale.model.adapters.adapter_type import adapter_type
@@ -58,7 +59,8 @@ def check_initial(config: Config, model_config: Any, *, unreached: Collection[st
 def _check_kind(config: Config, description: dict[str, Any], key: str) -> None:
     kinds = [name for name in ("dora", "rslora") if description.get(f"use_{name}")]
     kind = kinds[0] if kinds else "lora"
-    if kind != config.adapter.type:
+    own_kind = "lora" if ADAPTER_TRAITS[config.adapter.type].triplets else config.adapter.type  # as files have it
+    if kind != own_kind:
         raise UserError(f"{key}: is a {kind} adapter, adapter.type is {config.adapter.type!r}; set it to {kind!r}")
     base, own = str(description.get("base_model_name_or_path")), config.model.name_or_path
     if not same_base(base, own):
