@@ -1,9 +1,10 @@
 """Rank events that the method's own policy seldom makes, under every engine: layers removed and brought back,
-grown where their gradients point; and processes whose plans differ."""
+grown where their gradients point; components chosen one by one; and processes whose plans differ."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,9 +16,23 @@ from tsqlora_scale.run.checkpoint import complete_checkpoints, verify_checkpoint
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(3000)]
 
 
+#: Policies that choose components, and the base that their triplets are on.
+CHOOSING = {"adalora": {}, "elalora": {"quantization": "nf4", "quant_storage": "fp32"}}
+
+
+def choosing_tree(method: str, folder: Path, models: Path) -> dict[str, Any]:
+    """A run by a method that chooses components, with events after steps 4, 6, 8 and 10, of 11."""
+    tree = run_tree(
+        "bert", folder, models, method, schedule={"start": 4, "end": 10, "every": 2}, model=CHOOSING[method],
+        train={"max_steps": 11},
+    )  # fmt: skip
+    tree["adapter"] = {"method": method, "r": 6, "alpha": 12}
+    return {key: values for key, values in tree.items() if key not in ("scoring", "sampling", "sensitivity")}
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, models_dir: Path) -> dict[str, Path]:
-    """Run folders by engine."""
+    """Run folders by engine; beside each those of the methods that choose components."""
     folder = tmp_path_factory.mktemp("resizing")
     found = {}
     for engine in ("plain", "ddp-2", "zero2-2", "zero3-2"):
@@ -26,7 +41,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory, models_dir: Path) -> dict[str
             resize={"grow_init": "gradient"}, sensitivity={"uncertainty": 0.85},
             allocation={"policy": "tests.policies:RemoveAndRestore"},
         )  # fmt: skip
-        launch(engine, WORKER, [str(write_config(folder / f"{engine}.yaml", tree))], folder)
+        trees = {"run": tree, **{method: choosing_tree(method, folder / engine, models_dir) for method in CHOOSING}}
+        files = [write_config(folder / f"{engine}-{name}.yaml", one) for name, one in trees.items()]
+        launch(engine, WORKER, list(map(str, files)), folder)
         found[engine] = folder / engine / "runs" / "run"
     return found
 
@@ -40,6 +57,19 @@ def test_layers_leave_and_return_on_every_engine(runs: dict[str, Path], engine: 
     assert len(losses) == 13
     assert losses_of(runs[engine]) == pytest.approx(losses, abs=1e-5)
     assert result_of(runs[engine])["metrics"] == pytest.approx(result_of(runs["plain"])["metrics"], abs=1e-6)
+
+
+@pytest.mark.parametrize("method", list(CHOOSING))
+@pytest.mark.parametrize("engine", ["ddp-2", "zero2-2", "zero3-2"])
+def test_the_same_components_stay_on_every_engine(runs: dict[str, Path], engine: str, method: str) -> None:
+    """Importances are heard where factors are sharded as they are where none is, and triplets resized."""
+    alone, together = (runs[name].with_name(method) for name in ("plain", engine))
+    assert result_of(together)["engine"] == engine.split("-")[0]
+    totals = [sum(ranks.values()) for ranks in ranks_of(alone)]
+    assert totals == ([72, 55, 48, 48] if method == "adalora" else [72] * 4)
+    assert ranks_of(together) == ranks_of(alone)
+    assert losses_of(together) == pytest.approx(losses_of(alone), abs=1e-5)
+    assert result_of(together)["metrics"] == pytest.approx(result_of(alone)["metrics"], abs=1e-6)
 
 
 #: The second event of rank 1 sees other sensitivities than that of rank 0.

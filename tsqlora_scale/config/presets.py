@@ -28,6 +28,11 @@ POLICY_VALUES: dict[str, dict[str, Any]] = {
 }
 #: AdaLoRA's γ, the one of most of its GLUE tasks.
 ORTHOGONALITY = 0.1
+#: What a method that is given on the command line takes out of a file, as it has values of its own for it.
+RESETS: dict[str, tuple[str, ...]] = {
+    "adapter.method": (*PRESET_KEYS, "adapter.orthogonality"),
+    **{f"adapter.method={name}": tuple(POLICY_VALUES.get(values[2], ())) for name, values in PRESETS.items()},
+}
 
 
 #: Keys that only scores have a use for. Not the technical ones, nor those of an audit.

@@ -129,6 +129,12 @@ class Config(Section):
                 f"above 'adapter.r' ({start}), what it starts with"
             )
         chooses = self.allocation.policy in COMPONENT_POLICIES
+        for key, usual in (("max_change", None), ("budget_unit", "rank")):
+            if chooses and getattr(self.allocation, key) != usual:
+                raise ValueError(
+                    f"'allocation.{key}' is for policies that divide a budget among layers, and 'allocation.policy: "
+                    f"{self.allocation.policy}' chooses components; remove it"
+                )
         if ADAPTER_TRAITS[self.adapter.type].triplets and not chooses and self.resize.shrink != "importance":
             raise ValueError(
                 f"'resize.shrink: {self.resize.shrink}' mixes components, and those of 'adapter.type: "

@@ -27,7 +27,8 @@ def read_tree(
 
     Args:
         sections: names of the top-level mappings, for messages.
-        resets: keys of the file that an override of the given key takes out, as it stands for them.
+        resets: keys of the file that an override of the given key, or the given ``key=value``, takes out, as it
+            stands for them.
 
     Raises:
         UserError: naming the file or the override, the place, and the remedy.
@@ -48,7 +49,8 @@ def read_tree(
         if not _is_text(override):
             raise UserError(f"{where}: not UTF-8 text; check the terminal's encoding")
         _check_size(value, where)
-        for reset in (resets or {}).get(key.strip(), ()):
+        meant = (key.strip(), f"{key.strip()}={value.strip()}")
+        for reset in [name for one in meant for name in (resets or {}).get(one, ())]:
             _remove(tree, reset, kept=overrides)
         try:
             tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([override]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from tsqlora_scale.config.rank_sections import COMPONENT_POLICIES
 from tsqlora_scale.config.schema import Config
 from tsqlora_scale.engine.fsdp import AT_ONCE
 from tsqlora_scale.planning.held_bytes import HeldWeights
@@ -158,6 +159,7 @@ def engine_memory(
     step = passes["step"]
     unpacked = max((weight.unpacked for weight in weights.frozen), default=0)
     listened = _listening(config, weights)
+    importances = _importances(config, weights)
     parts = {
         "base": state.base,
         "scales of 4-bit blocks": weights.scales,
@@ -171,10 +173,11 @@ def engine_memory(
         "logits and cross-entropy": step.logits,
         "passing in a step": step.passing,
         "sensitivity of one layer": listened,
+        "importances of components": importances,
         "scoring batch": passes["scoring"].peak,
         "evaluation batch": passes["evaluation"].peak,
     }
-    between = state.base + weights.scales + state.factors + state.moments + state.buckets
+    between = state.base + weights.scales + state.factors + state.moments + state.buckets + importances
     used = between + state.gathered + unpacked
     phases = {
         "step": used + state.gradients + step.kept + step.logits + max(step.passing, listened),
@@ -188,6 +191,12 @@ def engine_memory(
 
 def _listening(config: Config, weights: HeldWeights) -> int:
     """The gradient of one weight in float32, and its product with the weight, while sensitivities are heard."""
-    if not config.adapts_ranks or config.sensitivity.estimator == "adapter":
+    chosen = config.allocation.policy in COMPONENT_POLICIES and config.resize.grow_init != "gradient"
+    if not config.adapts_ranks or config.sensitivity.estimator == "adapter" or chosen:
         return 0
     return 2 * 4 * weights.largest_layer
+
+
+def _importances(config: Config, weights: HeldWeights) -> int:
+    """Two averages of every element that is trained, a head's as an allowance, and a step's products, on every rank."""
+    return 3 * 4 * weights.trained_elements if config.allocation.policy in COMPONENT_POLICIES else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
+from tsqlora_scale.config.rank_sections import COMPONENT_POLICIES
 from tsqlora_scale.config.schema import Config
 from tsqlora_scale.planning.dataless_task import DatalessTask
 from tsqlora_scale.planning.phantom import Phantom
@@ -89,7 +90,8 @@ def scored_samples(config: Config, plan: RunPlan) -> int:
 
 def _listened(config: Config, plan: RunPlan, phantom: Phantom) -> float:
     """Operations of forming the weights' gradients in the steps that are listened to."""
-    if not config.adapts_ranks or plan.schedule is None or config.sensitivity.estimator == "adapter":
+    chosen = config.allocation.policy in COMPONENT_POLICIES and config.resize.grow_init != "gradient"
+    if not config.adapts_ranks or plan.schedule is None or config.sensitivity.estimator == "adapter" or chosen:
         return 0.0
     settings, last, steps = config.sensitivity, 0, 0
     for event in plan.schedule.events:

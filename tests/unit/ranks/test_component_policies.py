@@ -196,6 +196,10 @@ def test_the_papers_methods_are_presets() -> None:
     ("sections", "message"),
     [
         ({"adapter": {"method": "adalora", "r": 4}, "allocation": {"target_r": 5}}, "'allocation.target_r' (5)"),
+        (
+            {"adapter": {"method": "elalora"}, "allocation": {"max_change": 1}},
+            "'allocation.max_change' is for policies",
+        ),
         ({"adapter": {"type": "svd"}}, "'resize.shrink: svd' mixes components"),
         ({"adapter": {"orthogonality": 0.1}}, "'adapter.orthogonality' (0.1) is for factors with a diagonal"),
         (
