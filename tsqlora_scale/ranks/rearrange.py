@@ -61,7 +61,9 @@ def rearrange(
     chosen = torch.tensor(list(keep), dtype=torch.long)
     count = rank - len(chosen)
     assert count >= 0, (rank, keep)
-    rows = [_Rows.of(a), _Rows.of(b, transposed=True)] + ([_Rows.of(e)] if e is not None else [])
+    rows = [_Rows.from_state(a), _Rows.from_state(b, transposed=True)] + (
+        [_Rows.from_state(e)] if e is not None else []
+    )
     error = _loss_of(rows, chosen)
     stay = [part.take(chosen) for part in rows]
     if count:
@@ -82,7 +84,7 @@ class _Rows:
         self.value, self.exp_avg, self.exp_avg_sq = value, exp_avg, exp_avg_sq
 
     @classmethod
-    def of(cls, state: ParamState, *, transposed: bool = False) -> _Rows:
+    def from_state(cls, state: ParamState, *, transposed: bool = False) -> _Rows:
         parts = (state.value, state.exp_avg, state.exp_avg_sq)
         return cls(*(part.T if transposed else part for part in parts))
 
