@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,13 +14,14 @@ from hypothesis import strategies as st
 from tests.reference.components import ada_kept, ela_exchange, smoothed
 from tests.unit.config_trees import tree as config_tree
 from tsqlora_scale.common.errors import UserError
-from tsqlora_scale.config.load import parse_config
+from tsqlora_scale.config.load import load_config, parse_config
 from tsqlora_scale.config.schema import AllocationConfig, SensitivityConfig
 from tsqlora_scale.engine.collectives import World
-from tsqlora_scale.engine.train_state import ParamState
+from tsqlora_scale.engine.train_state import ParamState, TrainState
 from tsqlora_scale.model.adapters.lora import ADAPTER
 from tsqlora_scale.model.adapters.svd import Diagonal, add_diagonal
 from tsqlora_scale.ranks.importance import ImportanceTracker
+from tsqlora_scale.ranks.install import layer_factors, start_with_ranks
 from tsqlora_scale.ranks.orthogonality import distance_gradient
 from tsqlora_scale.ranks.policies.adalora import AdaLoraPolicy, cubic_budget, most_important_of_all
 from tsqlora_scale.ranks.policies.elalora import ElaLoraPolicy, exchange
@@ -123,6 +125,21 @@ def test_triplets_without_a_choice_keep_the_most_important() -> None:
     assert new_e is not None and not new_e.value.any()
 
 
+def test_fresh_triplets_of_other_ranks_are_alive() -> None:
+    """Ranks of a file: E is zero, so that B must not be, or nothing would ever get a gradient."""
+    model = _OneLayer()
+    start_with_ranks(model, {"layer": 2}, seed=3)
+    parts = {side: getattr(model.layer, f"lora_{side}")[ADAPTER].weight for side in "ABE"}
+    assert [tuple(part.shape) for part in parts.values()] == [(2, 5), (6, 2), (2,)]
+    assert bool(parts["A"].any()) and bool(parts["B"].any()) and not bool(parts["E"].any())
+    parts["E"].data.copy_(torch.tensor([2.0, -1.0]))
+    state = TrainState({name: ParamState.fresh(param.detach()) for name, param in model.named_parameters()})
+    a, b, scaling = layer_factors(model, state)["layer"]
+    x = torch.randn(3, 5)
+    expected = model.layer.get_base_layer()(x) + scaling * x @ a.T @ b.T
+    assert torch.allclose(model.layer(x), expected, atol=1e-6)
+
+
 @pytest.mark.parametrize("side", ["A", "B"])
 def test_the_penaltys_gradient_is_autograds(side: str) -> None:
     factor = torch.randn(3, 8, dtype=torch.float64) if side == "A" else torch.randn(8, 3, dtype=torch.float64)
@@ -190,6 +207,18 @@ def test_the_papers_methods_are_presets() -> None:
     config = parse_config(tree)
     assert (config.adapter.type, config.allocation.policy, config.adapter.orthogonality) == ("svd", "elalora", 0.0)
     assert (config.sensitivity.uncertainty, config.sensitivity.window, config.allocation.r_min) == (0.85, None, 1)
+
+
+def test_a_method_of_the_command_line_brings_its_own_values(tmp_path: Path) -> None:
+    """Also where a config spells out every key, as a run's does."""
+    written = tmp_path / "config.yaml"
+    written.write_text(parse_config(config_tree()).to_yaml(), encoding="utf-8")
+    config = load_config(written, ["adapter.method=adalora"])
+    assert (config.sensitivity.uncertainty, config.sensitivity.window, config.allocation.r_min) == (0.85, None, 0)
+    assert config.adapter.orthogonality == 0.1
+    written.write_text(config.to_yaml(), encoding="utf-8")
+    assert load_config(written, []) == config
+    assert load_config(written, ["adapter.method=lora"]).adapter.orthogonality == 0.0
 
 
 @pytest.mark.parametrize(
