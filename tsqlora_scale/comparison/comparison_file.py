@@ -46,6 +46,8 @@ class ComparedTask(Changed):
     config: Annotated[str, Field(min_length=1)]
     #: For tables; the task's name by default.
     title: str | None = None
+    #: The only variants that it is run in; none: all.
+    variants: list[str] | None = None
 
 
 class Arm(Changed):
@@ -126,14 +128,20 @@ class Comparison(Section):
             for task in arm.by_task:
                 if task not in self.tasks:
                     raise ValueError(f"'arms.{name}.by_task' has {task!r}, which is no task: {_list(self.tasks)}")
-            for variant in arm.variants or ():
-                if variant not in self.variants:
-                    raise ValueError(f"'arms.{name}.variants' has {variant!r}, which is none: {_list(self.variants)}")
             tuned, budgeted = bool(self.rates(arm)), self.budget is not None
             for key in (*arm.changes, *(key for changes in arm.by_task.values() for key in changes)):
                 reason = _why_not(key, tuned=tuned, budgeted=budgeted)
                 if reason is not None:
                     raise ValueError(f"'arms.{name}' sets {key!r}, which is alike for all arms ({reason}); remove it")
+        limited = {"arms": self.arms, "tasks": self.tasks}
+        for section, name, variants in (
+            (s, n, each.variants) for s, all_ in limited.items() for n, each in all_.items()
+        ):
+            for variant in variants or ():
+                if variant not in self.variants:
+                    raise ValueError(
+                        f"'{section}.{name}.variants' has {variant!r}, which is none: {_list(self.variants)}"
+                    )
         places = {"common": self.common, **{f"variants.{name}": each for name, each in self.variants.items()}}
         places |= {f"tasks.{name}": task.changes for name, task in self.tasks.items()}
         for place, changes in places.items():
@@ -188,7 +196,7 @@ def read_comparison(path: str | Path, *, small: bool = False) -> Comparison:
 
     Args:
         small: with the values of its section ``small``, which takes the place of others: its ``arms`` are merged into
-            the arms (one that is null goes), every other key replaces. ``published`` goes.
+            the arms (an arm or a key of one that is null goes), every other key replaces. ``published`` goes.
 
     Raises:
         UserError: naming the file, the key, the value and the remedy.
@@ -227,12 +235,18 @@ def _mappings(tree: dict[str, Any]) -> list[tuple[str, Any]]:
 def _smaller(tree: dict[str, Any], smaller: dict[str, Any]) -> dict[str, Any]:
     merged = {**tree, **{key: value for key, value in smaller.items() if key != "arms"}}
     merged.pop("published", None)
-    arms = dict(tree.get("arms") or {})
-    for name, arm in (smaller.get("arms") or {}).items():
+    arms, changed = tree.get("arms"), smaller.get("arms") or {}
+    if not isinstance(arms, dict) or not isinstance(changed, dict):
+        return {**merged, "arms": changed or arms}
+    arms = dict(arms)
+    for name, arm in changed.items():
+        before = arms.get(name)
         if arm is None:
             arms.pop(name, None)
+        elif isinstance(arm, dict) and isinstance(before, dict):
+            arms[name] = {key: value for key, value in {**before, **arm}.items() if arm.get(key, "") is not None}
         else:
-            arms[name] = {**(arms.get(name) or {}), **arm}
+            arms[name] = arm
     for name, arm in arms.items():  # of tasks and variants that the small one does not have
         if not isinstance(arm, dict):
             continue

@@ -20,8 +20,8 @@ from tsqlora_scale.report.progress import Progress
 
 #: Seconds between two looks at the runs under way.
 LOOK = 0.2
-#: Seconds that runs have to write a checkpoint after they were asked to stop.
-PATIENCE = 240.0
+#: Seconds that runs have to write a checkpoint after they were asked to stop; fewer than launch/slurm/ leaves us.
+PATIENCE = 200.0
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 

@@ -73,7 +73,12 @@ class Trials:
     @property
     def cells(self) -> list[Cell]:
         """Every method on every task, tasks outermost; those that are refused, too."""
-        return [Cell(task, method) for task in self.comparison.tasks for method in self.comparison.methods]
+        return [
+            Cell(name, method)
+            for name, task in self.comparison.tasks.items()
+            for method, (_, _, variant) in self.comparison.methods.items()
+            if task.variants is None or variant in task.variants
+        ]
 
     def rates(self, cell: Cell) -> list[float]:
         """Learning rates to choose from; none where there is no choice."""
@@ -82,6 +87,11 @@ class Trials:
     def is_tuned(self, cell: Cell) -> bool:
         """Whether there are runs that choose its learning rate; of one rate there is nothing to choose."""
         return len(self.rates(cell)) > 1
+
+    @property
+    def is_halved(self) -> bool:
+        """Whether one half of the held-out rows chooses: what is reported of all arms is then of the other half."""
+        return self.comparison.tuning.half and any(self.is_tuned(cell) for cell in self.cells)
 
     def baseline(self, method: str) -> str | None:
         """The method that one is tested against: the baseline in the same variant."""
@@ -163,7 +173,7 @@ class Trials:
             own["train.lr"] = trial.lr
         if trial.purpose == "pilot":
             own |= {"train.eval_every": None, "train.keep": "last", "train.patience": None}
-        elif self.is_tuned(cell) and comparison.tuning.half:
+        elif self.is_halved:
             own["task.dataset.dev_half"] = "tuning" if trial.purpose == "tuning" else "report"
         own |= {"run.output_dir": str(self._runs(cell)), "run.name": trial.name, "run.seed": trial.seed}
         return [*as_overrides(changes), *self._overrides, *as_overrides(own)]
