@@ -142,7 +142,9 @@ class Trials:
         """
         for cell in self.cells:
             try:
-                self.config(self.probe(cell))
+                config = self.config(self.probe(cell))
+                if not config.task.has_dev:
+                    raise UserError(f"{self.comparison.tasks[cell.task].config}: has no held-out set to compare on")
             except UserError as error:
                 self.refused[cell] = str(error).removeprefix(f"{cell}: ")
         if self.refused and not leave_out:
