@@ -51,6 +51,8 @@ def _compare(options: argparse.Namespace) -> int:
     from tsqlora_scale.comparison.processes import Launch
     from tsqlora_scale.comparison.trial_queue import Shard
 
+    launch = Launch(options.config_file, options.num_processes, options.workers)
+    launch.check()
     comparison = ComparisonRun(
         options.config,
         out=options.out,
@@ -59,8 +61,6 @@ def _compare(options: argparse.Namespace) -> int:
         leave_out=options.leave_out_refused,
         shard=Shard() if options.shard is None else Shard.parse(options.shard),
     )
-    launch = Launch(options.config_file, options.num_processes, options.workers)
-    launch.check()
     if options.dry_run:
         print("\n".join([f"folder: {comparison.out}", *comparison.plan()]))
         return 0
