@@ -133,15 +133,12 @@ class Comparison(Section):
                 reason = _why_not(key, tuned=tuned, budgeted=budgeted)
                 if reason is not None:
                     raise ValueError(f"'arms.{name}' sets {key!r}, which is alike for all arms ({reason}); remove it")
-        limited = {"arms": self.arms, "tasks": self.tasks}
-        for section, name, variants in (
-            (s, n, each.variants) for s, all_ in limited.items() for n, each in all_.items()
-        ):
-            for variant in variants or ():
-                if variant not in self.variants:
-                    raise ValueError(
-                        f"'{section}.{name}.variants' has {variant!r}, which is none: {_list(self.variants)}"
-                    )
+        limited = {f"arms.{name}": arm.variants for name, arm in self.arms.items()}
+        limited |= {f"tasks.{name}": task.variants for name, task in self.tasks.items()}
+        for place, variants in limited.items():
+            wrong = next((each for each in variants or () if each not in self.variants), None)
+            if wrong is not None:
+                raise ValueError(f"'{place}.variants' has {wrong!r}, which is none: {_list(self.variants)}")
         places = {"common": self.common, **{f"variants.{name}": each for name, each in self.variants.items()}}
         places |= {f"tasks.{name}": task.changes for name, task in self.tasks.items()}
         for place, changes in places.items():

@@ -17,7 +17,7 @@ from tsqlora_scale.comparison.drawn_figures import draw_comparison
 from tsqlora_scale.comparison.findings_of_arms import Found, gather
 from tsqlora_scale.comparison.processes import Launch
 from tsqlora_scale.comparison.trial_queue import Shard, TrialQueue
-from tsqlora_scale.comparison.trials import Trials
+from tsqlora_scale.comparison.trials import TrialPlan
 from tsqlora_scale.config.schema import Config
 
 #: Rows of a pool whose tokens are counted for a budget of tokens.
@@ -70,7 +70,7 @@ class ComparisonRun:
         name = f"{self.comparison.name}-small" if small else self.comparison.name
         self.out = Path("runs") / "compare" / name if out is None else Path(out)
         self._shard = shard or Shard()
-        self.trials = Trials(self.comparison, self.out, overrides)
+        self.trials = TrialPlan(self.comparison, self.out, overrides)
         self.trials.check(leave_out=leave_out)
         self.queue = TrialQueue(self.trials, shard=self._shard, mean_tokens=mean_tokens)
 

@@ -104,7 +104,7 @@ def detailed(found: Found, table: TaskTable) -> list[str]:
     seeds = max(len(method.runs) for method in table.methods.values())
     wanted = len(comparison.seeds)
     about = (
-        f"{_model(model)}, code {code['version']} ({code['source'][:8]}), data {_digests(table)}, "
+        f"Model {_model(model)}, code {code['version']} ({code['source'][:8]}), data {_digests(table)}, "
         f"{seeds} seed{'s' if seeds > 1 else ''}"
     )
     has_baseline = comparison.baseline is not None
@@ -114,7 +114,7 @@ def detailed(found: Found, table: TaskTable) -> list[str]:
     lines = [
         f"## {title}",
         "",
-        f"{about[0].upper()}{about[1:]}.",
+        f"{about}.",
         "",
         f"| {' | '.join(header)} |",
         "|---" * len(header) + "|",

@@ -134,15 +134,19 @@ def draw_distributions(runs: Sequence[FinishedRun], path: Path) -> bool:
         for axis, name in zip(axes, names, strict=True):
             values = [scores[name] for _, scores in found if name in scores]
             low, high = np.quantile(np.concatenate(values), [0.0, 0.99])  # a few outliers would flatten the rest
-            bins = np.linspace(low, high if high > low else low + 1, 41)
+            count = int(np.clip(2 * np.sqrt(min(map(len, values))), 8, 40))
+            bins = np.linspace(low, high if high > low else low + 1, count + 1)
             for number, (run, scores) in enumerate(found):
                 if name in scores:
                     shown = np.clip(scores[name], bins[0], bins[-1])
-                    style = {"histtype": "step", "linewidth": 1.4} if len(found) > 1 else {"alpha": 0.8}
+                    style = (
+                        {"histtype": "step", "linewidth": 3.4 * 0.6**number + 0.8} if len(found) > 1 else {"alpha": 0.8}
+                    )
                     axis.hist(shown, bins, weights=np.full(len(shown), 100 / len(shown)), color=colour(number),
                               label=f"{run.label} ({len(shown):,})", **style)  # fmt: skip
-            axis.set_xlabel(f"{name} (last bar: and above)")
+            axis.set_xlabel(f"{name} (last bar: all above)")
             axis.grid(False, axis="x")
+            axis.locator_params(axis="x", nbins=5)
         axes[0].set_ylabel("% of the scored samples")
         if len(found) > 1:
             axes[-1].legend(fontsize=7)
@@ -159,7 +163,7 @@ def draw_ranks_over_time(run: FinishedRun, path: Path) -> None:
     steps = [0, *(event["step"] for event in run.events)]
     states = [start, *(event["ranks"] for event in run.events)]
     last = max(run.result.get("steps", 0), steps[-1])
-    with canvas(path, 2, width=8.4, height=3.1) as axes:
+    with canvas(path, 2, width=9.2, height=max(3.1, 0.9 + 0.19 * len(kinds))) as axes:
         for number, kind in enumerate(kinds):
             values = [
                 float(np.mean([state.get(name, 0) for name, place in places.items() if place.kind == kind]))
@@ -175,7 +179,7 @@ def draw_ranks_over_time(run: FinishedRun, path: Path) -> None:
         axes[1].set_ylabel("total rank")
         axes[1].set_ylim(0, 1.1 * max(totals))
         axes[0].set_ylim(bottom=0)
-        axes[0].legend(fontsize=7, ncols=1 if len(kinds) <= 8 else 2, loc="best")
+        axes[0].figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
         for axis in axes:
             axis.set_xlabel("optimizer steps")
             axis.set_xlim(0, last)
@@ -200,7 +204,7 @@ def draw_metric(points: Sequence[Point], path: Path, *, metric: str, title: str 
                 axis.set_xscale("log")
             else:
                 axis.ticklabel_format(axis="x", style="plain")
-                axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+                axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
                 axis.locator_params(axis="x", nbins=5)
             axis.set_xlabel(name)
         axes[0].set_ylabel(metric)

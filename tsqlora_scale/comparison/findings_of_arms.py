@@ -14,7 +14,7 @@ from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.comparison.estimates import Estimate, mean_of, paired_p
 from tsqlora_scale.comparison.trial_outcome import Outcome
 from tsqlora_scale.comparison.trial_queue import TrialQueue
-from tsqlora_scale.comparison.trials import Cell, Trials
+from tsqlora_scale.comparison.trials import Cell, TrialPlan
 
 #: Phases of a run as tables have them, and those of the record that they are made of.
 PHASES = {
@@ -91,7 +91,7 @@ class TaskTable:
 class Found:
     """Everything that tables are made of."""
 
-    trials: Trials
+    trials: TrialPlan
     tables: list[TaskTable]
     #: What has failed, and why.
     failures: dict[str, str]
@@ -143,7 +143,7 @@ def _of_cell(queue: TrialQueue, cell: Cell, failures: dict[str, str], missing: l
     return [outcome for outcome in outcomes if outcome.result is not None]
 
 
-def _tables(trials: Trials, task: str, outcomes: Sequence[Outcome]) -> list[TaskTable]:
+def _tables(trials: TrialPlan, task: str, outcomes: Sequence[Outcome]) -> list[TaskTable]:
     """One table for every model and every state of the code: a table never mixes them."""
     groups: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
@@ -177,7 +177,7 @@ def _same(outcome: Outcome) -> str:
     return json.dumps([decides, result["model"], result["code"]], sort_keys=True)
 
 
-def check_data(trials: Trials, outcomes: Sequence[Outcome]) -> None:
+def check_data(trials: TrialPlan, outcomes: Sequence[Outcome]) -> None:
     """Runs of a table are of the same data: of every seed the same rows, of all where none draws a part.
 
     Raises:

@@ -11,7 +11,7 @@ from typing import Any
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.files import written_whole
 from tsqlora_scale.common.printing import printable, shortened
-from tsqlora_scale.comparison.trials import Trial, Trials, same_config
+from tsqlora_scale.comparison.trials import Trial, TrialPlan, same_config
 from tsqlora_scale.config.load import load_config
 
 #: Lines at the end of a log in which its reason is looked for, and characters of it.
@@ -37,7 +37,7 @@ class Outcome:
         return float(self.result["metrics"][metric])
 
 
-def outcome_of(trials: Trials, trial: Trial) -> Outcome:
+def outcome_of(trials: TrialPlan, trial: Trial) -> Outcome:
     """What is there of a run.
 
     Raises:

@@ -11,7 +11,7 @@ import numpy as np
 
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.comparison.trial_outcome import Outcome, outcome_of
-from tsqlora_scale.comparison.trials import Cell, Trial, Trials
+from tsqlora_scale.comparison.trials import Cell, Trial, TrialPlan
 from tsqlora_scale.config.schema import Config
 
 #: Order of purposes.
@@ -47,7 +47,7 @@ class TrialQueue:
     """
 
     def __init__(
-        self, trials: Trials, *, shard: Shard | None = None, mean_tokens: Callable[[Config], float] | None = None
+        self, trials: TrialPlan, *, shard: Shard | None = None, mean_tokens: Callable[[Config], float] | None = None
     ) -> None:
         self.trials = trials
         self._shard = shard or Shard()

@@ -54,11 +54,11 @@ class Trial:
         return ", ".join([*words, *([self.purpose] if self.purpose != "report" else [])])
 
 
-class Trials:
+class TrialPlan:
     """What there is to run.
 
     Args:
-        out: the comparison's folder; runs lie in ``out/runs/TASK/METHOD/``.
+        out: the comparison's folder; runs lie in ``out/runs/TASK/ARM/``.
         overrides: ``section.key=value`` of the command line, for all runs.
     """
 

@@ -11,7 +11,7 @@ import yaml
 from tests.unit.comparison.fakes import TREE, comparison, write_comparison
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.comparison.comparison_file import read_comparison
-from tsqlora_scale.comparison.trials import Trials
+from tsqlora_scale.comparison.trials import TrialPlan
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 PRESETS = sorted((CONFIGS / "compare").glob("*.yaml"))
@@ -97,7 +97,7 @@ def test_presets(path: Path, small: bool, monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.chdir(CONFIGS.parent)
     found = read_comparison(path, small=small)
     names = list(found.variants)[:1]  # the others differ in ranks alone
-    trials = Trials(
+    trials = TrialPlan(
         found if small else found.model_copy(update={"variants": {n: found.variants[n] for n in names}}), tmp_path
     )
     trials.check(leave_out=True)
