@@ -133,7 +133,7 @@ def test_an_array_makes_the_runs_of_a_comparison(queue: Queue, place: Path) -> N
         "seeds": [3],
         "budget": {"steps": 6},
     }
-    (place / "comparison.yaml").write_text(yaml.safe_dump(comparison), encoding="utf-8")
+    (place / "comparison.yaml").write_text(yaml.safe_dump(comparison, sort_keys=False), encoding="utf-8")
     arguments = ["--config", str(place / "comparison.yaml"), "--out", str(place / "table")]
     array = queue.submit("compare.sbatch", *arguments, options=("--array=0-1",))
     for task in (0, 1):

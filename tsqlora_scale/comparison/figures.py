@@ -140,7 +140,7 @@ def draw_distributions(runs: Sequence[FinishedRun], path: Path) -> bool:
                 if name in scores:
                     shown = np.clip(scores[name], bins[0], bins[-1])
                     style = (
-                        {"histtype": "step", "linewidth": 3.4 * 0.6**number + 0.8} if len(found) > 1 else {"alpha": 0.8}
+                        {"histtype": "step", "linewidth": 2.4 * 0.6**number + 0.8} if len(found) > 1 else {"alpha": 0.8}
                     )
                     axis.hist(shown, bins, weights=np.full(len(shown), 100 / len(shown)), color=colour(number),
                               label=f"{run.label} ({len(shown):,})", **style)  # fmt: skip
