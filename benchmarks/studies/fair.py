@@ -8,16 +8,17 @@ the ``test`` rows and of other seeds, each with a pool, a query and a head of it
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tsqlora_scale.comparison.estimates import Estimate, interval
+
 #: Metrics of which less is better.
 LESS_IS_BETTER = ("loss", "perplexity", "mse", "mae")
-RESAMPLES = 10_000
 
 
 @dataclass(frozen=True)
@@ -172,42 +173,6 @@ def value_after(trial: Trial, step: float, rows: str = "test") -> tuple[float, b
 def after_equal_time(baseline: Trial, step: int, seconds: float) -> tuple[float, bool]:
     """What the baseline has at ``test`` when it trains on for the ``seconds`` that another arm's choice has cost."""
     return value_after(baseline, step + seconds / baseline.step_seconds)
-
-
-def interval(
-    samples: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], *, level: float = 0.95
-) -> tuple[float, float]:
-    """Percentile bootstrap over seeds.
-
-    Args:
-        samples: (seeds, ...) what was measured with each seed; seeds are drawn with replacement, whole rows.
-        statistic: of (resamples, seeds, ...), (resamples,).
-
-    Returns:
-        The ends, NaN with fewer than two seeds. With five seeds such an interval is rather too narrow than too wide.
-    """
-    size = len(samples)
-    if size < 2:
-        return float("nan"), float("nan")
-    drawn = np.random.default_rng(0).integers(0, size, (RESAMPLES, size))
-    values = statistic(samples[drawn])
-    low, high = np.quantile(values[np.isfinite(values)], [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A number and its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-def mean_of(values: Sequence[float]) -> Estimate:
-    """Of one value a seed."""
-    samples = np.asarray(values, dtype=np.float64)
-    return Estimate(float(samples.mean()), *interval(samples, lambda drawn: drawn.mean(axis=1)))
 
 
 def way(ours: Sequence[float], baselines: Sequence[Sequence[float]], oracle: Sequence[float]) -> Estimate:

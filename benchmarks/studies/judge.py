@@ -31,8 +31,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[0] = str(ROOT)
 
 from benchmarks.studies.arms import STUDIES  # noqa: E402
-from benchmarks.studies.fair import Estimate, mean_of, read_trials  # noqa: E402
+from benchmarks.studies.fair import read_trials  # noqa: E402
 from benchmarks.studies.tables import PoolRuns, gather, number, with_interval  # noqa: E402
+from tsqlora_scale.comparison.estimates import Estimate, mean_of  # noqa: E402
 
 #: The arms that advice is about.
 ARMS = ("uniform", "uniform+q", "query", "ours")

@@ -26,17 +26,16 @@ sys.path[0] = str(ROOT)
 from benchmarks.studies.arms import ARMS, STUDIES, Study  # noqa: E402
 from benchmarks.studies.fair import (  # noqa: E402
     Choice,
-    Estimate,
     Trial,
     after_equal_time,
     choose,
-    mean_of,
     read_failures,
     read_trials,
     signed,
     step_of,
     way,
 )
+from tsqlora_scale.comparison.estimates import Estimate, mean_of  # noqa: E402
 
 #: Pools of which each gets a table of its own; of more than these only the overview is written.
 DETAILED = 8

@@ -2,8 +2,9 @@
 # What the batch scripts of this folder have in common; they source it, from the repository's root.
 #
 #   train [--engine NAME] [--image IMAGE] --config FILE [section.key=value ...]
+#   compare [--engine NAME] [--image IMAGE] --config FILE [...]
 #
-# trains on all nodes of the job, and ends it: done, failed, or back in the queue, from where the run goes on. A batch
+# trains on all nodes of the job, or makes a comparison's runs on one, and ends it: done, failed, or back in the queue, from where the run goes on. A batch
 # script that ends with 0 is complete to Slurm, even while it is being preempted, and one that is out of time is not
 # requeued either: so it has to ask for it.
 
@@ -100,8 +101,18 @@ late() {
     requeue
 }
 
-train() {
-    local step='' timer='' code
+train() { run_program launch/train.py --resume auto -- "$@"; }
+
+# compare ARGUMENTS: launch/compare.py, which finds by itself where its runs were.
+compare() { run_program launch/compare.py -- "$@"; }
+
+# run_program PROGRAM [LAST ARGUMENT ...] -- ARGUMENTS
+run_program() {
+    local step='' timer='' code last=()
+    export PROGRAM=$1
+    shift
+    while [ "$1" != -- ]; do last+=("$1") && shift; done
+    shift
     trap ask TERM USR1
     trap late USR2
     read_arguments "$@"
@@ -116,7 +127,7 @@ train() {
     export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
     # one node may end before another: none is to be killed for it
     srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=0 \
-        "${inside[@]}" bash launch/slurm/node.sh "${arguments[@]}" --resume auto &
+        "${inside[@]}" bash launch/slurm/node.sh "${arguments[@]}" "${last[@]}" &
     step=$!
     ! ((asked)) || kill -USR1 "$step" 2>/dev/null || true
     await "$step"

@@ -43,22 +43,28 @@ late() {
     kill -KILL $(ranks) "$launcher" 2>/dev/null || true
 }
 
-case $ENGINE$((SLURM_NNODES * PROCESSES_PER_NODE)) in
-ddp1) command=(python) ;; # one rank needs no launcher
-ddp*) # by torchrun, which starts several ranks on CPUs, too
+size=$((SLURM_NNODES * PROCESSES_PER_NODE))
+case $PROGRAM/$ENGINE$size in
+launch/compare.py/ddp1) command=(python) ;; # it starts the launcher of every run itself
+launch/compare.py/*)
+    command=(python)
+    set -- "$@" --config_file "configs/accelerate/$ENGINE.yaml" --num_processes "$size"
+    ;;
+*/ddp1) command=(python) ;; # one rank needs no launcher
+*/ddp*) # by torchrun, which starts several ranks on CPUs, too
     command=(torchrun --nnodes "$SLURM_NNODES" --nproc_per_node "$PROCESSES_PER_NODE" --node_rank "$SLURM_NODEID"
         --master_addr "$RENDEZVOUS_HOST" --master_port "$RENDEZVOUS_PORT")
     ;;
 *)
     command=(accelerate launch --config_file "configs/accelerate/$ENGINE.yaml" --num_machines "$SLURM_NNODES"
-        --num_processes $((SLURM_NNODES * PROCESSES_PER_NODE)) --machine_rank "$SLURM_NODEID"
+        --num_processes "$size" --machine_rank "$SLURM_NODEID"
         --main_process_ip "$RENDEZVOUS_HOST" --main_process_port "$RENDEZVOUS_PORT")
     ;;
 esac
 trap pass_on TERM USR1 # first: a script that ended here would leave its launcher behind
 trap late USR2
 # in a session of its own, where Slurm's signals to this script's group do not reach it
-setsid "${command[@]}" launch/train.py "$@" &
+setsid "${command[@]}" "$PROGRAM" "$@" &
 launcher=$!
 ! ((asked)) || kill -TERM "$launcher" 2>/dev/null || true
 await "$launcher"

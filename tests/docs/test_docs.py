@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tsqlora_scale.comparison.comparison_file import read_comparison
 from tsqlora_scale.config.load import load_config, parse_config
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-SCRIPTS = ("train", "score", "evaluate", "predict", "export", "advise", "plan")
+SCRIPTS = ("train", "score", "evaluate", "predict", "export", "advise", "plan", "compare")
 
 
 @dataclass(frozen=True)
@@ -142,9 +143,14 @@ def check_launch(words: list[str], place: Path) -> None:
         if config.startswith("runs/quickstart/"):  # what the quickstart has left
             config = "configs/quickstart.yaml"
         overrides = [w for w in arguments if re.match(r"\w+\.[\w.]+=", w)]
-        load_config(ROOT / config, overrides)
+        if name == "compare":
+            read_comparison(ROOT / config, small="--small" in arguments)
+        else:
+            load_config(ROOT / config, overrides)
         if "--dry-run" in arguments:
-            assert "steps: " in run(shlex.join([sys.executable, *words[script:]]), place)
+            assert {"compare": "to run: "}.get(name, "steps: ") in run(
+                shlex.join([sys.executable, *words[script:]]), place
+            )
 
 
 @functools.cache

@@ -44,9 +44,9 @@ def run(script: str, *arguments: str, folder: Path, cwd: Path = ROOT, **variable
         ("one_node.sbatch", "--config F --resume=DIR", ["--resume=DIR", "--resume auto"]),
         ("nodes.sbatch", "--config F --image a.sif", ["--image 'a.sif'", "neither apptainer nor pyxis"]),
         ("container.sbatch", "--config F", ["which container? give --image"]),
-        ("compare.sbatch", "--config F --out D", ["--variant is missing"]),
-        ("compare.sbatch", "--config F --variant a", ["--out is missing"]),
-        ("compare.sbatch", "--config F --out D --variant a --variant b:c=d", ["6 tasks", "--array 0-5"]),
+        ("compare.sbatch", "--out D", ["--config is missing"]),
+        ("compare.sbatch", "--config F --shard=0/2", ["--shard", "leave it out"]),
+        ("compare.sbatch", "--config F --resume auto", ["--resume"]),
     ],
 )
 def test_a_mistake_is_one_line(script: str, arguments: str, words: list[str], tmp_path: Path) -> None:
@@ -82,12 +82,18 @@ def test_the_example_of_sixteen_gpus(tmp_path: Path) -> None:
     assert config.train.batch_size == 16 * (config.train.micro_batch_size or 0)
 
 
-def test_every_task_of_an_array_is_a_pair(tmp_path: Path) -> None:
-    arguments = "--config configs/quickstart.yaml --seeds=4,5 --out D --variant a --variant b:adapter.r=2;train.lr=0.1"
-    names = []
-    for task in range(4):
-        done = run("compare.sbatch", *arguments.split(), folder=tmp_path, SLURM_ARRAY_TASK_ID=str(task))
-        meeting, _, config = trained(done)
-        assert meeting.startswith("ddp ")
-        names.append((config.run.name, config.run.seed, config.adapter.r, config.train.lr))
-    assert names == [("a-4", 4, 8, 1e-3), ("b-4", 4, 2, 0.1), ("a-5", 5, 8, 1e-3), ("b-5", 5, 2, 0.1)]
+def test_every_task_of_an_array_is_a_share(tmp_path: Path) -> None:
+    arguments = ["--config", "configs/compare/tsqlora_table2.yaml", "--small", "--engine", "zero2"]
+    array = {"SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_MAX": "4"}
+    for task in (1, 4):
+        done = run("compare.sbatch", *arguments, folder=tmp_path, SLURM_ARRAY_TASK_ID=str(task), **array)
+        assert done.returncode == 0, done.stderr
+        words = done.stdout.splitlines()
+        command = words[words.index("launch/slurm/node.sh") + 1 :]
+        assert words[0].startswith("zero2 ")
+        assert command == [*arguments[:3], "--shard", f"{task - 1}/4"]
+    done = run("compare.sbatch", *arguments, folder=tmp_path)
+    assert "--shard" not in done.stdout
+    array["SLURM_ARRAY_TASK_MAX"] = "7"
+    done = run("compare.sbatch", *arguments, folder=tmp_path, SLURM_ARRAY_TASK_ID="3", **array)
+    assert (done.returncode, "have gaps" in done.stderr) == (2, True)

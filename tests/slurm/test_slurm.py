@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.runs import losses_of, ranks_of, result_of, run_tree, write_config
 from tests.slurm.queue import CLUSTER, ROOT, Job, Queue, lacking
@@ -125,21 +126,26 @@ def test_zero_trains_in_a_container_on_two_nodes(queue: Queue, place: Path) -> N
     assert [line.startswith(asked) for line in (place / "containers").read_text().splitlines()] == [True, True]
 
 
-def test_an_array_trains_the_variants_of_a_comparison(queue: Queue, place: Path) -> None:
-    arguments = [
-        "--config", str(place / "config.yaml"), "--seeds", "3", "--out", str(place / "table"), "--variant", "tsqlora",
-        "--variant", "lora:adapter.method=lora;adapter.r=2", "train.max_steps=6",
-    ]  # fmt: skip
+def test_an_array_makes_the_runs_of_a_comparison(queue: Queue, place: Path) -> None:
+    comparison = {
+        "tasks": {"words": {"config": str(place / "config.yaml")}},
+        "arms": {"tsqlora": {}, "lora": {"adapter.method": "lora", "adapter.r": 2}},
+        "seeds": [3],
+        "budget": {"steps": 6},
+    }
+    (place / "comparison.yaml").write_text(yaml.safe_dump(comparison, sort_keys=False), encoding="utf-8")
+    arguments = ["--config", str(place / "comparison.yaml"), "--out", str(place / "table")]
     array = queue.submit("compare.sbatch", *arguments, options=("--array=0-1",))
     for task in (0, 1):
         Job(queue, f"{array.number}_{task}").wait_for("COMPLETED")
     done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "compare.py"), *arguments],
+        [sys.executable, str(ROOT / "launch" / "compare.py"), *arguments, "--tables-only"],
         cwd=ROOT, capture_output=True, text=True, check=True, timeout=100,
     )  # fmt: skip
-    rows = [line.split(" |")[0] for line in done.stdout.splitlines()]
-    assert rows == ["| variant", "|---|---|---|---|---|"[: len(rows[1])], "| tsqlora", "| lora"]
-    lora, tsqlora = (result_of(place / "table" / name)["trainable_parameters"] for name in ("lora-3", "tsqlora-3"))
+    rows = [line.split(" |")[0] for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert rows == ["| method", "| tsqlora", "| lora"]
+    folder = place / "table" / "runs" / "words"
+    lora, tsqlora = (result_of(folder / name / "seed3")["trainable_parameters"] for name in ("lora", "tsqlora"))
     assert lora < tsqlora
 
 

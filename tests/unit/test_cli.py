@@ -25,7 +25,9 @@ def config(tmp_path: Path, models_dir: Path) -> Path:
 @pytest.mark.parametrize(("arguments", "code"), [([], 2), (["trian"], 2), (["--help"], 0), (["-h"], 0)])
 def test_usage(arguments: list[str], code: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(arguments) == code
-    assert capsys.readouterr().err.startswith("usage: tsqlora {train,score,evaluate,predict,export,advise,plan}")
+    assert capsys.readouterr().err.startswith(
+        "usage: tsqlora {train,score,evaluate,predict,export,advise,plan,compare}"
+    )
 
 
 def test_main_passes_arguments_on(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

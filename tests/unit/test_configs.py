@@ -23,7 +23,8 @@ from tsqlora_scale.run.plan import plan_run
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 ACCELERATE = sorted((CONFIGS / "accelerate").glob("*.yaml"))
-RUNS = sorted(set(CONFIGS.rglob("*.yaml")) - set(ACCELERATE))
+COMPARISONS = sorted((CONFIGS / "compare").glob("*.yaml"))
+RUNS = sorted(set(CONFIGS.rglob("*.yaml")) - set(ACCELERATE) - set(COMPARISONS))
 
 #: Rows of the training splits.
 TRAIN_ROWS = {

@@ -20,7 +20,7 @@ def guard(command: Callable[[], None], *, resume: str = "--resume auto") -> int:
     Ctrl-C is exit code 130, with a checkpoint or without one; another request to stop is none of the command's faults.
 
     Args:
-        resume: the option by which the command continues after it was asked to stop.
+        resume: the option by which the command continues after it was asked to stop; empty where it needs none.
     """
     take_whatever_is_printed()
     prepare_environment()
@@ -40,7 +40,8 @@ def guard(command: Callable[[], None], *, resume: str = "--resume auto") -> int:
         code = 130
     except Stopped as stopped:
         if launched_rank() == 0:
-            print(f"requeue: {printable(str(stopped))}; the same command with {resume} continues")
+            again = f" with {resume}" if resume else ""
+            print(f"requeue: {printable(str(stopped))}; the same command{again} continues")
         code = 130 if stopped.interrupted else 0
     except Exception as error:
         if launched_size() == 1:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from tsqlora_scale.commands.advise import main as advise
+from tsqlora_scale.commands.compare import main as compare
 from tsqlora_scale.commands.evaluate import main as evaluate
 from tsqlora_scale.commands.export import main as export
 from tsqlora_scale.commands.plan_memory import main as plan
@@ -21,6 +22,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "export": export,
     "advise": advise,
     "plan": plan,
+    "compare": compare,
 }
 
 
@@ -31,3 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"usage: tsqlora {{{','.join(COMMANDS)}}} --config FILE [section.key=value ...]", file=sys.stderr)
         return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
     return COMMANDS[arguments[0]](arguments[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -27,6 +27,8 @@ stream                      who draws from it                      depends on, b
 ``philox "advice folds"``    parts of the query in trials           nothing more
 ``philox "paired differences"``  resamples of a bootstrap           nothing more
 ``philox "share on target"`` resamples of pool and query            nothing more
+``philox "comparison"``      resamples and flips of a comparison    nothing more; seed 0
+``philox "halves of SPLIT"``  the halves of a held-out set          nothing more; seed 0
 ``philox "noise model"``    rows that a noise model is fitted on   nothing more
 ``generator_for`` "head"    a new head's weights                   nothing more
 ``generator_for`` "adapter" A of the adapted layers                nothing more
@@ -120,3 +122,12 @@ def subset_rows(size: int, limit: int, *, seed: int, split: str) -> np.ndarray:
     """``limit`` of ``size`` rows of a split, drawn evenly, ascending. A smaller subset is part of a larger one."""
     generator = np.random.default_rng([seed, *f"{split} subset".encode()])
     return np.sort(generator.permutation(size)[:limit])
+
+
+def half_rows(size: int, half: str, *, split: str) -> np.ndarray:
+    """One of the two halves of a split's rows, ascending: ``report``, which has the odd row, or ``tuning``.
+
+    The same for every seed, so that no run of a comparison is tuned on what another one reports.
+    """
+    order = philox(0, f"halves of {split}").permutation(size)
+    return np.sort(order[: size // 2] if half == "tuning" else order[size // 2 :])

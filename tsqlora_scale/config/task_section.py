@@ -48,6 +48,8 @@ class DatasetConfig(Section):
     max_train_samples: PositiveInt | None = None
     #: Likewise, of every held-out set.
     max_dev_samples: PositiveInt | None = None
+    #: One half of every held-out set, drawn once for all seeds: what is chosen on ``tuning`` is reported on ``report``.
+    dev_half: Literal["tuning", "report"] | None = None
 
     @property
     def has_dev(self) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from tsqlora_scale.common.code_version import source_digest
 from tsqlora_scale.model.adapters.lora import short_name
 from tsqlora_scale.ranks import current_ranks
 from tsqlora_scale.report.result_table import versions
@@ -30,6 +31,8 @@ def build_result(run: Run, metrics: dict[str, float], adapter: Path) -> dict[str
     return {
         "name": run.config.run.name,
         "method": run.config.adapter.method,
+        "seed": run.config.run.seed,
+        **_identity(run),
         "engine": run.engine.name,
         "world_size": world.size,
         "distributed_type": run.engine.distributed_type,
@@ -65,6 +68,30 @@ def build_result(run: Run, metrics: dict[str, float], adapter: Path) -> dict[str
         "peak_memory_by_phase": _highest(world.gather_objects(run.record.memory.bytes)),
         "adapter": str(adapter),
         "versions": versions(),
+    }
+
+
+def _identity(run: Run) -> dict[str, Any]:
+    """What may not differ between runs that one table shows: task, model, data and code."""
+    task, model = run.config.task, run.config.model
+    base = getattr(run.engine.module, "config", None)
+    return {
+        "task": {
+            "type": task.type,
+            "data": [each.model_dump(mode="json", exclude_defaults=True) for each in task.datasets],
+            "metrics": task.metrics,
+            "decides": run.task.best_metric,
+            "higher_is_better": run.task.higher_is_better,
+        },
+        "model": {
+            "name": model.name_or_path,
+            "revision": model.revision,
+            "commit": getattr(base, "_commit_hash", None),
+            "dtype": model.dtype,
+            "quantization": model.quantization,
+        },
+        "data": {"train": run.task.digest(), "dev": run.task.digest("dev") if run.task.dev is not None else None},
+        "code": {"version": versions().get("tsqlora-scale", "not installed"), "source": source_digest()},
     }
 
 

@@ -81,12 +81,15 @@ class FolderLock:
     to one machine, leaves the file's time: a holder renews it every :data:`BEAT` seconds, and one that has not for
     :data:`WATCH` seconds is gone.
 
+    Args:
+        what: is written there, for messages; in what is no run's folder another one is chosen by ``--out``.
+
     Raises:
         UserError: another process has it, or the folder cannot be written to.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, *, what: str = "run") -> None:
+        self._folder, self._what = folder, what
         self.path = folder / LOCK
         self._made: list[Path] = []
         self._end = threading.Event()
@@ -96,8 +99,8 @@ class FolderLock:
         except WRITE_ERRORS as error:
             self._unmake()
             raise UserError(
-                f"run folder {str(folder)!r}: its lock {LOCK} cannot be written ({error}); make room, or choose "
-                "another run.output_dir"
+                f"{what} folder {str(folder)!r}: its lock {LOCK} cannot be written ({error}); make room, or choose "
+                f"another {'run.output_dir' if what == 'run' else '--out'}"
             ) from None
         except UserError:
             self._unmake()
@@ -206,8 +209,9 @@ class FolderLock:
 
     def _refusal(self, holder: dict[str, Any]) -> UserError:
         return UserError(
-            f"run folder {str(self._folder)!r} is being written by another run ({_named(holder)}); wait for it or end "
-            f"it, or choose another run.name; if its machine is gone and this stays, remove {str(self.path)!r}"
+            f"{self._what} folder {str(self._folder)!r} is being written by another {self._what} ({_named(holder)}); "
+            f"wait for it or end it, or choose another {'run.name' if self._what == 'run' else '--out'}; if its "
+            f"machine is gone and this stays, remove {str(self.path)!r}"
         )
 
     def _is_ours(self) -> bool:

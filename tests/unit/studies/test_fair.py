@@ -18,13 +18,12 @@ from benchmarks.studies.fair import (
     after_equal_time,
     auc,
     choose,
-    interval,
-    mean_of,
     read_trials,
     step_of,
     value_after,
     way,
 )
+from tsqlora_scale.comparison.estimates import interval, mean_of
 
 
 def trial(

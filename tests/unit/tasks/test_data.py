@@ -125,6 +125,17 @@ class TestSubset:
         small, large = (set(self.subset(tmp_path, n).train["sample_id"]) for n in (50, 300))
         assert small < large
 
+    def test_halves_are_of_all_held_out_rows_and_the_same_for_every_seed(self, tmp_path: Path) -> None:
+        def half(name: str, seed: int, size: int = 1000) -> set[str]:
+            data = load(tmp_path, seed=seed, dev_file="train.tsv", dev_half=name, max_dev_samples=size)
+            return set(data.dev["sample_id"])
+
+        tuning, report = half("tuning", 0), half("report", 1)
+        assert (len(tuning), len(report), len(tuning | report)) == (500, 500, 1000)
+        assert half("tuning", 5) == tuning
+        assert half("report", 3, 40) < report and half("report", 4, 40) < report
+        assert len(load(tmp_path, dev_half="tuning").train) == 1000
+
     def test_differs_between_splits(self, tmp_path: Path) -> None:
         data = self.subset(tmp_path, 50)
         assert data.train["sample_id"][:] != data.dev["sample_id"][:]

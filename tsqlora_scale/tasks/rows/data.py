@@ -15,7 +15,7 @@ from tsqlora_scale.common.disk_arrays import blocks, copied
 from tsqlora_scale.common.disk_arrays import filled as filled_array
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.printing import printable
-from tsqlora_scale.common.random_streams import subset_rows
+from tsqlora_scale.common.random_streams import half_rows, subset_rows
 from tsqlora_scale.config.schema import TaskConfig
 from tsqlora_scale.tasks.rows.column_checks import SAMPLE_ID, check_text, sample_ids
 from tsqlora_scale.tasks.rows.conversations import check_conversations, check_tools
@@ -159,7 +159,10 @@ def load_dev_set(
     check_numbered_alike(cfg, opened, classes)
     kept = filled_array(len(opened.rows), bool, True)
     dataset = _checked(cfg, opened, _ids(cfg, opened), kept, None, identity="", part=part)
-    return _part(dataset, cfg.dataset.max_dev_samples, seed, f"dev {name}" if name else "dev")
+    split = f"dev {name}" if name else "dev"
+    if cfg.dataset.dev_half is not None:
+        dataset = dataset.select(half_rows(len(dataset), cfg.dataset.dev_half, split=split))
+    return _part(dataset, cfg.dataset.max_dev_samples, seed, split)
 
 
 def load_query(
