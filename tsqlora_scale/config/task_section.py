@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from tsqlora_scale.config.fields import IsoDate, PositiveFloat, PositiveInt, Section, name_or_extension
+from tsqlora_scale.config.fields import IsoDate, KeptOrNot, PositiveFloat, PositiveInt, Section, name_or_extension
 
 #: The metrics of a task that names none.
 DEFAULT_METRICS = {"classification": "accuracy", "regression": "pearson", "seq2seq": "rougeL", "causal": "rougeL"}
@@ -202,6 +202,8 @@ class TaskConfig(Section):
     source_lang: str | None = None
     #: Language of the target, with which it begins.
     target_lang: str | None = None
+    #: A jinja file in the place of the tokenizer's own chat template (causal).
+    chat_template: str | None = None
     #: What a chat template is told that the date is; none is 2025-01-01, on every day.
     chat_date: IsoDate | None = None
     #: Most tokens of an input, special ones included; of a causal task's source and answer together.
@@ -213,6 +215,11 @@ class TaskConfig(Section):
     metrics: Annotated[list[str], Field(min_length=1)]
     #: Beams of the search by which texts are generated; 1 takes the likeliest token every time.
     num_beams: PositiveInt = 4
+    #: Where texts are kept as tokens, which are made once, before the first step: a folder; ``auto``, in the cache of
+    #: ``datasets`` where a set has 16 MB of text and more, and the run reads it more than once; or ``off``.
+    token_cache: KeptOrNot = "auto"
+    #: Processes that make them; none: as many as there are cores, up to 8, one for every 32 MB of text.
+    tokenize_workers: PositiveInt | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -241,7 +248,7 @@ class TaskConfig(Section):
             )
         if self.query in ("", []) or (isinstance(self.query, list) and "" in self.query):
             raise ValueError("'query' names no file: give one, or leave it out")
-        of_causal = [(key, "causal") for key in ("chat_date", "input", "messages", "tools")]
+        of_causal = [(key, "causal") for key in ("chat_date", "chat_template", "input", "messages", "tools")]
         for key, type_ in [("source_lang", "seq2seq"), ("target_lang", "seq2seq"), *of_causal]:
             if getattr(self, key) is not None and self.type != type_:
                 raise ValueError(f"'{key}' is for {type_} tasks, and 'type' is {self.type!r}; remove it")
