@@ -27,8 +27,8 @@ _COLUMNS = ("text", "source", "target", "input", "messages", "tools")
 #: Attributes of a tokenizer beside its backend.
 _SETTINGS = ("model_input_names", "padding_side", "truncation_side", "chat_template", "src_lang", "tgt_lang",
              "special_tokens_map", "split_special_tokens")  # fmt: skip
-#: Most rows, and about the most bytes of text, that are looked at together.
-ROWS, BYTES = 2**12, 2**23
+#: Most rows, and about the most bytes of text, that are looked at together: tokenizers take 150 bytes a token.
+ROWS, BYTES = 2**10, 2**20
 
 
 def recipe(cfg: TaskConfig, tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig, limit: int) -> str:
