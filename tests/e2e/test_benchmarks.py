@@ -36,8 +36,8 @@ COMMANDS = {
     "throughput": "--encoder MODEL --causal DECODER --batch 4 --micro-batch 2 --max-length 24 --rows 40 --steps 1 "
     "--repeats 1",
 }
-#: The first two need the original package and a folder of data, the others are parts of benchmarks.
-NOT_RUN = {"make_movie_snippets", "audit", "policies", "random_models", "steps", "traffic"}
+#: The first three need the original package, a folder of data and TRL, the others are parts of benchmarks.
+NOT_RUN = {"make_movie_snippets", "audit", "chat_masks", "policies", "random_models", "steps", "traffic"}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
