@@ -21,6 +21,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ SENTENCES = ["Is the film good? It was dull, and the plot was weak.", "You are a
 TASK = TaskConfig.model_validate(
     {"type": "causal", "messages": "messages", "dataset": {"train_file": "none"}, "metrics": ["loss"]}
 )
+#: What is said where TRL learns a part of what asks for an answer, too, which ours takes for the prompt's.
+BUT = "but for a part of what asks for it"
 TURNS = {
     "one exchange": [("user", "Is the film good?"), ("assistant", "It was dull.")],
     "three": [("user", "1"), ("assistant", "2"), ("user", "3"), ("assistant", "4"), ("user", "5"), ("assistant", "6")],
@@ -117,15 +120,18 @@ def _said(
     tokenizer: PreTrainedTokenizerFast, template: str, rows: dict[str, list[dict[str, str]]], judged: dict[str, Any]
 ) -> dict[str, str]:
     tokenizer.chat_template = template
+    question: Any = [{"role": "user", "content": "?"}]
+    asked = _attempt("", partial(tokenizer.apply_chat_template, question, tokenize=False, add_generation_prompt=True))
+    asks = str(asked).rpartition("?")[2]
     tokens = _attempt("ours", partial(ConversationTokens, tokenizer, TASK))
-    said = {}
+    found = {}
     for name, row in rows.items():
         ours = tokens
         if not isinstance(ours, str):
             ours = _attempt("ours", partial(tokens.marked, row, None, 10_000, 1))
-        said[name] = next((found for found in (ours, judged[name]) if isinstance(found, str)), "")
-        said[name] = said[name] or _difference(tokenizer, ours.ids, ours.learned, *judged[name])
-    return said
+        found[name] = next((text for text in (ours, judged[name]) if isinstance(text, str)), "")
+        found[name] = found[name] or _difference(tokenizer, asks, ours.ids, ours.learned, *judged[name])
+    return found
 
 
 def _attempt(whose: str, work: Callable[[], Any]) -> Any:
@@ -136,19 +142,38 @@ def _attempt(whose: str, work: Callable[[], Any]) -> Any:
 
 
 def _difference(
-    tokenizer: PreTrainedTokenizerFast, ours: list[int], we_learn: list[bool], theirs: list[int], they_learn: list[bool]
+    tokenizer: PreTrainedTokenizerFast,
+    asks: str,
+    ours: list[int],
+    we_learn: list[bool],
+    theirs: list[int],
+    they_learn: list[bool],
 ) -> str:
+    """What two masks differ in.
+
+    Args:
+        asks: what the template asks for an answer by.
+    """
     if ours != theirs:
         return f"other text: ours {_text(tokenizer, ours)}, TRL's {_text(tokenizer, theirs)}"
     if we_learn == they_learn:
         return "same"
-    only_they = [i for i, ours, theirs in zip(ours, we_learn, they_learn, strict=True) if theirs and not ours]
-    only_we = [i for i, ours, theirs in zip(ours, we_learn, they_learn, strict=True) if ours and not theirs]
-    return f"only TRL learns {_text(tokenizer, only_they)}, only ours {_text(tokenizer, only_we)}"
+    places = [i for i, (we, they) in enumerate(zip(we_learn, they_learn, strict=True)) if they and not we]
+    only_we = [i for i, we, they in zip(ours, we_learn, they_learn, strict=True) if we and not they]
+    runs = [
+        str(tokenizer.decode([ours[i] for _, i in run])) for _, run in groupby(enumerate(places), lambda p: p[1] - p[0])
+    ]
+    if not only_we and all(run in asks for run in runs):
+        return f"{BUT} ({_shown(runs[0])})"
+    return f"only TRL learns {_shown(' ... '.join(runs))}, only ours {_text(tokenizer, only_we)}"
 
 
 def _text(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
-    text = repr(tokenizer.decode(ids)).replace("|", "/")
+    return _shown(str(tokenizer.decode(ids)))
+
+
+def _shown(text: str) -> str:
+    text = repr(text).replace("|", "/")
     return text if len(text) < 160 else f"{text[:80]} ... {text[-60:]}"
 
 
@@ -176,6 +201,11 @@ def main() -> None:
         )
         counts = [f"{list(said.values()).count('same')} of {len(TURNS)}" for said in (own, patched)]
         print(f"| {name} | {' | '.join(counts)} | {'; '.join(others)} |", flush=True)
+
+
+def _count(found: dict[str, str]) -> str:
+    same, nearly = list(found.values()).count("same"), sum(text.startswith(BUT) for text in found.values())
+    return f"{same} of {len(found)}" + (f", {nearly} {BUT}" if nearly else "")
 
 
 if __name__ == "__main__":

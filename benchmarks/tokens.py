@@ -133,9 +133,9 @@ def measure(file: Path, folder: Path, *, workers: int, length: int, vocabulary: 
         task = build_task(cfg, data, tokenizer, model_config)
         view, columns = task.read_rows("train"), task.kept_tokens.columns or []
         cache = TokenCache(folder / "tokens", workers, str(folder / "tokens"))
-        of = Tokenizing(cfg, tokenizer, model_config, length)
-        timed("tokenize", lambda: cache.store(view, columns, of))
-        task.kept_tokens.keep("train", view, length, timed("open", lambda: cache.store(view, columns, of)))
+        tokenizing = Tokenizing(cfg, tokenizer, model_config, length)
+        timed("tokenize", lambda: cache.store(view, columns, tokenizing))
+        task.kept_tokens.keep("train", view, length, timed("open", lambda: cache.store(view, columns, tokenizing)))
         rows = philox(0, "benchmark", 0).integers(0, len(task), (100, 64))
         timed("random rows", lambda: [task.batch(drawn) for drawn in rows])
     tokens = sum(path.stat().st_size for path in (folder / "tokens").rglob("*") if path.is_file())

@@ -63,3 +63,15 @@ def test_a_disk_without_room(
     with caplog.at_level(logging.WARNING):
         token_keeping.keep_tokens(preflight.check(parse_config(tree(tmp_path, models_dir, "auto", "auto"))))
     assert "texts are tokenized as they are read" in caplog.text
+
+
+class Objective(CausalObjective):
+    """One of somebody's own, which may read anything."""
+
+
+def test_tokens_of_an_objective_of_ones_own_are_not_kept(tmp_path: Path, models_dir: Path) -> None:
+    own = tree(tmp_path, models_dir, "own", str(tmp_path / "tokens"))
+    own["task"]["objective"] = f"{__name__}:Objective"
+    with pytest.raises(UserError, match=r"task.token_cache=.*: tokens of an objective of one's own.* set it to off"):
+        token_keeping.keep_tokens(preflight.check(parse_config(own)))
+    assert not (tmp_path / "tokens").exists()

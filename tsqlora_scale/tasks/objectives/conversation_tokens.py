@@ -153,8 +153,8 @@ class ConversationTokens:
             begin -= lost
         encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
-        said = [message for message in messages if message["role"] == ASSISTANT]
-        told = [span for span, message in zip(spans, said, strict=True) if is_learned(message)]
+        answers = [message for message in messages if message["role"] == ASSISTANT]
+        told = [span for span, message in zip(spans, answers, strict=True) if is_learned(message)]
         wanted = {"all": [(0, len(text))], "last": spans[-1:], "assistant": told}[self._loss_on]
         learned = inside(offsets, wanted)
         answer = inside(offsets, [(begin, len(text))])

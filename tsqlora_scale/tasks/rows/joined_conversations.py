@@ -45,14 +45,14 @@ def joined(
     def cells() -> Iterator[pa.Array]:
         for block in blocks(len(column), _ROWS):
             asked = _read(column, name, block, where, kept)
-            said = _read(parts[COMPLETION_KEY][1], parts[COMPLETION_KEY][0], block, where, kept) if answers else {}
+            replies = _read(parts[COMPLETION_KEY][1], parts[COMPLETION_KEY][0], block, where, kept) if answers else {}
             begins = (
                 {} if systems is None else dict(enumerate(systems.slice(block.start, len(kept[block])).to_pylist()))
             )
             texts: list[str | None] = [None] * len(kept[block])
             for place, messages in asked.items():
                 given = messages if not answers else [_given(message) for message in messages]
-                whole = _behind(begins.get(place), [*given, *said.get(place, [])])
+                whole = _behind(begins.get(place), [*given, *replies.get(place, [])])
                 texts[place] = json.dumps(whole, ensure_ascii=False)
             yield pa.array(texts, pa.string())
 

@@ -74,8 +74,8 @@ class TokenCache:
             NoPlace: they cannot be written.
             UserError: a row cannot be tokenized.
         """
-        of = recipe(tokenizing.cfg, tokenizing.tokenizer, tokenizing.model_config, tokenizing.limit)
-        key = hashlib.sha256(f"{of} {text_digest(view, columns)}".encode()).hexdigest()[:32]
+        made_by = recipe(tokenizing.cfg, tokenizing.tokenizer, tokenizing.model_config, tokenizing.limit)
+        key = hashlib.sha256(f"{made_by} {text_digest(view, columns)}".encode()).hexdigest()[:32]
         folder = self.root / key
         try:
             found = self._found(folder, len(view), says=False)
