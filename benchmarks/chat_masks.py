@@ -196,10 +196,11 @@ def main() -> None:
         if not re.search(options.only, name):
             continue
         own, patched = compare(template, marked)
+        both = [*own.items(), *patched.items()]
         others = dict.fromkeys(
-            f"{key}: {text}" for said in (own, patched) for key, text in said.items() if text != "same"
+            text if text.startswith(BUT) else f"{key}: {text}" for key, text in both if text != "same"
         )
-        counts = [f"{list(said.values()).count('same')} of {len(TURNS)}" for said in (own, patched)]
+        counts = [_count(found) for found in (own, patched)]
         print(f"| {name} | {' | '.join(counts)} | {'; '.join(others)} |", flush=True)
 
 
