@@ -32,11 +32,12 @@ COMMANDS = {
     "redundancy": "--config CONFIG --out OUT --seeds 0 --power 1 train.max_steps=9",
     "sampler": "--out OUT --sizes 1e4,1e5 --seconds 0.1",
     "scoring": "--model MODEL --batch 4 --length 8 --repeat 2 --loop-repeat 1",
+    "tokens": "--out OUT --sizes 40 --workers 1 --words 60 --length 64 --vocabulary 400",
     "throughput": "--encoder MODEL --causal DECODER --batch 4 --micro-batch 2 --max-length 24 --rows 40 --steps 1 "
     "--repeats 1",
 }
-#: The first two need the original package and a folder of data, the others are parts of benchmarks.
-NOT_RUN = {"make_movie_snippets", "audit", "policies", "random_models", "steps", "traffic"}
+#: The first three need the original package, a folder of data and TRL, the others are parts of benchmarks.
+NOT_RUN = {"make_movie_snippets", "audit", "chat_masks", "policies", "random_models", "steps", "traffic"}
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -6,7 +6,7 @@ import math
 from datetime import date
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from tsqlora_scale.common.printing import shown
 from tsqlora_scale.config.extensions import is_extension
@@ -29,6 +29,15 @@ def _is_date(value: str) -> str:
         raise ValueError(f"{shown(value)} is no date; write it as 'YYYY-MM-DD'") from None
 
 
+def _kept(value: Any) -> Any:
+    """YAML reads ``off`` as a truth value, and so do its readers ``on``."""
+    if value == "":
+        raise ValueError("'' names no folder; give one, auto or off")
+    return {True: "auto", False: "off"}.get(value, value) if isinstance(value, bool) else value
+
+
+#: ``auto``, ``off``, or a folder.
+KeptOrNot = Annotated[str, BeforeValidator(_kept)]
 IsoDate = Annotated[str, AfterValidator(_is_date)]
 
 

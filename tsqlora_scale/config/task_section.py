@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from tsqlora_scale.config.fields import IsoDate, PositiveFloat, PositiveInt, Section, name_or_extension
+from tsqlora_scale.config.fields import IsoDate, KeptOrNot, PositiveFloat, PositiveInt, Section, name_or_extension
 
 #: The metrics of a task that names none.
 DEFAULT_METRICS = {"classification": "accuracy", "regression": "pearson", "seq2seq": "rougeL", "causal": "rougeL"}
@@ -106,7 +106,9 @@ class DatasetConfig(Section):
 
 
 #: Keys of a set of a mixture that name columns, as the task's own do.
-SET_COLUMNS = ("text", "label", "source", "target", "input", "messages", "tools")
+SET_COLUMNS = ("text", "label", "source", "target", "input", "messages", "tools", "completion", "system")
+#: Those of which only the sets that name them have any.
+_OWN_COLUMNS = ("input", "tools", "completion", "system")
 
 #: Columns of ours in the pool of a mixture.
 OUR_COLUMNS = {"sample_id", "data_set", "row_weight"}
@@ -134,6 +136,10 @@ class MixedSetConfig(Section):
     messages: str | None = None
     #: Its column of tools.
     tools: str | None = None
+    #: Its column of the messages that follow and are learned.
+    completion: str | None = None
+    #: Its column of system prompts.
+    system: str | None = None
     #: Text put before every source of it, behind the task's own prefix.
     prefix: str = ""
 
@@ -152,8 +158,9 @@ class MixedSetConfig(Section):
             raise ValueError(f"'dataset' of {self.name!r} names no data: set 'train_file', or 'name' of a hub dataset")
         if self.messages is not None and (self.source or self.target or self.input or self.prefix):
             raise ValueError(f"{self.name!r} names whole conversations by 'messages', and columns of texts; remove one")
-        if self.messages is None and self.tools is not None:
-            raise ValueError(f"'tools' of {self.name!r} goes with 'messages', a column of conversations; name it")
+        beside = next((key for key in SET_COLUMNS[6:] if getattr(self, key)), None)
+        if self.messages is None and beside is not None:
+            raise ValueError(f"'{beside}' of {self.name!r} goes with 'messages', a column of conversations; name it")
         return self
 
 
@@ -195,6 +202,11 @@ class TaskConfig(Section):
     messages: str | None = None
     #: A column of the tools that a conversation's template is told of, lists of JSON schemas; a row may have none.
     tools: str | None = None
+    #: A column of the messages that follow those of ``messages``, and of which alone something is learned, as TRL's
+    #: ``completion`` follows its ``prompt``.
+    completion: str | None = None
+    #: A column of system prompts, put before conversations that do not begin with one; a row may have none.
+    system: str | None = None
     #: What of a conversation is learned: all that the ``assistant`` says, its ``last`` answer, or ``all`` of it.
     loss_on: Literal["assistant", "last", "all"] = "assistant"
     #: Text put before every source (T5-style).
@@ -204,6 +216,8 @@ class TaskConfig(Section):
     source_lang: str | None = None
     #: Language of the target, with which it begins.
     target_lang: str | None = None
+    #: A jinja file in the place of the tokenizer's own chat template (causal).
+    chat_template: str | None = None
     #: What a chat template is told that the date is; none is 2025-01-01, on every day.
     chat_date: IsoDate | None = None
     #: Most tokens of an input, special ones included; of a causal task's source and answer together.
@@ -215,6 +229,11 @@ class TaskConfig(Section):
     metrics: Annotated[list[str], Field(min_length=1)]
     #: Beams of the search by which texts are generated; 1 takes the likeliest token every time.
     num_beams: PositiveInt = 4
+    #: Where texts are kept as tokens, which are made once, before the first step: a folder; ``auto``, in the cache of
+    #: ``datasets`` where a set has 16 MB of text and more, and the run reads it more than once; or ``off``.
+    token_cache: KeptOrNot = "auto"
+    #: Processes that make them; none: as many as there are cores, up to 8, one for every 32 MB of text.
+    tokenize_workers: PositiveInt | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -243,7 +262,7 @@ class TaskConfig(Section):
             )
         if self.query in ("", []) or (isinstance(self.query, list) and "" in self.query):
             raise ValueError("'query' names no file: give one, or leave it out")
-        of_causal = [(key, "causal") for key in ("chat_date", "input", "messages", "tools")]
+        of_causal = [(key, "causal") for key in ("chat_date", "chat_template", *SET_COLUMNS[4:])]
         for key, type_ in [("source_lang", "seq2seq"), ("target_lang", "seq2seq"), *of_causal]:
             if getattr(self, key) is not None and self.type != type_:
                 raise ValueError(f"'{key}' is for {type_} tasks, and 'type' is {self.type!r}; remove it")
@@ -256,8 +275,8 @@ class TaskConfig(Section):
             if given:
                 raise ValueError(f"'{given[0]}' goes with texts, and 'messages' names whole conversations; remove one")
             return self
-        if self.tools is not None or self.loss_on != "assistant":
-            key = "tools" if self.tools is not None else "loss_on"
+        key = next((key for key in SET_COLUMNS[6:] if getattr(self, key) is not None), "loss_on")
+        if key != "loss_on" or self.loss_on != "assistant":
             raise ValueError(f"'{key}' is for tasks with 'messages', a column of conversations; name it, or remove it")
         return self
 
@@ -288,7 +307,7 @@ class TaskConfig(Section):
             raise ValueError(f"{min(map(str, taken))!r} is a column of ours in a mixture; give the task another name")
         for each in self.mixture:
             self._check_set(each)
-        for key in ("input", "tools"):
+        for key in _OWN_COLUMNS:
             if getattr(self, key) is not None and all(getattr(each, key) is None for each in self.mixture):
                 raise ValueError(f"'{key}' is named by no set of 'mixture'; name it in those that have the column")
         return self
@@ -297,7 +316,7 @@ class TaskConfig(Section):
         """The columns of a set of the mixture are of the task's kind."""
         chats = each.messages is not None or (self.messages is not None and each.source is None)
         fits = {"classification": ("text", "label"), "regression": ("text", "label")}.get(self.type)
-        allowed = fits or ("source", "target", "input", "messages", "tools", "prefix")
+        allowed = fits or (*SET_COLUMNS[2:], "prefix")
         wrong = [key for key in (*SET_COLUMNS, "prefix") if getattr(each, key) and key not in allowed]
         if wrong:
             raise ValueError(f"'{wrong[0]}' of {each.name!r} is of another kind of task than {self.type!r}; remove it")
@@ -312,11 +331,11 @@ class TaskConfig(Section):
             raise ValueError(f"{each.name!r} names the column {twice!r} twice; a column has one meaning")
 
     def of_set(self, each: MixedSetConfig) -> TaskConfig:
-        """The task on one data set of the mixture alone, with its columns: ``input`` and ``tools`` only where it names
-        them, for others may have none."""
+        """The task on one data set of the mixture alone, with its columns: ``input``, ``tools``, ``completion`` and
+        ``system`` only where it names them, for others may have none."""
         named = {key: getattr(each, key) for key in SET_COLUMNS if getattr(each, key)}
         others = ("messages",) if each.source is not None else ("source", "target") if each.messages else ()
-        columns = {**dict.fromkeys(("input", "tools", *others)), **named}
+        columns = {**dict.fromkeys((*_OWN_COLUMNS, *others)), **named}
         return self.model_copy(update={**columns, "dataset": each.dataset, "mixture": [], "temperature": None})
 
     @property
@@ -370,7 +389,7 @@ def _with_columns_of_sets(tree: dict[str, Any]) -> dict[str, Any]:
     own = {key: tree.get(key) for key in SET_COLUMNS}
     chats = bool(own["messages"]) or (not own["source"] and any(each.get("messages") for each in sets))
     labelled = tree.get("type") in ("classification", "regression")
-    texts = SET_COLUMNS[5:] if chats else SET_COLUMNS[2:]
+    texts = SET_COLUMNS[5:7] if chats else SET_COLUMNS[2:7]
     for key in SET_COLUMNS[:2] if labelled else texts:
         found = next((each[key] for each in sets if each.get(key)), None)
         if found is not None and not own[key]:

@@ -24,15 +24,19 @@ from tsqlora_scale.model.weight_files import check_base_weights, check_fits
 
 
 def load_descriptions(config: Config, path: str) -> tuple[Any, Any]:
-    """The model's config and tokenizer.
+    """The model's config and tokenizer, the latter with the task's chat template.
 
     Raises:
-        UserError: when the model cannot be found or described.
+        UserError: when the model cannot be found or described, or the template not be read.
     """
     from transformers import AutoTokenizer
 
+    from tsqlora_scale.tasks.objectives.chat_template import read_template
+
     model_config, key = describe_model(config, path), f"model.name_or_path={config.model.name_or_path!r}"
     tokenizer = _loaded(config, path, AutoTokenizer)
+    if config.task.chat_template is not None:
+        tokenizer.chat_template = read_template(config.task.chat_template)
     fit_tokenizer(config, model_config, tokenizer, key=key)
     return model_config, tokenizer
 

@@ -49,6 +49,7 @@ from tsqlora_scale.run.resume import (
     same_method,
 )
 from tsqlora_scale.run.run_lock import RunLock
+from tsqlora_scale.run.token_keeping import keep_tokens
 from tsqlora_scale.run.training_run import Run
 from tsqlora_scale.tasks.evaluation import evaluate_all
 
@@ -75,6 +76,7 @@ def build_run(
     """
     stop = stop or StopRequest()
     config, plan = preflight.config, preflight.plan
+    keep_tokens(preflight)
     accelerator = started(
         config, accumulation=plan.accumulation, mixed_precision="fp16" if config.model.dtype == "fp16" else "no"
     )

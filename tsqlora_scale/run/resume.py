@@ -19,6 +19,8 @@ MAY_CHANGE = {
     "run.name": "the same",
     "run.timeout_minutes": "nothing of the result",
     "adapter.init_from": "nothing: only a start reads it",
+    "task.token_cache": "nothing of the result",
+    "task.tokenize_workers": "the same",
     "train.max_steps": "longer or shorter, not below the step reached: what follows from the length is taken anew",
     "train.epochs": "the same; one of the two may take the other's place",
     "train.micro_batch_size": "nothing but the last bits of sums",

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from tsqlora_scale.tasks.objectives.causal import CausalObjective
@@ -55,6 +54,8 @@ def needed_logits(module: Any, places: Tensor | None, shape: torch.Size) -> Iter
 
 def _output_layer(module: Any) -> nn.Linear | None:
     """The layer that gives the logits, unless it is adapted; None where there is none to be found."""
+    from peft.tuners.tuners_utils import BaseTunerLayer  # heavy, and nothing to processes that only tokenize
+
     find = getattr(module, "get_output_embeddings", None)
     found = find() if callable(find) else None
     return found if isinstance(found, nn.Linear) and not isinstance(found, BaseTunerLayer) else None

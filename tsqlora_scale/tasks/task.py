@@ -9,7 +9,6 @@ from typing import Any, TypeGuard
 import datasets
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -32,8 +31,10 @@ from tsqlora_scale.tasks.rows.data import Data
 from tsqlora_scale.tasks.rows.mixed_sets import MixedSets
 from tsqlora_scale.tasks.rows.set_columns import DATA_SET
 from tsqlora_scale.tasks.rows.sources import SplitName
+from tsqlora_scale.tasks.rows.text_sizes import text_lengths, text_sizes
 from tsqlora_scale.tasks.rows.wanted import text_columns
 from tsqlora_scale.tasks.split_pool import SplitPool
+from tsqlora_scale.tasks.tokens.kept_tokens import KeptTokens
 
 QUERY: SplitName = "query"
 Indices = Sequence[int] | np.ndarray
@@ -61,6 +62,8 @@ class Task:
         self._shift = token_shift(objective)
         self.tokenizer = tokenizer
         self.train, self.dev = data.pool(with_query=cfg.train_on_query), data.dev
+        #: What need not be tokenized again.
+        self.kept_tokens = KeptTokens(objective, fast=tokenizer.is_fast)
         #: Rows of the query at the end of the pool.
         self.query_rows = len(self.train) - len(data.train)
         #: The sets of ``task.mixture`` in the pool; None without one.
@@ -121,11 +124,11 @@ class Task:
             max_length: a limit in tokens in place of ``task.max_length``, if smaller.
         """
         limit = self._cfg.max_length if max_length is None else min(max_length, self._cfg.max_length)
-        cells = self._rows(split, rows)
-        inputs, targets = self._objective.collate(cells, limit)
-        prompts = None
-        if split != "train" and isinstance(self._objective, ChatObjective):  # what the model may be asked for
-            prompts = self._objective.prompts(cells)
+        made = self.kept_tokens.padded(split, rows, limit)
+        asks = split != "train" and isinstance(self._objective, ChatObjective)  # what the model may be asked for
+        cells = self._rows(split, rows) if made is None or asks else {}
+        inputs, targets = made or self._objective.collate(cells, limit)
+        prompts = self._objective.prompts(cells) if asks and isinstance(self._objective, ChatObjective) else None
         places = None if self._shift is None else places_of(targets, self._shift)
         padding = padding_of(inputs, looks_back=self._shift is not None)
         packing = self.packer.packed(inputs, places) if self.packer is not None and split == "train" else None
@@ -271,20 +274,12 @@ class Task:
     def lengths(self, split: SplitName = "train") -> np.ndarray:
         """Characters of input text of every row of a split, (N,) int32: enough to put rows of a length together."""
         names = [name for key, name in text_columns(self._cfg).items() if key != "task.target"]
-        view = self._views[split].select_columns(names).with_format("arrow")
-        lengths = new_array(len(view), np.int32)
-        for block in blocks(len(view), ROWS):
-            table = view[block]
-            lengths[block] = sum(pc.fill_null(pc.utf8_length(table[name]), 0).to_numpy() for name in names)
-        return lengths
+        return text_lengths(self._views[split], names, ROWS)
 
     def sizes(self, rows: Indices) -> np.ndarray:
         """Characters of all texts of some rows of the pool, targets too, (B,) int64."""
         names = list(dict.fromkeys(text_columns(self._cfg).values()))
-        table = self.train.select_columns(names).with_format("arrow")[np.asarray(rows, dtype=np.int64).tolist()]
-        columns = [pc.fill_null(pc.utf8_length(table[name]), 0).to_numpy() for name in names]
-        found: np.ndarray = np.stack(columns).sum(axis=0, dtype=np.int64)
-        return found
+        return text_sizes(self.train, names, rows)
 
     def measured(self, rows: Indices) -> list[Measured]:
         """How long texts of the pool are in tokens, and how much of them is kept; nothing where the objective is a
@@ -363,6 +358,10 @@ class Task:
     def rows_of(self, split: SplitName) -> datasets.Dataset:
         """The rows of a split with the columns of the data."""
         return self._data[split]
+
+    def read_rows(self, split: SplitName) -> datasets.Dataset:
+        """The rows of a split with the columns that are learned from."""
+        return self._views[split]
 
     @property
     def query(self) -> SplitPool | None:

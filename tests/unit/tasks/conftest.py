@@ -51,11 +51,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def make_task(models: Callable[[str], Path], tmp_path: Path) -> Callable[..., Task]:
     """A task on ``train.tsv`` of the test's folder (also as dev set) with the tokenizer of a tiny model."""
 
-    def make(model: str, kind: dict[str, Any], tsv: str, **dataset: Any) -> Task:
+    def make(model: str, kind: dict[str, Any], tsv: str, *, template: str | None = None, **dataset: Any) -> Task:
         (tmp_path / "train.tsv").write_text(tsv)
         cfg = task_config(tmp_path, kind, dev_file="train.tsv", **dataset)
         folder = models(model)
         tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.chat_template = template or tokenizer.chat_template
         return build_task(cfg, load_data(cfg, seed=0), tokenizer, AutoConfig.from_pretrained(folder))
 
     return make

@@ -13,7 +13,7 @@ from tsqlora_scale.config.schema import TaskConfig
 from tsqlora_scale.tasks.batch import IGNORED, Batch, pad_rows
 from tsqlora_scale.tasks.losses import token_losses
 from tsqlora_scale.tasks.objectives.generation import generate_text
-from tsqlora_scale.tasks.objectives.objective import MEASURED, Measured, Rows
+from tsqlora_scale.tasks.objectives.objective import MEASURED, Measured, Rows, Tokens
 from tsqlora_scale.tasks.objectives.prompts import PromptFormat
 from tsqlora_scale.tasks.objectives.tokenizing import pad_id
 
@@ -41,19 +41,31 @@ class CausalObjective:
         self._source, self.answer = cfg.source, cfg.target
         self._input = cfg.input
         self.columns = list(dict.fromkeys(name for name in (cfg.source, cfg.input, cfg.target) if name is not None))
+        self.token_columns = self.columns
         self._limits(cfg.max_length)
 
     def collate(self, rows: Rows, max_length: int) -> tuple[dict[str, Tensor], Tensor]:
         """Prompt and answer, padded on the right (B, T); targets (B, T) at the answers' own positions."""
+        return self.padded(self.tokens(rows, max_length), rows)
+
+    def tokens(self, rows: Rows, max_length: int) -> Tokens:
+        """Prompt and answer of every row, and the prompt's length."""
         prompt_limit, answer_limit = self._limits(max_length)
         prompts = self._format.prompts(self._sources(rows), prompt_limit)
         answers = self._format.answers(rows[self.answer], answer_limit)
-        both = list(zip(prompts, answers, strict=True))
+        both = zip(prompts, answers, strict=True)
+        return {"input_ids": [[*p, *a] for p, a in both], "prompt": [[len(p)] for p in prompts]}
+
+    def padded(self, tokens: Tokens, rows: Rows) -> tuple[dict[str, Tensor], Tensor]:
+        """What :meth:`collate` makes of rows with these tokens."""
+        ids = tokens["input_ids"]
         inputs = {
-            "input_ids": pad_rows([[*p, *a] for p, a in both], self._pad),
-            "attention_mask": pad_rows([[1] * (len(p) + len(a)) for p, a in both], 0),
+            "input_ids": pad_rows(ids, self._pad),
+            "attention_mask": pad_rows([[1] * len(row) for row in ids], 0),
         }
-        return inputs, pad_rows([[IGNORED] * len(p) + a for p, a in both], IGNORED)
+        begins = [begin for (begin,) in tokens["prompt"]]
+        targets = [[IGNORED] * begin + row[begin:] for row, begin in zip(ids, begins, strict=True)]
+        return inputs, pad_rows(targets, IGNORED)
 
     def losses(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """One loss term for each answer token: logits at position t speak of the token at t + 1."""

@@ -15,7 +15,7 @@ from tsqlora_scale.tasks.batch import IGNORED, Batch, pad_rows
 from tsqlora_scale.tasks.losses import token_losses
 from tsqlora_scale.tasks.objectives.causal import check_decoder, continued
 from tsqlora_scale.tasks.objectives.conversation_tokens import ConversationTokens, Tools
-from tsqlora_scale.tasks.objectives.objective import MEASURED, Measured, Rows
+from tsqlora_scale.tasks.objectives.objective import MEASURED, Measured, Rows, Tokens
 from tsqlora_scale.tasks.objectives.tokenizing import pad_id
 from tsqlora_scale.tasks.objectives.turn_spans import UnwrittenTurn
 from tsqlora_scale.tasks.rows.conversations import Message, read_conversation, read_tools, up_to_last_answer
@@ -40,20 +40,31 @@ class ChatObjective:
         self._pad = pad_id(tokenizer)
         self.answer = cfg.messages
         self.columns = [cfg.messages, *([cfg.tools] if cfg.tools is not None else [])]
+        self.token_columns = self.columns
         answer_limit(cfg, cfg.max_length)
 
     def collate(self, rows: Rows, max_length: int) -> tuple[dict[str, Tensor], Tensor]:
         """Conversations, padded on the right (B, T); targets (B, T) at the learned tokens' own positions."""
+        return self.padded(self.tokens(rows, max_length), rows)
+
+    def tokens(self, rows: Rows, max_length: int) -> Tokens:
+        """Every conversation's tokens, and which of them are learned."""
         most = answer_limit(self._cfg, max_length)
         made = []
         for messages, tools in self._conversations(rows):
             with _named(messages):
                 made.append(self._tokens.marked(messages, tools, max_length, most))
+        return {"input_ids": [row.ids for row in made], "learned": [[*map(int, row.learned)] for row in made]}
+
+    def padded(self, tokens: Tokens, rows: Rows) -> tuple[dict[str, Tensor], Tensor]:
+        """What :meth:`collate` makes of rows with these tokens."""
+        ids = tokens["input_ids"]
         inputs = {
-            "input_ids": pad_rows([row.ids for row in made], self._pad),
-            "attention_mask": pad_rows([[1] * len(row.ids) for row in made], 0),
+            "input_ids": pad_rows(ids, self._pad),
+            "attention_mask": pad_rows([[1] * len(row) for row in ids], 0),
         }
-        targets = [[i if told else IGNORED for i, told in zip(row.ids, row.learned, strict=True)] for row in made]
+        both = zip(ids, tokens["learned"], strict=True)
+        targets = [[i if told else IGNORED for i, told in zip(row, learned, strict=True)] for row, learned in both]
         return inputs, pad_rows(targets, IGNORED)
 
     def prompts(self, rows: Rows) -> dict[str, Tensor]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import date
+from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.printing import shown
@@ -81,7 +84,33 @@ def chat_marks(tokenizer: PreTrainedTokenizerBase, today: str | None = None) -> 
 
 
 #: What a user can do about a template.
-REMEDY = "mend chat_template in the model's folder, or remove it to train on plain text"
+REMEDY = "mend chat_template in the model's folder, or give another by task.chat_template"
+
+
+def read_template(place: str) -> str:
+    """The template in the file that ``task.chat_template`` names.
+
+    Raises:
+        UserError: naming the key: there is no such file, or it is no template.
+    """
+    key = f"task.chat_template={shown(place)}"
+    try:
+        text = Path(place).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror or error
+        raise UserError(f"{key}: cannot be read ({reason}); give a file with a jinja template") from None
+    if not text.strip():
+        raise UserError(f"{key}: holds nothing; write a template into it, or leave the key out")
+    mistake: TemplateSyntaxError | None = None
+    try:
+        render_jinja_template([[]], chat_template=text)
+    except TemplateSyntaxError as error:
+        mistake = error
+    except Exception:  # of a conversation without turns it need not make anything
+        return text
+    if mistake is not None:
+        raise UserError(f"{key}, line {mistake.lineno}: is no jinja template ({mistake.message}); mend it")
+    return text
 
 
 def template_text(tokenizer: PreTrainedTokenizerBase) -> str | None:

@@ -13,7 +13,7 @@ from tsqlora_scale.config.schema import TaskConfig
 from tsqlora_scale.tasks.objectives.early_cut import head, is_long, tail
 from tsqlora_scale.tasks.objectives.tokenizing import TextEncoder
 from tsqlora_scale.tasks.objectives.turn_spans import Span, TurnTemplate, UnwrittenTurn
-from tsqlora_scale.tasks.rows.conversations import Message, up_to_last_answer
+from tsqlora_scale.tasks.rows.conversations import ASSISTANT, Message, is_learned, up_to_last_answer
 
 Tools = list[dict[str, Any]] | None
 T = TypeVar("T")
@@ -153,7 +153,9 @@ class ConversationTokens:
             begin -= lost
         encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
-        wanted = {"all": [(0, len(text))], "last": spans[-1:], "assistant": spans}[self._loss_on]
+        answers = [message for message in messages if message["role"] == ASSISTANT]
+        told = [span for span, message in zip(spans, answers, strict=True) if is_learned(message)]
+        wanted = {"all": [(0, len(text))], "last": spans[-1:], "assistant": told}[self._loss_on]
         learned = inside(offsets, wanted)
         answer = inside(offsets, [(begin, len(text))])
         start = answer.index(True) if True in answer else len(ids)

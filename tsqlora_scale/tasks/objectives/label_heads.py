@@ -13,7 +13,7 @@ from tsqlora_scale.config.schema import TaskConfig
 from tsqlora_scale.tasks.batch import Batch
 from tsqlora_scale.tasks.losses import class_losses, squared_losses
 from tsqlora_scale.tasks.objectives.model_inputs import InputRows
-from tsqlora_scale.tasks.objectives.objective import MEASURED, Measured, Rows
+from tsqlora_scale.tasks.objectives.objective import MEASURED, Measured, Rows, Tokens
 from tsqlora_scale.tasks.objectives.tokenizing import TextEncoder
 
 
@@ -35,12 +35,20 @@ class LabelObjective:
         self._inputs = InputRows(self.auto_class, tokenizer, model_config)
         self._regression = cfg.type == "regression"
         self.columns = [*cfg.text, cfg.label]
+        self.token_columns = list(cfg.text)
         self.answer = cfg.label
 
     def collate(self, rows: Rows, max_length: int) -> tuple[dict[str, Tensor], Tensor]:
         """Inputs (B, T) and targets (B,): int64 class ids or float32 numbers."""
-        texts = [rows[name] for name in self._cfg.text]
-        inputs = self._inputs.tensors(self._encoder.rows(*texts, max_length=max_length))
+        return self.padded(self.tokens(rows, max_length), rows)
+
+    def tokens(self, rows: Rows, max_length: int) -> Tokens:
+        """What the tokenizer makes of the texts."""
+        return self._encoder.rows(*(rows[name] for name in self._cfg.text), max_length=max_length)
+
+    def padded(self, tokens: Tokens, rows: Rows) -> tuple[dict[str, Tensor], Tensor]:
+        """What :meth:`collate` makes of rows with these tokens: their answers are those of the rows."""
+        inputs = self._inputs.tensors(tokens)
         return inputs, torch.tensor(rows[self.answer], dtype=torch.float32 if self._regression else torch.int64)
 
     def losses(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,8 @@ from tsqlora_scale.tasks.batch import Batch
 
 #: Column name -> the values of the rows of a batch.
 Rows = dict[str, list[Any]]
+#: Name -> the numbers of every row of a batch: token ids, or what is said of each of them.
+Tokens = dict[str, list[list[int]]]
 
 
 #: Characters of a text that are looked at where its length is only told to a reader.

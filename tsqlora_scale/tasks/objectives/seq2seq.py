@@ -13,7 +13,7 @@ from tsqlora_scale.tasks.batch import IGNORED, Batch, pad_rows
 from tsqlora_scale.tasks.losses import token_losses
 from tsqlora_scale.tasks.objectives.generation import generate_text
 from tsqlora_scale.tasks.objectives.model_inputs import InputRows
-from tsqlora_scale.tasks.objectives.objective import MEASURED, Measured, Rows
+from tsqlora_scale.tasks.objectives.objective import MEASURED, Measured, Rows, Tokens
 from tsqlora_scale.tasks.objectives.target_form import TargetForm
 from tsqlora_scale.tasks.objectives.tokenizing import TextEncoder, pad_id
 
@@ -42,14 +42,23 @@ class Seq2SeqObjective:
         self._encoder = TextEncoder(tokenizer)
         self._inputs = InputRows(self.auto_class, tokenizer, model_config)
         self._pad = pad_id(tokenizer)
-        self.columns = [cfg.source, cfg.target]
+        self.columns = self.token_columns = [cfg.source, cfg.target]
         self._source, self.answer = cfg.source, cfg.target
 
     def collate(self, rows: Rows, max_length: int) -> tuple[dict[str, Tensor], Tensor]:
         """Inputs with ``decoder_input_ids`` (B, T), and targets (B, T)."""
+        return self.padded(self.tokens(rows, max_length), rows)
+
+    def tokens(self, rows: Rows, max_length: int) -> Tokens:
+        """What the tokenizer makes of the sources, and the targets' tokens."""
         sources = [self._cfg.prefix + text for text in rows[self._source]]
-        inputs = self._inputs.tensors(self._encoder.rows(sources, max_length=max_length))
         targets = self._targets.rows(rows[self.answer], self._cfg.max_target_length)
+        return {**self._encoder.rows(sources, max_length=max_length), "targets": targets}
+
+    def padded(self, tokens: Tokens, rows: Rows) -> tuple[dict[str, Tensor], Tensor]:
+        """What :meth:`collate` makes of rows with these tokens."""
+        targets = tokens["targets"]
+        inputs = self._inputs.tensors({name: tokens[name] for name in tokens if name != "targets"})
         inputs["decoder_input_ids"] = pad_rows([[self._targets.start, *ids[:-1]] for ids in targets], self._pad)
         return inputs, pad_rows(targets, IGNORED)
 

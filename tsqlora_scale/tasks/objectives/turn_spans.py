@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.printing import shown
 from tsqlora_scale.tasks.objectives.chat_template import REMEDY, USUAL_DATE, template_text, with_date
-from tsqlora_scale.tasks.rows.conversations import ASSISTANT, Message
+from tsqlora_scale.tasks.rows.conversations import ASSISTANT, WEIGHT, Message
 
 #: Characters (begin, end) of a text.
 Span = tuple[int, int]
@@ -64,9 +64,9 @@ class TurnTemplate:
         Raises:
             UnwrittenTurn: the template fails.
         """
-        turns: Any = messages
+        turns: Any = [{key: message[key] for key in message if key != WEIGHT} for message in messages]
         if self._as_parts:
-            turns = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
+            turns = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
         try:
             text = self._tokenizer.apply_chat_template(
                 turns, tools=tools, chat_template=self._template, tokenize=False, add_generation_prompt=asks

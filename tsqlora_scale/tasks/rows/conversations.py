@@ -18,6 +18,8 @@ from tsqlora_scale.tasks.rows.origin import Origin
 Message = dict[str, Any]
 
 ASSISTANT = "assistant"
+#: A key of an assistant's turn by which it is not learned where its value is 0, as in OpenAI's files.
+WEIGHT = "weight"
 #: ShareGPT's words for who speaks. All others are taken as they are: a template knows which it has.
 _ROLES = {
     "human": "user",
@@ -68,6 +70,8 @@ def emptiness(messages: list[Message]) -> str | None:
     """Why nothing can be learned of a conversation; None where something can."""
     if not any(message["role"] == ASSISTANT for message in messages):
         return "has no turn of the assistant"
+    if not any(map(is_learned, messages)):
+        return "has no turn of the assistant that is learned: all of them weigh 0, or are given"
     for number, message in enumerate(up_to_last_answer(messages), 1):
         if message["role"] in _FILLED and not is_filled(message):
             return f"has an empty message {number} ({message['role']})"
@@ -79,9 +83,14 @@ def is_filled(message: Message) -> bool:
     return bool(message["content"].strip() or any(message.get(key) for key in _BESIDE_CONTENT))
 
 
+def is_learned(message: Message) -> bool:
+    """Whether a turn is the assistant's, and its weight, if it has one, not 0."""
+    return message["role"] == ASSISTANT and message.get(WEIGHT) != 0
+
+
 def up_to_last_answer(messages: list[Message]) -> list[Message]:
-    """The turns up to the last one of the assistant: of what follows it nothing is learned."""
-    last = max(place for place, message in enumerate(messages) if message["role"] == ASSISTANT)
+    """The turns up to the last one that is learned: of what follows it nothing is."""
+    last = max(place for place, message in enumerate(messages) if is_learned(message))
     return messages[: last + 1]
 
 
@@ -104,7 +113,7 @@ def check_conversations(
         UserError: naming file, row and column.
     """
     found = new_array(len(column), bool)
-    for row, messages in _read(column, name, where, kept, lambda cell: read_conversation(cell or "[]")):
+    for row, messages in read_cells(column, name, where, kept, lambda cell: read_conversation(cell or "[]")):
         reason = emptiness(messages)
         if reason is not None and not may_be_empty:
             raise UserError(
@@ -121,7 +130,7 @@ def check_tools(column: pa.ChunkedArray, name: str, *, where: Origin, kept: np.n
     Raises:
         UserError: naming file, row and column.
     """
-    for _ in _read(column, name, where, kept, read_tools):
+    for _ in read_cells(column, name, where, kept, read_tools):
         pass
 
 
@@ -137,7 +146,7 @@ def answerable(column: pa.ChunkedArray, name: str, *, where: Origin) -> tuple[pa
     """
     cells, filled = [], new_array(len(column), bool)
     everything = np.ones(len(column), bool)
-    for row, messages in _read(column, name, where, everything, lambda cell: read_conversation(cell or "[]")):
+    for row, messages in read_cells(column, name, where, everything, lambda cell: read_conversation(cell or "[]")):
         given = messages[:-1] if messages and messages[-1]["role"] == ASSISTANT else messages
         filled[row] = bool(given) and is_filled(given[-1])
         if not filled[row]:
@@ -146,14 +155,29 @@ def answerable(column: pa.ChunkedArray, name: str, *, where: Origin) -> tuple[pa
     return pa.array(cells, pa.string()), filled
 
 
-def _read(
-    column: pa.ChunkedArray, name: str, where: Origin, kept: np.ndarray, read: Callable[[str | None], Any]
+def read_cells(
+    column: pa.ChunkedArray,
+    name: str,
+    where: Origin,
+    kept: np.ndarray,
+    read: Callable[[str | None], Any],
+    first: int = 0,
 ) -> Iterator[tuple[int, Any]]:
-    """Numbers from 0 and contents of the rows that are kept, chunk by chunk: the column may be larger than memory."""
-    row = 0
+    """Numbers and contents of the rows that are kept, chunk by chunk: the column may be larger than memory.
+
+    Args:
+        column: N cells, called ``name`` in messages.
+        kept: which rows count, (N,) bool.
+        read: what is made of a cell.
+        first: number of the first row.
+
+    Raises:
+        UserError: naming file, row and column of a cell of which ``read`` makes nothing.
+    """
+    row = first
     for chunk in column.chunks:
         for cell in chunk:
-            if kept[row]:
+            if kept[row - first]:
                 try:
                     yield row, read(cell.as_py())
                 except MalformedCell as error:

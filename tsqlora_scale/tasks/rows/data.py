@@ -20,6 +20,7 @@ from tsqlora_scale.config.schema import TaskConfig
 from tsqlora_scale.tasks.rows.column_checks import SAMPLE_ID, check_text, sample_ids
 from tsqlora_scale.tasks.rows.conversations import check_conversations, check_tools
 from tsqlora_scale.tasks.rows.excluded_ids import digest_of, not_excluded, read_ids
+from tsqlora_scale.tasks.rows.joined_conversations import joined
 from tsqlora_scale.tasks.rows.label_cells import class_ids, draw_weights, infer_labels, regression_targets
 from tsqlora_scale.tasks.rows.origin import Origin
 from tsqlora_scale.tasks.rows.query_rows import as_in_pool, check_query, query_ids
@@ -35,6 +36,7 @@ from tsqlora_scale.tasks.rows.wanted import (
     TOOLS_KEY,
     WEIGHT_KEY,
     Wanted,
+    joined_columns,
     no_plain_cells,
     text_columns,
 )
@@ -84,7 +86,7 @@ def check_classes_known(cfg: TaskConfig) -> None:
 
 
 def wanted_columns(cfg: TaskConfig, *, pool: bool) -> Wanted:
-    required, optional = text_columns(cfg), {}
+    required, optional = {**text_columns(cfg), **joined_columns(cfg)}, {}
     label = label_column(cfg)
     if label is not None:
         required[LABEL_KEY] = label
@@ -224,10 +226,15 @@ def _checked(
         identity: what the kept rows depend on beside the config and the source.
     """
     raw, where = opened.rows, opened.where
+    parts = {key: (name, _text_of(raw, name, key, where)) for key, name in joined_columns(cfg).items()}
+    raw = raw.remove_columns([name for name, _ in parts.values()])
     own_columns: dict[str, pa.Array | pa.ChunkedArray | np.ndarray] = {SAMPLE_ID: ids}
     filled, texts = copied(kept), {}
     for key, name in text_columns(cfg).items():
-        column = texts[key] = _text_of(raw, name, key, where)
+        column = _text_of(raw, name, key, where)
+        if key == MESSAGES_KEY and parts:
+            column = own_columns[name] = joined(column, name, parts, where=where, kept=kept)
+        texts[key] = column
         if column.type != raw.data.column(name).type:
             own_columns[name] = column
         filled &= _filled(cfg, key, column, where, kept)
@@ -241,6 +248,8 @@ def _checked(
     if part is not None:
         own_columns = part.columns(texts, ids, weights, None if label is None else own_columns[label])
         names = (*names, part.identity, text_columns(cfg))
+    if parts:
+        names = (*names, joined_columns(cfg))
     fingerprint = hashlib.sha256(repr((raw._fingerprint, *names)).encode()).hexdigest()[:16]
     dataset = datasets.Dataset(pa.table(own_columns), fingerprint=fingerprint)
     if part is None:

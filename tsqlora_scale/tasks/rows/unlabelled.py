@@ -16,8 +16,9 @@ from tsqlora_scale.config.schema import TaskConfig
 from tsqlora_scale.tasks.rows.column_checks import check_text
 from tsqlora_scale.tasks.rows.conversations import answerable, check_tools
 from tsqlora_scale.tasks.rows.data import Data, check_classes_known
+from tsqlora_scale.tasks.rows.joined_conversations import joined
 from tsqlora_scale.tasks.rows.sources import open_dev
-from tsqlora_scale.tasks.rows.wanted import INPUT_KEY, Wanted, text_columns
+from tsqlora_scale.tasks.rows.wanted import INPUT_KEY, SYSTEM_KEY, Wanted, text_columns
 
 #: Stands where a row has no target yet; nothing that a model answers depends on it.
 PLACEHOLDER = "."
@@ -53,13 +54,19 @@ def load_unlabelled(cfg: TaskConfig, file: Path) -> Unlabelled:
         update={"name": None, "path": str(file.absolute().parent), "train_file": file.name, "dev_file": file.name}
     )
     texts = {key: name for key, name in text_columns(cfg).items() if key != "task.target"}
+    if cfg.system is not None:
+        texts[SYSTEM_KEY] = cfg.system
     opened = open_dev(source, "", Wanted(texts, others=cfg.objective is not None), label=None)
     raw, where = opened.rows, opened.where
     filled = ones(len(raw), bool, True)
     if cfg.messages is not None:
         if cfg.tools is not None:
             check_tools(raw.data.column(cfg.tools), cfg.tools, where=where, kept=filled)
-        cells, filled = answerable(raw.data.column(cfg.messages), cfg.messages, where=where)
+        column = raw.data.column(cfg.messages)
+        if cfg.system is not None:
+            parts = {SYSTEM_KEY: (cfg.system, raw.data.column(cfg.system))}
+            column = joined(column, cfg.messages, parts, where=where, kept=filled)
+        cells, filled = answerable(column, cfg.messages, where=where)
         return Unlabelled(_with_column(cfg, raw, cfg.messages, cells), filled)
     for name in [name for key, name in texts.items() if key != INPUT_KEY]:
         filled &= check_text(raw.data.column(name), name, where=where, kept=filled, may_be_empty=True)

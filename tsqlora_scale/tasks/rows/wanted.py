@@ -13,9 +13,10 @@ ID_KEY, LABEL_KEY, WEIGHT_KEY = "task.dataset.id_column", "task.label", "task.da
 #: Keys of columns that hold no text to learn from.
 VALUE_KEYS = (ID_KEY, LABEL_KEY, WEIGHT_KEY)
 MESSAGES_KEY, TOOLS_KEY, INPUT_KEY = "task.messages", "task.tools", "task.input"
+COMPLETION_KEY, SYSTEM_KEY = "task.completion", "task.system"
 SOURCE_KEY, TARGET_KEY = "task.source", "task.target"
 #: Keys of columns of lists of objects, which are read as JSON.
-STRUCTURED_KEYS = (MESSAGES_KEY, TOOLS_KEY)
+STRUCTURED_KEYS = (MESSAGES_KEY, TOOLS_KEY, COMPLETION_KEY)
 #: Keys of columns that may be empty in any row.
 EMPTY_KEYS = (TOOLS_KEY, INPUT_KEY)
 
@@ -28,6 +29,12 @@ def text_columns(cfg: TaskConfig) -> dict[str, str]:
         named = {SOURCE_KEY: cfg.source, INPUT_KEY: cfg.input, TARGET_KEY: cfg.target}
     if cfg.type in ("classification", "regression"):
         return {f"task.text[{i}]": name for i, name in enumerate(cfg.text)}
+    return {key: name for key, name in named.items() if name is not None}
+
+
+def joined_columns(cfg: TaskConfig) -> dict[str, str]:
+    """Those that become a part of the column of conversations when it is read."""
+    named = {COMPLETION_KEY: cfg.completion, SYSTEM_KEY: cfg.system}
     return {key: name for key, name in named.items() if name is not None}
 
 
