@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tsqlora_scale.config.fields import Below1, PositiveFloat, PositiveInt, Section
 
@@ -50,18 +50,45 @@ class AdapterTraits:
     Attributes:
         scored: its trained parameters are linear modules, whose per-sample gradients are exact.
         resized: its ranks may change while it trains.
+        layers: it sits in the linear layers that ``adapter.target_modules`` names.
+        wide: ``adapter.r`` means something to it: ranks, or the width of its bottlenecks.
+        packed: its base may be 4-bit.
+        fsdp: it trains under FSDP2.
+        own: PEFT has none of the kind, and does not open what is saved.
+        unmerged: why a model without it cannot compute the same; empty where a merge is exact.
     """
 
     scored: bool
     resized: bool
+    layers: bool = True
+    wide: bool = True
+    packed: bool = True
+    fsdp: bool = True
+    own: bool = False
+    unmerged: str = ""
 
 
-#: DoRA's magnitudes are no linear modules, and follow the factors' norms; rsLoRA's scaling follows the rank.
+#: DoRA's magnitudes are no linear modules, and follow the factors' norms; rsLoRA's scaling follows the rank. LoRATRF's
+#: samples are scored by its LoRA factors. Biases, and all weights, are more than linear modules.
 ADAPTER_TRAITS = {
     "lora": AdapterTraits(scored=True, resized=True),
     "rslora": AdapterTraits(scored=True, resized=False),
-    "dora": AdapterTraits(scored=False, resized=False),
-}
+    "dora": AdapterTraits(scored=False, resized=False, fsdp=False),
+    "loratrf": AdapterTraits(
+        scored=True, resized=True, fsdp=False, own=True,
+        unmerged="its filter weighs every token by a cosine, and no weight of the base does that",
+    ),
+    "bitfit": AdapterTraits(scored=False, resized=False, layers=False, wide=False, packed=False, fsdp=False, own=True),
+    "houlsby": AdapterTraits(
+        scored=True, resized=False, layers=False, fsdp=False, own=True,
+        unmerged="its bottlenecks have a nonlinearity inside, and no weight of the base does that",
+    ),
+    "pfeiffer": AdapterTraits(
+        scored=True, resized=False, layers=False, fsdp=False, own=True,
+        unmerged="its bottlenecks have a nonlinearity inside, and no weight of the base does that",
+    ),
+    "full": AdapterTraits(scored=False, resized=False, layers=False, wide=False, packed=False, fsdp=False, own=True),
+}  # fmt: skip
 
 
 class AdapterConfig(Section):
@@ -69,21 +96,41 @@ class AdapterConfig(Section):
 
     #: A name for three keys that are independent of one another: this section's ``type``, ``sampling.selector`` and
     #: ``allocation.policy``. Those that are not set take the method's values; none sets nothing.
-    method: Literal["tsqlora", "lora", "rslora", "dora"] | None = "tsqlora"
-    #: PEFT's own layers.
-    type: Literal["lora", "rslora", "dora"] = "lora"
-    #: Rank of every adapted layer at the start; the budget that moves is r times their number.
+    method: Literal["tsqlora", "lora", "rslora", "dora", "loratrf", "bitfit", "houlsby", "pfeiffer", "full"] | None = (
+        "tsqlora"
+    )
+    #: ``lora``, ``rslora``, ``dora``: PEFT's own layers; ``loratrf``: LoRA and a filter of every block's output;
+    #: ``bitfit``: the biases that the base has; ``houlsby``, ``pfeiffer``: bottlenecks after attention and
+    #: feed-forward, or the latter alone; ``full``: all parameters (docs/adapters.md).
+    type: Literal["lora", "rslora", "dora", "loratrf", "bitfit", "houlsby", "pfeiffer", "full"] = "lora"
+    #: Rank of every adapted layer at the start; the budget that moves is r times their number. Of ``houlsby`` and
+    #: ``pfeiffer`` the width of a bottleneck.
     r: PositiveInt = 8
+    #: Rank of ``loratrf``'s matrix T; none: r.
+    filter_rank: PositiveInt | None = None
     #: The scaling s = alpha / r stays constant when ranks change: rescaling harms (docs/method.md).
     alpha: PositiveFloat = 16.0
     #: Dropout of the factors' input while they train; scores are taken without.
     dropout: Below1 = 0.0
     #: Module-name suffixes, or ``auto``: every linear layer of attention and feed-forward blocks that text gives a
-    #: gradient to.
-    target_modules: list[str] | Literal["auto"] = "auto"
+    #: gradient to. ``loratrf``: that paper's choice, of encoders and encoder-decoders the value projections and the
+    #: feed-forward blocks' two matrices, of decoders the attention's output in the place of the values.
+    target_modules: list[str] | Literal["auto", "loratrf"] = "auto"
     #: Train the head of a classification or regression model whole, be it new or the checkpoint's; false keeps the
     #: checkpoint's as it is.
     train_head: bool = True
     #: A trained adapter that the run starts from, with its ranks and values: its folder, a run folder or a checkpoint.
     #: A head of another task, or with other labels, is newly drawn.
     init_from: Annotated[str, Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _keys_mean_something(self) -> AdapterConfig:
+        traits = ADAPTER_TRAITS[self.type]
+        kind = f"'adapter.type: {self.type}'"
+        if not traits.layers and self.target_modules != "auto":
+            raise ValueError(f"{kind} chooses no linear layers; remove 'target_modules'")
+        if not traits.layers and self.dropout:
+            raise ValueError(f"{kind} has no factors whose input 'dropout' ({self.dropout:g}) could drop; remove it")
+        if self.filter_rank is not None and self.type != "loratrf":
+            raise ValueError(f"'filter_rank' is of 'adapter.type: loratrf', not of {kind}; remove it")
+        return self

@@ -18,7 +18,14 @@ PRESETS = {
     "lora": ("lora", "full", "fixed"),
     "rslora": ("rslora", "full", "fixed"),
     "dora": ("dora", "full", "fixed"),
+    "loratrf": ("loratrf", "full", "fixed"),
+    "bitfit": ("bitfit", "full", "fixed"),
+    "houlsby": ("houlsby", "full", "fixed"),
+    "pfeiffer": ("pfeiffer", "full", "fixed"),
+    "full": ("full", "full", "fixed"),
 }
+#: What a method says of other keys.
+MORE_OF_PRESETS = {"loratrf": {"adapter.target_modules": "loratrf"}}
 
 
 #: Keys that only scores have a use for. Not the technical ones, nor those of an audit.
@@ -45,6 +52,9 @@ def with_preset(tree: Mapping[str, Any]) -> dict[str, Any]:
         elif _speaks_of_scores(out):
             _set(out, "sampling.selector", "quality")
     for key, value in zip(PRESET_KEYS, values or (), strict=False):
+        if _get(out, key) is None:
+            _set(out, key, value)
+    for key, value in MORE_OF_PRESETS.get(str(method), {}).items():
         if _get(out, key) is None:
             _set(out, key, value)
     return out

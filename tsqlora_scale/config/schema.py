@@ -73,6 +73,16 @@ class Config(Section):
         return with_preset(from_0_1(tree)) if isinstance(tree, dict) else tree
 
     @model_validator(mode="after")
+    def _base_agrees(self) -> Config:
+        kind = self.adapter.type
+        if self.model.quantization != "none" and not ADAPTER_TRAITS[kind].packed:
+            raise ValueError(
+                f"'adapter.type: {kind}' trains parameters of the base itself, which 'model.quantization: "
+                f"{self.model.quantization}' packs; set 'model.quantization: none' or 'adapter.type: lora'"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _ranks_agree(self) -> Config:
         r_max = self.allocation.r_max
         if self.allocation.policy == "file" and self.adapter.init_from is not None:

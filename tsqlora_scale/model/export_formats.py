@@ -16,14 +16,16 @@ from safetensors.torch import load_file, save_file
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.random_streams import generator_for
 from tsqlora_scale.config.locations import resolve
+from tsqlora_scale.config.model_section import ADAPTER_TRAITS
 from tsqlora_scale.config.schema import Config
+from tsqlora_scale.model.adapters.adapter_type import own_type, saved_kind
 from tsqlora_scale.model.base_model import load_base
 from tsqlora_scale.model.describe import check_adapter_fits, check_architecture, check_weights, load_descriptions
 from tsqlora_scale.model.linear_layers import transpose_again, transposed_layers
 from tsqlora_scale.model.model_card import NAME, result_beside, write_card
 from tsqlora_scale.model.stored_quantization import dequantised
 from tsqlora_scale.model.tied_weights import is_untied, save_untied, ties_of, untie_adapted
-from tsqlora_scale.model.weight_files import DESCRIPTION, WEIGHTS, check_adapter
+from tsqlora_scale.model.weight_files import DESCRIPTION, WEIGHTS, check_adapter, check_own
 from tsqlora_scale.tasks import auto_class_of, objective_class
 
 FORMATS = ("peft", "padded", "merged")
@@ -43,7 +45,18 @@ def export(adapter: Path, form: str, out: Path, *, config: Config | None, overwr
     Raises:
         UserError: no adapter there, no config to merge by, or something at ``out`` already.
     """
-    check_adapter(adapter)
+    kind = saved_kind(adapter)
+    own = own_type(kind)
+    if own is None:
+        check_adapter(adapter)
+    else:
+        check_own(adapter, kind)
+    if form == "padded" and (own is not None or ADAPTER_TRAITS[kind].unmerged):
+        raise UserError(
+            f"--format padded: is for ranks of plain LoRA layers, the adapter is of type {kind}; choose peft"
+        )
+    if form == "merged" and ADAPTER_TRAITS[kind].unmerged:
+        raise UserError(f"--format merged: an adapter of type {kind} has no merge: {ADAPTER_TRAITS[kind].unmerged}")
     if out.resolve() == adapter.resolve():
         raise UserError(f"--out {str(out)!r} is the adapter itself; choose another folder")
     if out.exists() and not overwrite:
@@ -59,7 +72,7 @@ def export(adapter: Path, form: str, out: Path, *, config: Config | None, overwr
             notes = _merge(adapter, partial, config)
             write_card(partial, config, result_beside(adapter), merged=True)
         else:
-            notes = _copy(adapter, partial) if form == "peft" else _pad(adapter, partial)
+            notes = _copy(adapter, partial, kind) if form == "peft" else _pad(adapter, partial)
         if out.exists():
             shutil.rmtree(out)
         partial.rename(out)
@@ -70,10 +83,12 @@ def export(adapter: Path, form: str, out: Path, *, config: Config | None, overwr
     return notes
 
 
-def _copy(adapter: Path, out: Path) -> list[str]:
+def _copy(adapter: Path, out: Path, kind: str = "lora") -> list[str]:
     for path in sorted(adapter.iterdir()):
         if path.is_file():
             shutil.copyfile(path, out / path.name)
+    if ADAPTER_TRAITS[kind].own:
+        return [f"tsqlora_scale.load_adapter(base, folder) opens it; PEFT has no adapter of type {kind}"]
     return ["the ranks are in rank_pattern and alpha_pattern, which PEFT reads"]
 
 
@@ -134,6 +149,13 @@ def _merge(adapter: Path, out: Path, config: Config) -> list[str]:
         train_head=config.adapter.train_head,
         says=False,
     )
+    own = own_type(saved_kind(adapter))
+    if own is not None:
+        merged = own.merged(base, adapter)
+        merged.config.use_cache = True
+        merged.save_pretrained(str(out))
+        tokenizer.save_pretrained(str(out))
+        return ["a plain Transformers model: from_pretrained opens it"]
     ties, transposed = ties_of(base), transposed_layers(base)
     if config.model.quantization != "none":
         base = dequantised(base)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from tsqlora_scale.config.model_section import ADAPTER_TRAITS
 from tsqlora_scale.config.schema import Config
 from tsqlora_scale.engine.fsdp import AT_ONCE
 from tsqlora_scale.planning.held_bytes import HeldWeights
@@ -133,7 +134,7 @@ def engines_for(config: Config, devices: int) -> list[str]:
     if config.model.dtype == "fp16":
         refused |= {"zero2", "zero3", "fsdp2"}
     integers = config.model.quantization == "nf4" and config.model.quant_storage == "uint8"
-    if integers or config.adapter.type == "dora":
+    if integers or not ADAPTER_TRAITS[config.adapter.type].fsdp:
         refused.add("fsdp2")
     return [name for name in ENGINES if (name == "plain") == (devices == 1) and name not in refused]
 

@@ -221,7 +221,7 @@ def build_model(preflight: Preflight, *, device: torch.device) -> Any:
         new_modules=new_modules,
         dtype=config.model.dtype,
         generator=generator_for(seed, "adapter"),
-        unreached=preflight.findings.unreached,
+        unreached=preflight.findings.unreached | preflight.findings.idle,
     )
 
 

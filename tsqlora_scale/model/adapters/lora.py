@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import load_file
@@ -21,8 +21,8 @@ from tsqlora_scale.engine.sharded import read_parameter
 from tsqlora_scale.model.adapters.adapter_files import describe_adapter
 from tsqlora_scale.model.base_model import use_autocast
 from tsqlora_scale.model.heads import has_head, head_modules
-from tsqlora_scale.model.linear_layers import linear_layers, resolve_targets
-from tsqlora_scale.model.weight_files import PREFIX, check_adapter
+from tsqlora_scale.model.linear_layers import is_idle, linear_layers, resolve_targets
+from tsqlora_scale.model.weight_files import DESCRIPTION, PREFIX, check_adapter, read_json
 
 #: PEFT's name of the one adapter that a run trains.
 ADAPTER = "default"
@@ -72,12 +72,6 @@ def theta_modules(module: nn.Module, *, include_head: bool = False) -> dict[str,
     return linear
 
 
-def _is_idle(module: str, layers: Iterable[str], unreached: Collection[str]) -> bool:
-    """Whether a module has linear layers, and text passes through none of them (a pooler that the head leaves out)."""
-    inside = [name for name in layers if name == module or name.startswith(f"{module}.")]
-    return bool(inside) and all(name in unreached for name in inside)
-
-
 def with_ranks(model: PeftModel, *, base_name: str, revision: str | None) -> LoraConfig:
     """PEFT's config of a trained model, with the ranks and the scalings as they are.
 
@@ -100,6 +94,13 @@ def with_ranks(model: PeftModel, *, base_name: str, revision: str | None) -> Lor
     config.base_model_name_or_path, config.revision = base_name, revision
     config.target_modules = sorted(config.target_modules)  # PEFT keeps a set: another order in every process
     return config  # type: ignore[no-any-return]
+
+
+def lora_config_of(folder: Path) -> LoraConfig:
+    """PEFT's config of a saved adapter with LoRA factors, whatever else it has."""
+    described = read_json(folder / DESCRIPTION)
+    described.pop("filter_rank", None)
+    return LoraConfig.from_peft_type(**{**described, "peft_type": "LORA"})  # type: ignore[no-any-return]
 
 
 def _whole_modules(model: nn.Module) -> dict[str, ModulesToSaveWrapper]:
@@ -136,7 +137,7 @@ class LoraAdapter:
         """
         targets = resolve_targets(base, adapter.target_modules, unreached=unreached)
         layers = linear_layers(base)
-        trained = [module for module in new_modules if not _is_idle(module, layers, unreached)]
+        trained = [module for module in new_modules if not is_idle(module, layers, unreached)]
         config = LoraConfig(
             r=adapter.r,
             lora_alpha=adapter.alpha,  # type: ignore[arg-type]
@@ -171,6 +172,10 @@ class LoraAdapter:
             for inner, param in wrapper.modules_to_save[ADAPTER].named_parameters()
             if not param.requires_grad
         }
+
+    def heads(self, model: nn.Module) -> set[str]:
+        """See :class:`~.adapter_type.AdapterType`."""
+        return {name for name, param in model.named_parameters() if param.requires_grad and ".lora_" not in name}
 
     def theta(self, module: nn.Module, *, include_head: bool = False) -> dict[str, nn.Linear]:
         """See :func:`theta_modules`."""
@@ -236,8 +241,8 @@ class LoraAdapter:
             UserError: when the folder holds no adapter, or one of other layers or another scaling.
         """
         check_adapter(folder)
-        tensors = load_file(folder / "adapter_model.safetensors")
-        config: Any = PeftConfig.from_pretrained(str(folder))
+        tensors, heads = load_file(folder / "adapter_model.safetensors"), self.heads(model)
+        config: Any = lora_config_of(folder)
         removed = set(config.exclude_modules or [])
         absent = {f"{name}.lora_{side}.{ADAPTER}.weight" for name in lora_layers(model) for side in "AB"
                   if short_name(name) in removed}  # fmt: skip
@@ -246,7 +251,7 @@ class LoraAdapter:
             if param.requires_grad and name not in absent:
                 key = name.replace(f".modules_to_save.{ADAPTER}.", ".").replace(f".{ADAPTER}.", ".")
                 key = key.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector")
-                if key not in tensors and not whole and ".lora_" not in name:
+                if key not in tensors and not whole and name in heads:
                     continue
                 if key not in tensors:
                     raise UserError(f"adapter {str(folder)!r} has no {key}; give the config that it was trained with")
