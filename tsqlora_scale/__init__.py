@@ -1,7 +1,8 @@
 """Fine-tuning that chooses which data to learn from and where to spend rank.
 
 The public interface: ``Config``, ``load_config``, ``train``, ``score``, ``audit``, ``advise``, ``evaluate``,
-``predict``, ``export``, ``load_adapter``, and the exceptions ``UserError`` and ``Stopped``. Nothing heavy is imported before it is used.
+``predict``, ``export``, ``load_adapter``, and the exceptions ``UserError`` and ``Stopped``. Nothing heavy is imported
+before it is used.
 """
 
 from __future__ import annotations
