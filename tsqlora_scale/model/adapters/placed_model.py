@@ -54,13 +54,17 @@ def in_whole_module(name: str, whole_modules: Iterable[str]) -> bool:
 def make_float32(model: nn.Module) -> None:
     """Let every parameter that trains be one in float32, tied ones still one. With ZeRO-3 a collective.
 
-    One that is in float32 already stays where it is, sharded or not.
+    One that is in float32 already stays where it is, sharded or not. What a norm has beside it comes along: their
+    kernels take no two types.
     """
     done: dict[int, nn.Parameter] = {}
     for module in model.modules():
-        for name, param in list(module.named_parameters(recurse=False)):
-            if not param.requires_grad or param.dtype == torch.float32:
+        own = dict(module.named_parameters(recurse=False))
+        trains = any(param.requires_grad for param in own.values())
+        is_norm = all(param.dim() == 1 for param in own.values())
+        for name, param in own.items():
+            if param.dtype == torch.float32 or not (param.requires_grad or (trains and is_norm)):
                 continue
             if id(param) not in done:
-                done[id(param)] = nn.Parameter(read_parameter(param).float())
+                done[id(param)] = nn.Parameter(read_parameter(param).float(), requires_grad=param.requires_grad)
             module.register_parameter(name, done[id(param)])
