@@ -204,7 +204,8 @@ def initialise_new(model: nn.Module, names: Iterable[str], *, std: float, genera
 
 
 def use_autocast(model: Any, dtype: str) -> None:
-    """Run the innermost model's forward under autocast, on whatever path it is called.
+    """Run the innermost model's forward under autocast, on whatever path it is called; and that of its encoder, which
+    ``generate`` calls by itself.
 
     LoRA's layers then take their inputs as they are: PEFT would make a float32 copy of each, which the backward pass
     keeps, and autocast would round it to the same bf16 again.
@@ -215,14 +216,20 @@ def use_autocast(model: Any, dtype: str) -> None:
     for part in inner.modules():
         if isinstance(part, LoraLayer) and not part.lora_variant:
             part.cast_input_dtype_enabled = False
-    forward = inner.forward
+    encodes = getattr(getattr(inner, "config", None), "is_encoder_decoder", False)
+    for part in (inner, *([inner.get_encoder()] if encodes else [])):
+        _forward_under_autocast(part, dtype)
+
+
+def _forward_under_autocast(module: Any, dtype: str) -> None:
+    forward = module.forward
 
     @functools.wraps(forward)
     def autocast_forward(*args: Any, **kwargs: Any) -> Any:
-        with torch.autocast(next(inner.parameters()).device.type, dtype=DTYPES[dtype]):
+        with torch.autocast(next(module.parameters()).device.type, dtype=DTYPES[dtype]):
             return forward(*args, **kwargs)
 
-    inner.forward = autocast_forward
+    module.forward = autocast_forward
 
 
 def _nf4_config(model: ModelConfig, unquantised: list[str]) -> Any:
