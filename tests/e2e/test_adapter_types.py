@@ -184,3 +184,23 @@ def test_a_saved_adapter_that_does_not_fit(tmp_path: Path, models_dir: Path, sav
     described = json.loads((copy / "adapter_config.json").read_text(encoding="utf-8"))
     (copy / "adapter_config.json").write_text(json.dumps(described | {"filter_rank": 3}), encoding="utf-8")
     assert "task_filter.down.weight is (4, 32), for this model it is (3, 32)" in refusal(tree("loratrf"), copy)
+
+
+def test_pissa_resumes_and_opens_on_the_base_as_it_was(tmp_path: Path, models_dir: Path) -> None:
+    """With ranks that change: what the weights have lost at the start is in the file all the same."""
+    sections: dict[str, Any] = {
+        "adapter": {"init": "pissa"},
+        "train": {"max_steps": 6, "checkpoint_every": 3, "checkpoint_keep": 9},
+        "schedule": {"start": 2, "end": 4, "every": 2},
+    }
+    tree = run_tree("llama", tmp_path, models_dir, "run", **sections)
+    run = go(tree)
+    folder, config = tmp_path / "runs" / "run", parse_config(tree)
+    assert len(set(result_of(folder)["ranks_end"].values())) > 1
+    opened = load_adapter(base_of(tree), folder / "adapter")
+    torch.testing.assert_close(logits_of(opened, ""), logits_of(run.engine.module, ""), atol=2e-5, rtol=0)
+    for place in (folder, folder / "checkpoints" / "step-00000006"):
+        assert evaluate(config, place) == pytest.approx(result_of(folder)["metrics"])
+    tree["run"]["name"] = "again"
+    assert_same(trained(go(tree, resume=str(folder / "checkpoints" / "step-00000003"))), trained(run))
+    assert losses_of(tmp_path / "runs" / "again") == losses_of(folder)[3:]

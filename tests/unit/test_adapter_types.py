@@ -258,3 +258,32 @@ def test_gradients_by_sample_are_exact(models_dir: Path, method: str, kind: str)
 
 def test_own_types_are_those_with_a_file_of_their_own() -> None:
     assert [name for name in (*OWN, "loratrf", "lora", "dora") if own_type(name) is not None] == OWN
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_factors_taken_out_of_weights(models_dir: Path, tmp_path: Path, init: str, kind: str) -> None:
+    """PEFT's factors up to sign, and rest of the weight, the base's logits at the start, and a file for the base as it was."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    base, model, inputs = base_of(kind, models_dir), built("lora", kind, models_dir, init=init), some_inputs(kind)
+    logits = base(**inputs).logits
+    targets = sorted(model.peft_config["default"].target_modules)
+    theirs = get_peft_model(
+        copy.deepcopy(base), LoraConfig(r=4, lora_alpha=16, target_modules=targets, init_lora_weights=init)
+    )
+    own = dict(model.named_modules())
+    for name, part in theirs.named_modules():
+        if hasattr(part, "lora_A") and (kind, init) != ("gpt2", "olora"):  # which PEFT takes the other way round
+            products = [one.lora_B["default"].weight @ one.lora_A["default"].weight for one in (part, own[name])]
+            torch.testing.assert_close(*products, atol=1e-5, rtol=1e-4)
+            weights = [one.get_base_layer().weight for one in (part, own[name])]
+            torch.testing.assert_close(*weights, atol=1e-5, rtol=1e-4)
+    if kind == "gpt2":  # no new head
+        torch.testing.assert_close(model.eval()(**inputs).logits, logits, atol=1e-5, rtol=1e-4)
+    shaken(model)
+    values = {name: param.detach() for name, param in model.named_parameters() if param.requires_grad}
+    method = adapter_type("lora")
+    method.save(model, values | method.untrained(model), tmp_path, base_name="base")
+    opened = PeftModel.from_pretrained(base, str(tmp_path)).eval()
+    torch.testing.assert_close(opened(**inputs).logits, model.eval()(**inputs).logits, atol=2e-5, rtol=1e-4)

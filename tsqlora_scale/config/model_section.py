@@ -106,6 +106,9 @@ class AdapterConfig(Section):
     #: Rank of every adapted layer at the start; the budget that moves is r times their number. Of ``houlsby`` and
     #: ``pfeiffer`` the width of a bottleneck.
     r: PositiveInt = 8
+    #: How LoRA's factors start: ``default``, A drawn uniformly and B zero; ``gaussian``, A drawn normally; ``pissa``,
+    #: ``olora``: both a part of the weight, which loses it (docs/adapters.md).
+    init: Literal["default", "gaussian", "pissa", "olora"] = "default"
     #: Rank of ``loratrf``'s matrix T; none: r.
     filter_rank: PositiveInt | None = None
     #: The scaling s = alpha / r stays constant when ranks change: rescaling harms (docs/method.md).
@@ -131,6 +134,12 @@ class AdapterConfig(Section):
             raise ValueError(f"{kind} chooses no linear layers; remove 'target_modules'")
         if not traits.layers and self.dropout:
             raise ValueError(f"{kind} has no factors whose input 'dropout' ({self.dropout:g}) could drop; remove it")
+        if self.init != "default" and self.type not in ("lora", "rslora", "loratrf"):
+            raise ValueError(f"'init: {self.init}' is of LoRA's two factors, and not for {kind}; remove it")
+        if self.init != "default" and self.init_from is not None:
+            raise ValueError(
+                f"'init: {self.init}' says how factors start, and 'init_from' gives them; remove one of them"
+            )
         if self.filter_rank is not None and self.type != "loratrf":
             raise ValueError(f"'filter_rank' is of 'adapter.type: loratrf', not of {kind}; remove it")
         return self

@@ -80,6 +80,11 @@ class Config(Section):
                 f"'adapter.type: {kind}' trains parameters of the base itself, which 'model.quantization: "
                 f"{self.model.quantization}' packs; set 'model.quantization: none' or 'adapter.type: lora'"
             )
+        if self.model.quantization != "none" and self.adapter.init in ("pissa", "olora"):
+            raise ValueError(
+                f"'adapter.init: {self.adapter.init}' takes factors out of weights, which 'model.quantization: "
+                f"{self.model.quantization}' packs; remove it"
+            )
         return self
 
     @model_validator(mode="after")

@@ -175,6 +175,7 @@ def _check_adapter_type(config: Config, bare: Any) -> None:
     from tsqlora_scale.model.adapters.adapter_type import own_type
     from tsqlora_scale.model.blocks import hidden_size
     from tsqlora_scale.model.linear_layers import linear_layers, resolve_targets
+    from tsqlora_scale.model.tied_weights import ties_of
 
     adapter = config.adapter
     own = own_type(adapter.type)
@@ -192,6 +193,13 @@ def _check_adapter_type(config: Config, bare: Any) -> None:
         raise UserError(
             f"adapter.r={adapter.r}: no layer that is adapted has a rank above {widest}; lower it, "
             "or choose other adapter.target_modules"
+        )
+    tied = {name for names in ties_of(bare) for name in names}
+    shared = [name for name in resolve_targets(bare, adapter.target_modules) if f"{name}.weight" in tied]
+    if adapter.init in ("pissa", "olora") and shared:
+        raise UserError(
+            f"adapter.init={adapter.init!r}: takes factors out of the weight of {shared[0]}, which other layers share; "
+            "leave it out of adapter.target_modules"
         )
     if adapter.type == "loratrf" and (adapter.filter_rank or 0) > hidden_size(bare):
         raise UserError(

@@ -90,7 +90,9 @@ def build_run(
     with record.phase("load"), quiet_libraries():
         state, tree = find_state(preflight, resume, world)
         selector = build_selector(preflight, world, stop, watchdog)
-        model = build_model(preflight, device=accelerator.device)
+        # an adapter's folder has factors for the base as it is, whatever its own started from
+        init = None if adapter is None else "default"
+        model = build_model(preflight, device=accelerator.device, init=init)
         ranks = build_controller(config, plan, without_batch=preflight.findings.without_batch)
         if tree is not None:
             give(model, tree["ranks"], {name: entry.value for name, entry in state.params.items()})
@@ -209,14 +211,18 @@ def build_base(described: Described, *, device: torch.device, says: bool = True)
     )
 
 
-def build_model(preflight: Preflight, *, device: torch.device) -> Any:
-    """The base with a fresh adapter, the same on every rank and engine."""
+def build_model(preflight: Preflight, *, device: torch.device, init: str | None = None) -> Any:
+    """The base with a fresh adapter, the same on every rank and engine.
+
+    Args:
+        init: in the place of ``adapter.init``.
+    """
     config, task, seed = preflight.config, preflight.task, preflight.config.run.seed
     seed_libraries(seed)
     base, new_modules = build_base(preflight, device=device)
     return adapter_type(config.adapter.type).build(
         base,
-        config.adapter,
+        config.adapter if init is None else config.adapter.model_copy(update={"init": init}),
         task_type=task.peft_task_type,
         new_modules=new_modules,
         dtype=config.model.dtype,

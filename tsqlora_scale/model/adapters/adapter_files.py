@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel
 from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors.torch import save_file
 
+from tsqlora_scale.model.adapters.weight_start import joined
 from tsqlora_scale.model.weight_files import DESCRIPTION, WEIGHTS
 
 
@@ -47,5 +48,6 @@ def write_adapter(folder: Path, description: Mapping[str, Any], values: Mapping[
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {key: values[name].contiguous() for name, key in description["keys"].items()}
+    tensors |= {key: joined(values, place).contiguous() for key, place in description.get("joined", {}).items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / DESCRIPTION).write_text(json.dumps(description["config"], indent=2, sort_keys=True), encoding="utf-8")

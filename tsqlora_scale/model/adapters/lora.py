@@ -18,7 +18,8 @@ from torch import nn
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.schema import AdapterConfig
 from tsqlora_scale.engine.sharded import read_parameter
-from tsqlora_scale.model.adapters.adapter_files import describe_adapter
+from tsqlora_scale.model.adapters.adapter_files import describe_adapter, write_adapter
+from tsqlora_scale.model.adapters.weight_start import start_in_weights, start_values
 from tsqlora_scale.model.base_model import use_autocast
 from tsqlora_scale.model.heads import has_head, head_modules
 from tsqlora_scale.model.linear_layers import is_idle, linear_layers, resolve_targets
@@ -96,6 +97,29 @@ def with_ranks(model: PeftModel, *, base_name: str, revision: str | None) -> Lor
     return config  # type: ignore[no-any-return]
 
 
+def with_start(
+    description: dict[str, Any], layers: Mapping[str, LoraLayer], start: Mapping[str, torch.Tensor]
+) -> dict[str, Any]:
+    """An adapter's description for the base as it was: every layer has the factors of its start, too.
+
+    Args:
+        start: these factors by name (:func:`.start_values`).
+    """
+    config, keys, joins = dict(description["config"]), dict(description["keys"]), {}
+    ranks, alphas = {}, {}
+    for name, layer in layers.items():
+        short = short_name(name)
+        ranks[short] = layer.r[ADAPTER] + len(start[f"{name}.start_A"])
+        alphas[short] = layer.scaling[ADAPTER] * (math.sqrt(ranks[short]) if config["use_rslora"] else ranks[short])
+        for side in "AB":
+            trained = f"{name}.lora_{side}.{ADAPTER}.weight"
+            key = keys.pop(trained, f"{name}.lora_{side}.weight")
+            own = trained if has_factors(layer) else None
+            joins[key] = {"trained": own, "start": f"{name}.start_{side}", "side": side}
+    config |= {"rank_pattern": ranks, "alpha_pattern": alphas, "exclude_modules": None}
+    return {"config": config, "keys": keys, "joined": joins}
+
+
 def lora_config_of(folder: Path) -> LoraConfig:
     """PEFT's config of a saved adapter with LoRA factors, whatever else it has."""
     described = read_json(folder / DESCRIPTION)
@@ -154,7 +178,13 @@ class LoraAdapter:
                 wrapper.modules_to_save.requires_grad_(False)
         for layer in lora_layers(model).values():
             weight: nn.Parameter = layer.lora_A[ADAPTER].weight  # type: ignore[assignment]
-            weight.data.copy_(torch.empty(weight.shape).uniform_(-1, 1, generator=generator) / weight.shape[1] ** 0.5)
+            drawn = torch.empty(weight.shape)
+            if adapter.init == "gaussian":
+                weight.data.copy_(drawn.normal_(0, 1 / adapter.r, generator=generator))
+            else:
+                weight.data.copy_(drawn.uniform_(-1, 1, generator=generator) / weight.shape[1] ** 0.5)
+        if adapter.init in ("pissa", "olora"):
+            start_in_weights(lora_layers(model), ADAPTER, adapter.init)
         for module in model.modules():
             for name, param in list(module.named_parameters(recurse=False)):
                 if param.requires_grad:
@@ -163,15 +193,15 @@ class LoraAdapter:
         return model
 
     def untrained(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        """What the adapter's file holds beside trained parameters: a head that stays as it is. With ZeRO-3 a
-        collective.
+        """What the adapter's file holds beside trained parameters: a head that stays as it is, and what factors started
+        from. With ZeRO-3 a collective.
         """
         return {
             f"{PREFIX}{name}.modules_to_save.{ADAPTER}.{inner}": read_parameter(param)
             for name, wrapper in _whole_modules(model).items()
             for inner, param in wrapper.modules_to_save[ADAPTER].named_parameters()
             if not param.requires_grad
-        }
+        } | start_values(lora_layers(model))
 
     def heads(self, model: nn.Module) -> set[str]:
         """See :class:`~.adapter_type.AdapterType`."""
@@ -200,6 +230,10 @@ class LoraAdapter:
             revision: of the base, likewise.
         """
         assert isinstance(model, PeftModel)
+        if start_values(lora_layers(model)):
+            description = self.describe(model, values, base_name=base_name, revision=revision)
+            write_adapter(folder, description, values)
+            return
         trained: Any = model.peft_config[ADAPTER]
         config = with_ranks(model, base_name=base_name, revision=revision)
         state = {name: value.contiguous() for name, value in values.items()}
@@ -216,7 +250,11 @@ class LoraAdapter:
     ) -> dict[str, Any]:
         """What :func:`.write_adapter` needs beside ``values`` to write what :meth:`save` writes, later, by itself."""
         assert isinstance(model, PeftModel)
-        return describe_adapter(model, values, with_ranks(model, base_name=base_name, revision=revision))
+        layers = lora_layers(model)
+        start = start_values(layers)
+        trained = {name: value for name, value in values.items() if name not in start}
+        found = describe_adapter(model, trained, with_ranks(model, base_name=base_name, revision=revision))
+        return with_start(found, layers, start) if start else found
 
     def load(self, base: nn.Module, folder: Path, *, dtype: str) -> PeftModel:
         """Put a saved adapter on a fresh base, for evaluation.

@@ -14,8 +14,8 @@ from torch import nn
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.schema import AdapterConfig
 from tsqlora_scale.engine.sharded import whole_shape
-from tsqlora_scale.model.adapters.adapter_files import describe_adapter, write_adapter
-from tsqlora_scale.model.adapters.lora import LoraAdapter, lora_config_of, with_ranks
+from tsqlora_scale.model.adapters.adapter_files import write_adapter
+from tsqlora_scale.model.adapters.lora import LoraAdapter, lora_config_of
 from tsqlora_scale.model.adapters.task_filter import SLOT, TaskFilter, place_filters
 from tsqlora_scale.model.base_model import use_autocast
 from tsqlora_scale.model.blocks import block_names, hidden_size
@@ -108,11 +108,11 @@ class LoraTrfAdapter(LoraAdapter):
         """See :class:`~.adapter_type.AdapterType`."""
         assert isinstance(model, PeftModel)
         factors = {name: value for name, value in values.items() if not in_filter(name)}
-        found = describe_adapter(model, factors, with_ranks(model, base_name=base_name, revision=revision))
+        found = super().describe(model, factors, base_name=base_name, revision=revision)
         filters = [part for part in model.modules() if isinstance(part, TaskFilter)]
         own = {"peft_type": self.name.upper(), "filter_rank": int(whole_shape(filters[0].down.weight)[0])}
         keys = found["keys"] | {name: name for name in sorted(values) if in_filter(name)}
-        return {"config": json.loads(json.dumps(found["config"] | own)), "keys": keys}
+        return {**found, "config": json.loads(json.dumps(found["config"] | own)), "keys": keys}
 
     def load(self, base: nn.Module, folder: Path, *, dtype: str) -> PeftModel:
         """See :class:`~.adapter_type.AdapterType`."""
