@@ -51,6 +51,20 @@ CASES = [
         )
         for kind in ("bitfit", "full")
     ),
+    *(
+        settings(
+            f"init with {name}", "init: pissa", words, adapter={"method": "lora", "init": "pissa"} | adapter, **sections
+        )
+        for name, words, adapter, sections in (
+            ("a 4-bit base", "takes factors out of weights", {}, {"model": {"quantization": "nf4"}}),
+            (
+                "a look at the base", "looks at the base alone", {"type": "lora"},
+                {"sampling": {"selector": "k_center", "keep_fraction": 0.5}},
+            ),
+            ("biases", "is of LoRA's two factors, and not for 'adapter.type: bitfit'", {"method": "bitfit"}, {}),
+            ("an adapter", "remove one of them", {"init_from": "there"}, {}),
+        )
+    ),
     settings(
         "layers of bottlenecks", "'adapter.type: houlsby' chooses no linear layers; remove 'target_modules'",
         adapter={"method": "houlsby", "target_modules": ["query"]},

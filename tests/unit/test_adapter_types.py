@@ -263,7 +263,7 @@ def test_own_types_are_those_with_a_file_of_their_own() -> None:
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])
 def test_factors_taken_out_of_weights(models_dir: Path, tmp_path: Path, init: str, kind: str) -> None:
-    """PEFT's factors up to sign, and rest of the weight, the base's logits at the start, and a file for the base as it was."""
+    """PEFT's factors up to sign, the base's logits at the start, and a file for the base as it was."""
     from peft import LoraConfig, PeftModel, get_peft_model
 
     base, model, inputs = base_of(kind, models_dir), built("lora", kind, models_dir, init=init), some_inputs(kind)

@@ -143,3 +143,8 @@ class AdapterConfig(Section):
         if self.filter_rank is not None and self.type != "loratrf":
             raise ValueError(f"'filter_rank' is of 'adapter.type: loratrf', not of {kind}; remove it")
         return self
+
+    @property
+    def starts_in_base(self) -> bool:
+        """Whether factors start as a part of the base's weights, which lose it."""
+        return self.init in ("pissa", "olora")

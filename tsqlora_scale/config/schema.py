@@ -80,10 +80,17 @@ class Config(Section):
                 f"'adapter.type: {kind}' trains parameters of the base itself, which 'model.quantization: "
                 f"{self.model.quantization}' packs; set 'model.quantization: none' or 'adapter.type: lora'"
             )
-        if self.model.quantization != "none" and self.adapter.init in ("pissa", "olora"):
+        if self.model.quantization != "none" and self.adapter.starts_in_base:
             raise ValueError(
                 f"'adapter.init: {self.adapter.init}' takes factors out of weights, which 'model.quantization: "
                 f"{self.model.quantization}' packs; remove it"
+            )
+        learned = kind in ("bitfit", "full") and self.adapter.init_from is not None
+        if self.looks_before_training and self.sampling.selector != "file" and (learned or self.adapter.starts_in_base):
+            key = "init_from" if learned else f"init: {self.adapter.init}"
+            raise ValueError(
+                f"'sampling.selector: {self.sampling.selector}' looks at the base alone, which 'adapter.{key}' changes; "
+                "choose another of either"
             )
         return self
 

@@ -196,7 +196,7 @@ def _check_adapter_type(config: Config, bare: Any) -> None:
         )
     tied = {name for names in ties_of(bare) for name in names}
     shared = [name for name in resolve_targets(bare, adapter.target_modules) if f"{name}.weight" in tied]
-    if adapter.init in ("pissa", "olora") and shared:
+    if adapter.starts_in_base and shared:
         raise UserError(
             f"adapter.init={adapter.init!r}: takes factors out of the weight of {shared[0]}, which other layers share; "
             "leave it out of adapter.target_modules"

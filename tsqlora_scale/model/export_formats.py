@@ -151,9 +151,9 @@ def _merge(adapter: Path, out: Path, config: Config) -> list[str]:
     )
     own = own_type(saved_kind(adapter))
     if own is not None:
-        merged = own.merged(base, adapter)
-        merged.config.use_cache = True
-        merged.save_pretrained(str(out))
+        whole = own.merged(base, adapter)
+        whole.config.use_cache = True
+        whole.save_pretrained(str(out))
         tokenizer.save_pretrained(str(out))
         return ["a plain Transformers model: from_pretrained opens it"]
     ties, transposed = ties_of(base), transposed_layers(base)

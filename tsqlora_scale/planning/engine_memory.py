@@ -16,8 +16,9 @@ GIB = 2**30
 ALIVE, AHEAD = 10**9, 5 * 10**7
 #: Not counted but allowed for: CUDA's context and libraries, NCCL's buffers, and pieces that the allocator cannot use.
 CONTEXT, COMMUNICATION, FRAGMENTS = int(0.6 * GIB), int(0.4 * GIB), 0.05
-#: The smallest bucket that a run gives ZeRO, in elements (:func:`tsqlora_scale.engine.zero_internals.configure`).
-LEAST_BUCKET = 1_000_000
+#: The least and the largest bucket that a run gives ZeRO, in elements
+#: (:func:`tsqlora_scale.engine.zero_internals.configure`).
+LEAST_BUCKET, LARGEST_BUCKET = 1_000_000, 500_000_000
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def _fsdp2(weights: HeldWeights, ranks: int) -> SharedState:
 
 
 def _bucket(weights: HeldWeights) -> int:
-    return 4 * max(2 * weights.trained_elements, LEAST_BUCKET)
+    return 4 * min(max(2 * weights.trained_elements, LEAST_BUCKET), LARGEST_BUCKET)
 
 
 #: By name, those that need the least exchange first. An engine more is a function more.

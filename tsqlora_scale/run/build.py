@@ -90,9 +90,7 @@ def build_run(
     with record.phase("load"), quiet_libraries():
         state, tree = find_state(preflight, resume, world)
         selector = build_selector(preflight, world, stop, watchdog)
-        # an adapter's folder has factors for the base as it is, whatever its own started from
-        init = None if adapter is None else "default"
-        model = build_model(preflight, device=accelerator.device, init=init)
+        model = build_model(preflight, device=accelerator.device, init="default" if adapter else None)
         ranks = build_controller(config, plan, without_batch=preflight.findings.without_batch)
         if tree is not None:
             give(model, tree["ranks"], {name: entry.value for name, entry in state.params.items()})
@@ -215,7 +213,7 @@ def build_model(preflight: Preflight, *, device: torch.device, init: str | None 
     """The base with a fresh adapter, the same on every rank and engine.
 
     Args:
-        init: in the place of ``adapter.init``.
+        init: in the place of ``adapter.init``: a saved adapter is for the base as it is, whatever it started from.
     """
     config, task, seed = preflight.config, preflight.task, preflight.config.run.seed
     seed_libraries(seed)

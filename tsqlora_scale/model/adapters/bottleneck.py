@@ -27,6 +27,7 @@ class Bottleneck(nn.Module):
 
     def __init__(self, size: int, width: int, act: Callable[[Tensor], Tensor], generator: torch.Generator) -> None:
         super().__init__()
+        self._disable_adapters = False  # as PEFT's layers have it, for looks at the base alone
         self.down = nn.utils.skip_init(nn.Linear, size, width)
         self.up = nn.utils.skip_init(nn.Linear, width, size)
         self.act = act
@@ -37,6 +38,8 @@ class Bottleneck(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """See the class."""
+        if self._disable_adapters:
+            return hidden
         found: Tensor = hidden + self.up(self.act(self.down(hidden))).to(hidden.dtype)
         return found
 

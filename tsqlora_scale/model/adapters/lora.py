@@ -183,7 +183,7 @@ class LoraAdapter:
                 weight.data.copy_(drawn.normal_(0, 1 / adapter.r, generator=generator))
             else:
                 weight.data.copy_(drawn.uniform_(-1, 1, generator=generator) / weight.shape[1] ** 0.5)
-        if adapter.init in ("pissa", "olora"):
+        if adapter.starts_in_base:
             start_in_weights(lora_layers(model), ADAPTER, adapter.init)
         for module in model.modules():
             for name, param in list(module.named_parameters(recurse=False)):

@@ -24,6 +24,7 @@ class TaskFilter(nn.Module):
 
     def __init__(self, size: int, rank: int, generator: torch.Generator) -> None:
         super().__init__()
+        self._disable_adapters = False  # as PEFT's layers have it, for looks at the base alone
         self.task = nn.Parameter(torch.empty(size).normal_(generator=generator))
         self.down = nn.utils.skip_init(nn.Linear, size, rank, bias=False)
         self.up = nn.utils.skip_init(nn.Linear, rank, size, bias=False)
@@ -33,6 +34,8 @@ class TaskFilter(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """See the class."""
+        if self._disable_adapters:
+            return hidden
         weight = nn.functional.cosine_similarity(hidden.float(), self.task.float(), dim=-1).clamp(0, 1)
         relevant = (weight.unsqueeze(-1) * hidden).to(self.down.weight.dtype)
         found: Tensor = hidden + self.up(self.down(relevant)).to(hidden.dtype)
