@@ -204,3 +204,16 @@ def test_pissa_resumes_and_opens_on_the_base_as_it_was(tmp_path: Path, models_di
     tree["run"]["name"] = "again"
     assert_same(trained(go(tree, resume=str(folder / "checkpoints" / "step-00000003"))), trained(run))
     assert losses_of(tmp_path / "runs" / "again") == losses_of(folder)[3:]
+
+
+def test_eva_starts_from_samples_and_resumes(tmp_path: Path, models_dir: Path) -> None:
+    adapter = {"method": "lora", "init": "eva", "init_samples": 9}
+    train = {"max_steps": 4, "checkpoint_every": 2, "checkpoint_keep": 9}
+    tree = run_tree("deberta", tmp_path, models_dir, "run", adapter=adapter, train=train)
+    start = trained(build_run(preflight.check(parse_config(tree))))
+    a = [value for name, value in start.items() if ".lora_A." in name]
+    assert all(torch.allclose(value @ value.T, torch.eye(4), atol=1e-5) for value in a)
+    run = go(tree)
+    tree["run"]["name"] = "again"
+    again = go(tree, resume=str(tmp_path / "runs" / "run" / "checkpoints" / "step-00000002"))
+    assert_same(trained(again), trained(run))

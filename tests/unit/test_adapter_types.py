@@ -20,6 +20,8 @@ from tests.unit.quality.toys import RandomPool
 from tsqlora_scale.config.schema import AdapterConfig
 from tsqlora_scale.model.adapters.adapter_type import adapter_type, own_type
 from tsqlora_scale.model.adapters.bottleneck import Bottleneck
+from tsqlora_scale.model.adapters.data_start import LeadingInputs
+from tsqlora_scale.model.adapters.lora import lora_layers
 from tsqlora_scale.model.adapters.task_filter import TaskFilter
 from tsqlora_scale.model.base_model import skeleton
 from tsqlora_scale.model.blocks import block_names, outputs
@@ -287,3 +289,35 @@ def test_factors_taken_out_of_weights(models_dir: Path, tmp_path: Path, init: st
     method.save(model, values | method.untrained(model), tmp_path, base_name="base")
     opened = PeftModel.from_pretrained(base, str(tmp_path)).eval()
     torch.testing.assert_close(opened(**inputs).logits, model.eval()(**inputs).logits, atol=2e-5, rtol=1e-4)
+
+
+def test_directions_of_inputs_are_the_leading_ones(models_dir: Path) -> None:
+    """What the Gram matrix of all inputs, formed, says; orthonormal, the leading one first."""
+    model = built("lora", "bert", models_dir, init="eva").eval()
+    layers = lora_layers(model)
+    inputs = [
+        {"input_ids": torch.randint(5, 30, (1, 4 + i), generator=torch.Generator().manual_seed(i))} for i in range(9)
+    ]
+    kept: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
+
+    def one_pass() -> None:
+        with torch.no_grad():
+            for one in inputs:
+                model(**one)
+
+    handles = [
+        layer.register_forward_pre_hook(lambda _, args, name=name: kept[name].append(args[0].flatten(0, 1).double()))
+        for name, layer in layers.items()
+    ]
+    one_pass()
+    for handle in handles:
+        handle.remove()
+    found = LeadingInputs(layers, 4, torch.Generator().manual_seed(0)).find(one_pass)
+    assert found.keys() == layers.keys()
+    for name, vectors in found.items():
+        x = torch.cat(kept[name])
+        best = torch.linalg.svdvals(x)[:4].square()
+        torch.testing.assert_close(vectors @ vectors.T, torch.eye(4), atol=1e-5, rtol=0)
+        energy = (x @ vectors.double().T).square().sum(0)
+        assert energy.sum() >= 0.999 * best.sum(), name
+        assert energy[0] >= 0.999 * best[0], name

@@ -107,8 +107,11 @@ class AdapterConfig(Section):
     #: ``pfeiffer`` the width of a bottleneck.
     r: PositiveInt = 8
     #: How LoRA's factors start: ``default``, A drawn uniformly and B zero; ``gaussian``, A drawn normally; ``pissa``,
-    #: ``olora``: both a part of the weight, which loses it (docs/adapters.md).
-    init: Literal["default", "gaussian", "pissa", "olora"] = "default"
+    #: ``olora``: both a part of the weight, which loses it; ``eva``: A the leading directions of the layer's inputs
+    #: (docs/adapters.md).
+    init: Literal["default", "gaussian", "pissa", "olora", "eva"] = "default"
+    #: Samples of the pool that ``init: eva`` looks at.
+    init_samples: PositiveInt = 128
     #: Rank of ``loratrf``'s matrix T; none: r.
     filter_rank: PositiveInt | None = None
     #: The scaling s = alpha / r stays constant when ranks change: rescaling harms (docs/method.md).

@@ -89,8 +89,8 @@ class Config(Section):
         if self.looks_before_training and self.sampling.selector != "file" and (learned or self.adapter.starts_in_base):
             key = "init_from" if learned else f"init: {self.adapter.init}"
             raise ValueError(
-                f"'sampling.selector: {self.sampling.selector}' looks at the base alone, which 'adapter.{key}' changes; "
-                "choose another of either"
+                f"'sampling.selector: {self.sampling.selector}' looks at the base alone, which 'adapter.{key}' "
+                "changes; choose another of either"
             )
         return self
 

@@ -32,7 +32,8 @@ from tsqlora_scale.ranks.policies.policy_names import policy_class
 from tsqlora_scale.report.progress import Progress
 from tsqlora_scale.report.record import RunRecord
 from tsqlora_scale.run.checkpoint import drop_after, read_checkpoint
-from tsqlora_scale.run.initial_adapter import start_from
+from tsqlora_scale.run.data_init import start_from_samples
+from tsqlora_scale.run.initial_adapter import start_new
 from tsqlora_scale.run.old_checkpoints import of_today
 from tsqlora_scale.run.plan import RunPlan
 from tsqlora_scale.run.preemption import StopRequest
@@ -77,11 +78,8 @@ def build_run(
     accelerator = started(
         config, accumulation=plan.accumulation, mixed_precision="fp16" if config.model.dtype == "fp16" else "no"
     )
-    if preflight.findings.reads_past and shards_parameters(accelerator):
-        raise UserError(
-            f"model.name_or_path={config.model.name_or_path!r} is a {preflight.model_config.model_type} model, whose "
-            "layers read one another's weights without a call; ZeRO-3 gathers none of them then: use DDP or ZeRO-2"
-        )
+    if shards_parameters(accelerator):
+        check_sharding(preflight)
     world = World.current(accelerator.device)
     if lock is not None:
         lock.take(world)
@@ -96,6 +94,8 @@ def build_run(
             give(model, tree["ranks"], {name: entry.value for name, entry in state.params.items()})
         elif adapter is not None:
             give(model, *adapter_type(config.adapter.type).read(model, Path(adapter)))
+        elif config.adapter.init == "eva":
+            start_from_samples(model, config, preflight.task, device=accelerator.device)
         else:
             start_new(model, config, says=accelerator.is_main_process)
         engine = start_engine(
@@ -121,6 +121,25 @@ def build_run(
         if writes:
             open_folder(run, tree, resume)
     return run
+
+
+def check_sharding(preflight: Preflight) -> None:
+    """What ZeRO-3 and FSDP2 do not go with.
+
+    Raises:
+        UserError: naming the key.
+    """
+    config = preflight.config
+    if preflight.findings.reads_past:
+        raise UserError(
+            f"model.name_or_path={config.model.name_or_path!r} is a {preflight.model_config.model_type} model, whose "
+            "layers read one another's weights without a call; ZeRO-3 gathers none of them then: use DDP or ZeRO-2"
+        )
+    if config.adapter.init == "eva":
+        raise UserError(
+            "adapter.init='eva' looks at samples with the base whole, which ZeRO-3 and FSDP2 share among the ranks; use "
+            "DDP or ZeRO-2, or another adapter.init"
+        )
 
 
 def find_state(preflight: Preflight, resume: str | None, world: World) -> tuple[TrainState, dict[str, Any] | None]:
