@@ -1,4 +1,4 @@
-"""Types of adapters that are not PEFT's on every engine: the losses of one process, and a checkpoint for any other."""
+"""Types that are not PEFT's, and starts that touch the base, on engines: the losses of one process, and a checkpoint for any other."""
 
 from __future__ import annotations
 
@@ -12,14 +12,23 @@ from tests.runs import go, losses_of, result_of, run_tree, write_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(1500)]
 
-#: type -> the tiny model
-KINDS = {"loratrf": "bart", "bitfit": "deberta", "houlsby": "llama", "pfeiffer": "bert", "full": "t5"}
+#: name -> the tiny model, and the section
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "loratrf": ("bart", {"method": "loratrf"}),
+    "bitfit": ("deberta", {"method": "bitfit"}),
+    "houlsby": ("llama", {"method": "houlsby"}),
+    "pfeiffer": ("bert", {"method": "pfeiffer"}),
+    "full": ("t5", {"method": "full"}),
+    "pissa": ("llama", {"method": "lora", "init": "pissa"}),
+    "eva": ("bert", {"method": "lora", "init": "eva", "init_samples": 5}),
+}
 STEPS, MIDDLE = 3, 1
 
 
 def tree_of(method: str, folder: Path, models: Path, name: str) -> dict[str, Any]:
     train = {"max_steps": STEPS, "checkpoint_every": MIDDLE, "checkpoint_keep": 9, "micro_batch_size": 3}
-    return run_tree(KINDS[method], folder, models, name, adapter={"method": method}, train=train)
+    kind, adapter = KINDS[method]
+    return run_tree(kind, folder, models, name, adapter=adapter, train=train)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +41,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory, models_dir: Path) -> Path:
 
 #: On ZeRO-3, which shards what trains, all of them; on DDP those in which a parameter without a gradient would be found
 #: late.
-ON = {"ddp-2": ["bitfit", "full"], "zero3-2": list(KINDS)}
+ON = {"ddp-2": ["bitfit", "full", "eva"], "zero3-2": [name for name in KINDS if name != "eva"]}
 
 
 @pytest.mark.parametrize("engine", ON)

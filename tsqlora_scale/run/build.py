@@ -137,8 +137,8 @@ def check_sharding(preflight: Preflight) -> None:
         )
     if config.adapter.init == "eva":
         raise UserError(
-            "adapter.init='eva' looks at samples with the base whole, which ZeRO-3 and FSDP2 share among the ranks; use "
-            "DDP or ZeRO-2, or another adapter.init"
+            "adapter.init='eva' looks at samples with the base whole, which ZeRO-3 and FSDP2 share among the ranks; "
+            "use DDP or ZeRO-2, or another adapter.init"
         )
 
 

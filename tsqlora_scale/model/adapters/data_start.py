@@ -1,7 +1,7 @@
 """EVA (2410.07170): A starts as the leading right-singular vectors of what a layer is given, B as zero.
 
 They are found by subspace iteration: a pass over the samples multiplies the Gram matrix of a layer's inputs by some
-more vectors than are wanted, and the matrix itself, d_in x d_in for every layer, is never there. Ranks stay as they are.
+more vectors than are wanted, and the matrix itself, d_in x d_in for every layer, is never there. Ranks stay.
 """
 
 from __future__ import annotations
