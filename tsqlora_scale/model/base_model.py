@@ -203,14 +203,17 @@ def initialise_new(model: nn.Module, names: Iterable[str], *, std: float, genera
         write_parameter(params[name], value)
 
 
-def use_autocast(model: Any, dtype: str) -> None:
+def use_autocast(model: Any, dtype: str, *, fp16: bool = False) -> None:
     """Run the innermost model's forward under autocast, on whatever path it is called; and that of its encoder, which
     ``generate`` calls by itself.
 
     LoRA's layers then take their inputs as they are: PEFT would make a float32 copy of each, which the backward pass
     keeps, and autocast would round it to the same bf16 again.
+
+    Args:
+        fp16: whether to do so for fp16, too: where Accelerate does not, and layers cast nothing of themselves.
     """
-    if dtype != "bf16":
+    if dtype != "bf16" and not (fp16 and dtype == "fp16"):
         return
     inner: Any = model.base_model.model
     for part in inner.modules():

@@ -80,7 +80,7 @@ class OwnAdapter(ABC):
                 param.requires_grad_(True)
         make_float32(model)
         model.train(base.training)
-        use_autocast(model, dtype)
+        use_autocast(model, dtype, fp16=True)
         return model
 
     def untrained(self, model: nn.Module) -> dict[str, torch.Tensor]:
@@ -147,7 +147,7 @@ class OwnAdapter(ABC):
         for name, value in sorted(tensors.items()):
             write_parameter(params[name], value)
         base.requires_grad_(False)
-        use_autocast(model, dtype)
+        use_autocast(model, dtype, fp16=True)
         return model
 
     def read(
