@@ -1,4 +1,4 @@
-"""Types that are not PEFT's, and starts that touch the base, on engines: the losses of one process; checkpoints for it."""
+"""Types that are not PEFT's, and starts that touch the base, on engines: the losses of one process."""
 
 from __future__ import annotations
 

@@ -67,6 +67,7 @@ class OwnAdapter(ABC):
         unreached: Collection[str] = (),
     ) -> PlacedModel:
         """See :class:`~.adapter_type.AdapterType`."""
+        self.check(base)
         kept = head_modules(base) if has_head(task_type) and not adapter.train_head else []
         layers = linear_layers(base)
         whole = [module for module in new_modules if not is_idle(module, layers, unreached) and module not in kept]
