@@ -65,6 +65,14 @@ CASES = [
             ("an adapter", "remove one of them", {"init_from": "there"}, {}),
         )
     ),
+    _today(
+        "init with ranks of a file", "draws factors of its ranks", "'adapter.init: eva' starts them otherwise",
+        adapter={"method": "lora", "init": "eva"}, allocation={"policy": "file", "file": "x"},
+    ),
+    _today(
+        "ranks of a file for biases", "gives ranks to layers, and 'adapter.type: bitfit' has none",
+        adapter={"method": "bitfit"}, allocation={"policy": "file", "file": "x"},
+    ),
     settings(
         "layers of bottlenecks", "'adapter.type: houlsby' chooses no linear layers; remove 'target_modules'",
         adapter={"method": "houlsby", "target_modules": ["query"]},

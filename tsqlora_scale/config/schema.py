@@ -85,6 +85,16 @@ class Config(Section):
                 f"'adapter.init: {self.adapter.init}' takes factors out of weights, which 'model.quantization: "
                 f"{self.model.quantization}' packs; remove it"
             )
+        if self.allocation.policy == "file" and not ADAPTER_TRAITS[kind].layers:
+            raise ValueError(
+                f"'allocation.policy: file' gives ranks to layers, and 'adapter.type: {kind}' has none; set "
+                "'allocation.policy: fixed'"
+            )
+        if self.allocation.policy == "file" and self.adapter.init != "default":
+            raise ValueError(
+                f"'allocation.policy: file' draws factors of its ranks, and 'adapter.init: {self.adapter.init}' starts "
+                "them otherwise; remove one of them"
+            )
         learned = kind in ("bitfit", "full") and self.adapter.init_from is not None
         if self.looks_before_training and self.sampling.selector != "file" and (learned or self.adapter.starts_in_base):
             key = "init_from" if learned else f"init: {self.adapter.init}"

@@ -33,7 +33,7 @@ from tsqlora_scale.report.progress import Progress
 from tsqlora_scale.report.record import RunRecord
 from tsqlora_scale.run.checkpoint import drop_after, read_checkpoint
 from tsqlora_scale.run.data_init import start_from_samples
-from tsqlora_scale.run.initial_adapter import start_new
+from tsqlora_scale.run.initial_adapter import start_from
 from tsqlora_scale.run.old_checkpoints import of_today
 from tsqlora_scale.run.plan import RunPlan
 from tsqlora_scale.run.preemption import StopRequest
