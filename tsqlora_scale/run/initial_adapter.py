@@ -58,6 +58,7 @@ def check_initial(config: Config, model_config: Any, *, unreached: Collection[st
             if own is not None:
                 own.check_fits(folder, bare, heads=False)
                 own.check_width(folder, config.adapter)
+                _check_base(config, description, key)
                 return
             check_adapter(folder)
             check_layers(folder, bare)
@@ -67,6 +68,7 @@ def check_initial(config: Config, model_config: Any, *, unreached: Collection[st
             told = str(error).removeprefix(f"{key}: ").replace(str(folder), place)
             raise UserError(f"{key}: {told}") from None
         ranks, scalings = layer_ranks(folder), layer_scalings(folder)
+    _check_base(config, description, key)
     targets = set(resolve_targets(bare, config.adapter.target_modules, unreached=unreached))
     differing = sorted(targets ^ ranks.keys())
     if differing:
@@ -79,6 +81,9 @@ def _check_kind(config: Config, description: dict[str, Any], key: str) -> None:
     kind = kind_of(description)
     if kind != config.adapter.type:
         raise UserError(f"{key}: is a {kind} adapter, adapter.type is {config.adapter.type!r}; set it to {kind!r}")
+
+
+def _check_base(config: Config, description: dict[str, Any], key: str) -> None:
     base, own = str(description.get("base_model_name_or_path")), config.model.name_or_path
     if not same_base(base, own):
         raise UserError(

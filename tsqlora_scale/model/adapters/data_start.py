@@ -29,7 +29,8 @@ class LeadingInputs:
     """
 
     def __init__(self, layers: Mapping[str, LoraLayer], rank: int, generator: torch.Generator) -> None:
-        self._layers, self._rank = dict(layers), rank
+        self._layers: dict[str, Any] = dict(layers)
+        self._rank = rank
         self._basis: dict[str, Tensor] = {}
         self._product: dict[str, Tensor] = {}
         for name, layer in self._layers.items():
@@ -68,7 +69,8 @@ class LeadingInputs:
         basis = self._basis[name].double().cpu()
         inner = basis.T @ self._product[name].double().cpu()
         _, vectors = torch.linalg.eigh((inner + inner.T) / 2)
-        return (basis @ vectors.flip(1)[:, : self._rank]).T.float().contiguous()
+        leading: Tensor = basis @ vectors.flip(1)[:, : self._rank]
+        return leading.T.float().contiguous()
 
 
 def start_in_inputs(layers: Mapping[str, LoraLayer], adapter: str, vectors: Mapping[str, Tensor]) -> None:
