@@ -1,8 +1,8 @@
 """Fine-tuning that chooses which data to learn from and where to spend rank.
 
 The public interface: ``Config``, ``load_config``, ``train``, ``score``, ``audit``, ``advise``, ``evaluate``,
-``evaluate_tasks``, ``predict``, ``export``, ``truncate``, and the exceptions ``UserError`` and ``Stopped``. Nothing
-heavy is imported before it is used.
+``evaluate_tasks``, ``predict``, ``export``, ``truncate``, ``load_adapter``, and the exceptions ``UserError`` and
+``Stopped``. Nothing heavy is imported before it is used.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from tsqlora_scale.common.errors import Stopped, UserError
     from tsqlora_scale.config.load import load_config
     from tsqlora_scale.config.schema import Config
+    from tsqlora_scale.model.adapters.adapter_type import load_adapter
 
 __version__ = "0.2.0.dev0"
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "evaluate",
     "evaluate_tasks",
     "export",
+    "load_adapter",
     "load_config",
     "predict",
     "score",
@@ -61,6 +63,7 @@ _HOMES = {
     "AdviceResult": "advice.advice_result",
     "AuditResult": "audit.audit_result",
     "Config": "config.schema",
+    "load_adapter": "model.adapters.adapter_type",
     "load_config": "config.load",
 }
 

@@ -9,7 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.bad_input import advice, configs, data, exports, folders, launchers, models, predictions, queries, selectors
+from tests.bad_input import (
+    adapters,
+    advice,
+    configs,
+    data,
+    exports,
+    folders,
+    launchers,
+    models,
+    predictions,
+    queries,
+    selectors,
+)
 from tests.bad_input.place import Case, Place, assert_refused, listing
 from tests.distributed.launch import ROOT, run_launched
 from tests.runs import go
@@ -17,7 +29,19 @@ from tsqlora_scale.commands import main as cli
 
 CASES: dict[str, Case] = {
     f"{module.__name__.rsplit('.', 1)[-1]}: {case.name}": case
-    for module in (configs, data, models, folders, launchers, predictions, queries, selectors, advice, exports)
+    for module in (
+        configs,
+        data,
+        models,
+        folders,
+        launchers,
+        predictions,
+        queries,
+        selectors,
+        advice,
+        exports,
+        adapters,
+    )
     for case in module.CASES
 }
 

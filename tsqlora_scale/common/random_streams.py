@@ -20,6 +20,7 @@ stream                      who draws from it                      depends on, b
 ``philox "round with the query"``  order of a redrawn subset       the round
 ``philox "evidence folds, SIDE"``  parts of pool and query       nothing more
 ``philox "feature projection"``  projection of wide features       nothing more
+``philox "init samples"``   samples that factors start from        nothing more
 ``philox "folds"``          folds of an audit                      nothing more
 ``philox "audit features"`` rows that a regression learns from     nothing more
 ``philox "audit projection"`` projections of wide hidden states    the layer
@@ -32,6 +33,7 @@ stream                      who draws from it                      depends on, b
 ``philox "noise model"``    rows that a noise model is fitted on   nothing more
 ``generator_for`` "head"    a new head's weights                   nothing more
 ``generator_for`` "adapter" A of the adapted layers                nothing more
+``generator_for`` "init directions"  where their search begins     nothing more
 ``generator_for`` "gradient sketch"  projections of gradients      the layer
 ``layer_generator``         rows of A of a layer that grows        the step, the layer
 ``seed_dropout``            dropout masks                          the step, the micro-batch's place

@@ -19,7 +19,7 @@ from tsqlora_scale.comparison.run_folder import FinishedRun, places_of
 #: Colours that are told apart by everybody (Okabe and Ito), and markers for when there are more lines than colours.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
 MARKERS = "os^Dvp*XPh<>"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tsqlora_scale.config.fields import Below1, NonNegativeFloat, PositiveFloat, PositiveInt, Section
 
@@ -52,20 +52,47 @@ class AdapterTraits:
         resized: its ranks may change while it trains.
         triplets: between its factors stands a diagonal: components stay whole or go, and are scored by the factors
             alone.
+        layers: it sits in the linear layers that ``adapter.target_modules`` names.
+        wide: ``adapter.r`` means something to it: ranks, or the width of its bottlenecks.
+        packed: its base may be 4-bit.
+        fsdp: it trains under FSDP2.
+        own: PEFT has none of the kind, and does not open what is saved.
+        unmerged: why a model without it cannot compute the same; empty where a merge is exact.
     """
 
     scored: bool
     resized: bool
     triplets: bool = False
+    layers: bool = True
+    wide: bool = True
+    packed: bool = True
+    fsdp: bool = True
+    own: bool = False
+    unmerged: str = ""
 
 
-#: DoRA's magnitudes are no linear modules, and follow the factors' norms; rsLoRA's scaling follows the rank.
+#: DoRA's magnitudes are no linear modules, and follow the factors' norms; rsLoRA's scaling follows the rank. LoRATRF's
+#: samples are scored by its LoRA factors. Biases, and all weights, are more than linear modules.
 ADAPTER_TRAITS = {
     "lora": AdapterTraits(scored=True, resized=True),
     "rslora": AdapterTraits(scored=True, resized=False),
-    "dora": AdapterTraits(scored=False, resized=False),
+    "dora": AdapterTraits(scored=False, resized=False, fsdp=False),
     "svd": AdapterTraits(scored=True, resized=True, triplets=True),
-}
+    "loratrf": AdapterTraits(
+        scored=True, resized=True, fsdp=False, own=True,
+        unmerged="its filter weighs every token by a cosine, and no weight of the base does that",
+    ),
+    "bitfit": AdapterTraits(scored=False, resized=False, layers=False, wide=False, packed=False, fsdp=False, own=True),
+    "houlsby": AdapterTraits(
+        scored=True, resized=False, layers=False, fsdp=False, own=True,
+        unmerged="its bottlenecks have a nonlinearity inside, and no weight of the base does that",
+    ),
+    "pfeiffer": AdapterTraits(
+        scored=True, resized=False, layers=False, fsdp=False, own=True,
+        unmerged="its bottlenecks have a nonlinearity inside, and no weight of the base does that",
+    ),
+    "full": AdapterTraits(scored=False, resized=False, layers=False, wide=False, packed=False, fsdp=False, own=True),
+}  # fmt: skip
 
 
 class AdapterConfig(Section):
@@ -74,13 +101,38 @@ class AdapterConfig(Section):
     #: A name for three keys that are independent of one another: this section's ``type``, ``sampling.selector`` and
     #: ``allocation.policy``. Those that are not set take the method's values; none sets nothing.
     #: ``adalora`` and ``elalora`` set smoothing and bounds as well, as their papers have them (docs/method.md).
-    method: Literal["tsqlora", "lora", "rslora", "dora", "adalora", "elalora"] | None = "tsqlora"
-    #: PEFT's own layers; ``svd`` is AdaLoRA's form of them, B diag(E) A, of which whole triplets come and go, and whose
-    #: file is a plain LoRA adapter's.
-    type: Literal["lora", "rslora", "dora", "svd"] = "lora"
+    method: (
+        Literal[
+            "tsqlora",
+            "lora",
+            "rslora",
+            "dora",
+            "adalora",
+            "elalora",
+            "loratrf",
+            "bitfit",
+            "houlsby",
+            "pfeiffer",
+            "full",
+        ]
+        | None
+    ) = "tsqlora"
+    #: ``lora``, ``rslora``, ``dora``: PEFT's own layers; ``svd``: AdaLoRA's form of them, B diag(E) A, of which whole
+    #: triplets come and go, and whose file is a plain LoRA adapter's; ``loratrf``: LoRA and a filter of every block's
+    #: output; ``bitfit``: the biases that the base has; ``houlsby``, ``pfeiffer``: bottlenecks after attention and
+    #: feed-forward, or the latter alone; ``full``: all parameters (docs/adapters.md).
+    type: Literal["lora", "rslora", "dora", "svd", "loratrf", "bitfit", "houlsby", "pfeiffer", "full"] = "lora"
     #: Rank of every adapted layer at the start; the budget that moves is r times their number. AdaLoRA starts with 1.5
-    #: times the ranks that it ends with: 12 for 8.
+    #: times the ranks that it ends with: 12 for 8. Of ``houlsby`` and ``pfeiffer`` the width of a bottleneck.
     r: PositiveInt = 8
+    #: How LoRA's factors start: ``default``, A drawn uniformly and B zero; ``gaussian``, A drawn normally; ``pissa``,
+    #: ``olora``: both a part of the weight, which loses it; ``eva``: A the leading directions of the layer's inputs
+    #: (docs/adapters.md).
+    init: Literal["default", "gaussian", "pissa", "olora", "eva"] = "default"
+    #: Samples of the pool that ``init: eva`` looks at.
+    init_samples: PositiveInt = 128
+    #: Rank of ``loratrf``'s matrix T; none: r.
+    filter_rank: PositiveInt | None = None
     #: The scaling s = alpha / r stays constant when ranks change: rescaling harms (docs/method.md).
     alpha: PositiveFloat = 16.0
     #: γ of AdaLoRA's penalty γ mean(‖A Aᵀ - I‖, ‖Bᵀ B - I‖) over all factors; its gradient is added to that of the
@@ -89,11 +141,35 @@ class AdapterConfig(Section):
     #: Dropout of the factors' input while they train; scores are taken without.
     dropout: Below1 = 0.0
     #: Module-name suffixes, or ``auto``: every linear layer of attention and feed-forward blocks that text gives a
-    #: gradient to.
-    target_modules: list[str] | Literal["auto"] = "auto"
+    #: gradient to. ``loratrf``: that paper's choice, of encoders and encoder-decoders the value projections and the
+    #: feed-forward blocks' two matrices, of decoders the attention's output in the place of the values.
+    target_modules: list[str] | Literal["auto", "loratrf"] = "auto"
     #: Train the head of a classification or regression model whole, be it new or the checkpoint's; false keeps the
     #: checkpoint's as it is.
     train_head: bool = True
     #: A trained adapter that the run starts from, with its ranks and values: its folder, a run folder or a checkpoint.
     #: A head of another task, or with other labels, is newly drawn.
     init_from: Annotated[str, Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _keys_mean_something(self) -> AdapterConfig:
+        traits = ADAPTER_TRAITS[self.type]
+        kind = f"'adapter.type: {self.type}'"
+        if not traits.layers and self.target_modules != "auto":
+            raise ValueError(f"{kind} chooses no linear layers; remove 'target_modules'")
+        if not traits.layers and self.dropout:
+            raise ValueError(f"{kind} has no factors whose input 'dropout' ({self.dropout:g}) could drop; remove it")
+        if self.init != "default" and self.type not in ("lora", "rslora", "loratrf"):
+            raise ValueError(f"'init: {self.init}' is of LoRA's two factors, and not for {kind}; remove it")
+        if self.init != "default" and self.init_from is not None:
+            raise ValueError(
+                f"'init: {self.init}' says how factors start, and 'init_from' gives them; remove one of them"
+            )
+        if self.filter_rank is not None and self.type != "loratrf":
+            raise ValueError(f"'filter_rank' is of 'adapter.type: loratrf', not of {kind}; remove it")
+        return self
+
+    @property
+    def starts_in_base(self) -> bool:
+        """Whether factors start as a part of the base's weights, which lose it."""
+        return self.init in ("pissa", "olora")

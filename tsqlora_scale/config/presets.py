@@ -20,6 +20,11 @@ PRESETS = {
     "dora": ("dora", "full", "fixed"),
     "adalora": ("svd", "full", "adalora"),
     "elalora": ("svd", "full", "elalora"),
+    "loratrf": ("loratrf", "full", "fixed"),
+    "bitfit": ("bitfit", "full", "fixed"),
+    "houlsby": ("houlsby", "full", "fixed"),
+    "pfeiffer": ("pfeiffer", "full", "fixed"),
+    "full": ("full", "full", "fixed"),
 }
 #: What a policy of a paper means by more keys than its own, where they are not set.
 POLICY_VALUES: dict[str, dict[str, Any]] = {
@@ -33,6 +38,8 @@ RESETS: dict[str, tuple[str, ...]] = {
     "adapter.method": (*PRESET_KEYS, "adapter.orthogonality"),
     **{f"adapter.method={name}": tuple(POLICY_VALUES.get(values[2], ())) for name, values in PRESETS.items()},
 }
+#: What a method says of other keys.
+MORE_OF_PRESETS = {"loratrf": {"adapter.target_modules": "loratrf"}}
 
 
 #: Keys that only scores have a use for. Not the technical ones, nor those of an audit.
@@ -65,7 +72,7 @@ def with_preset(tree: Mapping[str, Any]) -> dict[str, Any]:
     further = dict(POLICY_VALUES.get(policy, {})) if isinstance(policy, str) else {}
     if method == "adalora" and _get(out, "adapter.type") == "svd":
         further["adapter.orthogonality"] = ORTHOGONALITY
-    for key, value in further.items():
+    for key, value in (further | MORE_OF_PRESETS.get(str(method), {})).items():
         if not _is_set(out, key):
             _set(out, key, value)
     return out

@@ -79,6 +79,38 @@ class Config(Section):
         return with_preset(from_0_1(tree)) if isinstance(tree, dict) else tree
 
     @model_validator(mode="after")
+    def _base_agrees(self) -> Config:
+        kind = self.adapter.type
+        if self.model.quantization != "none" and not ADAPTER_TRAITS[kind].packed:
+            raise ValueError(
+                f"'adapter.type: {kind}' trains parameters of the base itself, which 'model.quantization: "
+                f"{self.model.quantization}' packs; set 'model.quantization: none' or 'adapter.type: lora'"
+            )
+        if self.model.quantization != "none" and self.adapter.starts_in_base:
+            raise ValueError(
+                f"'adapter.init: {self.adapter.init}' takes factors out of weights, which 'model.quantization: "
+                f"{self.model.quantization}' packs; remove it"
+            )
+        if self.allocation.policy == "file" and not ADAPTER_TRAITS[kind].layers:
+            raise ValueError(
+                f"'allocation.policy: file' gives ranks to layers, and 'adapter.type: {kind}' has none; set "
+                "'allocation.policy: fixed'"
+            )
+        if self.allocation.policy == "file" and self.adapter.init != "default":
+            raise ValueError(
+                f"'allocation.policy: file' draws factors of its ranks, and 'adapter.init: {self.adapter.init}' starts "
+                "them otherwise; remove one of them"
+            )
+        learned = kind in ("bitfit", "full") and self.adapter.init_from is not None
+        if self.looks_before_training and self.sampling.selector != "file" and (learned or self.adapter.starts_in_base):
+            key = "init_from" if learned else f"init: {self.adapter.init}"
+            raise ValueError(
+                f"'sampling.selector: {self.sampling.selector}' looks at the base alone, which 'adapter.{key}' "
+                "changes; choose another of either"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _ranks_agree(self) -> Config:
         r_max = self.allocation.r_max
         if self.allocation.policy == "file" and self.adapter.init_from is not None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.printing import shown
+from tsqlora_scale.config.model_section import ADAPTER_TRAITS
 from tsqlora_scale.config.schema import ModelConfig
 
 #: Engines of Accelerate that are none of ours, by the variable that asks for them.
@@ -87,10 +88,11 @@ def check_launcher(model: ModelConfig, *, adapter: str = "lora") -> None:
         )
     if fsdp_wanted():
         _check_fsdp(model)
-        if adapter == "dora":
+        if not ADAPTER_TRAITS[adapter].fsdp:
+            reason = "reads the base's weights beside their layers" if adapter == "dora" else "sits beside the layers"
             raise UserError(
-                "adapter.type='dora' reads the base's weights beside their layers, and FSDP2 gathers them for their "
-                "layers only; set adapter.type=lora or rslora, or use DDP or ZeRO"
+                f"adapter.type={adapter!r} {reason}, and FSDP2 gathers weights for their layers only; set "
+                "adapter.type=lora or rslora, or use DDP or ZeRO"
             )
 
 

@@ -25,7 +25,7 @@ def configure(accelerator: Any, *, micro_batch_size: int, max_grad_norm: float |
     """Fill the DeepSpeed config with what the run decides.
 
     ``gradient_clipping`` is always set: its default changed between releases. Buckets are sized by the trainable
-    parameters, not by DeepSpeed's default of 5e8 elements, which would allocate 2 GB for an adapter.
+    parameters, and not above DeepSpeed's default of 5e8 elements, which would allocate 2 GB for an adapter.
     """
     if accelerator.state.deepspeed_plugin.zero_stage == 3:
         _linear_as_elsewhere()
@@ -41,7 +41,7 @@ def configure(accelerator: Any, *, micro_batch_size: int, max_grad_norm: float |
     zero.pop("compute_grad_norm", None)  # without the norm, a step on a gradient that is not finite would be taken
     for key in ("reduce_bucket_size", "allgather_bucket_size"):
         if zero.get(key, "auto") == "auto":  # twice the adapter leaves room for it to grow
-            zero[key] = max(2 * trainable_numel, 1_000_000)
+            zero[key] = min(max(2 * trainable_numel, 1_000_000), 500_000_000)
 
 
 def _auto_again(plugin: Any) -> None:

@@ -203,26 +203,36 @@ def initialise_new(model: nn.Module, names: Iterable[str], *, std: float, genera
         write_parameter(params[name], value)
 
 
-def use_autocast(model: Any, dtype: str) -> None:
-    """Run the innermost model's forward under autocast, on whatever path it is called.
+def use_autocast(model: Any, dtype: str, *, fp16: bool = False) -> None:
+    """Run the innermost model's forward under autocast, on whatever path it is called; and that of its encoder, which
+    ``generate`` calls by itself.
 
     LoRA's layers then take their inputs as they are: PEFT would make a float32 copy of each, which the backward pass
     keeps, and autocast would round it to the same bf16 again.
+
+    Args:
+        fp16: whether to do so for fp16, too: where Accelerate does not, and layers cast nothing of themselves.
     """
-    if dtype != "bf16":
+    if dtype != "bf16" and not (fp16 and dtype == "fp16"):
         return
     inner: Any = model.base_model.model
     for part in inner.modules():
         if isinstance(part, LoraLayer) and not part.lora_variant:
             part.cast_input_dtype_enabled = False
-    forward = inner.forward
+    encodes = getattr(getattr(inner, "config", None), "is_encoder_decoder", False)
+    for part in (inner, *([inner.get_encoder()] if encodes else [])):
+        _forward_under_autocast(part, dtype)
+
+
+def _forward_under_autocast(module: Any, dtype: str) -> None:
+    forward = module.forward
 
     @functools.wraps(forward)
     def autocast_forward(*args: Any, **kwargs: Any) -> Any:
-        with torch.autocast(next(inner.parameters()).device.type, dtype=DTYPES[dtype]):
+        with torch.autocast(next(module.parameters()).device.type, dtype=DTYPES[dtype]):
             return forward(*args, **kwargs)
 
-    inner.forward = autocast_forward
+    module.forward = autocast_forward
 
 
 def nf4_config(model: ModelConfig, unquantised: list[str]) -> Any:

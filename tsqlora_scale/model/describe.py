@@ -8,6 +8,7 @@ from typing import Any
 
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.locations import resolve
+from tsqlora_scale.config.model_section import ADAPTER_TRAITS
 from tsqlora_scale.config.schema import Config
 from tsqlora_scale.model.base_folder import check_folder
 from tsqlora_scale.model.dropouts import set_dropout
@@ -20,7 +21,7 @@ from tsqlora_scale.model.stored_quantization import (
     stored_quantization,
 )
 from tsqlora_scale.model.tokenizer import fit_tokenizer
-from tsqlora_scale.model.weight_files import check_base_weights, check_fits
+from tsqlora_scale.model.weight_files import check_base_weights
 
 
 def load_descriptions(config: Config, path: str) -> tuple[Any, Any]:
@@ -120,13 +121,15 @@ def check_adapter_fits(config: Config, model_config: Any, adapter: str | Path) -
     Raises:
         UserError: naming the folder, the file or the tensor.
     """
+    from tsqlora_scale.model.adapters.adapter_type import check_saved
     from tsqlora_scale.model.base_model import skeleton
     from tsqlora_scale.tasks import auto_class_of
 
     if not Path(adapter).is_dir():
         raise UserError(f"--adapter {str(adapter)!r} is no folder; give the adapter folder that a run wrote")
     auto_class = auto_class_of(config.task)
-    check_fits(Path(adapter), skeleton(auto_class, model_config, trust_remote_code=config.model.trust_remote_code))
+    bare = skeleton(auto_class, model_config, trust_remote_code=config.model.trust_remote_code)
+    check_saved(Path(adapter), bare, kind=config.adapter.type)
 
 
 def check_architecture(config: Config, model_config: Any, tokenizer: Any) -> list[str]:
@@ -139,7 +142,7 @@ def check_architecture(config: Config, model_config: Any, tokenizer: Any) -> lis
         weight is read without a call of the layer, or what its files say.
     """
     from tsqlora_scale.model.base_model import skeleton
-    from tsqlora_scale.model.linear_layers import heads_of, linear_layers, read_past, resolve_targets
+    from tsqlora_scale.model.linear_layers import heads_of, read_past
     from tsqlora_scale.tasks import auto_class_of, check_lengths
 
     auto_class = auto_class_of(config.task)
@@ -155,13 +158,7 @@ def check_architecture(config: Config, model_config: Any, tokenizer: Any) -> lis
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UserError(f"{key}: its config.json describes no model that can be built ({reason}); mend it") from None
     _check_attention(config, model_config, auto_class)
-    layers: dict[str, Any] = linear_layers(bare)
-    widest = max(min(layers[name].weight.shape) for name in resolve_targets(bare, config.adapter.target_modules))
-    if config.adapter.r > widest:
-        raise UserError(
-            f"adapter.r={config.adapter.r}: no layer that is adapted has a rank above {widest}; lower it, "
-            "or choose other adapter.target_modules"
-        )
+    _check_adapter_type(config, bare)
     check_lengths(config.task, bare)
     if stored_quantization(model_config) is not None:
         path = resolve(config.model.name_or_path, key="model.name_or_path")
@@ -173,6 +170,45 @@ def check_architecture(config: Config, model_config: Any, tokenizer: Any) -> lis
             )
         return kept
     return [*heads_of(bare), *sorted(read_past(bare))]
+
+
+def _check_adapter_type(config: Config, bare: Any) -> None:
+    """Raises:
+    UserError: what ``adapter.type`` needs is not in the model, or ``adapter.r`` is more than it has.
+    """
+    from tsqlora_scale.model.adapters.adapter_type import own_type
+    from tsqlora_scale.model.blocks import hidden_size
+    from tsqlora_scale.model.linear_layers import linear_layers, resolve_targets
+    from tsqlora_scale.model.tied_weights import ties_of
+
+    adapter = config.adapter
+    own = own_type(adapter.type)
+    if own is not None:
+        own.check(bare)
+        if ADAPTER_TRAITS[adapter.type].wide and adapter.r > hidden_size(bare):
+            raise UserError(
+                f"adapter.r={adapter.r}: a bottleneck of adapter.type={adapter.type!r} is narrower than what it stands "
+                f"behind, {hidden_size(bare)}; lower it"
+            )
+        return
+    layers: dict[str, Any] = linear_layers(bare)
+    widest = max(min(layers[name].weight.shape) for name in resolve_targets(bare, adapter.target_modules))
+    if adapter.r > widest:
+        raise UserError(
+            f"adapter.r={adapter.r}: no layer that is adapted has a rank above {widest}; lower it, "
+            "or choose other adapter.target_modules"
+        )
+    tied = {name for names in ties_of(bare) for name in names}
+    shared = [name for name in resolve_targets(bare, adapter.target_modules) if f"{name}.weight" in tied]
+    if adapter.starts_in_base and shared:
+        raise UserError(
+            f"adapter.init={adapter.init!r}: takes factors out of the weight of {shared[0]}, which other layers share; "
+            "leave it out of adapter.target_modules"
+        )
+    if adapter.type == "loratrf" and (adapter.filter_rank or 0) > hidden_size(bare):
+        raise UserError(
+            f"adapter.filter_rank={adapter.filter_rank}: no T has a rank above {hidden_size(bare)}; lower it"
+        )
 
 
 def _check_attention(config: Config, model_config: Any, auto_class: Any) -> None:

@@ -13,7 +13,9 @@ from peft import PeftModel
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.random_streams import generator_for
 from tsqlora_scale.config.locations import resolve
+from tsqlora_scale.config.model_section import ADAPTER_TRAITS
 from tsqlora_scale.config.schema import Config
+from tsqlora_scale.model.adapters.adapter_type import own_type, saved_kind
 from tsqlora_scale.model.base_model import load_base
 from tsqlora_scale.model.describe import check_adapter_fits, check_architecture, check_weights, load_descriptions
 from tsqlora_scale.model.linear_layers import transpose_again, transposed_layers
@@ -23,7 +25,7 @@ from tsqlora_scale.model.stored_quantization import dequantised
 from tsqlora_scale.model.streamed_merge import NotLayerByLayer, StreamedMerge
 from tsqlora_scale.model.tensor_stream import SHARD_BYTES
 from tsqlora_scale.model.tied_weights import is_untied, save_untied, ties_of, untie_adapted
-from tsqlora_scale.model.weight_files import check_adapter
+from tsqlora_scale.model.weight_files import check_adapter, check_own
 from tsqlora_scale.tasks import auto_class_of, objective_class
 
 FORMATS = ("peft", "padded", "vllm", "merged", "gguf")
@@ -54,7 +56,7 @@ def export(
     Raises:
         UserError: no adapter there, no config to merge by, something at ``out`` already, or a form that cannot hold it.
     """
-    check_adapter(adapter)
+    kind = check_form(adapter, form)
     check_out(out, adapter, overwrite=overwrite)
     if form in ("merged", "gguf") and config is None:
         raise UserError(f"--format {form} loads the base, and needs --config FILE: the run's config.yaml")
@@ -65,7 +67,31 @@ def export(
             assert config is not None
             return _with_base(adapter, partial, config, gguf_type if form == "gguf" else None)
         write = {"peft": copy_adapter, "padded": write_padded, "vllm": write_for_vllm}[form]
-        return write(adapter, partial)
+        notes = write(adapter, partial)
+    if ADAPTER_TRAITS[kind].own:
+        return [f"tsqlora_scale.load_adapter(base, folder) opens it; PEFT has no adapter of type {kind}"]
+    return notes
+
+
+def check_form(adapter: Path, form: str) -> str:
+    """The type of a whole adapter that a form can hold.
+
+    Raises:
+        UserError: no adapter, or the form is not for its type.
+    """
+    kind = saved_kind(adapter)
+    traits = ADAPTER_TRAITS[kind]
+    if own_type(kind) is None:
+        check_adapter(adapter)
+    else:
+        check_own(adapter, kind)
+    if form in ("padded", "vllm") and (traits.own or traits.unmerged):
+        raise UserError(
+            f"--format {form}: is for ranks of plain LoRA layers, the adapter is of type {kind}; choose peft"
+        )
+    if form in ("merged", "gguf") and traits.unmerged:
+        raise UserError(f"--format {form}: an adapter of type {kind} has no merge: {traits.unmerged}")
+    return kind
 
 
 def check_out(out: Path, adapter: Path, *, overwrite: bool) -> None:
@@ -145,6 +171,8 @@ def merge(adapter: Path, out: Path, config: Config, *, says: bool = True) -> lis
         notes.append(f"the base was dequantised to {config.model.dtype}; the file is as large as that, not 4-bit")
     try:
         try:
+            if own_type(saved_kind(adapter)) is not None:
+                raise NotLayerByLayer("more than linear layers was trained")
             StreamedMerge(adapter, config, path, model_config=model_config, unquantised=unquantised).write(out)
         except NotLayerByLayer as reason:
             notes.append(f"merged as a whole, in memory: {reason}")
@@ -173,6 +201,12 @@ def _merge_as_a_whole(
         train_head=config.adapter.train_head,
         says=False,
     )
+    own = own_type(saved_kind(adapter))
+    if own is not None:
+        whole = own.merged(base, adapter)
+        whole.config.use_cache = True
+        whole.save_pretrained(str(out), max_shard_size=SHARD_BYTES)
+        return []
     ties, transposed = ties_of(base), transposed_layers(base)
     if config.model.quantization != "none":
         base = dequantised(base)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from torch import nn
@@ -47,6 +47,17 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if is_linear(module)}
 
 
+def is_idle(module: str, layers: Iterable[str], unreached: Collection[str]) -> bool:
+    """Whether a module has linear layers, and text passes through none of them (a pooler that the head leaves out).
+
+    Args:
+        layers: names of all linear layers.
+        unreached: those that text does not pass through.
+    """
+    inside = [name for name in layers if name == module or name.startswith(f"{module}.")]
+    return bool(inside) and all(name in unreached for name in inside)
+
+
 def in_blocks(name: str) -> bool:
     """Whether a layer of that name is part of a repeated block."""
     return re.search(r"\.\d+\.", name) is not None
@@ -66,6 +77,7 @@ def resolve_targets(
     models is the paper's choice: query, key, value, attention output, intermediate, output. A list holds name
     suffixes; inside the blocks they win over the same names outside (``dense`` is not the pooler's). Neither takes
     layers in which an adapter would not train: those of ``unreached``, and those whose weight is read past them.
+    ``loratrf`` is that paper's choice (:func:`.blocks.papers_choice`).
 
     Args:
         unreached: linear layers that the logits do not depend on (:mod:`tsqlora_scale.model.probe`).
@@ -76,8 +88,12 @@ def resolve_targets(
     layers = linear_layers(model)
     idle = set(unreached) | read_past(model)
     blocks = [name for name in layers if in_blocks(name)]
-    if targets == "auto":
+    if targets in ("auto", "loratrf"):
         chosen = [name for name in blocks if name not in idle]
+        if targets == "loratrf":
+            from tsqlora_scale.model.blocks import papers_choice
+
+            return papers_choice(model, chosen)
         if not chosen:
             raise UserError(
                 "adapter.target_modules='auto' found no linear layer inside repeated blocks of "

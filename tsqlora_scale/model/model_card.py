@@ -15,6 +15,7 @@ from huggingface_hub.utils._validators import validate_repo_id
 from tsqlora_scale.common.files import written_whole
 from tsqlora_scale.common.printing import printable
 from tsqlora_scale.config.locations import lasting, resolve
+from tsqlora_scale.config.model_section import ADAPTER_TRAITS
 from tsqlora_scale.config.schema import Config
 from tsqlora_scale.config.task_section import DatasetConfig
 
@@ -57,7 +58,7 @@ def model_card(config: Config, result: Mapping[str, Any], *, merged: bool, gguf_
     metrics = result.get("metrics", {})
     data = ModelCardData(
         base_model=base,
-        library_name="transformers" if merged else "peft",
+        library_name="transformers" if merged or ADAPTER_TRAITS[config.adapter.type].own else "peft",
         license="unknown",
         pipeline_tag=_TASKS[config.task.type][0],
         datasets=list(dict.fromkeys(each.name for each in config.task.datasets if each.name)) or None,
@@ -155,7 +156,16 @@ def _use(config: Config, *, merged: bool, gguf_file: str | None) -> str:
     if config.task.num_labels and not more and not merged:
         more = f", num_labels={config.task.num_labels}"
     file = "" if gguf_file is None else f", gguf_file={gguf_file!r}"
-    library, prefix = ("transformers", "AutoModelFor") if merged else ("peft", "AutoPeftModelFor")
+    own = ADAPTER_TRAITS[config.adapter.type].own and not merged
+    library, prefix = ("transformers", "AutoModelFor") if merged or own else ("peft", "AutoPeftModelFor")
+    if own:
+        auto = f"{prefix}{_TASKS[config.task.type][1]}"
+        name = printable(lasting(config.model.name_or_path, key="model.name_or_path"))
+        return (
+            f"from transformers import {auto}, AutoTokenizer\nfrom tsqlora_scale import load_adapter\n\n"
+            f'base = {auto}.from_pretrained("{name}"{more})\nmodel = load_adapter(base, ".")\n'
+            'tokenizer = AutoTokenizer.from_pretrained(".")'
+        )
     auto = f"{prefix}{_TASKS[config.task.type][1]}"
     return (
         f"from {library} import {auto}\nfrom transformers import AutoTokenizer\n\n"

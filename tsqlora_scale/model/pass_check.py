@@ -11,6 +11,7 @@ from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoModelForCausalLM, Auto
 
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.launcher import launched_rank
+from tsqlora_scale.config.model_section import ADAPTER_TRAITS
 from tsqlora_scale.config.schema import Config
 from tsqlora_scale.engine.arithmetic import unit_roundoff
 from tsqlora_scale.engine.collectives import World
@@ -39,12 +40,14 @@ class PassFindings:
     Attributes:
         unreached: linear layers that nothing trained may sit in: text gives them no gradient.
         without_batch: linear layers that never get the batch as their first dimension.
+        idle: parameters that no logit depends on, where ``adapter.type`` asks for them.
         reads_past: whether modules read the weights of others without calling them, as Mamba's mixers do.
     """
 
     unreached: frozenset[str] = frozenset()
     without_batch: frozenset[str] = frozenset()
     reads_past: bool = False
+    idle: frozenset[str] = frozenset()
 
 
 def check_pass(config: Config, model_config: Any, task: Task) -> PassFindings:
@@ -63,6 +66,7 @@ def check_pass(config: Config, model_config: Any, task: Task) -> PassFindings:
         padded=padded_rows(task),
         packed=packed_texts(task) if packs else None,
         trust_remote_code=trust,
+        finds_idle=config.adapter.type in ("bitfit", "full"),
         **options,
     )
     if packs and not probe.packs:
@@ -84,10 +88,12 @@ def check_pass(config: Config, model_config: Any, task: Task) -> PassFindings:
         )
     bare = skeleton(task.auto_class, model_config, trust_remote_code=trust)
     _check_beams(config, bare)
-    targets = config.adapter.target_modules
-    chosen, all_of_them = (set(resolve_targets(bare, targets, unreached=u)) for u in (probe.unreached, ()))
+    targets, idle = config.adapter.target_modules, set[str]()
+    if ADAPTER_TRAITS[config.adapter.type].layers:
+        chosen, all_of_them = (set(resolve_targets(bare, targets, unreached=u)) for u in (probe.unreached, ()))
+        idle = all_of_them - chosen
     if launched_rank() == 0:
-        if idle := all_of_them - chosen:
+        if idle:
             log.warning("%d linear layers get no gradient from text and no adapter: %s", len(idle), kinds_of(idle))
         if probe.reads_pads:
             log.warning(
@@ -103,7 +109,7 @@ def check_pass(config: Config, model_config: Any, task: Task) -> PassFindings:
         bytes_each = 4 if config.model.dtype == "fp32" else 2
         if note := note_on_weights(bare, is_4_bit=config.model.quantization == "nf4", bytes_each=bytes_each):
             log.warning("%s", note)
-    return PassFindings(probe.unreached, probe.without_batch, bool(read_past(bare)))
+    return PassFindings(probe.unreached, probe.without_batch, bool(read_past(bare)), probe.idle)
 
 
 def packer_of(config: Config, model_config: Any) -> Packer:

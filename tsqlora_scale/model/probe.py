@@ -67,6 +67,7 @@ class Probe:
     without_batch: frozenset[str] = frozenset()
     reads_pads: bool | None = None
     packs: bool | None = None
+    idle: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,7 @@ def run_probe(
     padded: PaddedRows | None = None,
     packed: PackedTexts | None = None,
     trust_remote_code: bool = False,
+    finds_idle: bool = False,
     **options: Any,
 ) -> Probe:
     """Run the copy, on the CPU. What cannot be run (kernels that need a GPU) tells nothing, and is no error.
@@ -112,6 +114,7 @@ def run_probe(
         padded: rows to ask by whether padding is read.
         packed: texts to ask by whether they are kept apart.
         options: more of ``from_config``.
+        finds_idle: whether to look for parameters that no logit depends on.
     """
     try:
         with quiet_libraries(), torch.random.fork_rng(devices=[]), torch.enable_grad():
@@ -119,6 +122,8 @@ def run_probe(
             model, mode = _random_copy(auto_class, model_config, trust_remote_code, **options)
             with mode:
                 found = Probe(_sees_ahead(model, inputs), _unreached(model, inputs))
+                if finds_idle:
+                    found = replace(found, idle=_idle(model, inputs))
                 with suppress(Exception):  # what only more or longer rows bring up takes nothing from the rest
                     found = replace(found, without_batch=_without_batch(model, inputs))
                     found = replace(found, reads_pads=None if padded is None else _reads_pads(model, padded))
@@ -289,6 +294,27 @@ def _unreached(model: nn.Module, inputs: Mapping[str, Tensor]) -> frozenset[str]
     found = torch.autograd.grad(logits.float().sum(), list(anchors.values()), allow_unused=True)
     reached = {_expert_kind(name) for name, gradient in zip(anchors, found, strict=True) if gradient is not None}
     return frozenset(name for name in layers if _expert_kind(name) not in reached)
+
+
+def _idle(model: nn.Module, inputs: Mapping[str, Tensor]) -> frozenset[str]:
+    """Parameters that are not in the graph of the logits: it is walked, and no gradient is computed."""
+    params = {name: param for name, param in model.named_parameters() if param.is_floating_point()}
+    try:
+        for param in params.values():
+            param.requires_grad_(True)
+        start = model.train()(**inputs).logits.grad_fn
+        seen, left, reached = {start}, [start], set()
+        while left:
+            node = left.pop()
+            if hasattr(node, "variable"):
+                reached.add(id(node.variable))
+            left += [after for after, _ in node.next_functions if after is not None and after not in seen]
+            seen.update(left)
+    finally:
+        for param in params.values():
+            param.requires_grad_(False)
+    kinds = {_expert_kind(name) for name, param in params.items() if id(param) in reached}
+    return frozenset(name for name in params if _expert_kind(name) not in kinds)
 
 
 def _without_batch(model: nn.Module, inputs: Mapping[str, Tensor]) -> frozenset[str]:

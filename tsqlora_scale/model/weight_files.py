@@ -110,8 +110,10 @@ def check_adapter(folder: Path) -> dict[str, Any]:
         "r": int, "lora_alpha": int | float, "rank_pattern": dict, "alpha_pattern": dict, "target_modules": list | str,
         "modules_to_save": list | None, "exclude_modules": list | str | None,
     }  # fmt: skip
-    if description.get("peft_type") != "LORA":
+    if description.get("peft_type") not in ("LORA", "LORATRF"):
         raise UserError(f"{folder / DESCRIPTION}: peft_type is {description.get('peft_type')!r}; only LORA is read")
+    if description["peft_type"] == "LORATRF":
+        kinds["filter_rank"] = int
     for name, kind in kinds.items():
         value = description.get(name, {} if kind is dict else None)
         if not isinstance(value, kind) or isinstance(value, bool):
@@ -129,6 +131,41 @@ def check_adapter(folder: Path) -> dict[str, Any]:
                 f"make the rank {rank} of {DESCRIPTION}; give the folder that a run wrote"
             )
     return description
+
+
+def kind_of(description: Mapping[str, Any]) -> str:
+    """The ``adapter.type`` of an adapter's description."""
+    kind = str(description.get("peft_type")).lower()
+    variants = [name for name in ("dora", "rslora") if description.get(f"use_{name}")]
+    return variants[0] if kind == "lora" and variants else kind
+
+
+def check_own(folder: Path, kind: str) -> dict[str, Any]:
+    """Check that a folder holds a whole adapter of a type that is none of PEFT's, whose two files agree.
+
+    Returns:
+        The description, and the ``shapes`` of its tensors by name.
+
+    Raises:
+        UserError: naming the file or the tensor.
+    """
+    require_adapter(folder)
+    description = read_json(folder / DESCRIPTION)
+    if kind_of(description) != kind:
+        raise UserError(
+            f"adapter {str(folder)!r}: is of adapter.type={kind_of(description)!r}, the config's is {kind!r}; {ADVICE}"
+        )
+    shapes = tensor_shapes(folder / WEIGHTS)
+    kinds = {"r": int | None, "whole_modules": list, "parameters": list}
+    for name, wanted in kinds.items():
+        if name not in description or not isinstance(description[name], wanted):
+            value = description.get(name)
+            raise UserError(f"{folder / DESCRIPTION}: {name}={value!r}; give the folder that a run wrote")
+    differing = sorted(set(map(str, description["parameters"])) ^ shapes.keys())
+    if differing or not shapes:
+        what = differing[0] if differing else "every parameter"
+        raise UserError(f"{folder / WEIGHTS}: {what} is not in both files; give the folder that a run wrote")
+    return {**description, "shapes": shapes}
 
 
 def check_layers(folder: Path, model: nn.Module) -> None:
@@ -193,7 +230,7 @@ def check_fits(folder: Path, model: nn.Module) -> None:
     advice = ADVICE
     for name, shape in tensors.items():
         inner = name.removeprefix(PREFIX).replace(".base_layer.", ".")  # PEFT copies an adapted head's own weight, too
-        if ".lora_" not in inner and own.get(inner) != shape:
+        if ".lora_" not in inner and ".task_filter." not in inner and own.get(inner) != shape:
             has = f"the model's is {own[inner]}" if inner in own else "the model has none"
             raise UserError(f"adapter {str(folder)!r}: {inner} is {shape}, {has}; {advice}")
     targets = description["target_modules"]

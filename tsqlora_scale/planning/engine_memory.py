@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from tsqlora_scale.config.model_section import ADAPTER_TRAITS
 from tsqlora_scale.config.rank_sections import COMPONENT_POLICIES
 from tsqlora_scale.config.schema import Config
 from tsqlora_scale.engine.fsdp import AT_ONCE
@@ -16,8 +17,9 @@ GIB = 2**30
 ALIVE, AHEAD = 10**9, 5 * 10**7
 #: Not counted but allowed for: CUDA's context and libraries, NCCL's buffers, and pieces that the allocator cannot use.
 CONTEXT, COMMUNICATION, FRAGMENTS = int(0.6 * GIB), int(0.4 * GIB), 0.05
-#: The smallest bucket that a run gives ZeRO, in elements (:func:`tsqlora_scale.engine.zero_internals.configure`).
-LEAST_BUCKET = 1_000_000
+#: The least and the largest bucket that a run gives ZeRO, in elements
+#: (:func:`tsqlora_scale.engine.zero_internals.configure`).
+LEAST_BUCKET, LARGEST_BUCKET = 1_000_000, 500_000_000
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ def _fsdp2(weights: HeldWeights, ranks: int) -> SharedState:
 
 
 def _bucket(weights: HeldWeights) -> int:
-    return 4 * max(2 * weights.trained_elements, LEAST_BUCKET)
+    return 4 * min(max(2 * weights.trained_elements, LEAST_BUCKET), LARGEST_BUCKET)
 
 
 #: By name, those that need the least exchange first. An engine more is a function more.
@@ -134,7 +136,7 @@ def engines_for(config: Config, devices: int) -> list[str]:
     if config.model.dtype == "fp16":
         refused |= {"zero2", "zero3", "fsdp2"}
     integers = config.model.quantization == "nf4" and config.model.quant_storage == "uint8"
-    if integers or config.adapter.type == "dora":
+    if integers or not ADAPTER_TRAITS[config.adapter.type].fsdp:
         refused.add("fsdp2")
     return [name for name in ENGINES if (name == "plain") == (devices == 1) and name not in refused]
 

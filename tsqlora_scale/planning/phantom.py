@@ -69,7 +69,7 @@ def build_phantom(config: Config, model_config: Any, *, checkpointing: bool, unr
         with torch.random.fork_rng(devices=[]):
             model = adapter_type(config.adapter.type).build(
                 base,
-                config.adapter,
+                config.adapter.model_copy(update={"init": "default"}),  # others compute values, of which there are none
                 task_type=objective.peft_task_type,
                 new_modules=sorted(head),
                 dtype=config.model.dtype,

@@ -33,6 +33,7 @@ from tsqlora_scale.ranks.policies.policy_names import policy_class
 from tsqlora_scale.report.progress import Progress
 from tsqlora_scale.report.record import RunRecord
 from tsqlora_scale.run.checkpoint import drop_after, read_checkpoint
+from tsqlora_scale.run.data_init import start_from_samples
 from tsqlora_scale.run.initial_adapter import start_from
 from tsqlora_scale.run.old_checkpoints import of_today
 from tsqlora_scale.run.plan import RunPlan
@@ -80,11 +81,8 @@ def build_run(
     accelerator = started(
         config, accumulation=plan.accumulation, mixed_precision="fp16" if config.model.dtype == "fp16" else "no"
     )
-    if preflight.findings.reads_past and shards_parameters(accelerator):
-        raise UserError(
-            f"model.name_or_path={config.model.name_or_path!r} is a {preflight.model_config.model_type} model, whose "
-            "layers read one another's weights without a call; ZeRO-3 gathers none of them then: use DDP or ZeRO-2"
-        )
+    if shards_parameters(accelerator):
+        check_sharding(preflight)
     world = World.current(accelerator.device)
     if lock is not None:
         lock.take(world)
@@ -93,12 +91,14 @@ def build_run(
     with record.phase("load"), quiet_libraries():
         state, tree = find_state(preflight, resume, world)
         selector = build_selector(preflight, world, stop, watchdog)
-        model = build_model(preflight, device=accelerator.device)
+        model = build_model(preflight, device=accelerator.device, init="default" if adapter else None)
         ranks = build_controller(config, plan, without_batch=preflight.findings.without_batch)
         if tree is not None:
             give(model, tree["ranks"], {name: entry.value for name, entry in state.params.items()})
         elif adapter is not None:
             give(model, *adapter_type(config.adapter.type).read(model, Path(adapter)))
+        elif config.adapter.init == "eva":
+            start_from_samples(model, config, preflight.task, device=accelerator.device)
         else:
             start_new(model, config, says=accelerator.is_main_process)
         engine = start_engine(
@@ -124,6 +124,25 @@ def build_run(
         if writes:
             open_folder(run, tree, resume)
     return run
+
+
+def check_sharding(preflight: Preflight) -> None:
+    """What ZeRO-3 and FSDP2 do not go with.
+
+    Raises:
+        UserError: naming the key.
+    """
+    config = preflight.config
+    if preflight.findings.reads_past:
+        raise UserError(
+            f"model.name_or_path={config.model.name_or_path!r} is a {preflight.model_config.model_type} model, whose "
+            "layers read one another's weights without a call; ZeRO-3 gathers none of them then: use DDP or ZeRO-2"
+        )
+    if config.adapter.init == "eva":
+        raise UserError(
+            "adapter.init='eva' looks at samples with the base whole, which ZeRO-3 and FSDP2 share among the ranks; "
+            "use DDP or ZeRO-2, or another adapter.init"
+        )
 
 
 def find_state(preflight: Preflight, resume: str | None, world: World) -> tuple[TrainState, dict[str, Any] | None]:
@@ -212,19 +231,23 @@ def build_base(described: Described, *, device: torch.device, says: bool = True)
     )
 
 
-def build_model(preflight: Preflight, *, device: torch.device) -> Any:
-    """The base with a fresh adapter, the same on every rank and engine."""
+def build_model(preflight: Preflight, *, device: torch.device, init: str | None = None) -> Any:
+    """The base with a fresh adapter, the same on every rank and engine.
+
+    Args:
+        init: in the place of ``adapter.init``: a saved adapter is for the base as it is, whatever it started from.
+    """
     config, task, seed = preflight.config, preflight.task, preflight.config.run.seed
     seed_libraries(seed)
     base, new_modules = build_base(preflight, device=device)
     return adapter_type(config.adapter.type).build(
         base,
-        config.adapter,
+        config.adapter if init is None else config.adapter.model_copy(update={"init": init}),
         task_type=task.peft_task_type,
         new_modules=new_modules,
         dtype=config.model.dtype,
         generator=generator_for(seed, "adapter"),
-        unreached=preflight.findings.unreached,
+        unreached=preflight.findings.unreached | preflight.findings.idle,
     )
 
 

@@ -15,10 +15,20 @@ from tsqlora_scale.config.locations import resolve
 from tsqlora_scale.config.model_section import ADAPTER_TRAITS
 from tsqlora_scale.config.schema import Config
 from tsqlora_scale.engine.sharded import whole_shape, write_parameter
-from tsqlora_scale.model.adapters.adapter_type import adapter_type
+from tsqlora_scale.model.adapters.adapter_type import adapter_type, own_type
+from tsqlora_scale.model.adapters.loratrf import check_filters
 from tsqlora_scale.model.base_model import skeleton
 from tsqlora_scale.model.linear_layers import resolve_targets
-from tsqlora_scale.model.weight_files import check_adapter, check_layers, layer_ranks, layer_scalings
+from tsqlora_scale.model.weight_files import (
+    DESCRIPTION,
+    check_adapter,
+    check_layers,
+    kind_of,
+    layer_ranks,
+    layer_scalings,
+    read_json,
+    require_adapter,
+)
 from tsqlora_scale.ranks import set_ranks
 from tsqlora_scale.run.trained_adapter import adapter_folder, config_of
 from tsqlora_scale.tasks import auto_class_of
@@ -42,12 +52,24 @@ def check_initial(config: Config, model_config: Any, *, unreached: Collection[st
     bare = skeleton(auto_class_of(config.task), model_config, trust_remote_code=config.model.trust_remote_code)
     with adapter_folder(place, option="adapter.init_from") as folder:
         try:
-            description = check_adapter(folder)
+            require_adapter(folder)
+            description = read_json(folder / DESCRIPTION)
+            _check_kind(config, description, key)
+            own = own_type(config.adapter.type)
+            if own is not None:
+                own.check_fits(folder, bare, heads=False)
+                own.check_width(folder, config.adapter)
+                _check_base(config, description, key)
+                return
+            check_adapter(folder)
             check_layers(folder, bare)
+            if config.adapter.type == "loratrf":
+                check_filters(folder, bare)
         except UserError as error:
-            raise UserError(f"{key}: {str(error).replace(str(folder), place)}") from None
+            told = str(error).removeprefix(f"{key}: ").replace(str(folder), place)
+            raise UserError(f"{key}: {told}") from None
         ranks, scalings = layer_ranks(folder), layer_scalings(folder)
-    _check_kind(config, description, key)
+    _check_base(config, description, key)
     targets = set(resolve_targets(bare, config.adapter.target_modules, unreached=unreached))
     differing = sorted(targets ^ ranks.keys())
     if differing:
@@ -57,11 +79,13 @@ def check_initial(config: Config, model_config: Any, *, unreached: Collection[st
 
 
 def _check_kind(config: Config, description: dict[str, Any], key: str) -> None:
-    kinds = [name for name in ("dora", "rslora") if description.get(f"use_{name}")]
-    kind = kinds[0] if kinds else "lora"
+    kind = kind_of(description)
     own_kind = "lora" if ADAPTER_TRAITS[config.adapter.type].triplets else config.adapter.type  # as files have it
     if kind != own_kind:
         raise UserError(f"{key}: is a {kind} adapter, adapter.type is {config.adapter.type!r}; set it to {kind!r}")
+
+
+def _check_base(config: Config, description: dict[str, Any], key: str) -> None:
     base, own = str(description.get("base_model_name_or_path")), config.model.name_or_path
     if not same_base(base, own):
         raise UserError(
@@ -108,7 +132,7 @@ def start_from(model: nn.Module, config: Config) -> list[str]:
     with adapter_folder(place, option="adapter.init_from") as folder:
         ranks, values = adapter_type(config.adapter.type).read(model, folder, whole=False)
     params = {name: param for name, param in model.named_parameters() if param.requires_grad}
-    heads = {name for name in params if ".lora_" not in name}
+    heads = adapter_type(config.adapter.type).heads(model)
     reason = other_task(config, place)
     if reason is None:
         missing = [name for name in heads if name not in values or values[name].shape != whole_shape(params[name])]

@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel
 from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors.torch import save_file
 
+from tsqlora_scale.model.adapters.weight_start import joined
 from tsqlora_scale.model.weight_files import DESCRIPTION, WEIGHTS
 
 #: Where the header of an adapter's file keeps diagonals that its factors hold: JSON, by layer.
@@ -55,6 +56,7 @@ def write_adapter(folder: Path, description: Mapping[str, Any], values: Mapping[
         key: (values[name] * diagonals[name] if name in diagonals else values[name]).contiguous()
         for name, key in description["keys"].items()
     }
+    tensors |= {key: joined(values, place).contiguous() for key, place in description.get("joined", {}).items()}
     header = {"format": "pt"}
     if diagonals:
         header[DIAGONALS] = json.dumps({description["keys"][name]: e.tolist() for name, e in sorted(diagonals.items())})

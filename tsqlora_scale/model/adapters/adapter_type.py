@@ -9,11 +9,18 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.schema import AdapterConfig
+from tsqlora_scale.model.adapters.bitfit import BitFitAdapter
+from tsqlora_scale.model.adapters.bottleneck import HoulsbyAdapter, PfeifferAdapter
 from tsqlora_scale.model.adapters.dora import DoraAdapter
+from tsqlora_scale.model.adapters.full_tuning import FullTuning
 from tsqlora_scale.model.adapters.lora import LoraAdapter
+from tsqlora_scale.model.adapters.loratrf import LoraTrfAdapter, check_filters
+from tsqlora_scale.model.adapters.own_type import OwnAdapter
 from tsqlora_scale.model.adapters.rslora import RsLoraAdapter
 from tsqlora_scale.model.adapters.svd import SvdAdapter
+from tsqlora_scale.model.weight_files import DESCRIPTION, check_fits, kind_of, read_json, require_adapter
 
 
 class AdapterType(Protocol):
@@ -36,15 +43,19 @@ class AdapterType(Protocol):
         generator: torch.Generator,
         unreached: Collection[str] = (),
     ) -> Any:
-        """A PEFT model around ``base``, its trained parameters float32.
+        """A PEFT model around ``base``, or what has its names, the trained parameters float32.
 
         Args:
-            unreached: linear layers that nothing trained may sit in: they get no gradient.
+            unreached: linear layers that nothing trained may sit in, and parameters: they get no gradient.
         """
         ...
 
     def untrained(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """Values by name that are no trained parameters and belong into the file. With ZeRO-3 a collective."""
+        ...
+
+    def heads(self, model: nn.Module) -> set[str]:
+        """Names of the parameters that train in modules which train whole: of another task they are of no use."""
         ...
 
     def theta(self, module: nn.Module, *, include_head: bool = False) -> dict[str, nn.Linear]:
@@ -60,7 +71,7 @@ class AdapterType(Protocol):
         base_name: str,
         revision: str | None = None,
     ) -> None:
-        """Write an adapter that PEFT opens. On one process."""
+        """Write an adapter: where the type is PEFT's, one that PEFT opens. On one process."""
         ...
 
     def describe(
@@ -92,10 +103,93 @@ class AdapterType(Protocol):
 
 
 ADAPTER_TYPES: dict[str, AdapterType] = {
-    a.name: a for a in (LoraAdapter(), RsLoraAdapter(), DoraAdapter(), SvdAdapter())
+    a.name: a
+    for a in (
+        LoraAdapter(),
+        RsLoraAdapter(),
+        DoraAdapter(),
+        SvdAdapter(),
+        LoraTrfAdapter(),
+        BitFitAdapter(),
+        HoulsbyAdapter(),
+        PfeifferAdapter(),
+        FullTuning(),
+    )
 }
 
 
 def adapter_type(name: str) -> AdapterType:
     """The implementation of ``adapter.type``."""
     return ADAPTER_TYPES[name]
+
+
+def check_saved(folder: Path, bare: nn.Module, *, kind: str) -> None:
+    """Check that a saved adapter is whole, of a type, and one of this model, tensor by tensor.
+
+    Args:
+        bare: the base's structure, on the meta device; not to be used again.
+        kind: ``adapter.type``.
+
+    Raises:
+        UserError: naming the folder, the file or the tensor.
+    """
+    require_adapter(folder)
+    check_kind(folder, kind)
+    own = own_type(kind)
+    if own is not None:
+        own.check_fits(folder, bare)
+        return
+    check_fits(folder, bare)
+    if kind == "loratrf":
+        check_filters(folder, bare)
+
+
+def saved_kind(folder: Path) -> str:
+    """The ``adapter.type`` of a saved adapter.
+
+    Raises:
+        UserError: there is none, or of a type that is not known.
+    """
+    require_adapter(folder)
+    kind = kind_of(read_json(folder / DESCRIPTION))
+    if kind not in ADAPTER_TYPES:
+        raise UserError(
+            f"{folder / DESCRIPTION}: peft_type is {kind.upper()!r}; only {', '.join(ADAPTER_TYPES)} are read"
+        )
+    return kind
+
+
+def load_adapter(base: nn.Module, folder: str | Path, *, dtype: str = "fp32") -> Any:
+    """Put a saved adapter of any type on a fresh base model of Transformers, for evaluation.
+
+    Args:
+        base: as ``from_pretrained`` gives it, with as many labels as the adapter was trained for.
+        folder: of the adapter, as a run writes it.
+        dtype: ``bf16``: the forward pass runs under autocast, as in a run of ``model.dtype: bf16``.
+
+    Raises:
+        UserError: no adapter there, or one that does not fit.
+    """
+    place = Path(folder)
+    return adapter_type(saved_kind(place)).load(base, place, dtype=dtype).eval()
+
+
+def check_kind(folder: Path, kind: str) -> None:
+    """Variants of LoRA are told apart by whoever cares.
+
+    Raises:
+        UserError: a saved adapter is of a type that another one's code cannot open.
+    """
+    alike = {"lora", "rslora", "dora"}
+    found = kind_of(read_json(folder / DESCRIPTION))
+    if found in ADAPTER_TYPES and found != kind and not {found, kind} <= alike:
+        raise UserError(
+            f"adapter {str(folder)!r}: is of adapter.type={found!r}, the config's is {kind!r}; give the config that it "
+            "was trained with"
+        )
+
+
+def own_type(name: str) -> OwnAdapter | None:
+    """The implementation of a type that has no linear layers of PEFT's; None for the others."""
+    found = ADAPTER_TYPES[name]
+    return found if isinstance(found, OwnAdapter) else None

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import load_file
@@ -18,11 +18,12 @@ from torch import nn
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.schema import AdapterConfig
 from tsqlora_scale.engine.sharded import read_parameter
-from tsqlora_scale.model.adapters.adapter_files import describe_adapter
+from tsqlora_scale.model.adapters.adapter_files import describe_adapter, write_adapter
+from tsqlora_scale.model.adapters.weight_start import start_in_weights, start_values
 from tsqlora_scale.model.base_model import use_autocast
 from tsqlora_scale.model.heads import has_head, head_modules
-from tsqlora_scale.model.linear_layers import linear_layers, resolve_targets
-from tsqlora_scale.model.weight_files import PREFIX, WEIGHTS, check_adapter
+from tsqlora_scale.model.linear_layers import is_idle, linear_layers, resolve_targets
+from tsqlora_scale.model.weight_files import DESCRIPTION, PREFIX, WEIGHTS, check_adapter, read_json
 
 #: PEFT's name of the one adapter that a run trains.
 ADAPTER = "default"
@@ -72,12 +73,6 @@ def theta_modules(module: nn.Module, *, include_head: bool = False) -> dict[str,
     return linear
 
 
-def _is_idle(module: str, layers: Iterable[str], unreached: Collection[str]) -> bool:
-    """Whether a module has linear layers, and text passes through none of them (a pooler that the head leaves out)."""
-    inside = [name for name in layers if name == module or name.startswith(f"{module}.")]
-    return bool(inside) and all(name in unreached for name in inside)
-
-
 def with_ranks(model: PeftModel, *, base_name: str, revision: str | None) -> LoraConfig:
     """PEFT's config of a trained model, with the ranks and the scalings as they are.
 
@@ -100,6 +95,36 @@ def with_ranks(model: PeftModel, *, base_name: str, revision: str | None) -> Lor
     config.base_model_name_or_path, config.revision = base_name, revision
     config.target_modules = sorted(config.target_modules)  # PEFT keeps a set: another order in every process
     return config  # type: ignore[no-any-return]
+
+
+def with_start(
+    description: dict[str, Any], layers: Mapping[str, LoraLayer], start: Mapping[str, torch.Tensor]
+) -> dict[str, Any]:
+    """An adapter's description for the base as it was: every layer has the factors of its start, too.
+
+    Args:
+        start: these factors by name (:func:`.start_values`).
+    """
+    config, keys, joins = dict(description["config"]), dict(description["keys"]), {}
+    ranks, alphas = {}, {}
+    for name, layer in layers.items():
+        short = short_name(name)
+        ranks[short] = layer.r[ADAPTER] + len(start[f"{name}.start_A"])
+        alphas[short] = layer.scaling[ADAPTER] * (math.sqrt(ranks[short]) if config["use_rslora"] else ranks[short])
+        for side in "AB":
+            trained = f"{name}.lora_{side}.{ADAPTER}.weight"
+            key = keys.pop(trained, f"{name}.lora_{side}.weight")
+            own = trained if has_factors(layer) else None
+            joins[key] = {"trained": own, "start": f"{name}.start_{side}", "side": side}
+    config |= {"rank_pattern": ranks, "alpha_pattern": alphas, "exclude_modules": None}
+    return {"config": config, "keys": keys, "joined": joins}
+
+
+def lora_config_of(folder: Path) -> LoraConfig:
+    """PEFT's config of a saved adapter with LoRA factors, whatever else it has."""
+    described = read_json(folder / DESCRIPTION)
+    described.pop("filter_rank", None)
+    return LoraConfig.from_peft_type(**{**described, "peft_type": "LORA"})  # type: ignore[no-any-return]
 
 
 def _whole_modules(model: nn.Module) -> dict[str, ModulesToSaveWrapper]:
@@ -136,7 +161,7 @@ class LoraAdapter:
         """
         targets = resolve_targets(base, adapter.target_modules, unreached=unreached)
         layers = linear_layers(base)
-        trained = [module for module in new_modules if not _is_idle(module, layers, unreached)]
+        trained = [module for module in new_modules if not is_idle(module, layers, unreached)]
         config = LoraConfig(
             r=adapter.r,
             lora_alpha=adapter.alpha,  # type: ignore[arg-type]
@@ -153,7 +178,13 @@ class LoraAdapter:
                 wrapper.modules_to_save.requires_grad_(False)
         for layer in lora_layers(model).values():
             weight: nn.Parameter = layer.lora_A[ADAPTER].weight  # type: ignore[assignment]
-            weight.data.copy_(torch.empty(weight.shape).uniform_(-1, 1, generator=generator) / weight.shape[1] ** 0.5)
+            drawn = torch.empty(weight.shape)
+            if adapter.init == "gaussian":
+                weight.data.copy_(drawn.normal_(0, 1 / adapter.r, generator=generator))
+            else:
+                weight.data.copy_(drawn.uniform_(-1, 1, generator=generator) / weight.shape[1] ** 0.5)
+        if adapter.starts_in_base:
+            start_in_weights(lora_layers(model), ADAPTER, adapter.init)
         for module in model.modules():
             for name, param in list(module.named_parameters(recurse=False)):
                 if param.requires_grad:
@@ -162,15 +193,19 @@ class LoraAdapter:
         return model
 
     def untrained(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        """What the adapter's file holds beside trained parameters: a head that stays as it is. With ZeRO-3 a
-        collective.
+        """What the adapter's file holds beside trained parameters: a head that stays as it is, and what factors started
+        from. With ZeRO-3 a collective.
         """
         return {
             f"{PREFIX}{name}.modules_to_save.{ADAPTER}.{inner}": read_parameter(param)
             for name, wrapper in _whole_modules(model).items()
             for inner, param in wrapper.modules_to_save[ADAPTER].named_parameters()
             if not param.requires_grad
-        }
+        } | start_values(lora_layers(model))
+
+    def heads(self, model: nn.Module) -> set[str]:
+        """See :class:`~.adapter_type.AdapterType`."""
+        return {name for name, param in model.named_parameters() if param.requires_grad and ".lora_" not in name}
 
     def theta(self, module: nn.Module, *, include_head: bool = False) -> dict[str, nn.Linear]:
         """See :func:`theta_modules`."""
@@ -195,6 +230,10 @@ class LoraAdapter:
             revision: of the base, likewise.
         """
         assert isinstance(model, PeftModel)
+        if start_values(lora_layers(model)):
+            description = self.describe(model, values, base_name=base_name, revision=revision)
+            write_adapter(folder, description, values)
+            return
         trained: Any = model.peft_config[ADAPTER]
         config = with_ranks(model, base_name=base_name, revision=revision)
         state = {name: value.contiguous() for name, value in values.items()}
@@ -211,7 +250,11 @@ class LoraAdapter:
     ) -> dict[str, Any]:
         """What :func:`.write_adapter` needs beside ``values`` to write what :meth:`save` writes, later, by itself."""
         assert isinstance(model, PeftModel)
-        return describe_adapter(model, values, with_ranks(model, base_name=base_name, revision=revision))
+        layers = lora_layers(model)
+        start = start_values(layers)
+        trained = {name: value for name, value in values.items() if name not in start}
+        found = describe_adapter(model, trained, with_ranks(model, base_name=base_name, revision=revision))
+        return with_start(found, layers, start) if start else found
 
     def load(self, base: nn.Module, folder: Path, *, dtype: str) -> PeftModel:
         """Put a saved adapter on a fresh base, for evaluation.
@@ -236,8 +279,8 @@ class LoraAdapter:
             UserError: when the folder holds no adapter, or one of other layers or another scaling.
         """
         check_adapter(folder)
-        tensors = self._tensors(folder)
-        config: Any = PeftConfig.from_pretrained(str(folder))
+        tensors, heads = self._tensors(folder), self.heads(model)
+        config: Any = lora_config_of(folder)
         removed = set(config.exclude_modules or [])
         absent = {f"{name}.lora_{side}.{ADAPTER}.weight" for name in lora_layers(model) for side in "ABE"
                   if short_name(name) in removed}  # fmt: skip
@@ -246,7 +289,7 @@ class LoraAdapter:
             if param.requires_grad and name not in absent:
                 key = name.replace(f".modules_to_save.{ADAPTER}.", ".").replace(f".{ADAPTER}.", ".")
                 key = key.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector")
-                if key not in tensors and not whole and ".lora_" not in name:
+                if key not in tensors and not whole and name in heads:
                     continue
                 if key not in tensors:
                     raise UserError(f"adapter {str(folder)!r} has no {key}; give the config that it was trained with")

@@ -9,13 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.tasks.batch import IGNORED, Batch
 from tsqlora_scale.tasks.packing import known_samples
 
 
 @contextmanager
 def without_adapters(module: nn.Module) -> Iterator[None]:
-    """Inside, adapted layers are what they are in the base. Nothing else of them changes, ``requires_grad`` neither."""
+    """Inside, adapted layers are what they are in the base. Nothing else of them changes, ``requires_grad`` neither.
+
+    Raises:
+        UserError: their weights have lost what factors started as (``adapter.init``).
+    """
+    if any(hasattr(part, "start_A") for part in module.modules()):
+        raise UserError("adapter.init takes factors out of the base, which is to be looked at alone here; remove it")
     layers: list[Any] = [part for part in module.modules() if hasattr(part, "_disable_adapters")]
     before = [layer._disable_adapters for layer in layers]
     try:

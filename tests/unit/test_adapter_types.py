@@ -1,0 +1,323 @@
+"""The types that are not PEFT's: their modules by the letter, where they stand, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from tests.reference import adapters as reference
+from tests.tiny import AUTO, tiny_model
+from tests.unit.quality.toys import RandomPool
+from tsqlora_scale.config.schema import AdapterConfig
+from tsqlora_scale.model.adapters.adapter_type import adapter_type, own_type
+from tsqlora_scale.model.adapters.bottleneck import Bottleneck
+from tsqlora_scale.model.adapters.data_start import LeadingInputs
+from tsqlora_scale.model.adapters.lora import lora_layers
+from tsqlora_scale.model.adapters.task_filter import TaskFilter
+from tsqlora_scale.model.base_model import skeleton
+from tsqlora_scale.model.blocks import block_names, outputs
+from tsqlora_scale.model.linear_layers import resolve_targets
+from tsqlora_scale.quality.gradients.per_sample import PerSampleGradients
+
+OWN = ["bitfit", "houlsby", "pfeiffer", "full"]
+PLACED = ["loratrf", "houlsby", "pfeiffer"]
+
+
+def base_of(kind: str, models: Path) -> Any:
+    path = tiny_model(kind, models)
+    options = {} if kind in AUTO else {"num_labels": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return AUTO.get(kind, AutoModelForSequenceClassification).from_pretrained(path, **options).eval()
+
+
+def built(method: str, kind: str, models: Path, **keys: Any) -> Any:
+    task = {"bart": "SEQ_2_SEQ_LM", "t5": "SEQ_2_SEQ_LM", "llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM"}.get(
+        kind, "SEQ_CLS"
+    )
+    return adapter_type(method).build(
+        base_of(kind, models),
+        AdapterConfig(method=None, type=method, r=4, **keys),
+        task_type=task,
+        new_modules=[] if kind in AUTO else ["classifier"],
+        dtype="fp32",
+        generator=torch.Generator().manual_seed(1),
+    )
+
+
+def shaken(model: nn.Module) -> None:
+    """No parameter that trains at its start, where half of them are zero."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for _, param in sorted(model.named_parameters()):
+            if param.requires_grad:
+                param.add_(torch.empty(param.shape).normal_(0, 0.3, generator=generator))
+
+
+def some_inputs(kind: str) -> dict[str, torch.Tensor]:
+    ids = torch.randint(5, 30, (3, 7), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, 4:] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    return inputs | ({"decoder_input_ids": ids[:, :3]} if kind in ("bart", "t5") else {})
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 2**30), size=st.integers(1, 9), rank=st.integers(1, 5), scale=st.sampled_from([0, 1e-3, 1, 50])
+)
+def test_filter_by_the_letter(seed: int, size: int, rank: int, scale: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    part = TaskFilter(size, rank, generator)
+    hidden = torch.empty(2, 3, size).normal_(generator=generator) * scale
+    assert torch.equal(part(hidden), hidden), "at the start it does nothing"
+    part.up.weight.data.normal_(generator=generator)
+    expected = reference.task_filter(hidden, part.task, part.down.weight, part.up.weight)
+    torch.testing.assert_close(part(hidden).double(), expected, rtol=1e-4, atol=1e-5 * max(scale, 1e-3))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 2**30), size=st.integers(1, 9), width=st.integers(1, 5), act=st.sampled_from(["gelu", "relu"])
+)
+def test_bottleneck_by_the_letter(seed: int, size: int, width: int, act: str) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    part = Bottleneck(size, width, getattr(nn.functional, act), generator)
+    hidden = torch.empty(2, 3, size).normal_(generator=generator)
+    assert torch.equal(part(hidden), hidden)
+    shaken(part)
+    down, up = ((layer.weight, layer.bias) for layer in (part.down, part.up))
+    expected = reference.bottleneck(hidden, down, up, act)
+    torch.testing.assert_close(part(hidden).double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["deberta", "bart", "llama", "gpt2"])
+@pytest.mark.parametrize("method", PLACED)
+def test_a_model_with_the_modules_is_the_base_with_them_at_their_places(
+    models_dir: Path, method: str, kind: str
+) -> None:
+    """The same logits as from a bare base (merged, where LoRA's layers are) in which the slow versions stand."""
+    base, model = base_of(kind, models_dir), built(method, kind, models_dir)
+    inputs = some_inputs(kind)
+    model.eval()
+    with torch.no_grad():
+        assert torch.allclose(model(**inputs).logits, base(**inputs).logits, atol=1e-6), "at the start it is the base"
+    shaken(model)
+    found = model(**inputs).logits
+    plain = copy.deepcopy(model.get_base_model())
+    places: dict[str, Any] = {}
+    for name, part in list(plain.named_modules()):
+        if isinstance(part, TaskFilter | Bottleneck):
+            places[name.rpartition(".")[0]] = part
+    assert set(places) == expected_places(method, base)
+    for name, part in places.items():
+        owner = plain.get_submodule(name)
+        owner._forward_hooks.clear()
+        owner.register_forward_hook(slow(part, "gelu" if method == "houlsby" else "relu"))
+    torch.testing.assert_close(plain(**inputs).logits, found, atol=2e-5, rtol=1e-4)
+    with torch.no_grad():
+        assert (found - base(**inputs).logits).abs().max() > 1e-2
+
+
+def expected_places(method: str, base: Any) -> set[str]:
+    if method == "loratrf":
+        return set(block_names(base))
+    attention, feed_forward = outputs(base)
+    return {*feed_forward, *(attention if method == "houlsby" else [])}
+
+
+def slow(part: Any, act: str) -> Any:
+    def hook(_module: Any, _inputs: Any, output: Any) -> Any:
+        first = output[0] if isinstance(output, tuple) else output
+        if isinstance(part, TaskFilter):
+            changed = reference.task_filter(first, part.task, part.down.weight, part.up.weight)
+        else:
+            layers = ((layer.weight, layer.bias) for layer in (part.down, part.up))
+            changed = reference.bottleneck(first, *layers, act)
+        changed = changed.to(first.dtype)
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    return hook
+
+
+#: kind -> ends of the names of the layers that attention, and those that feed-forward blocks end in, of one block each
+ENDS = {
+    "bert": (["attention.output.dense"], ["output.dense"]),
+    "mpnet": (["attention.attn.o"], ["output.dense"]),
+    "deberta": (["attention.output.dense"], ["output.dense"]),
+    "bart": (["self_attn.out_proj", "encoder_attn.out_proj"], ["fc2"]),
+    "t5": (["SelfAttention.o", "EncDecAttention.o"], ["DenseReluDense.wo"]),
+    "llama": (["self_attn.o_proj"], ["mlp.down_proj"]),
+    "gpt2": (["attn.c_proj"], ["mlp.c_proj"]),
+}
+#: kind -> ends of the names of LoRATRF's choice
+PAPERS = {
+    "bert": ["self.value", "intermediate.dense", "output.dense"],
+    "deberta": ["self.value_proj", "intermediate.dense", "output.dense"],
+    "bart": ["self_attn.v_proj", "encoder_attn.v_proj", "fc1", "fc2"],
+    "t5": ["SelfAttention.v", "EncDecAttention.v", "wi_0", "wi_1", "wo"],
+    "llama": ["self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"],
+    "gpt2": ["attn.c_proj", "mlp.c_fc", "mlp.c_proj"],
+}
+
+
+@pytest.mark.parametrize("kind", ENDS)
+def test_where_attention_and_feed_forward_end(models_dir: Path, kind: str) -> None:
+    model = bare(kind, models_dir)
+    for found, ends in zip(outputs(model), ENDS[kind], strict=True):
+        assert {next((end for end in ends if name.endswith(end)), name) for name in found} == set(ends)
+    blocks = block_names(model)
+    assert len(blocks) == (4 if kind in ("bart", "t5") else 2)
+    assert len(outputs(model)[1]) == len(blocks)
+    assert not any("attention" in name for name in outputs(model)[1])
+
+
+@pytest.mark.parametrize("kind", PAPERS)
+def test_loratrfs_choice_of_layers(models_dir: Path, kind: str) -> None:
+    chosen = resolve_targets(bare(kind, models_dir), "loratrf")
+    assert {next((end for end in PAPERS[kind] if name.endswith(f".{end}")), name) for name in chosen} == set(
+        PAPERS[kind]
+    )
+    assert not any(name.endswith("attention.output.dense") for name in chosen)
+
+
+def bare(kind: str, models: Path) -> nn.Module:
+    config = AutoConfig.from_pretrained(tiny_model(kind, models), num_labels=2)
+    return skeleton(AUTO.get(kind, AutoModelForSequenceClassification), config)
+
+
+def test_the_papers_count_of_parameters() -> None:
+    """Table 1 of 2412.09827: 0.88M are LoRA's factors at r = 8 on DeBERTaV3-base; filters at their rank come on top."""
+    from transformers import DebertaV2Config
+
+    config = DebertaV2Config(
+        vocab_size=128, hidden_size=768, num_hidden_layers=12, intermediate_size=3072, num_labels=2
+    )
+    model = skeleton(AutoModelForSequenceClassification, config)
+    shapes = [model.get_submodule(name).weight.shape for name in resolve_targets(model, "loratrf")]
+    assert round(8 * sum(sum(shape) for shape in shapes) / 1e6, 2) == 0.88
+    everywhere = [model.get_submodule(name).weight.shape for name in resolve_targets(model, "auto")]
+    assert round(8 * sum(sum(shape) for shape in everywhere) / 1e6, 2) == 1.33
+
+
+@pytest.mark.parametrize("method", OWN)
+def test_what_trains(models_dir: Path, method: str) -> None:
+    model = built(method, "deberta", models_dir)
+    trained = {n.removeprefix("base_model.model.") for n, p in model.named_parameters() if p.requires_grad}
+    own = {name for name in trained if not name.startswith("classifier.")}
+    everything = {name for name, _ in base_of("deberta", models_dir).named_parameters()}
+    assert {"classifier.weight", "classifier.bias"} <= trained
+    if method == "bitfit":
+        assert own == {name for name in everything if name.endswith(".bias") and not name.startswith("classifier.")}
+    elif method == "full":
+        assert trained == everything
+    else:
+        assert own
+        assert all(".bottleneck." in name for name in own)
+    assert adapter_type(method).heads(model) == {f"base_model.model.classifier.{part}" for part in ("weight", "bias")}
+    assert all(param.dtype == torch.float32 for param in model.parameters() if param.requires_grad)
+
+
+def test_tied_weights_stay_tied(models_dir: Path) -> None:
+    base = base_of("gpt2", models_dir).to(torch.bfloat16)
+    model = adapter_type("full").build(
+        base, AdapterConfig(method=None, type="full"), task_type="CAUSAL_LM", new_modules=[], dtype="bf16",
+        generator=torch.Generator(),
+    )  # fmt: skip
+    assert base.lm_head.weight is base.transformer.wte.weight
+    assert base.lm_head.weight.dtype == torch.float32
+    assert model(**some_inputs("gpt2")).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("method", ["houlsby", "pfeiffer", "loratrf"])
+@pytest.mark.parametrize("kind", ["deberta", "llama"])
+def test_gradients_by_sample_are_exact(models_dir: Path, method: str, kind: str) -> None:
+    model, pool = built(method, kind, models_dir), RandomPool(kind, 4)
+    shaken(model)
+    model.eval()
+    theta = adapter_type(method).theta(model)
+    assert theta
+    with PerSampleGradients(model, theta) as gradients:
+        _, found = gradients.per_sample(pool.losses, pool.batch(np.arange(4)))
+    params = dict(model.named_parameters())
+    names = sorted(name for name in params if name.rpartition(".")[0] in theta)
+    assert sorted(found) == names
+    for row, sample in enumerate(pool.singles()):
+        expected = torch.autograd.grad(pool.losses(model, sample)[0].sum(), [params[name] for name in names])
+        scale = max(float(gradient.abs().max()) for gradient in expected)
+        for name, gradient in zip(names, expected, strict=True):
+            assert (found[name][row] - gradient).abs().max() <= 1e-5 * scale, name
+
+
+def test_own_types_are_those_with_a_file_of_their_own() -> None:
+    assert [name for name in (*OWN, "loratrf", "lora", "dora") if own_type(name) is not None] == OWN
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_factors_taken_out_of_weights(models_dir: Path, tmp_path: Path, init: str, kind: str) -> None:
+    """PEFT's factors up to sign, the base's logits at the start, and a file for the base as it was."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    base, model, inputs = base_of(kind, models_dir), built("lora", kind, models_dir, init=init), some_inputs(kind)
+    logits = base(**inputs).logits
+    targets = sorted(model.peft_config["default"].target_modules)
+    theirs = get_peft_model(
+        copy.deepcopy(base), LoraConfig(r=4, lora_alpha=16, target_modules=targets, init_lora_weights=init)
+    )
+    own = dict(model.named_modules())
+    for name, part in theirs.named_modules():
+        if hasattr(part, "lora_A") and (kind, init) != ("gpt2", "olora"):  # which PEFT takes the other way round
+            products = [one.lora_B["default"].weight @ one.lora_A["default"].weight for one in (part, own[name])]
+            torch.testing.assert_close(*products, atol=1e-5, rtol=1e-4)
+            weights = [one.get_base_layer().weight for one in (part, own[name])]
+            torch.testing.assert_close(*weights, atol=1e-5, rtol=1e-4)
+    if kind == "gpt2":  # no new head
+        torch.testing.assert_close(model.eval()(**inputs).logits, logits, atol=1e-5, rtol=1e-4)
+    shaken(model)
+    values = {name: param.detach() for name, param in model.named_parameters() if param.requires_grad}
+    method = adapter_type("lora")
+    method.save(model, values | method.untrained(model), tmp_path, base_name="base")
+    opened = PeftModel.from_pretrained(base, str(tmp_path)).eval()
+    torch.testing.assert_close(opened(**inputs).logits, model.eval()(**inputs).logits, atol=2e-5, rtol=1e-4)
+
+
+def test_directions_of_inputs_are_the_leading_ones(models_dir: Path) -> None:
+    """What the Gram matrix of all inputs, formed, says; orthonormal, the leading one first."""
+    model = built("lora", "bert", models_dir, init="eva").eval()
+    layers = lora_layers(model)
+    inputs = [
+        {"input_ids": torch.randint(5, 30, (1, 4 + i), generator=torch.Generator().manual_seed(i))} for i in range(9)
+    ]
+    kept: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
+
+    def one_pass() -> None:
+        with torch.no_grad():
+            for one in inputs:
+                model(**one)
+
+    handles = [
+        layer.register_forward_pre_hook(lambda _, args, name=name: kept[name].append(args[0].flatten(0, 1).double()))
+        for name, layer in layers.items()
+    ]
+    one_pass()
+    for handle in handles:
+        handle.remove()
+    found = LeadingInputs(layers, 4, torch.Generator().manual_seed(0)).find(one_pass)
+    assert found.keys() == layers.keys()
+    for name, vectors in found.items():
+        x = torch.cat(kept[name])
+        best = torch.linalg.svdvals(x)[:4].square()
+        torch.testing.assert_close(vectors @ vectors.T, torch.eye(4), atol=1e-5, rtol=0)
+        energy = (x @ vectors.double().T).square().sum(0)
+        assert energy.sum() >= 0.999 * best.sum(), name
+        assert energy[0] >= 0.999 * best[0], name

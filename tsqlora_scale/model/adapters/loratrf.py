@@ -1,0 +1,123 @@
+"""LoRATRF (2412.09827): LoRA, and a task-aware filter of what every block gives."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.config.schema import AdapterConfig
+from tsqlora_scale.engine.sharded import whole_shape
+from tsqlora_scale.model.adapters.adapter_files import write_adapter
+from tsqlora_scale.model.adapters.lora import LoraAdapter, lora_config_of
+from tsqlora_scale.model.adapters.task_filter import SLOT, TaskFilter, place_filters
+from tsqlora_scale.model.base_model import use_autocast
+from tsqlora_scale.model.blocks import block_names, hidden_size
+from tsqlora_scale.model.weight_files import (
+    ADVICE,
+    DESCRIPTION,
+    PREFIX,
+    WEIGHTS,
+    check_adapter,
+    read_json,
+    tensor_shapes,
+)
+
+
+def in_filter(name: str) -> bool:
+    """Whether a parameter is a filter's."""
+    return f".{SLOT}." in name
+
+
+def check_filters(folder: Path, bare: nn.Module) -> None:
+    """Whether a saved adapter has a filter for every block of a model, and no other.
+
+    Raises:
+        UserError: naming the tensor.
+    """
+    rank, size = read_json(folder / DESCRIPTION)["filter_rank"], hidden_size(bare)
+    shapes = {"task": (size,), "down.weight": (rank, size), "up.weight": (size, rank)}
+    blocks = block_names(bare)
+    wanted = {f"{PREFIX}{block}.{SLOT}.{part}": shape for block in blocks for part, shape in shapes.items()}
+    found = {name: shape for name, shape in tensor_shapes(folder / WEIGHTS).items() if in_filter(name)}
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            raise UserError(
+                f"adapter {str(folder)!r}: {name.removeprefix(PREFIX)} is {found.get(name, 'missing')}, for this model "
+                f"it is {wanted.get(name, 'none')}; {ADVICE}"
+            )
+
+
+class LoraTrfAdapter(LoraAdapter):
+    """``adapter.type: loratrf``. Its file is one of PEFT's with the filters in it, and says that it is none of PEFT's:
+    the LoRA part alone is another model.
+    """
+
+    name = "loratrf"
+
+    def build(
+        self,
+        base: nn.Module,
+        adapter: AdapterConfig,
+        *,
+        task_type: str,
+        new_modules: list[str],
+        dtype: str,
+        generator: torch.Generator,
+        unreached: Collection[str] = (),
+    ) -> PeftModel:
+        """See :class:`~.lora.LoraAdapter`; then a filter behind every block."""
+        blocks, size = block_names(base), hidden_size(base)
+        model = super().build(
+            base,
+            adapter,
+            task_type=task_type,
+            new_modules=new_modules,
+            dtype=dtype,
+            generator=generator,
+            unreached=unreached,
+        )
+        place_filters(model.get_base_model(), blocks, size, adapter.filter_rank or adapter.r, generator)
+        return model
+
+    def heads(self, model: nn.Module) -> set[str]:
+        """See :class:`~.adapter_type.AdapterType`."""
+        return {name for name in super().heads(model) if not in_filter(name)}
+
+    def save(
+        self,
+        model: nn.Module,
+        values: Mapping[str, torch.Tensor],
+        folder: Path,
+        *,
+        base_name: str,
+        revision: str | None = None,
+    ) -> None:
+        """Write LoRA's factors and the filters into one file. On one process."""
+        write_adapter(folder, self.describe(model, values, base_name=base_name, revision=revision), values)
+
+    def describe(
+        self, model: nn.Module, values: Mapping[str, torch.Tensor], *, base_name: str, revision: str | None = None
+    ) -> dict[str, Any]:
+        """See :class:`~.adapter_type.AdapterType`."""
+        assert isinstance(model, PeftModel)
+        factors = {name: value for name, value in values.items() if not in_filter(name)}
+        found = super().describe(model, factors, base_name=base_name, revision=revision)
+        filters = [part for part in model.modules() if isinstance(part, TaskFilter)]
+        own = {"peft_type": self.name.upper(), "filter_rank": int(whole_shape(filters[0].down.weight)[0])}
+        keys = found["keys"] | {name: name for name in sorted(values) if in_filter(name)}
+        return {**found, "config": json.loads(json.dumps(found["config"] | own)), "keys": keys}
+
+    def load(self, base: nn.Module, folder: Path, *, dtype: str) -> PeftModel:
+        """See :class:`~.adapter_type.AdapterType`."""
+        rank = check_adapter(folder)["filter_rank"]
+        place_filters(base, block_names(base), hidden_size(base), rank, torch.Generator())
+        model = PeftModel.from_pretrained(base, str(folder), config=lora_config_of(folder))
+        use_autocast(model, dtype)
+        return model
