@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.locations import resolve
 from tsqlora_scale.config.schema import Config
 from tsqlora_scale.model.describe import describe_model
@@ -18,6 +17,7 @@ from tsqlora_scale.model.probe import run_probe
 from tsqlora_scale.planning.engine_memory import EngineMemory, engine_memory, engines_for
 from tsqlora_scale.planning.held_bytes import HeldWeights, held_weights
 from tsqlora_scale.planning.phantom_passes import Machine, PassNeeds, PhantomPasses
+from tsqlora_scale.planning.remedies import Remedy, find_remedies
 from tsqlora_scale.planning.run_times import RunTimes, run_times
 from tsqlora_scale.quality.gradients.batch_memory import fitting_batch
 from tsqlora_scale.run.plan import RunPlan, plan_run
@@ -37,6 +37,7 @@ class Forecast:
         engines: memory of a rank under every engine, as the config says.
         proposal: the first that fits; None: none does, or nothing was said of the memory that there is.
         least: what needs least, where none fits; None otherwise.
+        remedies: changes of the config that would make it fit, where none does.
         memory: bytes of a device; None: unknown.
         times: phases in steps.
         hours: the same in hours; None without a number of tokens in a second.
@@ -49,6 +50,7 @@ class Forecast:
     engines: list[EngineMemory]
     proposal: EngineMemory | None
     least: EngineMemory | None
+    remedies: list[Remedy]
     memory: int | None
     times: RunTimes
     hours: dict[str, float] | None
@@ -78,6 +80,7 @@ class Forecast:
             "memory": self.memory,
             "engines": [told(found) for found in self.engines],
             "proposal": None if self.proposal is None else told(self.proposal),
+            "remedies": [remedy.to_json() for remedy in self.remedies],
             "notes": self.notes,
             "time": {
                 "steps": self.times.steps,
@@ -126,13 +129,23 @@ def forecast(
         evaluation=forecaster.passes.evaluation(),
         dev_size=dev_size,
     )
-    proposal = forecaster.proposal()
+    proposal, least, remedies = forecaster.proposal(), None, []
+    if memory is not None and proposal is None:
+        least = forecaster.least()
+        remedies = find_remedies(
+            config,
+            devices=devices,
+            memory=memory,
+            least=least,
+            plans=_Replanned(forecaster, pool_size=pool_size, memory=memory, machine=machine),
+        )
     return Forecast(
         config=config,
         plan=plan,
         engines=engines,
         proposal=proposal,
-        least=forecaster.least() if memory is not None and proposal is None else None,
+        least=least,
+        remedies=remedies,
         memory=memory,
         times=times,
         hours=None if tokens_per_second is None else times.hours(tokens_per_second),
@@ -142,16 +155,32 @@ def forecast(
 
 
 class Forecaster:
-    """Memory of a run under engines, micro-batches and with or without checkpointing."""
+    """Memory of a run under engines, micro-batches and with or without checkpointing.
 
-    def __init__(self, config: Config, plan: RunPlan, *, memory: int | None, machine: Machine) -> None:
+    Args:
+        passes: of the same config; none: they are made here.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        plan: RunPlan,
+        *,
+        memory: int | None,
+        machine: Machine,
+        passes: PhantomPasses | None = None,
+    ) -> None:
         self.config, self.plan = config, plan
         self._memory, self._machine = memory, machine
+        self.passes = self._new_passes() if passes is None else passes
+
+    def _new_passes(self) -> PhantomPasses:
+        config = self.config
         model_config = describe_model(config, resolve(config.model.name_or_path, key="model.name_or_path"))
         set_no_rescaling(model_config)
         set_layer_drop(model_config)
-        self.passes = PhantomPasses(
-            config, model_config, unreached=unreached_layers(config, model_config), machine=machine
+        return PhantomPasses(
+            config, model_config, unreached=unreached_layers(config, model_config), machine=self._machine
         )
 
     @cached_property
@@ -162,6 +191,8 @@ class Forecaster:
     def step(self, rows: int, checkpointing: bool) -> PassNeeds:
         """A micro-batch's needs: tried at the config's size and at 1, in between by a line."""
         largest = self.plan.micro_batch_size
+        if rows == 1:
+            return self.passes.step(1, checkpointing=checkpointing)
         full = self.passes.step(largest, checkpointing=checkpointing)
         if rows == largest:
             return full
@@ -237,8 +268,8 @@ class Forecaster:
         return None
 
     def least(self) -> EngineMemory:
-        """The candidate that needs least."""
-        found = [self.memory_of(engine, micro, checkpointing) for checkpointing, engine, micro in self._candidates()]
+        """The candidate that needs least: one sample at once, with checkpointing."""
+        found = [self.memory_of(engine, 1, True) for engine in engines_for(self.config, self.plan.world_size)]
         return min(found, key=lambda memory: memory.total)
 
     def _candidates(self) -> Iterator[tuple[bool, str, int]]:
@@ -247,6 +278,29 @@ class Forecaster:
             for engine in engines_for(self.config, self.plan.world_size):
                 for micro in micro_batch_sizes(self.config, self.plan):
                     yield checkpointing, engine, micro
+
+
+class _Replanned:
+    """Plans under changed configs, and on other numbers of devices, whose passes are those of the same config."""
+
+    def __init__(self, first: Forecaster, *, pool_size: int, memory: int, machine: Machine) -> None:
+        self._passes = {first.config.model_dump_json(): first.passes}
+        self._pool_size, self._memory, self._machine = pool_size, memory, machine
+
+    def least(self, config: Config, devices: int) -> EngineMemory:
+        """See :class:`.Plans`."""
+        return self._forecaster(config, devices).least()
+
+    def proposal(self, config: Config, devices: int) -> EngineMemory | None:
+        """See :class:`.Plans`."""
+        return self._forecaster(config, devices).proposal()
+
+    def _forecaster(self, config: Config, devices: int) -> Forecaster:
+        key, plan = config.model_dump_json(), plan_run(config, self._pool_size, devices)
+        known = self._passes.get(key)
+        forecaster = Forecaster(config, plan, memory=self._memory, machine=self._machine, passes=known)
+        self._passes[key] = forecaster.passes
+        return forecaster
 
 
 def micro_batch_sizes(config: Config, plan: RunPlan) -> list[int]:
@@ -264,17 +318,3 @@ def unreached_layers(config: Config, model_config: Any) -> Collection[str]:
     auto_class = objective_class(config.task).auto_class
     trust = config.model.trust_remote_code
     return run_probe(auto_class, model_config, inputs, trust_remote_code=trust).unreached
-
-
-def check_machine_size(devices: int, memory: float | None, tokens_per_second: float | None) -> None:
-    """What is said of the machine.
-
-    Raises:
-        UserError: naming the option.
-    """
-    if devices < 1:
-        raise UserError(f"--devices {devices}: a run has at least one; give their number")
-    if memory is not None and not memory > 0:
-        raise UserError(f"--memory {memory:g}: give the GiB of one device")
-    if tokens_per_second is not None and not tokens_per_second > 0:
-        raise UserError(f"--tokens-per-second {tokens_per_second:g}: give the tokens that all devices train on")

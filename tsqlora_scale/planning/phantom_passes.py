@@ -180,13 +180,17 @@ class PhantomPasses:
         writes = config.task.type in ("causal", "seq2seq")
         found = [PassNeeds()]
         if not writes or needs_losses(metrics):
-            found.append(self._forward(config.train.eval_batch_size, {}))
+            found.append(self._forward(config.train.eval_batch_size, {}, losses=needs_losses(metrics)))
         if writes and needs_answers(metrics):
             found.append(self._forward(config.train.eval_batch_size * config.task.num_beams, {"use_cache": True}))
         return PassNeeds(passing=max(n.peak for n in found), flops=sum(n.flops for n in found))
 
-    def _forward(self, rows: int, options: dict[str, Any]) -> PassNeeds:
-        """A forward without a graph; with ``use_cache`` over the prompts, whose cache then grows to whole rows."""
+    def _forward(self, rows: int, options: dict[str, Any], *, losses: bool = False) -> PassNeeds:
+        """A forward without a graph; with ``use_cache`` over the prompts, whose cache then grows to whole rows.
+
+        Args:
+            losses: are taken of it.
+        """
         phantom = self.phantom(checkpointing=False)
         model = phantom.model
         task, longest = self.task, self.task.longest
@@ -201,6 +205,8 @@ class PhantomPasses:
             live = stack.enter_context(self._watched(model, rows))
             stack.enter_context(torch.no_grad())
             outputs = model(**batch.inputs, **options) if options else task.outputs(model, batch)
+            if losses:
+                task.loss_sums(outputs, batch)
             peak, logits = live.peak, outputs.logits.nbytes
             if options:
                 cache = (live.now - logits) * longest // prompt
