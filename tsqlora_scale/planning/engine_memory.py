@@ -102,15 +102,18 @@ def _zero3(weights: HeldWeights, ranks: int) -> SharedState:
 
 def _fsdp2(weights: HeldWeights, ranks: int) -> SharedState:
     trained = 4 * weights.trained_elements
-    shared = [weight.whole for weight in weights.frozen if weight.held_rows(ranks) < weight.whole]
+    shared = [0, *(weight.whole for weight in weights.frozen if weight.held_rows(ranks) < weight.whole), 0]
+    # a layer's weight as it came and as it was put in place, and as it comes that of the next layer, or the one before
+    beside = [
+        2 * whole + max(before, after) for before, whole, after in zip(shared, shared[1:], shared[2:], strict=False)
+    ]
     return SharedState(
         base=sum(weight.held_rows(ranks) for weight in weights.frozen),
         factors=trained,
         gradients=trained,
         moments=2 * trained,
         buckets=2 * 4 * min(weights.trained_elements, AT_ONCE),
-        # a layer's weight, and the next one's as it comes and as it is put in place
-        gathered=3 * max(shared, default=0),
+        gathered=max(beside, default=0),
     )
 
 
