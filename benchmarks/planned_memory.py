@@ -96,15 +96,19 @@ def model_config(kind: str, *, small: bool) -> Any:
     """A model's description; ``small`` is the same of next to no size."""
     from transformers import BartConfig, BertConfig, LlamaConfig
 
-    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    tokens: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     if kind == "encoder":
-        size = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
-        full = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 1536}
-        return BertConfig(vocab_size=100 if small else 30522, **(size if small else full), pad_token_id=0)
+        width, layers, heads, inner = (64, 1, 2, 64) if small else (384, 12, 12, 1536)
+        return BertConfig(
+            vocab_size=100 if small else 30522, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
+            intermediate_size=inner, pad_token_id=0,
+        )  # fmt: skip
     if kind == "llama":
-        size = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
-        full = {"hidden_size": 640, "num_hidden_layers": 10, "num_attention_heads": 10, "intermediate_size": 1728}
-        return LlamaConfig(vocab_size=100 if small else 32000, **(size if small else full), **tokens)
+        width, layers, heads, inner = (64, 1, 2, 64) if small else (640, 10, 10, 1728)
+        return LlamaConfig(
+            vocab_size=100 if small else 32000, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
+            intermediate_size=inner, **tokens,
+        )  # fmt: skip
     width, layers, heads, inner = (64, 1, 2, 64) if small else (512, 4, 8, 2048)
     return BartConfig(
         vocab_size=100 if small else 50265, d_model=width, encoder_layers=layers, decoder_layers=layers,
@@ -133,11 +137,11 @@ def write_model(kind: str, folder: Path, *, small: bool, length: int) -> None:
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
         model_input_names=["input_ids", "attention_mask"],
     ).save_pretrained(folder)  # fmt: skip
-    lines = []
-    for number in range(8):
+    lines = []  # of held-out ones some batches a rank: engines gather ahead what they have gathered before
+    for number in range(16):
         text = " ".join(f"w{(number + place) % 60}" for place in range(length if number % 4 else length // 2))
         lines.append(json.dumps({"text": text, "label": ("no", "yes")[number % 2], "target": text}))
-    for name, count in (("train", 8), ("dev", 4)):
+    for name, count in (("train", 8), ("dev", 16)):
         (folder / f"{name}.jsonl").write_text("\n".join(lines[:count]) + "\n", encoding="utf-8")
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from tsqlora_scale.config.rank_sections import COMPONENT_POLICIES
 from tsqlora_scale.config.schema import Config
 from tsqlora_scale.engine.fsdp import AT_ONCE
+from tsqlora_scale.engine.zero_internals import bucket_size
 from tsqlora_scale.planning.held_bytes import HeldWeights
 from tsqlora_scale.planning.phantom_passes import Machine, PassNeeds
 
@@ -16,8 +17,6 @@ GIB = 2**30
 ALIVE, AHEAD = 10**9, 5 * 10**7
 #: Not counted but allowed for: CUDA's context and libraries, NCCL's buffers, and pieces that the allocator cannot use.
 CONTEXT, COMMUNICATION, FRAGMENTS = int(0.6 * GIB), int(0.4 * GIB), 0.05
-#: The smallest bucket that a run gives ZeRO, in elements (:func:`tsqlora_scale.engine.zero_internals.configure`).
-LEAST_BUCKET = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,7 @@ class SharedState:
         moments: of Adam.
         buckets: what gradients are exchanged through.
         gathered: weights of others that are there while they are used.
+        gathered_first: those that are there before anything else of a pass is.
     """
 
     base: int
@@ -39,6 +39,7 @@ class SharedState:
     moments: int
     buckets: int = 0
     gathered: int = 0
+    gathered_first: int = 0
 
 
 @dataclass(frozen=True)
@@ -90,35 +91,42 @@ def _zero3(weights: HeldWeights, ranks: int) -> SharedState:
     shared = [weight for weight in weights.frozen if weight.held(ranks) < weight.whole]
     elements = sum(weight.elements for weight in shared)
     each = sum(weight.whole for weight in shared) / max(elements, 1)
+    # what arrives lies in one piece before every parameter gets its own: what was asked for ahead, and a layer's
+    arriving = min(elements, AHEAD + max((weight.elements for weight in shared), default=0))
     return SharedState(
         base=sum(weight.held(ranks) for weight in weights.frozen),
         factors=2 * part,
         gradients=4 * max(weights.trained, default=0) + part,
         moments=2 * part,
         buckets=_bucket(weights),
-        gathered=int(min(elements, ALIVE + AHEAD) * each) + 4 * weights.trained_elements * (ranks > 1),
+        gathered=int((min(elements, ALIVE + AHEAD) + arriving) * each) + 4 * weights.trained_elements * (ranks > 1),
     )
 
 
 def _fsdp2(weights: HeldWeights, ranks: int) -> SharedState:
     trained = 4 * weights.trained_elements
-    shared = [0, *(weight.whole for weight in weights.frozen if weight.held_rows(ranks) < weight.whole), 0]
-    # a layer's weight as it came and as it was put in place, and as it comes that of the next layer, or the one before
-    beside = [
-        2 * whole + max(before, after) for before, whole, after in zip(shared, shared[1:], shared[2:], strict=False)
-    ]
+    shared = [weight for weight in weights.frozen if weight.held_rows(ranks) < weight.whole]
     return SharedState(
         base=sum(weight.held_rows(ranks) for weight in weights.frozen),
         factors=trained,
         gradients=trained,
         moments=2 * trained,
         buckets=2 * 4 * min(weights.trained_elements, AT_ONCE),
-        gathered=max(beside, default=0),
+        gathered=_side_by_side([weight.whole for weight in shared if not weight.looked_up]),
+        # no backward pass asks for an embedding that is frozen
+        gathered_first=_side_by_side([weight.whole for weight in shared if weight.looked_up]),
     )
 
 
+def _side_by_side(sizes: list[int]) -> int:
+    """The most of a layer's weight as it came and as it was put in place, and that of the next layer as it comes, or,
+    in a backward pass, of the one before."""
+    padded = [0, *sizes, 0]
+    return max((2 * padded[at] + max(padded[at - 1], padded[at + 1]) for at in range(1, len(sizes) + 1)), default=0)
+
+
 def _bucket(weights: HeldWeights) -> int:
-    return 4 * max(2 * weights.trained_elements, LEAST_BUCKET)
+    return 4 * bucket_size(weights.trained_elements)
 
 
 #: By name, those that need the least exchange first. An engine more is a function more.
@@ -187,6 +195,7 @@ def engine_memory(
         "scoring": used + passes["scoring"].peak if passes["scoring"].peak else between,
         "evaluation": used + passes["evaluation"].peak if passes["evaluation"].peak else between,
     }
+    phases = {phase: max(size, between + state.gathered_first) for phase, size in phases.items()}
     moving = max(phases.values()) - between
     allowance = int(FRAGMENTS * moving) + CONTEXT + (COMMUNICATION if devices > 1 else 0) if machine == "gpu" else 0
     return EngineMemory(engine, devices, micro_batch_size, checkpointing, parts, phases, allowance)
