@@ -232,7 +232,7 @@ def launched(case: Case, configs: list[Path]) -> dict[str, int]:
     """What :func:`measure` prints, from processes of its own."""
     command = [sys.executable]
     if case.engine == "ddp":
-        command += ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+        command += ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     elif case.engine != "plain":
         settings = ROOT / "configs" / "accelerate" / f"{case.engine}.yaml"
         command = [str(Path(sys.executable).parent / "accelerate"), "launch", "--config_file", str(settings)]

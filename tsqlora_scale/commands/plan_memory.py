@@ -18,6 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--devices", type=int, default=1, help="GPUs, one rank on each (default 1)")
     parser.add_argument("--memory", type=float, metavar="GIB", help="of one device; an engine that fits is proposed")
     parser.add_argument("--tokens-per-second", type=float, metavar="N", help="that all devices train on: gives hours")
+    parser.add_argument("--link", type=float, metavar="GB/S", help="that a device receives of others: hours by engine")
     parser.add_argument("--pool", type=int, metavar="N", help="samples of the pool; without it the data are read")
     parser.add_argument("--dev", type=int, metavar="N", help="held-out rows, beside --pool (default 0)")
     parser.add_argument("--on", choices=("gpu", "cpu"), default="gpu", help="whose kernels compute (default gpu)")
@@ -34,6 +35,7 @@ def _plan(options: argparse.Namespace) -> None:
         devices=options.devices,
         memory=options.memory,
         tokens_per_second=options.tokens_per_second,
+        link=options.link,
         machine=options.on,
         pool=options.pool,
         dev=options.dev,

@@ -195,7 +195,9 @@ def engine_memory(
         "scoring": used + passes["scoring"].peak if passes["scoring"].peak else between,
         "evaluation": used + passes["evaluation"].peak if passes["evaluation"].peak else between,
     }
-    phases = {phase: max(size, between + state.gathered_first) for phase, size in phases.items()}
+    first = between + state.gathered_first
+    before = {"step": first + state.gradients, "scoring": first + passes["scoring"].kept, "evaluation": first}
+    phases = {phase: max(size, before[phase]) for phase, size in phases.items()}
     moving = max(phases.values()) - between
     allowance = int(FRAGMENTS * moving) + CONTEXT + (COMMUNICATION if devices > 1 else 0) if machine == "gpu" else 0
     return EngineMemory(engine, devices, micro_batch_size, checkpointing, parts, phases, allowance)

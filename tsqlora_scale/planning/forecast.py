@@ -15,6 +15,7 @@ from tsqlora_scale.model.describe import describe_model
 from tsqlora_scale.model.dropouts import set_layer_drop, set_no_rescaling
 from tsqlora_scale.model.probe import run_probe
 from tsqlora_scale.planning.engine_memory import EngineMemory, engine_memory, engines_for
+from tsqlora_scale.planning.exchange import received_bytes
 from tsqlora_scale.planning.held_bytes import HeldWeights, held_weights
 from tsqlora_scale.planning.phantom_passes import Machine, PassNeeds, PhantomPasses
 from tsqlora_scale.planning.remedies import Remedy, find_remedies
@@ -41,6 +42,8 @@ class Forecast:
         memory: bytes of a device; None: unknown.
         times: phases in steps.
         hours: the same in hours; None without a number of tokens in a second.
+        received: bytes of the whole run that a rank receives of others, by engine and phase.
+        link: bytes that it receives in a second; None: unknown.
         trained: elements that train.
         base_elements: of the base's storage.
     """
@@ -54,6 +57,8 @@ class Forecast:
     memory: int | None
     times: RunTimes
     hours: dict[str, float] | None
+    received: dict[str, dict[str, int]]
+    link: float | None
     trained: int
     base_elements: int
 
@@ -66,6 +71,18 @@ class Forecast:
         if self.config.scores_online:
             notes.append("what scoring.source=online listens to in the steps is not counted")
         return notes
+
+    @property
+    def hours_by_engine(self) -> dict[str, dict[str, float]] | None:
+        """Hours of every phase under every engine, nothing of an exchange hidden behind computing: at most, that is.
+        None where tokens in a second or the link are unknown."""
+        if self.hours is None or self.link is None:
+            return None
+        seconds = 3600 * self.link
+        return {
+            engine: {phase: hours + received.get(phase, 0) / seconds for phase, hours in self.hours.items()}
+            for engine, received in self.received.items()
+        }
 
     def to_json(self) -> dict[str, Any]:
         """Everything as JSON values, sizes in bytes."""
@@ -87,6 +104,8 @@ class Forecast:
                 "tokens_per_step": self.times.tokens_per_step,
                 "flops_per_step": self.times.flops_per_step,
                 "hours": self.hours,
+                "received": self.received,
+                "hours_by_engine": self.hours_by_engine,
             },
         }
 
@@ -99,6 +118,7 @@ def forecast(
     devices: int = 1,
     memory: int | None = None,
     tokens_per_second: float | None = None,
+    link: float | None = None,
     machine: Machine = "gpu",
 ) -> Forecast:
     """Plan a run.
@@ -108,7 +128,8 @@ def forecast(
         dev_size: held-out rows.
         devices: ranks, one on each.
         memory: bytes of one of them.
-        tokens_per_second: that all of them train on.
+        tokens_per_second: that all of them train on, the base whole on each.
+        link: bytes that a rank receives of others in a second.
         machine: whose kernels are taken.
 
     Raises:
@@ -149,6 +170,19 @@ def forecast(
         memory=memory,
         times=times,
         hours=None if tokens_per_second is None else times.hours(tokens_per_second),
+        received={
+            engine.engine: received_bytes(
+                engine.engine,
+                config,
+                plan,
+                forecaster.weights,
+                look=forecaster.passes.look,
+                scoring_rows=scored,
+                dev_size=dev_size,
+            )
+            for engine in engines
+        },
+        link=link,
         trained=forecaster.weights.trained_elements,
         base_elements=sum(weight.elements for weight in forecaster.weights.frozen),
     )
@@ -207,7 +241,8 @@ class Forecaster:
             return PassNeeds()
         tried = self._tried_rows
         needs = self.passes.scoring(tried, checkpointing=checkpointing)
-        return PassNeeds(passing=needs.passing * rows // tried, flops=needs.flops * rows // tried)
+        kept, passing, flops = (size * rows // tried for size in (needs.kept, needs.passing, needs.flops))
+        return PassNeeds(kept, passing=passing, flops=flops)
 
     def scoring_rows(self, engine: str, checkpointing: bool) -> int:
         """Samples of a scoring batch; ``auto`` is what fits beside what the engine holds."""

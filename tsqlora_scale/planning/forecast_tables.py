@@ -38,14 +38,28 @@ def print_forecast(found: Forecast) -> None:
         console.print(line, highlight=False, soft_wrap=True)
     for note in found.notes:
         console.print(note, highlight=False, soft_wrap=True)
-    times = Table("phase", "steps' worth", *(["hours"] if found.hours else []), title="time")
-    for phase, count in found.times.steps.items():
-        times.add_row(phase, f"{count:,.1f}", *([f"{found.hours[phase]:.2f}"] if found.hours else []))
-    console.print(times)
+    console.print(_times(found))
     console.print(
         f"a step: {found.times.tokens_per_step:,} tokens at most, {found.times.flops_per_step / 1e12:,.1f} TFLOP",
         highlight=False,
     )
+
+
+def _times(found: Forecast) -> Table:
+    """Phases in steps' worth, hours, and what a rank receives of others; by engine where there are several ranks."""
+    shared = found.plan.world_size > 1
+    by_engine = found.hours_by_engine if shared else None
+    engines = list(found.received) if shared else []
+    hours = ["hours"] if found.hours else []
+    titles = [f"{engine}: GiB received" for engine in engines]
+    titles += [f"{engine}: hours at most" for engine in engines if by_engine]
+    times = Table("phase", "steps' worth", *hours, *titles, title="time")
+    for phase, count in found.times.steps.items():
+        row = [f"{count:,.1f}", *([f"{found.hours[phase]:.2f}"] if found.hours else [])]
+        row += [f"{found.received[engine].get(phase, 0) / GIB:,.0f}" for engine in engines]
+        row += [f"{by_engine[engine][phase]:.2f}" for engine in engines] if by_engine else []
+        times.add_row(phase, *row)
+    return times
 
 
 def proposal_told(found: Forecast) -> str:

@@ -18,6 +18,7 @@ def plan(
     devices: int = 1,
     memory: float | None = None,
     tokens_per_second: float | None = None,
+    link: float | None = None,
     machine: Literal["gpu", "cpu"] = "gpu",
     pool: int | None = None,
     dev: int | None = None,
@@ -27,7 +28,8 @@ def plan(
     Args:
         devices: ranks, one on each.
         memory: GiB of one of them; an engine that fits is then proposed, or changes of the config that make one fit.
-        tokens_per_second: that all devices train on under the engine that exchanges least; gives hours.
+        tokens_per_second: that all devices train on, the base whole on each; gives hours.
+        link: GB that a device receives of others in a second; gives hours under every engine.
         machine: whose kernels compute.
         pool: samples of the pool; without it the data are read.
         dev: held-out rows, beside ``pool``.
@@ -36,6 +38,8 @@ def plan(
         UserError: naming the option, the key, the file, or a model that cannot be described or tried.
     """
     check_machine_size(devices, memory, tokens_per_second)
+    if link is not None and not link > 0:
+        raise UserError(f"--link {link:g} (link): give the GB that a device receives of others in a second")
     if machine not in ("gpu", "cpu"):
         raise UserError(f"--on {machine!r} (machine): choose 'gpu' or 'cpu'")
     prepare_environment()
@@ -49,6 +53,7 @@ def plan(
         devices=devices,
         memory=None if memory is None else int(memory * 2**30),
         tokens_per_second=tokens_per_second,
+        link=None if link is None else link * 1e9,
         machine=machine,
     )
 

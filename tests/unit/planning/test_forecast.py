@@ -27,6 +27,7 @@ from tsqlora_scale.planning.engine_memory import (
     engine_memory,
     engines_for,
 )
+from tsqlora_scale.planning.exchange import received_bytes
 from tsqlora_scale.planning.forecast import Forecast, forecast
 from tsqlora_scale.planning.forecast_tables import print_forecast, proposal_told, remedies_told
 from tsqlora_scale.planning.held_bytes import WHOLE, FrozenWeight, HeldWeights
@@ -211,6 +212,32 @@ def test_phases_in_steps(tree: dict[str, Any]) -> None:
     assert found.hours["steps"] == pytest.approx(13 * 16 * 32 / 100 / 3600)
 
 
+def test_what_is_received_by_engine(tree: dict[str, Any]) -> None:
+    """By hand: of two ranks each receives half of the base for every pass, and all exchange the adapter's gradients."""
+    tree["model"] |= {"gradient_checkpointing": True}
+    tree["scoring"] |= {"refresh": "none", "delta_loss": "first_order", "batch_size": 4}
+    config = parse_config(tree)
+    run = plan_run(config, 48, 2)
+    weights = HeldWeights([FrozenWeight(2 * WHOLE, 2, rows=2), FrozenWeight(WHOLE // 2, 2)], [100, 60], 0)
+
+    def received(engine: str) -> dict[str, int]:
+        return received_bytes(engine, config, run, weights, look="gradients", scoring_rows=4, dev_size=9)
+
+    adapter = 13 * 4 * 160  # 13 steps; sent and received once, of two ranks a half each time
+    assert received("ddp") == {"steps": adapter, "scoring": 0, "evaluation": 0}
+    half = 2 * WHOLE
+    batches, judged = 48 // 8, -(-9 // (2 * config.train.eval_batch_size)) * (2 + 2)
+    steps = 13 * run.accumulation * 3 * half + adapter
+    assert received("zero3") == {"steps": steps, "scoring": batches * 2 * half, "evaluation": judged * half}
+    assert received("fsdp2") == received("zero3")
+    found = planned(tree, devices=2, tokens_per_second=100.0, link=3600.0, machine="cpu")
+    assert found.hours is not None
+    hours = found.hours_by_engine
+    assert hours is not None
+    assert hours["ddp"]["steps"] == pytest.approx(found.hours["steps"] + found.received["ddp"]["steps"] / 3600 / 3600)
+    assert hours["ddp"]["events"] == found.hours["events"]
+
+
 @pytest.mark.parametrize(
     ("scoring", "words"),
     [
@@ -242,7 +269,17 @@ def test_the_table_has_every_part(tree: dict[str, Any], capsys: pytest.CaptureFi
     found = planned(tree, devices=2, memory=GIB, tokens_per_second=100.0, machine="gpu")
     print_forecast(replace(found, proposal=None, least=found.engines[-1]))
     shown = capsys.readouterr().out
-    for word in ("base", "activations", "moments", "zero3", "at its most: step", "allowed for", "scoring", "hours"):
+    for word in (
+        "base",
+        "activations",
+        "moments",
+        "zero3",
+        "at its most: step",
+        "allowed for",
+        "scoring",
+        "hours",
+        "received",
+    ):
         assert word in shown
     assert "nothing fits into 1.00 GiB" in shown
 
@@ -266,6 +303,7 @@ def test_the_command_prints_json(tree: dict[str, Any], tmp_path: Path, capsys: p
         (["--devices", "0"], "--devices 0"),
         (["--memory", "-1"], "--memory -1"),
         (["--tokens-per-second", "0"], "--tokens-per-second 0"),
+        (["--link", "0"], "--link 0"),
         (["--pool", "0"], "--pool 0"),
         (["--dev", "3"], "--dev 3 (dev) goes with --pool"),
         (["--pool", "48", "--devices", "3"], "train.batch_size=16 must be a multiple"),
