@@ -167,7 +167,7 @@ def engine_memory(
         passes: what ``step``, ``scoring`` and ``evaluation`` need.
     """
     state = ENGINES[engine](weights, devices)
-    step = passes["step"]
+    step, scored, judged = passes["step"], passes["scoring"], passes["evaluation"]
     unpacked = max((weight.unpacked for weight in weights.frozen), default=0)
     listened = _listening(config, weights)
     importances = _importances(config, weights)
@@ -178,26 +178,26 @@ def engine_memory(
         "gradients": state.gradients,
         "moments of Adam": state.moments,
         "buckets of the engine": state.buckets,
-        "gathered weights": state.gathered,
+        "gathered weights": max(state.gathered, state.gathered_first),
         "one 4-bit layer unpacked": unpacked,
         "activations": step.kept,
         "logits and cross-entropy": step.logits,
         "passing in a step": step.passing,
         "sensitivity of one layer": listened,
         "importances of components": importances,
-        "scoring batch": passes["scoring"].peak,
-        "evaluation batch": passes["evaluation"].peak,
+        "scoring batch": scored.peak,
+        "evaluation batch": judged.peak,
     }
     between = state.base + weights.scales + state.factors + state.moments + state.buckets + importances
     used = between + state.gathered + unpacked
-    phases = {
-        "step": used + state.gradients + step.kept + step.logits + max(step.passing, listened),
-        "scoring": used + passes["scoring"].peak if passes["scoring"].peak else between,
-        "evaluation": used + passes["evaluation"].peak if passes["evaluation"].peak else between,
-    }
     first = between + state.gathered_first
-    before = {"step": first + state.gradients, "scoring": first + passes["scoring"].kept, "evaluation": first}
-    phases = {phase: max(size, before[phase]) for phase, size in phases.items()}
+    phases = {
+        "step": max(
+            used + state.gradients + step.kept + step.logits + max(step.passing, listened), first + state.gradients
+        ),
+        "scoring": max(used + scored.peak, first + scored.kept) if scored.peak else between,
+        "evaluation": max(used + judged.peak, first) if judged.peak else between,
+    }
     moving = max(phases.values()) - between
     allowance = int(FRAGMENTS * moving) + CONTEXT + (COMMUNICATION if devices > 1 else 0) if machine == "gpu" else 0
     return EngineMemory(engine, devices, micro_batch_size, checkpointing, parts, phases, allowance)
