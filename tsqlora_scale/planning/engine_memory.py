@@ -31,6 +31,8 @@ class SharedState:
         buckets: what gradients are exchanged through.
         gathered: weights of others that are there while they are used.
         gathered_first: those that are there before anything else of a pass is.
+        ahead: of what is gathered ahead, the pieces in which it comes; seen in steps and scoring, not where there is a
+            forward pass alone.
     """
 
     base: int
@@ -40,6 +42,7 @@ class SharedState:
     buckets: int = 0
     gathered: int = 0
     gathered_first: int = 0
+    ahead: int = 0
 
 
 @dataclass(frozen=True)
@@ -91,15 +94,16 @@ def _zero3(weights: HeldWeights, ranks: int) -> SharedState:
     shared = [weight for weight in weights.frozen if weight.held(ranks) < weight.whole]
     elements = sum(weight.elements for weight in shared)
     each = sum(weight.whole for weight in shared) / max(elements, 1)
-    # what arrives lies in one piece before every parameter gets its own: what was asked for ahead, and a layer's
-    arriving = min(elements, AHEAD + max((weight.elements for weight in shared), default=0))
+    # what comes lies in one piece before every parameter gets its own: a layer's, and what was asked for ahead
+    coming = max((weight.elements for weight in shared), default=0)
     return SharedState(
         base=sum(weight.held(ranks) for weight in weights.frozen),
         factors=2 * part,
         gradients=4 * max(weights.trained, default=0) + part,
         moments=2 * part,
         buckets=_bucket(weights),
-        gathered=int((min(elements, ALIVE + AHEAD) + arriving) * each) + 4 * weights.trained_elements * (ranks > 1),
+        gathered=int((min(elements, ALIVE + AHEAD) + coming) * each) + 4 * weights.trained_elements * (ranks > 1),
+        ahead=int(min(elements - coming, AHEAD) * each),
     )
 
 
@@ -178,7 +182,7 @@ def engine_memory(
         "gradients": state.gradients,
         "moments of Adam": state.moments,
         "buckets of the engine": state.buckets,
-        "gathered weights": max(state.gathered, state.gathered_first),
+        "gathered weights": max(state.gathered + state.ahead, state.gathered_first),
         "one 4-bit layer unpacked": unpacked,
         "activations": step.kept,
         "logits and cross-entropy": step.logits,
@@ -192,10 +196,9 @@ def engine_memory(
     used = between + state.gathered + unpacked
     first = between + state.gathered_first
     phases = {
-        "step": max(
-            used + state.gradients + step.kept + step.logits + max(step.passing, listened), first + state.gradients
-        ),
-        "scoring": max(used + scored.peak, first + scored.kept) if scored.peak else between,
+        "step": state.gradients
+        + max(used + state.ahead + step.kept + step.logits + max(step.passing, listened), first),
+        "scoring": max(used + state.ahead + scored.peak, first + scored.kept) if scored.peak else between,
         "evaluation": max(used + judged.peak, first) if judged.peak else between,
     }
     moving = max(phases.values()) - between

@@ -170,18 +170,7 @@ def forecast(
         memory=memory,
         times=times,
         hours=None if tokens_per_second is None else times.hours(tokens_per_second),
-        received={
-            engine.engine: received_bytes(
-                engine.engine,
-                config,
-                plan,
-                forecaster.weights,
-                look=forecaster.passes.look,
-                scoring_rows=scored,
-                dev_size=dev_size,
-            )
-            for engine in engines
-        },
+        received={one.engine: forecaster.received(one.engine, scored, dev_size) for one in engines},
         link=link,
         trained=forecaster.weights.trained_elements,
         base_elements=sum(weight.elements for weight in forecaster.weights.frozen),
@@ -258,6 +247,18 @@ class Forecaster:
         one = self.scoring_of(self._tried_rows, checkpointing).peak / self._tried_rows
         device = torch.device("cuda" if self._machine == "gpu" else "cpu")
         return fitting_batch(one, max(self._memory - held, 0), device)
+
+    def received(self, engine: str, scoring_rows: int, dev_size: int) -> dict[str, int]:
+        """See :func:`.received_bytes`."""
+        return received_bytes(
+            engine,
+            self.config,
+            self.plan,
+            self.weights,
+            look=self.passes.look,
+            scoring_rows=scoring_rows,
+            dev_size=dev_size,
+        )
 
     @property
     def _tried_rows(self) -> int:
