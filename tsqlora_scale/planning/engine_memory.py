@@ -31,8 +31,8 @@ class SharedState:
         buckets: what gradients are exchanged through.
         gathered: weights of others that are there while they are used.
         gathered_first: those that are there before anything else of a pass is.
-        ahead: of what is gathered ahead, the pieces in which it comes; seen in steps and scoring, not where there is a
-            forward pass alone.
+        ahead: of what is gathered ahead, the pieces in which it comes, in steps and scoring.
+        ahead_forward: the same of a forward pass alone, whose last weights come when the first pieces are gone.
     """
 
     base: int
@@ -43,6 +43,7 @@ class SharedState:
     gathered: int = 0
     gathered_first: int = 0
     ahead: int = 0
+    ahead_forward: int = 0
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ def _zero3(weights: HeldWeights, ranks: int) -> SharedState:
     each = sum(weight.whole for weight in shared) / max(elements, 1)
     # what comes lies in one piece before every parameter gets its own: a layer's, and what was asked for ahead
     coming = max((weight.elements for weight in shared), default=0)
+    ahead = min(elements - coming, AHEAD)
     return SharedState(
         base=sum(weight.held(ranks) for weight in weights.frozen),
         factors=2 * part,
@@ -103,7 +105,8 @@ def _zero3(weights: HeldWeights, ranks: int) -> SharedState:
         moments=2 * part,
         buckets=_bucket(weights),
         gathered=int((min(elements, ALIVE + AHEAD) + coming) * each) + 4 * weights.trained_elements * (ranks > 1),
-        ahead=int(min(elements - coming, AHEAD) * each),
+        ahead=int(ahead * each),
+        ahead_forward=int(max(min(elements, coming + AHEAD) + ahead - elements - coming, 0) * each),
     )
 
 
@@ -199,7 +202,7 @@ def engine_memory(
         "step": state.gradients
         + max(used + state.ahead + step.kept + step.logits + max(step.passing, listened), first),
         "scoring": max(used + state.ahead + scored.peak, first + scored.kept) if scored.peak else between,
-        "evaluation": max(used + judged.peak, first) if judged.peak else between,
+        "evaluation": max(used + state.ahead_forward + judged.peak, first) if judged.peak else between,
     }
     moving = max(phases.values()) - between
     allowance = int(FRAGMENTS * moving) + CONTEXT + (COMMUNICATION if devices > 1 else 0) if machine == "gpu" else 0
