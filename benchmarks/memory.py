@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What a rank holds of a frozen base under ZeRO-3 with 1, 2 and 4 ranks: fp32, bf16, and nf4 with bf16 beside it.
 
-    python benchmarks/memory.py [--ranks 1 2 4] [--bases fp32 bf16 nf4] [--hidden 1024 --layers 12] [--tokens 256]
+    python benchmarks/memory.py [--ranks 1 2 4] [--bases fp32 bf16 nf4] [--hidden 1024 --layers 12]
 
 Every row is a training of its own: a Llama of random weights made here, two steps, one rank event, two steps. Base
 bytes are what a rank holds between uses. Resident memory (Linux) is the largest over the ranks, less what a process
@@ -12,9 +12,7 @@ ZeRO-3 leaves up to a billion gathered parameters standing between a forward and
 (``stage3_max_live_parameters``), which is all of a model this small; here it is a hundredth of the model, so that what
 is seen is what sharding does to a large one.
 
-With ``--tokens`` all rows but one of four are as long as that, and every number has what ``launch/plan.py`` says beside
-it, from the model's config alone: the base, what a micro-batch's forward and backward pass take beside parameters and
-gradients (measured by following every storage), and all of a step.
+Whether that is what a plan says beforehand: ``benchmarks/planned_memory.py``.
 """
 
 from __future__ import annotations
@@ -63,16 +61,15 @@ def watched() -> Iterator[list[int]]:
         thread.join()
 
 
-def make_model(folder: Path, hidden: int, layers: int, tokens: int | None = None) -> None:
+def make_model(folder: Path, hidden: int, layers: int) -> None:
     """A Llama of random weights, a word-level tokenizer, and rows, as ordinary files."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-    positions = max(128, tokens or 0)
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers,
-        num_attention_heads=hidden // 64, num_key_value_heads=hidden // 64, max_position_embeddings=positions,
+        num_attention_heads=hidden // 64, num_key_value_heads=hidden // 64, max_position_embeddings=128,
         pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -83,9 +80,7 @@ def make_model(folder: Path, hidden: int, layers: int, tokens: int | None = None
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     ).save_pretrained(folder / "model")
-    words = [" ".join(f"w{(n + k) % 60}" for k in range((tokens or 1) if n % 4 != 3 else 1)) for n in range(64)]
-    targets = [" ".join([f"w{n % 5}"] * (8 if tokens else 1)) for n in range(64)]
-    rows = [{"source": f"{text} w{n % 7}", "target": targets[n]} for n, text in enumerate(words)]
+    rows = [{"source": f"w{n % 60} w{n % 7}", "target": f"w{n % 5}"} for n in range(64)]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
@@ -112,24 +107,7 @@ def measured_pass(run: Any, micro: int) -> dict[str, int]:
     return {"pass": live.peak, "kept": kept}
 
 
-def planned(preflight: Any) -> dict[str, int]:
-    """What the plan says of the same. Before the engine is there: under ZeRO-3 Transformers would shard even a model
-    without memory.
-    """
-    from tsqlora_scale.planning.forecast import Forecaster
-
-    micro, checkpointing = preflight.plan.micro_batch_size, preflight.config.model.gradient_checkpointing
-    forecaster = Forecaster(preflight.config, preflight.plan, memory=None, machine="cpu")
-    found = forecaster.memory_of("zero3" if "WORLD_SIZE" in os.environ else "plain", micro)
-    gathered = found.parts["gathered weights"]  # of which a run of this benchmark lets few stay
-    return {
-        "planned base": found.parts["base"],
-        "planned pass": forecaster.step(micro, checkpointing).peak,
-        "planned step": found.phases["step"] - gathered + min(gathered, 2 * PARAMETERS_ALIVE * 4),
-    }
-
-
-def train(folder: Path, base: str, *, checkpointing: bool = False, tokens: int | None = None, micro: int = 1) -> None:
+def train(folder: Path, base: str, *, checkpointing: bool = False) -> None:
     """One row, in the processes that the launcher started; rank 0 prints it as JSON."""
     from tsqlora_scale.common.quiet import prepare_environment
 
@@ -147,19 +125,18 @@ def train(folder: Path, base: str, *, checkpointing: bool = False, tokens: int |
         "model": {"name_or_path": str(folder / "model"), "dtype": "fp32" if base == "fp32" else "bf16"},
         "task": {
             "type": "causal", "dataset": {"path": str(folder), "train_file": "train.jsonl"},
-            "source": "source", "target": "target", "max_length": tokens or 32, "max_target_length": 8,
+            "source": "source", "target": "target", "max_length": 32, "max_target_length": 8,
             "metrics": ["rougeL"],
         },
         "adapter": {"r": 8, "alpha": 16},
         "sampling": {"selector": "full"},
         "schedule": {"start": 2, "end": 2, "every": 2},
-        "train": {"max_steps": 4, "batch_size": 4 * micro, "micro_batch_size": micro, "lr": 1e-3},
+        "train": {"max_steps": 4, "batch_size": 4, "micro_batch_size": 1, "lr": 1e-3},
     }  # fmt: skip
     tree["model"]["gradient_checkpointing"] = checkpointing
     if base == "nf4":
         tree["model"]["quantization"] = "nf4"
     checked = preflight.check(parse_config(tree))
-    told = planned(checked) if tokens is not None else {}
     run = build_run(checked)
     for _ in range(2):
         bare_step(run)
@@ -179,9 +156,6 @@ def train(folder: Path, base: str, *, checkpointing: bool = False, tokens: int |
         "resident": resident() - nothing,
         "peak": peak[0] - nothing,
     }
-    mine |= told
-    if told and run.engine.name == "plain":
-        mine |= measured_pass(run, micro)
     everyone = run.engine.world.gather_objects(mine)
     if run.is_main:
         print(json.dumps({key: max(one[key] for one in everyone) for key in mine}), flush=True)
@@ -207,7 +181,6 @@ def launch(folder: Path, base: str, ranks: int, options: argparse.Namespace) -> 
         command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
         command += ["--zero3_init_flag", "true"]
     command += [__file__, "--one", base, "--folder", str(folder), *["--checkpointing"] * options.checkpointing]
-    command += ["--micro", str(options.micro), *(["--tokens", str(options.tokens)] if options.tokens else [])]
     done = subprocess.run(command, capture_output=True, text=True, cwd=LAUNCH, check=False, env=os.environ | GIVES_BACK)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
@@ -224,20 +197,15 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass")
-    parser.add_argument("--tokens", type=int, help="of most rows; the plan's numbers are beside the measured ones")
-    parser.add_argument("--micro", type=int, default=1, help="samples of a micro-batch (default 1)")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        settings = {"checkpointing": options.checkpointing, "tokens": options.tokens, "micro": options.micro}
-        train(options.folder, options.one, **settings)
+        train(options.folder, options.one, checkpointing=options.checkpointing)
         return
     heads = ["base MB a rank", "adapter MB", "statistics kB", "resident MB", "peak in a step MB"]
-    if options.tokens:
-        heads += ["base planned", "a pass MB", "planned", "a step planned"]
     with tempfile.TemporaryDirectory() as name:
-        make_model(Path(name), options.hidden, options.layers, options.tokens)
+        make_model(Path(name), options.hidden, options.layers)
         print(f"| base | ranks | {' | '.join(heads)} |")
         print("|---" * (2 + len(heads)) + "|")
         for base in options.bases:
@@ -245,9 +213,6 @@ def main() -> None:
                 row = launch(Path(name), base, ranks, options)
                 cells = [row["base"] / 1e6, row["adapter"] / 1e6, row["statistics"] / 1e3]
                 cells += [row["resident"] / 1e6, row["peak"] / 1e6]
-                if options.tokens:
-                    names = ("planned base", "pass", "planned pass", "planned step")
-                    cells += [row.get(name, float("nan")) / 1e6 for name in names]
                 shown = " | ".join(f"{cell:.1f}" for cell in cells)
                 print(f"| {base} | {ranks or 'plain'} | {shown} |", flush=True)
 

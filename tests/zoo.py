@@ -61,6 +61,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "llama-tied": lambda: t.LlamaConfig(**DECODER, tie_word_embeddings=True),
     "qwen2-tied": lambda: t.Qwen2Config(**DECODER, tie_word_embeddings=True),
     "mixtral": lambda: t.MixtralConfig(**DECODER, num_local_experts=4),
+    "phimoe": lambda: t.PhimoeConfig(**DECODER, num_local_experts=4),
     "qwen2_moe": lambda: t.Qwen2MoeConfig(**DECODER, moe_intermediate_size=32, shared_expert_intermediate_size=32,
                                           num_experts=4, num_experts_per_tok=2),
     "gpt2": lambda: t.GPT2Config(**GPT2),

@@ -1,4 +1,4 @@
-"""Train, score, advise, evaluate, predict and export from Python: what the commands do, without a process around it.
+"""Plan, train, score, advise, evaluate, predict and export from Python: the commands, without a process around them.
 
 A user's mistake raises :class:`~tsqlora_scale.common.errors.UserError`, a request to stop
 :class:`~tsqlora_scale.common.errors.Stopped`; nothing ends the process. Under a launcher every rank makes the same
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import sys
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,53 +18,14 @@ from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.quiet import prepare_environment
 from tsqlora_scale.config.quality_sections import BLIND_SELECTORS
 from tsqlora_scale.config.schema import Config
+from tsqlora_scale.planning.planner import plan as plan
+from tsqlora_scale.report.run_results import PredictResult, ScoreResult, TrainResult
 from tsqlora_scale.run.exporter import export as export
 from tsqlora_scale.run.exporter import truncate as truncate
 from tsqlora_scale.run.harness import evaluate_tasks as evaluate_tasks
 
 if TYPE_CHECKING:
     from tsqlora_scale.run.run_lock import RunLock
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a finished run has given.
-
-    Attributes:
-        folder: the run folder.
-        adapter: the adapter in it, of the last step or the best (``train.keep``); ``peft.PeftModel.from_pretrained``
-            opens it.
-        metrics: of that adapter on the held-out set; empty without one.
-        metrics_before: the same before the first step.
-        ranks: of every adapted layer in that adapter.
-        seconds: wall seconds by phase.
-        record: all that ``result.json`` holds.
-    """
-
-    folder: Path
-    adapter: Path
-    metrics: dict[str, float]
-    metrics_before: dict[str, float]
-    ranks: dict[str, int]
-    seconds: dict[str, float]
-    record: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class ScoreResult:
-    """What a scored pool looks like.
-
-    Attributes:
-        folder: where the scores lie, as parquet and nothing else; :meth:`.ScoreTable.read` reads them, and so do pandas
-            and ``datasets``.
-        summary: distribution of the terms, best and worst samples, groups of similar ones, as ``scores.json`` in the
-            run folder holds it; empty on other ranks than 0.
-        file: the parquet file, with every sample's id, text and answer beside its scores; None on other ranks than 0.
-    """
-
-    folder: Path
-    summary: dict[str, Any]
-    file: Path | None = None
 
 
 def train(config: Config, *, resume: str | Path | None = None, overwrite: bool = False) -> TrainResult:
@@ -292,21 +252,6 @@ def evaluate(config: Config, adapter: str | Path) -> dict[str, float]:
         from tsqlora_scale.run.build import evaluate_adapter
 
         return evaluate_adapter(checked, str(folder))
-
-
-@dataclass(frozen=True)
-class PredictResult:
-    """What a prediction has written.
-
-    Attributes:
-        out: the file.
-        rows: its rows, as many as the data has.
-        empty: those without an answer, having no text.
-    """
-
-    out: Path
-    rows: int
-    empty: int
 
 
 def predict(

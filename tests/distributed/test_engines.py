@@ -13,15 +13,17 @@ from tests.runs import losses_of, ranks_of, result_of, run_tree, write_config
 # a test may have to make the runs of two engines first
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(3000)]
 
-#: FSDP2 has runs of its own (test_fsdp).
+#: FSDP2 has runs of its own (test_fsdp), and one here.
 ENGINES = {name: kind for name, kind in ALL.items() if not name.startswith("fsdp2")}
 MODELS = ["deberta", "bart", "llama"]
 #: dropout: its masks belong to the micro-batch, not to the rank
 CASES = [*((kind, base) for kind in MODELS for base in ("fp32", "nf4")), ("bert", "dropout")]
 #: Runs, but rounds differently: ZeRO-3 has a linear layer of its own.
 BF16 = ("bert", "bf16")
-#: Three ranks: what is uneven there, and one model of each kind of base.
-FEWER = {"zero3-3": [("bart", "fp32"), ("llama", "nf4"), ("bert", "dropout"), BF16]}
+#: The run of FSDP2: DeBERTa calls layers twice.
+TWICE = ("deberta", "fp32")
+#: Three ranks: what is uneven there, and one model of each kind of base. FSDP2: one run.
+FEWER = {"zero3-3": [("bart", "fp32"), ("llama", "nf4"), ("bert", "dropout"), BF16], "fsdp2-2": [TWICE]}
 PAIRS = [(engine, case) for engine in ENGINES for case in FEWER.get(engine, [*CASES, BF16])]
 
 
@@ -94,6 +96,19 @@ def test_same_trajectory(finished: Finished, engine: str, case: tuple[str, str])
     assert losses_of(run) == pytest.approx(expected, abs=1e-5)
     assert ranks_of(run) == ranks_of(reference)
     assert result_of(run)["metrics"] == pytest.approx(result_of(reference)["metrics"], abs=1e-6)
+
+
+@pytest.mark.parametrize("engine", ["plain", "ddp-2", "zero3-2"])
+def test_fsdp2_takes_the_same_way_as_others(finished: Finished, engine: str) -> None:
+    """Each of them by itself, so that no two deviations add up."""
+    reference, run = finished[engine][TWICE], finished["fsdp2-2"][TWICE]
+    result = result_of(run)
+    assert (result["engine"], result["world_size"]) == ("fsdp2", 2)
+    frozen = result["frozen_parameters"]
+    assert frozen["all"] - frozen["sharded"] == 2, "embeddings of positions"
+    assert losses_of(run) == pytest.approx(losses_of(reference), abs=1e-5)
+    assert ranks_of(run) == ranks_of(reference)
+    assert result["metrics"] == pytest.approx(result_of(reference)["metrics"], abs=1e-6)
 
 
 @pytest.mark.parametrize("case", [("bart", "fp32"), ("llama", "fp32"), ("bert", "dropout")], ids="-".join)

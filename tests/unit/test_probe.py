@@ -27,7 +27,7 @@ SEE_AHEAD = [
 ]  # fmt: skip
 CAUSAL = [
     "roberta-decoder", "bert-decoder", "llama", "gpt2", "openai-gpt", "bloom", "opt", "mixtral", "qwen2_moe", "mamba",
-    "mamba2", "rwkv", "jamba", "gemma3", "bart-decoder",
+    "mamba2", "rwkv", "jamba", "gemma3", "bart-decoder", "phimoe",
 ]  # fmt: skip
 
 
@@ -116,8 +116,35 @@ def test_the_probe_changes_nothing_outside(models_dir: Path) -> None:
     assert config.to_dict() == before
 
 
-def test_what_cannot_be_run_tells_nothing() -> None:
-    assert run_probe(zoo.auto_of("llama"), zoo.CONFIGS["llama"](), {"nonsense": torch.zeros(1, 3)}) == Probe()
+def test_what_cannot_be_run_tells_only_why() -> None:
+    found = run_probe(zoo.auto_of("llama"), zoo.CONFIGS["llama"](), {"nonsense": torch.zeros(1, 3)})
+    assert found.failure is not None
+    assert found.failure.startswith("KeyError: ")
+    assert found == Probe(failure=found.failure, is_sure=True)
+
+
+def test_a_model_whose_code_fails_is_one_line(
+    tmp_path: Path, models_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Refused where a run's own forward would do the same; else it is said."""
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise AttributeError("'tuple' object\n has no attribute 'dtype'")
+
+    config = parse_config(zoo.tree_of("llama", tmp_path, models_dir))
+    monkeypatch.setattr("transformers.LlamaForCausalLM.forward", fails)
+    told = r"LlamaForCausalLM fails in the model's own code \(AttributeError: 'tuple' object has no attribute 'dtype'\)"
+    with pytest.raises(UserError, match=rf"model\.name_or_path=.*{told}; take another release of transformers"):
+        preflight.check(config)
+    monkeypatch.setattr(probe_module, "is_small", lambda _: False)
+    with caplog.at_level("WARNING"):
+        preflight.check(config)
+    assert "LlamaForCausalLM fails in the model's own code" in caplog.text
+
+
+def test_a_router_that_gives_several_things_gets_no_adapter() -> None:
+    found = probed("phimoe")
+    assert {name.rpartition(".")[2] for name in found.unreached} == {"router"}
 
 
 @pytest.mark.parametrize("kind", ["roberta", "electra", "xlm-roberta", "xlm"])

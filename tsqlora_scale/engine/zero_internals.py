@@ -16,6 +16,9 @@ from tsqlora_scale.engine.numerics import rounded_norm
 from tsqlora_scale.engine.train_state import ParamState, TrainState
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+#: Elements of the buckets that gradients are exchanged through, at least and at most: room for the adapter to grow to
+#: twice its size, but no more than 400 MB where ranks are high.
+BUCKET = (1_000_000, 100_000_000)
 #: Closures on a destroyed engine that ``engine.destroy()`` leaves on every module; with them in place the next
 #: ZeRO-3 backward fails in the old engine's parameter trace (deepspeed 0.19).
 STALE_ATTRIBUTES = ("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt", "ds_grads_remaining")
@@ -40,8 +43,13 @@ def configure(accelerator: Any, *, micro_batch_size: int, max_grad_norm: float |
     zero = config["zero_optimization"]
     zero.pop("compute_grad_norm", None)  # without the norm, a step on a gradient that is not finite would be taken
     for key in ("reduce_bucket_size", "allgather_bucket_size"):
-        if zero.get(key, "auto") == "auto":  # twice the adapter leaves room for it to grow
-            zero[key] = min(max(2 * trainable_numel, 1_000_000), 500_000_000)
+        if zero.get(key, "auto") == "auto":
+            zero[key] = bucket_size(trainable_numel)
+
+
+def bucket_size(trainable_numel: int) -> int:
+    """Elements of a bucket where nobody has set one."""
+    return min(max(2 * trainable_numel, BUCKET[0]), BUCKET[1])
 
 
 def _auto_again(plugin: Any) -> None:

@@ -7,6 +7,7 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from tsqlora_scale.common.errors import UserError
@@ -17,7 +18,7 @@ from tsqlora_scale.engine.arithmetic import unit_roundoff
 from tsqlora_scale.engine.collectives import World
 from tsqlora_scale.model.base_model import DTYPES, skeleton
 from tsqlora_scale.model.linear_layers import kinds_of, note_on_weights, read_past, resolve_targets
-from tsqlora_scale.model.probe import keeps_apart, packed_texts, padded_rows, probe_inputs, run_probe
+from tsqlora_scale.model.probe import Probe, keeps_apart, packed_texts, padded_rows, probe_inputs, run_probe
 from tsqlora_scale.tasks.evaluation import evaluating
 from tsqlora_scale.tasks.objectives.model_inputs import model_class
 from tsqlora_scale.tasks.packing import Packer
@@ -54,7 +55,8 @@ def check_pass(config: Config, model_config: Any, task: Task) -> PassFindings:
     """What a pass of a few tokens through a copy of the model shows; see :mod:`tsqlora_scale.model.probe`.
 
     Raises:
-        UserError: a model that is to write text sees ahead in it, or no layer of ``adapter.target_modules`` trains.
+        UserError: a forward fails in the model's own code, a model that is to write text sees ahead in it, or no layer
+            of ``adapter.target_modules`` trains.
     """
     trust, key = config.model.trust_remote_code, f"model.name_or_path={config.model.name_or_path!r}"
     packs = config.train.packing
@@ -69,6 +71,8 @@ def check_pass(config: Config, model_config: Any, task: Task) -> PassFindings:
         finds_idle=config.adapter.type in ("bitfit", "full"),
         **options,
     )
+    if probe.failure is not None:
+        _tell_of_failure(key, task.auto_class, model_config, probe)
     if packs and not probe.packs:
         raise UserError(
             f"train.packing: {key} is a {model_config.model_type} model, which was not seen to keep texts apart that "
@@ -144,6 +148,20 @@ def check_loaded(config: Config, module: Any, task: Task, world: World) -> None:
                 f"train.packing: with model.attention={attention!r} this {module.config.model_type} model does not "
                 "keep texts apart that stand end to end in a row; choose model.attention: sdpa, or set it to false"
             )
+
+
+def _tell_of_failure(key: str, auto_class: Any, model_config: Any, probe: Probe) -> None:
+    """A model whose own code fails: certain where the run computes on a CPU, too, with weights of its own.
+
+    Raises:
+        UserError: then.
+    """
+    names = getattr(model_config, "architectures", None) or [f"{auto_class.__name__} of {model_config.model_type}"]
+    told = f"{key}: a forward pass of {names[0]} fails in the model's own code ({probe.failure})"
+    if probe.is_sure and not torch.cuda.is_available():
+        raise UserError(f"{told}; take another release of transformers, or another model")
+    if launched_rank() == 0:
+        log.warning("%s on a CPU: which layers can train is not looked for, and a run may fail in the same way", told)
 
 
 def _check_beams(config: Config, bare: Any) -> None:

@@ -60,6 +60,8 @@ class Probe:
             attention has time there, experts take tokens of all rows. Their sizes may be the batch's by chance.
         reads_pads: whether the logits of a row depend on the padding beside it; None: not asked, or could not be run.
         packs: whether those of a text are the same where others stand before it in a row; likewise.
+        failure: what the model's code raised, in a line; None where it could be run.
+        is_sure: whether the run's own forward would raise it, too: the copy's weights were no windows.
     """
 
     sees_ahead: bool | None = None
@@ -68,6 +70,8 @@ class Probe:
     reads_pads: bool | None = None
     packs: bool | None = None
     idle: frozenset[str] = frozenset()
+    failure: str | None = None
+    is_sure: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,7 @@ def run_probe(
     finds_idle: bool = False,
     **options: Any,
 ) -> Probe:
-    """Run the copy, on the CPU. What cannot be run (kernels that need a GPU) tells nothing, and is no error.
+    """Run the copy, on the CPU. What cannot be run (kernels that need a GPU) tells only why.
 
     Args:
         inputs: of a batch of one, as the model is trained on them: (1, T) token ids, masks, decoder's ids.
@@ -116,6 +120,7 @@ def run_probe(
         options: more of ``from_config``.
         finds_idle: whether to look for parameters that no logit depends on.
     """
+    model, mode = None, None
     try:
         with quiet_libraries(), torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(0)
@@ -131,8 +136,9 @@ def run_probe(
                     found = replace(found, packs=None if packed is None else keeps_apart(model, packed, most=BY_PADS))
                 return found
     except Exception as error:  # of whatever a model's code does
-        log.debug("the model cannot be tried out (%s: %s)", type(error).__name__, error)
-        return Probe()
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        log.debug("the model cannot be tried out (%s)", reason)
+        return Probe(failure=reason, is_sure=model is not None and is_small(model))
 
 
 def probe_inputs(task: Task) -> dict[str, Tensor]:
@@ -188,11 +194,16 @@ def _random_copy(
     config.use_cache = False
     with init_empty_weights(include_buffers=False):
         model: Any = auto_class.from_config(config, trust_remote_code=trust_remote_code, **options)
-    small = sum(param.numel() for param in model.parameters()) <= SMALL_MODEL
+    small = is_small(model)
     if not small and hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # others multiply by all experts at once
     fill_with_windows(model, own=small)
     return model, LowRankProducts()
+
+
+def is_small(model: nn.Module) -> bool:
+    """Whether the copy of a model has weights of its own."""
+    return sum(param.numel() for param in model.parameters()) <= SMALL_MODEL
 
 
 def fill_with_windows(model: nn.Module, *, own: bool) -> None:
@@ -345,8 +356,9 @@ def _expert_kind(name: str) -> str:
 
 @contextmanager
 def _anchored(layers: Mapping[str, nn.Module], anchors: Mapping[str, Tensor]) -> Iterator[None]:
-    def add(anchor: Tensor) -> Callable[..., Tensor]:
-        return lambda _module, _inputs, output: output + anchor
+    def add(anchor: Tensor) -> Callable[..., Any]:
+        # a router that gives several things (PhiMoE's) is no place for an adapter
+        return lambda _module, _inputs, output: output + anchor if isinstance(output, Tensor) else output
 
     handles = [module.register_forward_hook(add(anchors[name])) for name, module in layers.items()]
     try:

@@ -9,6 +9,7 @@ from tsqlora_scale.config.model_section import ADAPTER_TRAITS
 from tsqlora_scale.config.rank_sections import COMPONENT_POLICIES
 from tsqlora_scale.config.schema import Config
 from tsqlora_scale.engine.fsdp import AT_ONCE
+from tsqlora_scale.engine.zero_internals import bucket_size
 from tsqlora_scale.planning.held_bytes import HeldWeights
 from tsqlora_scale.planning.phantom_passes import Machine, PassNeeds
 
@@ -17,9 +18,6 @@ GIB = 2**30
 ALIVE, AHEAD = 10**9, 5 * 10**7
 #: Not counted but allowed for: CUDA's context and libraries, NCCL's buffers, and pieces that the allocator cannot use.
 CONTEXT, COMMUNICATION, FRAGMENTS = int(0.6 * GIB), int(0.4 * GIB), 0.05
-#: The least and the largest bucket that a run gives ZeRO, in elements
-#: (:func:`tsqlora_scale.engine.zero_internals.configure`).
-LEAST_BUCKET, LARGEST_BUCKET = 1_000_000, 500_000_000
 
 
 @dataclass(frozen=True)
@@ -33,6 +31,9 @@ class SharedState:
         moments: of Adam.
         buckets: what gradients are exchanged through.
         gathered: weights of others that are there while they are used.
+        gathered_first: those that are there before anything else of a pass is.
+        ahead: of what is gathered ahead, the pieces in which it comes, in steps and scoring.
+        ahead_forward: the same of a forward pass alone, whose last weights come when the first pieces are gone.
     """
 
     base: int
@@ -41,6 +42,9 @@ class SharedState:
     moments: int
     buckets: int = 0
     gathered: int = 0
+    gathered_first: int = 0
+    ahead: int = 0
+    ahead_forward: int = 0
 
 
 @dataclass(frozen=True)
@@ -92,32 +96,45 @@ def _zero3(weights: HeldWeights, ranks: int) -> SharedState:
     shared = [weight for weight in weights.frozen if weight.held(ranks) < weight.whole]
     elements = sum(weight.elements for weight in shared)
     each = sum(weight.whole for weight in shared) / max(elements, 1)
+    # what comes lies in one piece before every parameter gets its own: a layer's, and what was asked for ahead
+    coming = max((weight.elements for weight in shared), default=0)
+    ahead = min(elements - coming, AHEAD)
     return SharedState(
         base=sum(weight.held(ranks) for weight in weights.frozen),
         factors=2 * part,
         gradients=4 * max(weights.trained, default=0) + part,
         moments=2 * part,
         buckets=_bucket(weights),
-        gathered=int(min(elements, ALIVE + AHEAD) * each) + 4 * weights.trained_elements * (ranks > 1),
+        gathered=int((min(elements, ALIVE + AHEAD) + coming) * each) + 4 * weights.trained_elements * (ranks > 1),
+        ahead=int(ahead * each),
+        ahead_forward=int(max(min(elements, coming + AHEAD) + ahead - elements - coming, 0) * each),
     )
 
 
 def _fsdp2(weights: HeldWeights, ranks: int) -> SharedState:
     trained = 4 * weights.trained_elements
-    shared = [weight.whole for weight in weights.frozen if weight.held_rows(ranks) < weight.whole]
+    shared = [weight for weight in weights.frozen if weight.held_rows(ranks) < weight.whole]
     return SharedState(
         base=sum(weight.held_rows(ranks) for weight in weights.frozen),
         factors=trained,
         gradients=trained,
         moments=2 * trained,
         buckets=2 * 4 * min(weights.trained_elements, AT_ONCE),
-        # a layer's weight, and the next one's as it comes and as it is put in place
-        gathered=3 * max(shared, default=0),
+        gathered=_side_by_side([weight.whole for weight in shared if not weight.looked_up]),
+        # no backward pass asks for an embedding that is frozen
+        gathered_first=_side_by_side([weight.whole for weight in shared if weight.looked_up]),
     )
 
 
+def _side_by_side(sizes: list[int]) -> int:
+    """The most of a layer's weight as it came and as it was put in place, and that of the next layer as it comes, or,
+    in a backward pass, of the one before."""
+    padded = [0, *sizes, 0]
+    return max((2 * padded[at] + max(padded[at - 1], padded[at + 1]) for at in range(1, len(sizes) + 1)), default=0)
+
+
 def _bucket(weights: HeldWeights) -> int:
-    return 4 * min(max(2 * weights.trained_elements, LEAST_BUCKET), LARGEST_BUCKET)
+    return 4 * bucket_size(weights.trained_elements)
 
 
 #: By name, those that need the least exchange first. An engine more is a function more.
@@ -158,7 +175,7 @@ def engine_memory(
         passes: what ``step``, ``scoring`` and ``evaluation`` need.
     """
     state = ENGINES[engine](weights, devices)
-    step = passes["step"]
+    step, scored, judged = passes["step"], passes["scoring"], passes["evaluation"]
     unpacked = max((weight.unpacked for weight in weights.frozen), default=0)
     listened = _listening(config, weights)
     importances = _importances(config, weights)
@@ -169,22 +186,24 @@ def engine_memory(
         "gradients": state.gradients,
         "moments of Adam": state.moments,
         "buckets of the engine": state.buckets,
-        "gathered weights": state.gathered,
+        "gathered weights": max(state.gathered + state.ahead, state.gathered_first),
         "one 4-bit layer unpacked": unpacked,
         "activations": step.kept,
         "logits and cross-entropy": step.logits,
         "passing in a step": step.passing,
         "sensitivity of one layer": listened,
         "importances of components": importances,
-        "scoring batch": passes["scoring"].peak,
-        "evaluation batch": passes["evaluation"].peak,
+        "scoring batch": scored.peak,
+        "evaluation batch": judged.peak,
     }
     between = state.base + weights.scales + state.factors + state.moments + state.buckets + importances
     used = between + state.gathered + unpacked
+    first = between + state.gathered_first
     phases = {
-        "step": used + state.gradients + step.kept + step.logits + max(step.passing, listened),
-        "scoring": used + passes["scoring"].peak if passes["scoring"].peak else between,
-        "evaluation": used + passes["evaluation"].peak if passes["evaluation"].peak else between,
+        "step": state.gradients
+        + max(used + state.ahead + step.kept + step.logits + max(step.passing, listened), first),
+        "scoring": max(used + state.ahead + scored.peak, first + scored.kept) if scored.peak else between,
+        "evaluation": max(used + state.ahead_forward + judged.peak, first) if judged.peak else between,
     }
     moving = max(phases.values()) - between
     allowance = int(FRAGMENTS * moving) + CONTEXT + (COMMUNICATION if devices > 1 else 0) if machine == "gpu" else 0

@@ -9,15 +9,16 @@ from typing import Any
 
 import torch
 
-from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.locations import resolve
 from tsqlora_scale.config.schema import Config
 from tsqlora_scale.model.describe import describe_model
 from tsqlora_scale.model.dropouts import set_layer_drop, set_no_rescaling
 from tsqlora_scale.model.probe import run_probe
 from tsqlora_scale.planning.engine_memory import EngineMemory, engine_memory, engines_for
+from tsqlora_scale.planning.exchange import received_bytes
 from tsqlora_scale.planning.held_bytes import HeldWeights, held_weights
 from tsqlora_scale.planning.phantom_passes import Machine, PassNeeds, PhantomPasses
+from tsqlora_scale.planning.remedies import Remedy, find_remedies
 from tsqlora_scale.planning.run_times import RunTimes, run_times
 from tsqlora_scale.quality.gradients.batch_memory import fitting_batch
 from tsqlora_scale.run.plan import RunPlan, plan_run
@@ -37,9 +38,12 @@ class Forecast:
         engines: memory of a rank under every engine, as the config says.
         proposal: the first that fits; None: none does, or nothing was said of the memory that there is.
         least: what needs least, where none fits; None otherwise.
+        remedies: changes of the config that would make it fit, where none does.
         memory: bytes of a device; None: unknown.
         times: phases in steps.
         hours: the same in hours; None without a number of tokens in a second.
+        received: bytes of the whole run that a rank receives of others, by engine and phase.
+        link: bytes that it receives in a second; None: unknown.
         trained: elements that train.
         base_elements: of the base's storage.
     """
@@ -49,9 +53,12 @@ class Forecast:
     engines: list[EngineMemory]
     proposal: EngineMemory | None
     least: EngineMemory | None
+    remedies: list[Remedy]
     memory: int | None
     times: RunTimes
     hours: dict[str, float] | None
+    received: dict[str, dict[str, int]]
+    link: float | None
     trained: int
     base_elements: int
 
@@ -64,6 +71,18 @@ class Forecast:
         if self.config.scores_online:
             notes.append("what scoring.source=online listens to in the steps is not counted")
         return notes
+
+    @property
+    def hours_by_engine(self) -> dict[str, dict[str, float]] | None:
+        """Hours of every phase under every engine, nothing of an exchange hidden behind computing: at most, that is.
+        None where tokens in a second or the link are unknown."""
+        if self.hours is None or self.link is None:
+            return None
+        seconds = 3600 * self.link
+        return {
+            engine: {phase: hours + received.get(phase, 0) / seconds for phase, hours in self.hours.items()}
+            for engine, received in self.received.items()
+        }
 
     def to_json(self) -> dict[str, Any]:
         """Everything as JSON values, sizes in bytes."""
@@ -78,12 +97,15 @@ class Forecast:
             "memory": self.memory,
             "engines": [told(found) for found in self.engines],
             "proposal": None if self.proposal is None else told(self.proposal),
+            "remedies": [remedy.to_json() for remedy in self.remedies],
             "notes": self.notes,
             "time": {
                 "steps": self.times.steps,
                 "tokens_per_step": self.times.tokens_per_step,
                 "flops_per_step": self.times.flops_per_step,
                 "hours": self.hours,
+                "received": self.received,
+                "hours_by_engine": self.hours_by_engine,
             },
         }
 
@@ -96,6 +118,7 @@ def forecast(
     devices: int = 1,
     memory: int | None = None,
     tokens_per_second: float | None = None,
+    link: float | None = None,
     machine: Machine = "gpu",
 ) -> Forecast:
     """Plan a run.
@@ -105,7 +128,8 @@ def forecast(
         dev_size: held-out rows.
         devices: ranks, one on each.
         memory: bytes of one of them.
-        tokens_per_second: that all of them train on.
+        tokens_per_second: that all of them train on, the base whole on each.
+        link: bytes that a rank receives of others in a second.
         machine: whose kernels are taken.
 
     Raises:
@@ -126,32 +150,60 @@ def forecast(
         evaluation=forecaster.passes.evaluation(),
         dev_size=dev_size,
     )
-    proposal = forecaster.proposal()
+    proposal, least, remedies = forecaster.proposal(), None, []
+    if memory is not None and proposal is None:
+        least = forecaster.least()
+        remedies = find_remedies(
+            config,
+            devices=devices,
+            memory=memory,
+            least=least,
+            plans=_Replanned(forecaster, pool_size=pool_size, memory=memory, machine=machine),
+        )
     return Forecast(
         config=config,
         plan=plan,
         engines=engines,
         proposal=proposal,
-        least=forecaster.least() if memory is not None and proposal is None else None,
+        least=least,
+        remedies=remedies,
         memory=memory,
         times=times,
         hours=None if tokens_per_second is None else times.hours(tokens_per_second),
+        received={one.engine: forecaster.received(one.engine, scored, dev_size) for one in engines},
+        link=link,
         trained=forecaster.weights.trained_elements,
         base_elements=sum(weight.elements for weight in forecaster.weights.frozen),
     )
 
 
 class Forecaster:
-    """Memory of a run under engines, micro-batches and with or without checkpointing."""
+    """Memory of a run under engines, micro-batches and with or without checkpointing.
 
-    def __init__(self, config: Config, plan: RunPlan, *, memory: int | None, machine: Machine) -> None:
+    Args:
+        passes: of the same config; none: they are made here.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        plan: RunPlan,
+        *,
+        memory: int | None,
+        machine: Machine,
+        passes: PhantomPasses | None = None,
+    ) -> None:
         self.config, self.plan = config, plan
         self._memory, self._machine = memory, machine
+        self.passes = self._new_passes() if passes is None else passes
+
+    def _new_passes(self) -> PhantomPasses:
+        config = self.config
         model_config = describe_model(config, resolve(config.model.name_or_path, key="model.name_or_path"))
         set_no_rescaling(model_config)
         set_layer_drop(model_config)
-        self.passes = PhantomPasses(
-            config, model_config, unreached=unreached_layers(config, model_config), machine=machine
+        return PhantomPasses(
+            config, model_config, unreached=unreached_layers(config, model_config), machine=self._machine
         )
 
     @cached_property
@@ -162,6 +214,8 @@ class Forecaster:
     def step(self, rows: int, checkpointing: bool) -> PassNeeds:
         """A micro-batch's needs: tried at the config's size and at 1, in between by a line."""
         largest = self.plan.micro_batch_size
+        if rows == 1:
+            return self.passes.step(1, checkpointing=checkpointing)
         full = self.passes.step(largest, checkpointing=checkpointing)
         if rows == largest:
             return full
@@ -176,7 +230,8 @@ class Forecaster:
             return PassNeeds()
         tried = self._tried_rows
         needs = self.passes.scoring(tried, checkpointing=checkpointing)
-        return PassNeeds(passing=needs.passing * rows // tried, flops=needs.flops * rows // tried)
+        kept, passing, flops = (size * rows // tried for size in (needs.kept, needs.passing, needs.flops))
+        return PassNeeds(kept, passing=passing, flops=flops)
 
     def scoring_rows(self, engine: str, checkpointing: bool) -> int:
         """Samples of a scoring batch; ``auto`` is what fits beside what the engine holds."""
@@ -192,6 +247,18 @@ class Forecaster:
         one = self.scoring_of(self._tried_rows, checkpointing).peak / self._tried_rows
         device = torch.device("cuda" if self._machine == "gpu" else "cpu")
         return fitting_batch(one, max(self._memory - held, 0), device)
+
+    def received(self, engine: str, scoring_rows: int, dev_size: int) -> dict[str, int]:
+        """See :func:`.received_bytes`."""
+        return received_bytes(
+            engine,
+            self.config,
+            self.plan,
+            self.weights,
+            look=self.passes.look,
+            scoring_rows=scoring_rows,
+            dev_size=dev_size,
+        )
 
     @property
     def _tried_rows(self) -> int:
@@ -237,8 +304,8 @@ class Forecaster:
         return None
 
     def least(self) -> EngineMemory:
-        """The candidate that needs least."""
-        found = [self.memory_of(engine, micro, checkpointing) for checkpointing, engine, micro in self._candidates()]
+        """The candidate that needs least: one sample at once, with checkpointing."""
+        found = [self.memory_of(engine, 1, True) for engine in engines_for(self.config, self.plan.world_size)]
         return min(found, key=lambda memory: memory.total)
 
     def _candidates(self) -> Iterator[tuple[bool, str, int]]:
@@ -247,6 +314,29 @@ class Forecaster:
             for engine in engines_for(self.config, self.plan.world_size):
                 for micro in micro_batch_sizes(self.config, self.plan):
                     yield checkpointing, engine, micro
+
+
+class _Replanned:
+    """Plans under changed configs, and on other numbers of devices, whose passes are those of the same config."""
+
+    def __init__(self, first: Forecaster, *, pool_size: int, memory: int, machine: Machine) -> None:
+        self._passes = {first.config.model_dump_json(): first.passes}
+        self._pool_size, self._memory, self._machine = pool_size, memory, machine
+
+    def least(self, config: Config, devices: int) -> EngineMemory:
+        """See :class:`.Plans`."""
+        return self._forecaster(config, devices).least()
+
+    def proposal(self, config: Config, devices: int) -> EngineMemory | None:
+        """See :class:`.Plans`."""
+        return self._forecaster(config, devices).proposal()
+
+    def _forecaster(self, config: Config, devices: int) -> Forecaster:
+        key, plan = config.model_dump_json(), plan_run(config, self._pool_size, devices)
+        known = self._passes.get(key)
+        forecaster = Forecaster(config, plan, memory=self._memory, machine=self._machine, passes=known)
+        self._passes[key] = forecaster.passes
+        return forecaster
 
 
 def micro_batch_sizes(config: Config, plan: RunPlan) -> list[int]:
@@ -264,17 +354,3 @@ def unreached_layers(config: Config, model_config: Any) -> Collection[str]:
     auto_class = objective_class(config.task).auto_class
     trust = config.model.trust_remote_code
     return run_probe(auto_class, model_config, inputs, trust_remote_code=trust).unreached
-
-
-def check_machine_size(devices: int, memory: float | None, tokens_per_second: float | None) -> None:
-    """What is said of the machine.
-
-    Raises:
-        UserError: naming the option.
-    """
-    if devices < 1:
-        raise UserError(f"--devices {devices}: a run has at least one; give their number")
-    if memory is not None and not memory > 0:
-        raise UserError(f"--memory {memory:g}: give the GiB of one device")
-    if tokens_per_second is not None and not tokens_per_second > 0:
-        raise UserError(f"--tokens-per-second {tokens_per_second:g}: give the tokens that all devices train on")

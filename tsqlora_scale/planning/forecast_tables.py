@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
 from rich.console import Console
 from rich.table import Table
 
@@ -9,12 +13,7 @@ from tsqlora_scale.planning.engine_memory import GIB, EngineMemory
 from tsqlora_scale.planning.forecast import Forecast
 from tsqlora_scale.report.score_tables import plain
 
-#: What makes a phase need less.
-REMEDIES = {
-    "step": "lower task.max_length",
-    "scoring": "lower scoring.batch_size or scoring.max_length",
-    "evaluation": "lower train.eval_batch_size or task.num_beams",
-}
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 def print_forecast(found: Forecast) -> None:
@@ -35,16 +34,32 @@ def print_forecast(found: Forecast) -> None:
     table.add_row("needed", *(_gib(memory.total) for memory in found.engines))
     console.print(table)
     console.print(proposal_told(found), highlight=False, soft_wrap=True)
+    for line in remedies_told(found):
+        console.print(line, highlight=False, soft_wrap=True)
     for note in found.notes:
         console.print(note, highlight=False, soft_wrap=True)
-    times = Table("phase", "steps' worth", *(["hours"] if found.hours else []), title="time")
-    for phase, count in found.times.steps.items():
-        times.add_row(phase, f"{count:,.1f}", *([f"{found.hours[phase]:.2f}"] if found.hours else []))
-    console.print(times)
+    console.print(_times(found))
     console.print(
         f"a step: {found.times.tokens_per_step:,} tokens at most, {found.times.flops_per_step / 1e12:,.1f} TFLOP",
         highlight=False,
     )
+
+
+def _times(found: Forecast) -> Table:
+    """Phases in steps' worth, hours, and what a rank receives of others; by engine where there are several ranks."""
+    shared = found.plan.world_size > 1
+    by_engine = found.hours_by_engine if shared else None
+    engines = list(found.received) if shared else []
+    hours = ["hours"] if found.hours else []
+    titles = [f"{engine}: GiB received" for engine in engines]
+    titles += [f"{engine}: hours at most" for engine in engines if by_engine]
+    times = Table("phase", "steps' worth", *hours, *titles, title="time")
+    for phase, count in found.times.steps.items():
+        row = [f"{count:,.1f}", *([f"{found.hours[phase]:.2f}"] if found.hours else [])]
+        row += [f"{found.received[engine].get(phase, 0) / GIB:,.0f}" for engine in engines]
+        row += [f"{by_engine[engine][phase]:.2f}" for engine in engines] if by_engine else []
+        times.add_row(phase, *row)
+    return times
 
 
 def proposal_told(found: Forecast) -> str:
@@ -57,14 +72,31 @@ def proposal_told(found: Forecast) -> str:
         worst = max(least.phases, key=lambda phase: least.phases[phase])
         return (
             f"nothing fits into {_gib(found.memory)} GiB: {_settings(found, least)} needs {_gib(least.total)}, most of "
-            f"all in its {worst}; {REMEDIES[worst]}, take more devices, model.quantization=nf4 or a smaller model"
+            f"all in its {worst}"
         )
     return f"fits into {_gib(found.memory)} GiB: {_settings(found, best)} ({_gib(best.total)} GiB)"
 
 
-def _settings(found: Forecast, best: EngineMemory) -> str:
+def remedies_told(found: Forecast) -> list[str]:
+    """What would make it fit, a line each; nothing where something fits."""
+    if found.least is None:
+        return []
+    if not any(remedy.fits for remedy in found.remedies):
+        return ["no change of the keys that are tried makes it fit; take a smaller model"]
+    lines = []
+    for remedy in found.remedies:
+        devices = [f"{count} devices" for key, count in remedy.changes.items() if key == "devices"]
+        keys = [f"{key}={value}" for key, value in remedy.changes.items() if key != "devices"]
+        settings = _settings(found, remedy.memory, changed=remedy.changes)
+        lines.append(f"would fit with {' '.join([*devices, *keys])}: {settings} ({_gib(remedy.memory.total)} GiB)")
+    return lines
+
+
+def _settings(found: Forecast, best: EngineMemory, changed: Mapping[str, Any] = NOTHING) -> str:
+    """The engine, and what a candidate has otherwise than the config."""
     config, changes = found.config, []
-    if best.micro_batch_size != found.plan.micro_batch_size:
+    share = config.train.batch_size // changed.get("devices", found.plan.world_size)
+    if best.micro_batch_size != min(found.plan.micro_batch_size, share):
         changes.append(f"train.micro_batch_size={best.micro_batch_size}")
     if best.checkpointing != config.model.gradient_checkpointing:
         changes.append(f"model.gradient_checkpointing={str(best.checkpointing).lower()}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from math import ceil, prod
@@ -31,6 +31,7 @@ class FrozenWeight:
         unpacked: bytes of the same in the type that is computed in, where that is another one.
         rows: of its storage.
         alone: whether FSDP2 can share it: one layer has it, and calls what reads it.
+        looked_up: whether it is the embedding of a model's inputs, read while nothing else is there.
     """
 
     elements: int
@@ -39,6 +40,7 @@ class FrozenWeight:
     unpacked: int = 0
     rows: int = 1
     alone: bool = True
+    looked_up: bool = False
 
     @property
     def whole(self) -> int:
@@ -97,7 +99,10 @@ class HeldWeights:
 def held_weights(config: Config, phantom: Phantom) -> HeldWeights:
     """The parameters of a model without memory."""
     storage = 1 if config.model.quant_storage == "uint8" else DTYPES[config.model.quant_storage].itemsize
-    frozen, trained, alone = [], [], _shared_by_fsdp(phantom.model)
+    frozen, trained = [], []
+    inputs = _input_embeddings(phantom.model)
+    alone = _shared_by_fsdp(phantom.model, inputs)
+    looked_up = {id(param) for owner in inputs for param in owner.parameters(recurse=False)}
     for name, param in phantom.model.named_parameters():
         size = prod(param.shape)
         if param.requires_grad:
@@ -109,7 +114,8 @@ def held_weights(config: Config, phantom: Phantom) -> HeldWeights:
             frozen.append(FrozenWeight(elements, storage, scales, unpacked, elements, id(param) in alone))
         else:
             rows = param.shape[0] if param.dim() else 1
-            frozen.append(FrozenWeight(size, param.element_size(), rows=rows, alone=id(param) in alone))
+            is_alone, is_first = id(param) in alone, id(param) in looked_up
+            frozen.append(FrozenWeight(size, param.element_size(), rows=rows, alone=is_alone, looked_up=is_first))
     return HeldWeights(frozen, trained, _largest_layer(phantom.model))
 
 
@@ -118,20 +124,26 @@ def _largest_layer(model: nn.Module) -> int:
     return max(sizes, default=0)
 
 
-def _shared_by_fsdp(model: nn.Module) -> set[int]:
+def _input_embeddings(model: nn.Module) -> list[nn.Module]:
+    found: dict[int, nn.Module] = {}
+    module: Any
+    for module in model.modules():
+        if hasattr(module, "get_input_embeddings"):
+            with suppress(NotImplementedError, AttributeError):  # of models that have none
+                embeddings = module.get_input_embeddings()
+                found[id(embeddings)] = embeddings
+    return list(found.values())
+
+
+def _shared_by_fsdp(model: nn.Module, inputs: Collection[nn.Module]) -> set[int]:
     """Ids of what :mod:`tsqlora_scale.engine.fsdp_internals` shares: what one layer owns, but for embeddings of
     positions."""
     owners: dict[int, list[nn.Module]] = {}
-    inputs = set()
-    module: Any
     for module in model.modules():
         for param in module.parameters(recurse=False):
             owners.setdefault(id(param), []).append(module)
-        if hasattr(module, "get_input_embeddings"):
-            with suppress(NotImplementedError, AttributeError):  # of models that have none
-                inputs.add(id(module.get_input_embeddings()))
     return {
         param
         for param, (owner, *others) in owners.items()
-        if not others and (not isinstance(owner, nn.Embedding) or id(owner) in inputs)
+        if not others and (not isinstance(owner, nn.Embedding) or owner in inputs)
     }

@@ -33,7 +33,7 @@ class PassNeeds:
     """Bytes on a rank beside parameters and what trains, and operations.
 
     Attributes:
-        kept: activations that a backward pass waits for.
+        kept: activations that a backward pass waits for; of a scoring batch the gradients that a second forward does.
         logits: logits, and what the cross-entropy keeps of them.
         passing: what else is there at the worst moment.
         flops: multiplications and additions.
@@ -161,6 +161,7 @@ class PhantomPasses:
             stack.enter_context(gradients)
             batch, losses = self.task.full_batch(rows, max_length=config.scoring.max_length), self.task.losses
             live = stack.enter_context(self._watched(model, rows))
+            held = 0
             sketch = _SketchOfNothing(config.scoring.sketch_dim, seed=config.run.seed)
             if self.look == "forward":
                 gradients.losses_alone(losses, batch)
@@ -168,10 +169,11 @@ class PhantomPasses:
                 gradients.folded(losses, batch, sketch=sketch)
             else:
                 _, of_theta = gradients.per_sample(losses, batch)
+                held = sum(gradient.nbytes for gradient in of_theta.values())
                 with gradients.stepped(of_theta, 1.0):
                     losses(model, batch)
                 sketch(of_theta)
-        return PassNeeds(passing=live.peak, flops=live.flops)
+        return PassNeeds(held, passing=live.peak - held, flops=live.flops)
 
     def _evaluation(self) -> PassNeeds:
         if not self.config.task.dataset.has_dev:
@@ -180,13 +182,17 @@ class PhantomPasses:
         writes = config.task.type in ("causal", "seq2seq")
         found = [PassNeeds()]
         if not writes or needs_losses(metrics):
-            found.append(self._forward(config.train.eval_batch_size, {}))
+            found.append(self._forward(config.train.eval_batch_size, {}, losses=needs_losses(metrics)))
         if writes and needs_answers(metrics):
             found.append(self._forward(config.train.eval_batch_size * config.task.num_beams, {"use_cache": True}))
         return PassNeeds(passing=max(n.peak for n in found), flops=sum(n.flops for n in found))
 
-    def _forward(self, rows: int, options: dict[str, Any]) -> PassNeeds:
-        """A forward without a graph; with ``use_cache`` over the prompts, whose cache then grows to whole rows."""
+    def _forward(self, rows: int, options: dict[str, Any], *, losses: bool = False) -> PassNeeds:
+        """A forward without a graph; with ``use_cache`` over the prompts, whose cache then grows to whole rows.
+
+        Args:
+            losses: are taken of it.
+        """
         phantom = self.phantom(checkpointing=False)
         model = phantom.model
         task, longest = self.task, self.task.longest
@@ -201,6 +207,8 @@ class PhantomPasses:
             live = stack.enter_context(self._watched(model, rows))
             stack.enter_context(torch.no_grad())
             outputs = model(**batch.inputs, **options) if options else task.outputs(model, batch)
+            if losses:
+                task.loss_sums(outputs, batch)
             peak, logits = live.peak, outputs.logits.nbytes
             if options:
                 cache = (live.now - logits) * longest // prompt

@@ -61,7 +61,6 @@ def run_times(
     of_step = max(step.flops * micro_batches, 1.0)
     needs, rows = scoring
     per_row = needs.flops / max(rows, 1)
-    evaluations = 2 + (plan.total_steps // config.train.eval_every if config.train.eval_every else 0)
     held_out = evaluation.flops * dev_size / config.train.eval_batch_size
     events = len(plan.schedule.events) if plan.schedule is not None and config.adapts_ranks else 0
     task = DatalessTask(config.task)
@@ -69,10 +68,15 @@ def run_times(
         "steps": float(plan.total_steps),
         "listening to sensitivities": _listened(config, plan, phantom) / of_step,
         "scoring": per_row * scored_samples(config, plan) / of_step,
-        "evaluation": evaluations * held_out / of_step,
+        "evaluation": evaluations(config, plan) * held_out / of_step,
         "events": events * EVENT,
     }
     return RunTimes(steps, config.train.batch_size * (task.longest + task.decoder), int(of_step))
+
+
+def evaluations(config: Config, plan: RunPlan) -> int:
+    """How often held-out rows are judged: before the first step, after the last, and in between."""
+    return 2 + (plan.total_steps // config.train.eval_every if config.train.eval_every else 0)
 
 
 def scored_samples(config: Config, plan: RunPlan) -> int:

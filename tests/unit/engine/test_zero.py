@@ -26,3 +26,4 @@ def test_automatic_sizes_are_taken_anew_for_every_model() -> None:
     assert sizes["allgather_bucket_size"] == 7, "what the user has set"
     assert sizes["stage3_prefetch_bucket_size"] == "auto"
     assert plugin.deepspeed_config["train_batch_size"] == 24
+    assert zero.bucket_size(160_000_000) == 100_000_000, "400 MB are enough at any rank"

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,11 +19,20 @@ from tests.runs import run_tree, write_config
 from tsqlora_scale.commands.main import main
 from tsqlora_scale.config.load import parse_config
 from tsqlora_scale.config.schema import Config
-from tsqlora_scale.planning.engine_memory import ENGINES, GIB, SharedState, engine_memory, engines_for
+from tsqlora_scale.planning.engine_memory import (
+    ENGINES,
+    GIB,
+    EngineMemory,
+    SharedState,
+    engine_memory,
+    engines_for,
+)
+from tsqlora_scale.planning.exchange import received_bytes
 from tsqlora_scale.planning.forecast import Forecast, forecast
-from tsqlora_scale.planning.forecast_tables import print_forecast, proposal_told
+from tsqlora_scale.planning.forecast_tables import print_forecast, proposal_told, remedies_told
 from tsqlora_scale.planning.held_bytes import WHOLE, FrozenWeight, HeldWeights
 from tsqlora_scale.planning.phantom_passes import PassNeeds
+from tsqlora_scale.planning.remedies import find_remedies
 from tsqlora_scale.planning.run_times import scored_samples
 from tsqlora_scale.run.plan import plan_run
 
@@ -52,7 +62,7 @@ def test_a_rank_of_zero3_holds_its_part_of_every_parameter(sizes: list[int], tra
     state = ENGINES["zero3"](weights_of(sizes, trained), ranks)
     assert state.base == max(dealt)
     assert state.moments == 8 * sum(max(len(range(rank, size, ranks)) for rank in range(ranks)) for size in trained)
-    assert state.gathered <= 2 * sum(sizes) + 4 * sum(trained)
+    assert state.gathered + state.ahead <= 2 * 2 * sum(sizes) + 4 * sum(trained)
 
 
 @given(st.lists(st.integers(1, 10**6), min_size=1), st.lists(st.integers(1, 10**6), min_size=1), st.integers(2, 64))
@@ -102,7 +112,10 @@ def planned(tree: dict[str, Any], **options: Any) -> Forecast:
     return forecast(parse_config(tree), pool_size=48, dev_size=8, **options)
 
 
-def test_what_is_proposed_fits_and_is_the_first_that_does(tree: dict[str, Any]) -> None:
+def test_what_is_proposed_fits_and_is_the_first_that_does(
+    tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tsqlora_scale.planning.forecast.find_remedies", lambda *_, **__: [])
     free = planned(tree, devices=2, memory=100 * GIB, machine="cpu")
     assert free.proposal is not None
     assert free.proposal.engine == "ddp"
@@ -116,6 +129,7 @@ def test_what_is_proposed_fits_and_is_the_first_that_does(tree: dict[str, Any]) 
     assert nothing.least is not None
     assert nothing.least.total <= min(engine.total for engine in nothing.engines)
     assert "nothing fits into 0.00 GiB: " in proposal_told(nothing)
+    assert remedies_told(nothing) == ["no change of the keys that are tried makes it fit; take a smaller model"]
     assert planned(tree, devices=2, machine="cpu").proposal is None
 
 
@@ -132,6 +146,57 @@ def test_a_smaller_micro_batch_is_proposed_where_it_alone_fits(tree: dict[str, A
     assert "train.micro_batch_size=8" in proposal_told(found)
 
 
+def test_what_would_make_it_fit_does(tree: dict[str, Any]) -> None:
+    """Every change that is told of fits by a plan of its own, and only what is in the way is changed."""
+    tree["train"] |= {"micro_batch_size": 1, "eval_batch_size": 8}
+    tree["model"] |= {"gradient_checkpointing": True}
+    tree["scoring"] |= {"batch_size": 8, "delta_loss": "first_order"}
+    full = planned(tree, devices=2, machine="cpu").engines[0]
+    worst = planned(tree, devices=2, memory=max(full.phases["step"], full.phases["evaluation"]), machine="cpu")
+    assert worst.proposal is None
+    kinds = {key for remedy in worst.remedies for key in remedy.changes}
+    assert "scoring.batch_size" in kinds
+    assert "train.eval_batch_size" not in kinds, "which is not what is in the way"
+    for remedy in worst.remedies[:1]:
+        changed = {section: dict(keys) for section, keys in tree.items()}
+        for key, value in remedy.changes.items():
+            if key != "devices":
+                section, name = key.split(".")
+                changed[section][name] = value
+        again = planned(changed, devices=remedy.changes.get("devices", 2), memory=worst.memory, machine="cpu")
+        assert remedy.fits
+        assert again.proposal == remedy.memory
+    told = remedies_told(worst)
+    assert told[0].startswith("would fit with scoring.batch_size=2: ddp (")
+
+
+def test_where_no_change_is_enough_all_are_taken_together() -> None:
+    """Against a table of needs: the mildest of a kind that fits alone, or everything at once."""
+    config = parse_config(
+        {"model": {"name_or_path": "m"}, "task": {"type": "causal", "dataset": {"train_file": "f"}, "source": "a",
+         "target": "b", "max_length": 256, "max_target_length": 200}, "adapter": {"r": 4, "alpha": 8},
+         "train": {"max_steps": 20, "batch_size": 16}, "scoring": {"warmup_steps": 2},
+         "schedule": {"start": 4, "end": 10, "every": 2}}
+    )  # fmt: skip
+
+    def needs(changed: Config, devices: int) -> EngineMemory:
+        size = changed.task.max_length * (1 if changed.model.quantization == "nf4" else 2)
+        return EngineMemory("ddp", devices, 1, False, {}, {"step": size, "scoring": 0, "evaluation": 0}, 0)
+
+    def found(memory: int) -> list[dict[str, Any]]:
+        plans = SimpleNamespace(least=needs, proposal=needs)
+        remedies = find_remedies(config, devices=2, memory=memory, least=needs(config, 2), plans=plans)
+        assert all(remedy.fits == (remedy.memory.total <= memory) for remedy in remedies)
+        return [remedy.changes for remedy in remedies]
+
+    nf4, half = {"model.quantization": "nf4", "model.dtype": "bf16"}, {"model.dtype": "bf16"}
+    assert found(300) == [nf4, {"task.max_length": 128, "task.max_target_length": 64}]
+    assert found(100) == [{"task.max_length": 32, "task.max_target_length": 16}]
+    together = {**half, **nf4, "task.max_length": 32, "task.max_target_length": 16}
+    assert found(40) == [together]
+    assert found(1) == [together | {"devices": 16}]
+
+
 def test_phases_in_steps(tree: dict[str, Any]) -> None:
     """A pass over as many samples as a step has costs about a step; hours are tokens over tokens a second."""
     tree["scoring"] |= {"refresh": "none", "delta_loss": "first_order"}
@@ -145,6 +210,32 @@ def test_phases_in_steps(tree: dict[str, Any]) -> None:
     assert found.times.tokens_per_step == 16 * 32
     assert found.hours is not None
     assert found.hours["steps"] == pytest.approx(13 * 16 * 32 / 100 / 3600)
+
+
+def test_what_is_received_by_engine(tree: dict[str, Any]) -> None:
+    """By hand: of two ranks each receives half of the base for every pass, and all exchange the adapter's gradients."""
+    tree["model"] |= {"gradient_checkpointing": True}
+    tree["scoring"] |= {"refresh": "none", "delta_loss": "first_order", "batch_size": 4}
+    config = parse_config(tree)
+    run = plan_run(config, 48, 2)
+    weights = HeldWeights([FrozenWeight(2 * WHOLE, 2, rows=2), FrozenWeight(WHOLE // 2, 2)], [100, 60], 0)
+
+    def received(engine: str) -> dict[str, int]:
+        return received_bytes(engine, config, run, weights, look="gradients", scoring_rows=4, dev_size=9)
+
+    adapter = 13 * 4 * 160  # 13 steps; sent and received once, of two ranks a half each time
+    assert received("ddp") == {"steps": adapter, "scoring": 0, "evaluation": 0}
+    half = 2 * WHOLE
+    batches, judged = 48 // 8, -(-9 // (2 * config.train.eval_batch_size)) * (2 + 2)
+    steps = 13 * run.accumulation * 3 * half + adapter
+    assert received("zero3") == {"steps": steps, "scoring": batches * 2 * half, "evaluation": judged * half}
+    assert received("fsdp2") == received("zero3")
+    found = planned(tree, devices=2, tokens_per_second=100.0, link=3600.0, machine="cpu")
+    assert found.hours is not None
+    hours = found.hours_by_engine
+    assert hours is not None
+    assert hours["ddp"]["steps"] == pytest.approx(found.hours["steps"] + found.received["ddp"]["steps"] / 3600 / 3600)
+    assert hours["ddp"]["events"] == found.hours["events"]
 
 
 @pytest.mark.parametrize(
@@ -178,7 +269,17 @@ def test_the_table_has_every_part(tree: dict[str, Any], capsys: pytest.CaptureFi
     found = planned(tree, devices=2, memory=GIB, tokens_per_second=100.0, machine="gpu")
     print_forecast(replace(found, proposal=None, least=found.engines[-1]))
     shown = capsys.readouterr().out
-    for word in ("base", "activations", "moments", "zero3", "at its most: step", "allowed for", "scoring", "hours"):
+    for word in (
+        "base",
+        "activations",
+        "moments",
+        "zero3",
+        "at its most: step",
+        "allowed for",
+        "scoring",
+        "hours",
+        "received",
+    ):
         assert word in shown
     assert "nothing fits into 1.00 GiB" in shown
 
@@ -202,11 +303,12 @@ def test_the_command_prints_json(tree: dict[str, Any], tmp_path: Path, capsys: p
         (["--devices", "0"], "--devices 0"),
         (["--memory", "-1"], "--memory -1"),
         (["--tokens-per-second", "0"], "--tokens-per-second 0"),
+        (["--link", "0"], "--link 0"),
         (["--pool", "0"], "--pool 0"),
-        (["--dev", "3"], "--dev 3 goes with --pool"),
+        (["--dev", "3"], "--dev 3 (dev) goes with --pool"),
         (["--pool", "48", "--devices", "3"], "train.batch_size=16 must be a multiple"),
         (["--pool", "48", "adapter.target_modules=[nothing]"], "'nothing' matches no linear layer"),
-        (["task.dataset.train_file=gone.jsonl"], "or give --pool N, and no data are read"),
+        (["task.dataset.train_file=gone.jsonl"], "or give --pool N (pool), and no data are read"),
         (["--devices", "many"], "--devices"),
     ],
 )

@@ -91,6 +91,14 @@ def test_a_grown_factor_keeps_the_signs_of_its_rows():
     torch.testing.assert_close(sketch({"a": small}), sketch({"a": grown}))
 
 
+def test_ranks_that_come_and_go_leave_one_layout_a_factor():
+    sketch = Sketch(32, seed=1)
+    for rank, most in ((3, 3), (8, 8), (5, 8), (3, 8)):
+        gradient = torch.randn(2, rank, 40)
+        torch.testing.assert_close(sketch({"a": gradient}), Sketch(32, seed=1)({"a": gradient}), rtol=0, atol=0)
+        assert [len(layout.signs) for layout in sketch._layouts.values()] == [most]
+
+
 def test_cosine_of_nothing_is_zero_and_nan_stays():
     rows = torch.tensor([[0.0, 0.0], [1.0, 0.0], [float("nan"), 1.0]])
     assert cosines(rows, torch.tensor([2.0, 0.0]))[:2].tolist() == [0.0, 1.0]

@@ -14,7 +14,7 @@ from tsqlora_scale.common.random_streams import philox
 
 
 class _Layout(NamedTuple):
-    signs: Tensor  # (rows, columns), +-1, float32
+    signs: Tensor  # (rows, columns), +-1, float32; of the most rows that have been asked for
     block: int  # columns of a row that stay together, at most the sketch's width
     pitch: int  # distance of two blocks in the folded buffer, coprime with the sketch's width
     offset: int  # where the factor's first entry lands
@@ -35,13 +35,13 @@ class Sketch:
     sparse CSR product 16 ms, permute and fold 18 ms; plain folding 4 ms.
 
     Everything is a function of (seed, parameter name, row, column), on every rank and device; no ``P x dim`` matrix
-    exists. Signs take the memory of one float32 copy of theta.
+    exists. Signs take the memory of one float32 copy of theta, of the most rows that every factor has had.
     """
 
     def __init__(self, dim: int, *, seed: int) -> None:
         self.dim = dim
         self.seed = seed
-        self._layouts: dict[tuple[str, int, int, torch.device], _Layout] = {}
+        self._layouts: dict[tuple[str, int, torch.device], _Layout] = {}
 
     def __call__(self, gradients: Mapping[str, Tensor]) -> Tensor:
         """Gradients by parameter name, each (B, ...), to sketches (B, dim) float32. Absent parameters count as zero."""
@@ -72,8 +72,9 @@ class Sketch:
         sketch += buffer.view(batch, turns, self.dim).sum(1).roll(offset, 1)
 
     def _layout(self, name: str, rows: int, columns: int, device: torch.device) -> _Layout:
-        key = (name, rows, columns, device)
-        if key not in self._layouts:
+        key = (name, columns, device)
+        known = self._layouts.get(key)
+        if known is None or len(known.signs) < rows:
             generator = philox(self.seed, f"sketch/{name}")
             offset = int(generator.random() * self.dim)
             residues = [i for i in range(self.dim) if math.gcd(i, self.dim) == 1]
@@ -81,8 +82,8 @@ class Sketch:
             block = math.ceil(columns / math.ceil(columns / self.dim))
             pitch = block + (residue - block) % self.dim
             signs = self.signs(name, rows, columns).to(device)
-            self._layouts[key] = _Layout(signs, block, pitch, offset)
-        return self._layouts[key]
+            known = self._layouts[key] = _Layout(signs, block, pitch, offset)
+        return known._replace(signs=known.signs[:rows])
 
     def signs(self, name: str, rows: int, columns: int) -> Tensor:
         """Random signs of a parameter's entries, (rows, columns) float32."""
