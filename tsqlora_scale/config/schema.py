@@ -247,7 +247,9 @@ class Config(Section):
                 "model": self.model.model_copy(
                     update={"name_or_path": model, "revision": None, "quantization": "none", "quant_storage": "uint8"}
                 ),
-                "adapter": self.adapter.model_copy(update={"target_modules": "auto", "init_from": None}),
+                "adapter": self.adapter.model_copy(
+                    update={"target_modules": "auto", "layers": None, "init_from": None}
+                ),
                 "scoring": self.scoring.model_copy(update={"proxy_model": None}),
                 **self._nothing_but_scores(),
             }

@@ -14,6 +14,7 @@ from tsqlora_scale.config.fields import (
     PositiveInt,
     Section,
     StepsOrFraction,
+    UnitInterval,
 )
 
 
@@ -60,6 +61,9 @@ class TrainConfig(Section):
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
     #: Optimizer steps in which the learning rate rises to ``lr``, in equal parts.
     lr_warmup: StepsOrFraction = 0
+    #: Learning rates that decrease from the top down: the block below takes so much of the learning rate of the block
+    #: above it; the uppermost one and the head take all of it, embeddings the least (docs/recipes.md). 1: one for all.
+    lr_decay: UnitInterval = 1.0
     #: AdamW's decay, on everything that is trained.
     weight_decay: NonNegativeFloat = 0.0
     #: AdamW's averages: of gradients, of their squares.

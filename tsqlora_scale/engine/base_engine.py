@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,9 @@ from tsqlora_scale.engine.replicas import Holdings, compare
 from tsqlora_scale.engine.sharded import held_part, is_sharded
 from tsqlora_scale.engine.train_state import TrainState
 
+#: What a group of the optimizer notes of its own learning rate.
+LR_SCALE = "lr_scale"
+
 
 class BaseEngine(ABC):
     """An :class:`~tsqlora_scale.engine.engine.Engine` but for what the kinds do each in their own way."""
@@ -32,8 +35,10 @@ class BaseEngine(ABC):
         micro_batch_size: int,
         before_prepare: Callable[[nn.Module], None] | None,
         state: TrainState,
+        lr_scales: Callable[[nn.Module], Mapping[str, float]] | None = None,
     ) -> None:
         self.accelerator = accelerator
+        self._lr_scales = lr_scales
         self.world = World.current(accelerator.device)
         self._train = train
         self._micro_batch_size = micro_batch_size
@@ -167,6 +172,10 @@ class BaseEngine(ABC):
         del self._wrapped, self._optimizer, self._trained, self._named
         gc.collect()
 
+    def _set_lr(self, lr: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr * group.get(LR_SCALE, 1.0)
+
     def frozen_parameters(self) -> dict[str, Any]:
         """See :class:`~tsqlora_scale.engine.engine.Engine`."""
         frozen = [p for p in self.module.parameters() if not p.requires_grad]
@@ -183,7 +192,9 @@ class BaseEngine(ABC):
         #: What trains, in the order of names, until the next rebuild: looking for it takes milliseconds.
         self._named = {name: param for name, param in sorted(module.named_parameters()) if param.requires_grad}
         self._trained = list(self._named.values())
-        optimizer = adamw(self._trained, self._train, fused=self._fuses)
+        scales = None if self._lr_scales is None else self._lr_scales(module)
+        params = self._trained if scales is None else lr_groups(self._named, scales)
+        optimizer = adamw(params, self._train, fused=self._fuses)
         self._wrapped, self._optimizer = self._wrap(module, optimizer, state, sends_base=sends_base)
         self._wrapped.train()
 
@@ -193,10 +204,21 @@ def trainable(module: nn.Module) -> list[nn.Parameter]:
     return [p for _, p in sorted(module.named_parameters()) if p.requires_grad]
 
 
-def adamw(params: list[nn.Parameter], train: TrainConfig, *, fused: bool = False) -> torch.optim.AdamW:
+def lr_groups(named: Mapping[str, nn.Parameter], scales: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Parameters by what their learning rate is multiplied by, the largest first; an optimizer's groups."""
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, param in named.items():
+        groups.setdefault(scales[name], []).append(param)
+    return [{"params": params, LR_SCALE: scale} for scale, params in sorted(groups.items(), reverse=True)]
+
+
+def adamw(
+    params: list[nn.Parameter] | list[dict[str, Any]], train: TrainConfig, *, fused: bool = False
+) -> torch.optim.AdamW:
     """The optimizer of a run.
 
     Args:
+        params: that train, or :func:`lr_groups` of them.
         fused: PyTorch's kernel that takes the step of many tensors at once; its last bits are its own. Without it a GPU
             is waited for twice a tensor and step once moments were restored: their step counts then lie on the GPU.
     """

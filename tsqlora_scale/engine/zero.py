@@ -50,8 +50,7 @@ class ZeroEngine(BaseEngine):
     def step(self, lr: float) -> float:
         """See :class:`~tsqlora_scale.engine.engine.Engine`. Gradients exist between the last backward and this."""
         assert self.accelerator.sync_gradients, "the last micro-batch of a step must be an accumulation boundary"
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
+        self._set_lr(lr)
         self._wrapped.step()
         return float(self._wrapped.get_global_grad_norm() or 0.0)
 

@@ -139,6 +139,7 @@ def check_architecture(config: Config, model_config: Any, tokenizer: Any) -> lis
         weight is read without a call of the layer, or what its files say.
     """
     from tsqlora_scale.model.base_model import skeleton
+    from tsqlora_scale.model.blocks import check_depth
     from tsqlora_scale.model.linear_layers import heads_of, linear_layers, read_past, resolve_targets
     from tsqlora_scale.tasks import auto_class_of, check_lengths
 
@@ -156,7 +157,9 @@ def check_architecture(config: Config, model_config: Any, tokenizer: Any) -> lis
         raise UserError(f"{key}: its config.json describes no model that can be built ({reason}); mend it") from None
     _check_attention(config, model_config, auto_class)
     layers: dict[str, Any] = linear_layers(bare)
-    widest = max(min(layers[name].weight.shape) for name in resolve_targets(bare, config.adapter.target_modules))
+    targets = resolve_targets(bare, config.adapter.target_modules, layers=config.adapter.layers)
+    check_depth(config, bare)
+    widest = max(min(layers[name].weight.shape) for name in targets)
     if config.adapter.r > widest:
         raise UserError(
             f"adapter.r={config.adapter.r}: no layer that is adapted has a rank above {widest}; lower it, "

@@ -84,8 +84,10 @@ def check_pass(config: Config, model_config: Any, task: Task) -> PassFindings:
         )
     bare = skeleton(task.auto_class, model_config, trust_remote_code=trust)
     _check_beams(config, bare)
-    targets = config.adapter.target_modules
-    chosen, all_of_them = (set(resolve_targets(bare, targets, unreached=u)) for u in (probe.unreached, ()))
+    targets, layers = config.adapter.target_modules, config.adapter.layers
+    chosen, all_of_them = (
+        set(resolve_targets(bare, targets, unreached=u, layers=layers)) for u in (probe.unreached, ())
+    )
     if launched_rank() == 0:
         if idle := all_of_them - chosen:
             log.warning("%d linear layers get no gradient from text and no adapter: %s", len(idle), kinds_of(idle))

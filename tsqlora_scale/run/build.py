@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from tsqlora_scale.engine.train_state import TrainState
 from tsqlora_scale.model.adapters.adapter_type import adapter_type
 from tsqlora_scale.model.base_model import load_base
 from tsqlora_scale.model.pass_check import check_loaded
+from tsqlora_scale.model.blocks import lr_scales
 from tsqlora_scale.quality.scores.score_parts import PARTS
 from tsqlora_scale.quality.selectors.selector import Selector, SelectorContext
 from tsqlora_scale.quality.selectors.selector_names import selector_class
@@ -108,6 +110,7 @@ def build_run(
             micro_batch_size=plan.micro_batch_size,
             before_prepare=listening(ranks, selector),
             state=state,
+            lr_scales=depth_scales(config),
         )
         check_loaded(config, engine.module, preflight.task, world)
         run = Run(
@@ -278,6 +281,12 @@ def listening(ranks: RankController, selector: Selector) -> Callable[[torch.nn.M
         selector.listener.attach(module)
 
     return attach
+
+
+def depth_scales(config: Config) -> Callable[[torch.nn.Module], dict[str, float]] | None:
+    """Learning rates by depth, ``train.lr_decay``; None where all are one."""
+    decay = config.train.lr_decay
+    return None if decay == 1 else partial(lr_scales, decay=decay)
 
 
 def load_adapted(described: Described, adapter: Path, *, device: torch.device) -> Any:
