@@ -226,7 +226,7 @@ class Config(Section):
                 "set 'task.dataset.dev_file', or 'dev_split' of a hub dataset"
             )
         for key in ("keep", "patience"):
-            if getattr(self.train, key) not in ("last", None) and not self.train.eval_every:
+            if getattr(self.train, key) not in ("last", "average", None) and not self.train.eval_every:
                 raise ValueError(
                     f"'train.{key}' is {getattr(self.train, key)!r}, but there are no evaluations while it trains; "
                     f"set 'train.eval_every', or remove it"
@@ -298,7 +298,15 @@ class Config(Section):
         return {
             "allocation": self.allocation.model_copy(update={"policy": "fixed", "file": None, "budget": "fixed"}),
             "train": self.train.model_copy(
-                update={"checkpoint_every": None, "eval_every": None, "keep": "last", "patience": None}
+                update={
+                    "checkpoint_every": None,
+                    "eval_every": None,
+                    "keep": "last",
+                    "patience": None,
+                    "average_last": None,
+                    "average_every": None,
+                    "distill": None,
+                }
             ),
         }
 
