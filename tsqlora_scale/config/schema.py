@@ -16,6 +16,7 @@ from pydantic import model_validator
 from tsqlora_scale.config.fields import Section
 from tsqlora_scale.config.model_section import ADAPTER_TRAITS, AdapterConfig, ModelConfig
 from tsqlora_scale.config.presets import from_0_1, with_preset
+from tsqlora_scale.config.pretrain_section import PretrainConfig
 from tsqlora_scale.config.quality_sections import (
     BLIND_SELECTORS,
     FORWARD_SELECTORS,
@@ -42,6 +43,7 @@ __all__ = [
     "Config",
     "DatasetConfig",
     "ModelConfig",
+    "PretrainConfig",
     "ResizeConfig",
     "RunConfig",
     "SamplingConfig",
@@ -70,6 +72,7 @@ class Config(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     allocation: AllocationConfig = AllocationConfig()
     resize: ResizeConfig = ResizeConfig()
+    pretrain: PretrainConfig = PretrainConfig()
     train: TrainConfig
 
     @model_validator(mode="before")
@@ -255,6 +258,22 @@ class Config(Section):
             }
         )
 
+    def of_pretraining(self) -> Config:
+        """The run before this one, on plain text (``pretrain``), in the run folder ``NAME-pretrain``."""
+        own, train = self.pretrain, self.train
+        nothing_else = self.for_audit()
+        length: dict[str, Any] = {"max_steps": own.max_steps, "epochs": None, "lr": own.lr or train.lr}
+        if own.batch_size is not None:
+            length |= {"batch_size": own.batch_size, "micro_batch_size": None}
+        return nothing_else.model_copy(
+            update={
+                "run": self.run.model_copy(update={"name": f"{self.run.name}-pretrain"}),
+                "task": TaskConfig.model_validate(own.task(max_length=self.task.max_length)),
+                "scoring": self.scoring.model_copy(update={"proxy_model": None, "max_length": None}),
+                "train": nothing_else.train.model_copy(update={**length, "checkpoint_every": train.checkpoint_every}),
+            }
+        )
+
     def with_labels(self, labels: list[str] | int | None) -> Config:
         """The same run with the classes that the data has, where the config names none."""
         if labels == self.task.labels:
@@ -296,6 +315,7 @@ class Config(Section):
     def _nothing_but_scores(self) -> dict[str, Section]:
         """Sections of a run that ends with its first pass over the pool."""
         return {
+            "pretrain": PretrainConfig(),
             "allocation": self.allocation.model_copy(update={"policy": "fixed", "file": None, "budget": "fixed"}),
             "train": self.train.model_copy(
                 update={
@@ -309,6 +329,19 @@ class Config(Section):
                 }
             ),
         }
+
+    @property
+    def pretrains(self) -> bool:
+        """Whether plain text comes first (``pretrain``)."""
+        return self.pretrain.objective is not None
+
+    @property
+    def runs_before(self) -> list[Config]:
+        """The runs in run folders of their own that come before this one."""
+        return [
+            *([self.of_pretraining()] if self.pretrains else []),
+            *([self.of_proxy()] if self.scores_by_proxy else []),
+        ]
 
     @property
     def scores_data(self) -> bool:

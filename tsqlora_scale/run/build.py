@@ -18,7 +18,6 @@ from tsqlora_scale.common.random_streams import generator_for, seed_libraries
 from tsqlora_scale.config.schema import Config
 from tsqlora_scale.engine.collectives import World
 from tsqlora_scale.engine.engine import start_engine
-from tsqlora_scale.engine.sharded import write_parameter
 from tsqlora_scale.engine.start import shards_parameters, start_accelerator
 from tsqlora_scale.engine.train_state import TrainState
 from tsqlora_scale.model.adapters.adapter_type import adapter_type
@@ -40,6 +39,7 @@ from tsqlora_scale.run.old_checkpoints import of_today
 from tsqlora_scale.run.plan import RunPlan
 from tsqlora_scale.run.preemption import StopRequest
 from tsqlora_scale.run.preflight import Described, Preflight, resumes_in
+from tsqlora_scale.run.pretrained import Pretrained, write_values
 from tsqlora_scale.run.rank_file import start_by_file
 from tsqlora_scale.run.resume import (
     find_checkpoint,
@@ -63,6 +63,7 @@ def build_run(
     *,
     resume: str | None = None,
     adapter: str | None = None,
+    pretrained: Pretrained | None = None,
     stop: StopRequest | None = None,
     lock: RunLock | None = None,
     writes: bool = True,
@@ -72,6 +73,7 @@ def build_run(
     Args:
         resume: ``auto`` (the newest complete checkpoint of the run folder, if any) or a checkpoint folder.
         adapter: a saved adapter's folder, to start from its ranks and values.
+        pretrained: the adapter of a run before this one, on another head, to start from likewise.
         stop: by which the run is asked to stop; none: nothing asks.
         lock: of the folders that are written, taken here if it has not been; none: the caller is the only writer.
         writes: whether the run has a folder; else nothing is written and nothing there is looked at.
@@ -101,6 +103,8 @@ def build_run(
             give(model, tree["ranks"], {name: entry.value for name, entry in state.params.items()})
         elif adapter is not None:
             give(model, *adapter_type(config.adapter.type).read(model, Path(adapter)))
+        elif pretrained is not None:
+            pretrained.give_to(model)
         else:
             start_new(model, config, says=accelerator.is_main_process)
         engine = start_engine(
@@ -123,6 +127,7 @@ def build_run(
             ranks=ranks,
             stop=stop,
             watchdog=watchdog,
+            pretraining=None if pretrained is None else pretrained.summary,
         )
         if writes:
             open_folder(run, tree, resume)
@@ -189,13 +194,6 @@ def give(model: torch.nn.Module, ranks: dict[str, int], values: dict[str, torch.
     """Ranks by layer, and parameters by name. With ZeRO-3 a collective."""
     set_ranks(model, ranks)
     write_values(model, values)
-
-
-def write_values(model: torch.nn.Module, values: dict[str, torch.Tensor]) -> None:
-    """Set parameters by name. With ZeRO-3 a collective."""
-    params = dict(model.named_parameters())
-    for name, value in sorted(values.items()):
-        write_parameter(params[name], value)
 
 
 def build_base(described: Described, *, device: torch.device, says: bool = True) -> tuple[torch.nn.Module, list[str]]:

@@ -47,6 +47,7 @@ def build_result(run: Run, metrics: dict[str, float], adapter: Path) -> dict[str
             "step": run.kept["step"],
             "ranks": {short_name(n): r for n, r in run.kept["ranks"].items()},
         },
+        "pretraining": run.pretraining,
         "average": _average(run),
         "stopped_early": run.early_stop and {key: run.early_stop[key] for key in ("step", "patience")},
         "metric_titles": {name: metric_title(name, run.config.task.labels) for name in metrics},

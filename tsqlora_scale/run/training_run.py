@@ -69,6 +69,8 @@ class Run:
     best: dict[str, Any] | None = None
     checkpoints: RunCheckpoints = field(init=False)
     average: ParameterAverage = field(init=False)
+    #: What the run on plain text before this one was.
+    pretraining: dict[str, Any] | None = None
     #: Of the average of the last parameters, once it is evaluated.
     average_metrics: dict[str, float] | None = None
     nonfinite: NonFiniteSteps = field(init=False)
@@ -343,6 +345,7 @@ class Run:
             "stale": self.stale,
             "early_stop": self.early_stop,
             "average": self.average.state_dict(),
+            "pretraining": self.pretraining,
             "loss_scaler": self.engine.scaler_state(),
             "metrics_before": self.metrics_before,
             "seen": torch.from_numpy(self.seen.view(np.uint8)),
@@ -361,6 +364,7 @@ class Run:
         self.step, self.best, self.checkpoints.best = tree["step"], tree["best"], tree["best_kept"]
         self.nonfinite.count = tree["nonfinite"]
         self.average.load_state_dict(tree.get("average", {}))
+        self.pretraining = tree.get("pretraining")
         self.lengths, self.stale = tree.get("lengths", []), tree.get("stale", 0)
         patience = self.config.train.patience
         if patience is not None and self.stale >= patience:
