@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from tsqlora_scale.common.random_streams import philox, seed_dropout
-from tsqlora_scale.engine.swapped_values import holding
 from tsqlora_scale.engine.transfers import HostCopy, to_device
 from tsqlora_scale.quality.online.sample_listener import DeafListener, SampleListener
 from tsqlora_scale.tasks.evaluation import evaluating
@@ -38,7 +37,7 @@ class Teacher:
     def logits(self, engine: Engine, task: Task, batches: Sequence[Batch]) -> list[torch.Tensor]:
         """Of every batch the logits that a loss is taken at, in evaluation mode and without a graph. A collective where
         parameters are sharded: every rank has as many batches."""
-        with holding(engine.module, self.values), evaluating(engine.module):
+        with engine.holding(self.values), evaluating(engine.module):
             return [task.needed(task.outputs(engine.module, batch), batch) for batch in batches]
 
 

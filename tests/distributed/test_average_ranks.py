@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.distributed.launch import WORKER, launch
+from tests.distributed.launch import ROOT, WORKER, launch
 from tests.runs import go, losses_of, ranks_of, read_lines, result_of, run_tree, write_config
-from tsqlora_scale.run.resume import find_checkpoint
+from tests.tiny import masked_bert
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(3000)]
 
@@ -54,8 +54,23 @@ def test_the_same_under_every_engine(
             partner = name.replace("lora_B", "lora_A")
             assert (kept[name] @ kept[partner] - value @ wanted[partner]).abs().max() < 1e-4, name
     # another engine's checkpoint goes on as its own would
-    assert find_checkpoint(folder, "auto") is not None
-    (folder / "result.json").unlink()
     tree["run"]["name"] = "again"
     again = go(tree, resume=str(folder / "checkpoints" / "step-00000005"))
     assert losses_of(again.record.folder) == pytest.approx(losses_of(alone)[5:], abs=1e-5)
+
+
+def test_pretraining_under_zero_3(tmp_path: Path, models_dir: Path) -> None:
+    """Two engines one after the other, the second with the first one's adapter and a new head."""
+    losses = []
+    for engine in ("plain", "zero3-2"):
+        tree = run_tree(
+            "bert", tmp_path, models_dir, engine, train={"max_steps": 3}, adapter={"r": 4, "method": "lora"}
+        )
+        tree = {key: tree[key] for key in ("run", "task", "adapter", "train")}
+        tree |= {"model": {"name_or_path": str(masked_bert(models_dir))}}
+        tree |= {"pretrain": {"objective": "mlm", "max_steps": 3}}
+        config = write_config(tmp_path / f"{engine}.yaml", tree)
+        launch(engine, ROOT / "launch" / "train.py", ["--config", str(config)], tmp_path)
+        losses.append([losses_of(tmp_path / "runs" / f"{engine}{end}") for end in ("-pretrain", "")])
+    for plain, sharded in zip(*losses, strict=True):
+        assert len(plain) == 3 and sharded == pytest.approx(plain, abs=1e-5)

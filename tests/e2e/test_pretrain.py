@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoModelForMaskedLM, BertConfig
 
 from tests.runs import losses_of, result_of, run_tree, write_config
 from tests.steps import Killed, killed_in_step
-from tests.tiny import CONFIGS, tiny_model, tiny_tokenizer
+from tests.tiny import masked_bert, tiny_model
 from tsqlora_scale import training as loop
 from tsqlora_scale.commands import main as cli
 from tsqlora_scale.common.errors import UserError
@@ -21,12 +20,7 @@ from tsqlora_scale.run.build import build_run
 
 @pytest.fixture(scope="module")
 def masked_model(models_dir: Path) -> Path:
-    """A BERT with the head that fills in masks."""
-    folder = models_dir / "bert-mlm"
-    if not folder.exists():
-        AutoModelForMaskedLM.from_config(BertConfig(**CONFIGS["bert"]().to_dict())).save_pretrained(folder)
-        tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return masked_bert(models_dir)
 
 
 def tree_with_pretraining(tmp_path: Path, models: Path, model: Path, name: str, **pretrain: Any) -> dict[str, Any]:

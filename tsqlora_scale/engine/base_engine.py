@@ -16,7 +16,7 @@ from tsqlora_scale.config.schema import TrainConfig
 from tsqlora_scale.engine.collectives import World
 from tsqlora_scale.engine.numerics import fix_summation_order
 from tsqlora_scale.engine.replicas import Holdings, compare
-from tsqlora_scale.engine.sharded import held_part, is_sharded
+from tsqlora_scale.engine.sharded import held_part, is_sharded, read_parameter, write_parameter
 from tsqlora_scale.engine.train_state import TrainState
 
 #: What a group of the optimizer notes of its own learning rate.
@@ -161,6 +161,24 @@ class BaseEngine(ABC):
     def _agreed(self, module: nn.Module, state: TrainState) -> TrainState:
         """``state`` and the module's trainable parameters, the same on every rank, where the engine sees to it."""
         return state
+
+    @contextmanager
+    def holding(self, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """See :class:`~tsqlora_scale.engine.engine.Engine`.
+
+        After an error the values stay as they are: the run is over, and ranks without one would wait in a collective.
+        """
+        self._settle()
+        own = {name: read_parameter(self._named[name]) for name in sorted(values)}
+        for name in own:
+            write_parameter(self._named[name], values[name])
+        yield
+        self._settle()
+        for name, value in own.items():
+            write_parameter(self._named[name], value)
+
+    def _settle(self) -> None:
+        """Let go of what passes have left gathered."""
 
     def close(self) -> None:
         """Take the engine down; the module stays. A collective."""

@@ -105,6 +105,15 @@ class Engine(Protocol):
         """
         ...
 
+    def holding(self, values: Mapping[str, torch.Tensor]) -> AbstractContextManager[None]:
+        """Inside, trained parameters have other values, and afterwards their own again, to the bit; on entering and on
+        leaving a collective. The optimizer's own copies of them are left alone, and no gradient is to flow meanwhile.
+
+        Args:
+            values: full, of the parameters' shapes, by name.
+        """
+        ...
+
     def close(self) -> None:
         """Take the engine down; the module stays. A collective."""
         ...

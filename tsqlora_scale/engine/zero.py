@@ -64,6 +64,10 @@ class ZeroEngine(BaseEngine):
     def _unlike(self, state: TrainState) -> list[str]:
         return zero_internals.unlike(self._named, state)
 
+    def _settle(self) -> None:
+        if self.name == "zero3":
+            self._wrapped.optimizer._partition_all_parameters()
+
     def _release(self) -> None:
         zero_internals.release(self.accelerator, self._wrapped, self._optimizer)
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from tsqlora_scale.config.locations import lasting
 from tsqlora_scale.config.schema import ModelConfig
-from tsqlora_scale.engine.swapped_values import holding
 from tsqlora_scale.model.adapters.adapter_type import adapter_type
 from tsqlora_scale.ranks import current_ranks
 from tsqlora_scale.run.trained_adapter import write_from_checkpoint
@@ -31,7 +30,7 @@ def evaluate_average(run: Run) -> None:
     if not run.average.steps:  # the run has ended early, before the first snapshot
         run.average.take(run.step, run.engine)
     if run.average_metrics is None:
-        with holding(run.engine.module, run.average.values(run.engine.module)):
+        with run.engine.holding(run.average.values(run.engine.module)):
             run.average_metrics = run.evaluate(key="eval_average")
 
 
