@@ -115,6 +115,25 @@ def test_the_gradient_is_that_of_loss_and_gap(tmp_path: Path, models_dir: Path, 
     assert all(torch.equal(value, after[name].value) for name, value in before.items())
 
 
+@pytest.mark.parametrize("kind", ["dora", "rslora"])
+def test_other_adapters_learn_from_their_average(tmp_path: Path, models_dir: Path, kind: str) -> None:
+    """Magnitudes are averaged plainly; scalings stay; the adapter's file opens and is what was evaluated."""
+    train = {"max_steps": 4, "micro_batch_size": 12, "lr_decay": 0.8, "average_last": 2, "average_every": 1}
+    train |= {"keep": "average", "distill": {"weight": 1.0}, "checkpoint_every": 1, "checkpoint_keep": 9}
+    made = run_tree("bert", tmp_path, models_dir, "run", train=train, adapter={"r": 4, "method": kind})
+    made = {key: made[key] for key in ("run", "model", "task", "adapter", "train")}
+    run = go(made)
+    folder = run.record.folder
+    assert result_of(folder)["average"]["steps"] == [3, 4]
+    assert evaluate(parse_config(made), folder) == pytest.approx(result_of(folder)["metrics"])
+    states = [read_checkpoint(folder / "checkpoints" / f"step-{s:08d}")[0].params for s in (3, 4)]
+    plain = [name for name in states[0] if "magnitude" in name]
+    assert bool(plain) == (kind == "dora")
+    average = run.average.values(run.engine.module)
+    for name in plain:
+        torch.testing.assert_close(average[name], (states[0][name].value + states[1][name].value) / 2)
+
+
 def test_gaps_against_the_slow_reference() -> None:
     generator = torch.Generator().manual_seed(0)
     logits, others = (torch.randn(3, 4, 6, generator=generator) for _ in range(2))

@@ -35,7 +35,7 @@ class RunConfig(Section):
 
 
 class DistillConfig(Section):
-    """``train.distill``: self-distillation, against the average of the run's own last parameters."""
+    """Self-distillation, against the average of the run's own last parameters."""
 
     #: Of the mean squared error between the model's logits and those of the average, beside the loss.
     weight: PositiveFloat = 1.0

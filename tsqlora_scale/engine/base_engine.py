@@ -177,7 +177,7 @@ class BaseEngine(ABC):
         for name, value in own.items():
             write_parameter(self._named[name], value)
 
-    def _settle(self) -> None:
+    def _settle(self) -> None:  # noqa: B027
         """Let go of what passes have left gathered."""
 
     def close(self) -> None:

@@ -99,14 +99,8 @@ def build_run(
         selector = build_selector(preflight, world, stop, watchdog)
         model = build_model(preflight, device=accelerator.device)
         ranks = build_controller(config, plan, without_batch=preflight.findings.without_batch)
-        if tree is not None:
-            give(model, tree["ranks"], {name: entry.value for name, entry in state.params.items()})
-        elif adapter is not None:
-            give(model, *adapter_type(config.adapter.type).read(model, Path(adapter)))
-        elif pretrained is not None:
-            pretrained.give_to(model)
-        else:
-            start_new(model, config, says=accelerator.is_main_process)
+        start = (None if tree is None else tree["ranks"], state)
+        set_start(model, config, *start, adapter=adapter, pretrained=pretrained, says=accelerator.is_main_process)
         engine = start_engine(
             accelerator,
             model,
@@ -132,6 +126,28 @@ def build_run(
         if writes:
             open_folder(run, tree, resume)
     return run
+
+
+def set_start(
+    model: torch.nn.Module,
+    config: Config,
+    ranks: dict[str, int] | None,
+    state: TrainState,
+    *,
+    adapter: str | None,
+    pretrained: Pretrained | None,
+    says: bool,
+) -> None:
+    """Give a fresh adapter the values that the run starts from: of the checkpoint of ``ranks`` and ``state``, if any;
+    else as :func:`build_run` says, or :func:`start_new`. With ZeRO-3 a collective."""
+    if ranks is not None:
+        give(model, ranks, {name: entry.value for name, entry in state.params.items()})
+    elif adapter is not None:
+        give(model, *adapter_type(config.adapter.type).read(model, Path(adapter)))
+    elif pretrained is not None:
+        pretrained.give_to(model)
+    else:
+        start_new(model, config, says=says)
 
 
 def find_state(preflight: Preflight, resume: str | None, world: World) -> tuple[TrainState, dict[str, Any] | None]:

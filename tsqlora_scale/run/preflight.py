@@ -126,10 +126,10 @@ def check_pretraining(after: Preflight) -> Preflight:
     with naming(f"pretrain.objective={config.pretrain.objective!r}"):
         own = config.of_pretraining()
         found = check(own, data=corpus_data(own, after.task if config.pretrain.file is None else None))
-        here, there = adapted_layers(after), adapted_layers(found)
-        if not here <= there:
+        wanted, adapted = adapted_layers(after), adapted_layers(found)
+        if not wanted <= adapted:
             raise UserError(
-                f"its model has no {min(here - there)} to adapt, as the task's has: its layers have other names; "
+                f"its model has no {min(wanted - adapted)} to adapt, as the task's has: its layers have other names; "
                 "choose another objective, or leave pretrain out"
             )
     return found
