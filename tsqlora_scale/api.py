@@ -33,7 +33,7 @@ class TrainResult:
 
     Attributes:
         folder: the run folder.
-        adapter: the adapter in it, of the last step or the best (``train.keep``); ``peft.PeftModel.from_pretrained``
+        adapter: the adapter in it, as ``train.keep`` says; ``peft.PeftModel.from_pretrained``
             opens it.
         metrics: of that adapter on the held-out set; empty without one.
         metrics_before: the same before the first step.

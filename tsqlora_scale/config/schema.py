@@ -265,9 +265,11 @@ class Config(Section):
         length: dict[str, Any] = {"max_steps": own.max_steps, "epochs": None, "lr": own.lr or train.lr}
         if own.batch_size is not None:
             length |= {"batch_size": own.batch_size, "micro_batch_size": None}
+        by_file = self.allocation.policy == "file"  # its ranks are those of the start
         return nothing_else.model_copy(
             update={
                 "run": self.run.model_copy(update={"name": f"{self.run.name}-pretrain"}),
+                "allocation": self.allocation if by_file else nothing_else.allocation,
                 "task": TaskConfig.model_validate(own.task(max_length=self.task.max_length)),
                 "scoring": self.scoring.model_copy(update={"proxy_model": None, "max_length": None}),
                 "train": nothing_else.train.model_copy(update={**length, "checkpoint_every": train.checkpoint_every}),
