@@ -35,6 +35,7 @@ def train(tmp_path: Path, tree: dict[str, Any], *options: str) -> int:
     return cli.main(["train", "--config", str(write_config(tmp_path / f"{tree['run']['name']}.yaml", tree)), *options])
 
 
+@pytest.mark.slow
 def test_the_adapter_goes_on_into_the_task(tmp_path: Path, models_dir: Path, masked_model: Path) -> None:
     """As if it were started from the pretraining's adapter by hand; and killed in either, it ends the same."""
     tree = tree_with_pretraining(tmp_path, models_dir, masked_model, "run")
