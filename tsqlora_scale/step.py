@@ -14,6 +14,7 @@ from tsqlora_scale.common.random_streams import philox, seed_dropout
 from tsqlora_scale.engine.transfers import HostCopy, to_device
 from tsqlora_scale.quality.online.sample_listener import DeafListener, SampleListener
 from tsqlora_scale.tasks.evaluation import evaluating
+from tsqlora_scale.tasks.logit_gaps import squared_gaps
 
 if TYPE_CHECKING:
     from tsqlora_scale.engine.collectives import World
@@ -177,7 +178,7 @@ def optimizer_step(
             sums = sums * share
             loss_sum += sums.detach().double().sum()
             if teacher is not None and logits is not None:
-                gaps = task.logit_gaps(outputs, logits, batch) * share
+                gaps = squared_gaps(task.needed(outputs, batch), logits, batch.targets, batch.places) * share
                 gap_sum += gaps.detach().double().sum()
                 sums = sums + teacher.weight * gaps
             losses.append(sums.detach())

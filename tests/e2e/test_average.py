@@ -99,7 +99,8 @@ def test_the_gradient_is_that_of_loss_and_gap(tmp_path: Path, models_dir: Path, 
     (others,) = teacher.logits(run.engine, run.task, [batch])
     outputs = module(**batch.inputs)
     sums, counts = run.task.loss_sums(outputs, batch)
-    gaps, shares = run.task.logit_gaps(outputs, others, batch), torch.from_numpy(weights).float()
+    gaps = squared_gaps(run.task.needed(outputs, batch), others, batch.targets, batch.places)
+    shares = torch.from_numpy(weights).float()
     terms = (counts * shares).sum().item()
     expected = ((sums + 0.7 * gaps) * shares).sum() / terms
     wanted = torch.autograd.grad(expected, [p for _, p in sorted(module.named_parameters()) if p.requires_grad])

@@ -22,8 +22,8 @@ from tsqlora_scale.engine.start import shards_parameters, start_accelerator
 from tsqlora_scale.engine.train_state import TrainState
 from tsqlora_scale.model.adapters.adapter_type import adapter_type
 from tsqlora_scale.model.base_model import load_base
-from tsqlora_scale.model.pass_check import check_loaded
 from tsqlora_scale.model.blocks import lr_scales
+from tsqlora_scale.model.pass_check import check_loaded
 from tsqlora_scale.quality.scores.score_parts import PARTS
 from tsqlora_scale.quality.selectors.selector import Selector, SelectorContext
 from tsqlora_scale.quality.selectors.selector_names import selector_class

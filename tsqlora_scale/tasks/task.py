@@ -18,10 +18,9 @@ from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.schema import TaskConfig
 from tsqlora_scale.tasks.batch import Batch, places_of
 from tsqlora_scale.tasks.known_padding import known_padding, padding_of
-from tsqlora_scale.tasks.logit_gaps import squared_gaps
 from tsqlora_scale.tasks.losses import loss_terms, losses_at
 from tsqlora_scale.tasks.metrics import METRICS, SampleLosses, compute_metrics, needs_answers, needs_losses
-from tsqlora_scale.tasks.needed_logits import needed_logits, token_shift
+from tsqlora_scale.tasks.needed_logits import at_places, needed_logits, token_shift
 from tsqlora_scale.tasks.objective_names import check_members, objective_class
 from tsqlora_scale.tasks.objectives.chat import ChatObjective
 from tsqlora_scale.tasks.objectives.label_heads import LabelObjective
@@ -173,20 +172,7 @@ class Task:
     def needed(self, outputs: Any, batch: Batch) -> Tensor:
         """The logits that a loss is taken at: (n, V) at ``batch.places``, or all of them where there are none."""
         logits: Tensor = outputs.logits
-        places = batch.places
-        if places is None or self._shift is None:
-            return logits
-        if logits.shape[:2] == batch.targets.shape:
-            logits = logits.flatten(0, 1).index_select(0, places).unsqueeze(0)
-        elif batch.packing is not None and logits.shape[:2] == batch.packing.shape:
-            logits = logits.flatten(0, 1).index_select(0, batch.packing.places).unsqueeze(0)
-        assert logits.shape[:2] == (1, len(places)), "neither the logits of all places nor those of the needed ones"
-        return logits[0]
-
-    def logit_gaps(self, outputs: Any, others: Tensor, batch: Batch) -> Tensor:
-        """Of every sample the squared distance of its logits to ``others``, of :meth:`needed`, summed over its loss
-        terms: (B,) float32; see :func:`.squared_gaps`."""
-        return squared_gaps(self.needed(outputs, batch), others, batch.targets, batch.places)
+        return logits if batch.places is None or self._shift is None else at_places(logits, batch)
 
     def loss_terms(self, batch: Batch) -> Tensor:
         """Number of loss terms of every sample (B,) float32, as :meth:`loss_sums` counts them, before any forward."""
