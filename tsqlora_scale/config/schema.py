@@ -262,7 +262,12 @@ class Config(Section):
         """The run before this one, on plain text (``pretrain``), in the run folder ``NAME-pretrain``."""
         own, train = self.pretrain, self.train
         nothing_else = self.for_audit()
-        length: dict[str, Any] = {"max_steps": own.max_steps, "epochs": None, "lr": own.lr or train.lr}
+        length: dict[str, Any] = {
+            "max_steps": own.max_steps,
+            "epochs": None,
+            "lr": own.lr or train.lr,
+            "packing": False,
+        }
         if own.batch_size is not None:
             length |= {"batch_size": own.batch_size, "micro_batch_size": None}
         by_file = self.allocation.policy == "file"  # its ranks are those of the start
