@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from tsqlora_scale.config.fields import PositiveFloat, PositiveInt, Section
+from tsqlora_scale.config.task_section import TaskConfig
 
 #: The objectives' classes, by ``pretrain.objective``, and the type of task that their models are of.
 OBJECTIVES = {
@@ -62,3 +63,24 @@ class PretrainConfig(Section):
             "max_target_length": length,
             "metrics": ["loss"],
         }
+
+
+def pretraining_sections(config: Any, nothing_else: Any) -> dict[str, Section]:
+    """The sections of a pretraining's run that are not those of an audit's.
+
+    Args:
+        config: of the run that goes on with its adapter.
+        nothing_else: the same as an audit takes it.
+    """
+    own, train = config.pretrain, config.train
+    length: dict[str, Any] = {"max_steps": own.max_steps, "epochs": None, "lr": own.lr or train.lr, "packing": False}
+    if own.batch_size is not None:
+        length |= {"batch_size": own.batch_size, "micro_batch_size": None}
+    by_file = config.allocation.policy == "file"  # its ranks are those of the start
+    return {
+        "run": config.run.model_copy(update={"name": f"{config.run.name}-pretrain"}),
+        "allocation": config.allocation if by_file else nothing_else.allocation,
+        "task": TaskConfig.model_validate(own.task(max_length=config.task.max_length)),
+        "scoring": config.scoring.model_copy(update={"proxy_model": None, "max_length": None}),
+        "train": nothing_else.train.model_copy(update={**length, "checkpoint_every": train.checkpoint_every}),
+    }

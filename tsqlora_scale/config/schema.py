@@ -16,7 +16,7 @@ from pydantic import model_validator
 from tsqlora_scale.config.fields import Section
 from tsqlora_scale.config.model_section import ADAPTER_TRAITS, AdapterConfig, ModelConfig
 from tsqlora_scale.config.presets import from_0_1, with_preset
-from tsqlora_scale.config.pretrain_section import PretrainConfig
+from tsqlora_scale.config.pretrain_section import PretrainConfig, pretraining_sections
 from tsqlora_scale.config.quality_sections import (
     BLIND_SELECTORS,
     FORWARD_SELECTORS,
@@ -260,26 +260,8 @@ class Config(Section):
 
     def of_pretraining(self) -> Config:
         """The run before this one, on plain text (``pretrain``), in the run folder ``NAME-pretrain``."""
-        own, train = self.pretrain, self.train
         nothing_else = self.for_audit()
-        length: dict[str, Any] = {
-            "max_steps": own.max_steps,
-            "epochs": None,
-            "lr": own.lr or train.lr,
-            "packing": False,
-        }
-        if own.batch_size is not None:
-            length |= {"batch_size": own.batch_size, "micro_batch_size": None}
-        by_file = self.allocation.policy == "file"  # its ranks are those of the start
-        return nothing_else.model_copy(
-            update={
-                "run": self.run.model_copy(update={"name": f"{self.run.name}-pretrain"}),
-                "allocation": self.allocation if by_file else nothing_else.allocation,
-                "task": TaskConfig.model_validate(own.task(max_length=self.task.max_length)),
-                "scoring": self.scoring.model_copy(update={"proxy_model": None, "max_length": None}),
-                "train": nothing_else.train.model_copy(update={**length, "checkpoint_every": train.checkpoint_every}),
-            }
-        )
+        return nothing_else.model_copy(update=pretraining_sections(self, nothing_else))
 
     def with_labels(self, labels: list[str] | int | None) -> Config:
         """The same run with the classes that the data has, where the config names none."""
