@@ -12,7 +12,7 @@ import re
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -41,6 +41,8 @@ WORDS = {
     "Below1": "number in [0, 1)",
     "StepsOrFraction": "steps, or a fraction of the run",
     "MixedSetConfig": "sets",
+    "DistillConfig": "section",
+    "Layers": "list of numbers of blocks, or `top:K`",
     "IsoDate": "date, as 'YYYY-MM-DD'",
     "bool": "true or false",
     "int": "integer",
@@ -120,6 +122,9 @@ def section_lines(name: str, section: type[BaseModel]) -> list[str]:
         text, annotation = texts[key]
         cells = [f"`{key}`", kind(annotation), shown(field.default), text]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        for part in get_args(inner):  # a section that may be left out
+            if isinstance(part, type) and issubclass(part, BaseModel) and get_origin(inner) is not list:
+                nested += section_lines(f"{name}.{key}", part)
     return lines + nested
 
 

@@ -8,6 +8,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     BartConfig,
@@ -123,5 +124,16 @@ def tiny_model(kind: str, folder: Path, num_labels: int = 2) -> Path:
             if kind not in AUTO:
                 model = getattr(model, model.base_model_prefix)  # as pretrained encoders come: the head is new
         model.save_pretrained(out)
+        tiny_tokenizer().save_pretrained(out)
+    return out
+
+
+def masked_bert(folder: Path) -> Path:
+    """Save a tiny BERT with the head that fills in masks."""
+    out = folder / "bert-with-head"
+    if not out.exists():
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            AutoModelForMaskedLM.from_config(CONFIGS["bert"]()).save_pretrained(out)
         tiny_tokenizer().save_pretrained(out)
     return out

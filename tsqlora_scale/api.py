@@ -51,15 +51,16 @@ def train(config: Config, *, resume: str | Path | None = None, overwrite: bool =
     from tsqlora_scale.run.resume import has_checkpoint
 
     checked = preflight.check(config, starts=place is None or not has_checkpoint(config.run_dir, place))
-    from tsqlora_scale.proxy import discard_parts, score_by_proxy, take_scores
+    from tsqlora_scale.proxy import discard_parts, pretrain, score_by_proxy, take_scores
     from tsqlora_scale.report.input_preview import input_preview
     from tsqlora_scale.run.build import build_run
     from tsqlora_scale.run.preemption import StopRequest
     from tsqlora_scale.training import train_to_the_end
 
     with StopRequest() as stop, _only_writer(config, overwrite=overwrite, resume=place) as lock:
+        start = pretrain(checked, resume=place, stop=stop, lock=lock)
         scores = score_by_proxy(checked, resume=place, stop=stop, lock=lock)
-        run = build_run(checked, resume=place, stop=stop, lock=lock)
+        run = build_run(checked, resume=place, pretrained=start, stop=stop, lock=lock)
         are_kept = scores is None or take_scores(run, scores)
         if run.is_main and are_kept:
             discard_parts(config)
@@ -201,7 +202,7 @@ def _only_writer(config: Config, *, overwrite: bool, resume: str | None) -> RunL
     from tsqlora_scale.run import preflight
     from tsqlora_scale.run.run_lock import RunLock
 
-    folders = [config.run_dir, *([config.of_proxy().run_dir] if config.scores_by_proxy else [])]
+    folders = [config.run_dir, *(before.run_dir for before in config.runs_before)]
     return RunLock(folders, lambda: preflight.check_run_dir(config, overwrite=overwrite, resume=resume))
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -13,6 +13,8 @@ import torch
 from tsqlora_scale.common.random_streams import philox, seed_dropout
 from tsqlora_scale.engine.transfers import HostCopy, to_device
 from tsqlora_scale.quality.online.sample_listener import DeafListener, SampleListener
+from tsqlora_scale.tasks.evaluation import evaluating
+from tsqlora_scale.tasks.logit_gaps import squared_gaps
 
 if TYPE_CHECKING:
     from tsqlora_scale.engine.collectives import World
@@ -22,16 +24,36 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Teacher:
+    """The model with other values of what trains, whose logits the step is to stay near to.
+
+    Attributes:
+        values: full, by parameter name, of the parameters' shapes.
+        weight: of the mean squared error of the logits, beside the loss.
+    """
+
+    values: Mapping[str, torch.Tensor]
+    weight: float
+
+    def logits(self, engine: Engine, task: Task, batches: Sequence[Batch]) -> list[torch.Tensor]:
+        """Of every batch the logits that a loss is taken at, in evaluation mode and without a graph. A collective where
+        parameters are sharded: every rank has as many batches."""
+        with engine.holding(self.values), evaluating(engine.module):
+            return [task.needed(task.outputs(engine.module, batch), batch) for batch in batches]
+
+
+@dataclass(frozen=True)
 class StepResult:
     """What a step did, the same on every rank.
 
     Attributes:
-        loss: mean over the global batch.
+        loss: mean over the global batch, a teacher's part aside.
         grad_norm: 2-norm of the gradient before clipping.
         stop: whether any rank was asked to stop.
         taken: whether the optimizer has stepped; it has not where the loss or the gradient is not finite.
         failed: whether that was no loss scaler's doing.
         culprits: pool rows of the samples whose own loss is not finite, sorted; empty for a step that was taken.
+        teacher_gap: mean squared error of the logits to a teacher's, before its weight; None without one.
     """
 
     loss: float
@@ -40,6 +62,7 @@ class StepResult:
     taken: bool = True
     failed: bool = False
     culprits: tuple[int, ...] = ()
+    teacher_gap: float | None = None
 
 
 def micro_batches(indices: np.ndarray, micro_batch_size: int, rank: int, world_size: int) -> list[np.ndarray]:
@@ -104,6 +127,7 @@ def optimizer_step(
     batches: Sequence[Batch] | None = None,
     samples: SampleListener | None = None,
     weights: np.ndarray | None = None,
+    teacher: Teacher | None = None,
     stop: bool = False,
     beat: Callable[[], None] = lambda: None,
 ) -> StepResult:
@@ -123,6 +147,7 @@ def optimizer_step(
         batches: of this rank's :func:`micro_batches` of ``rows``, on the host; none: they are made here.
         samples: told of every pass, and of what all ranks have heard of the samples in it; none: nobody is.
         weights: of the rows' losses, (batch_size,), up to a constant; none: all equal.
+        teacher: to whose logits those of the step are drawn, by the same terms and weights as the loss; none: nobody.
         stop: whether this rank was asked to stop; the result says whether any was.
         beat: called after every micro-batch.
     """
@@ -134,35 +159,41 @@ def optimizer_step(
     ]
     batches = [task.batch(part) for part in parts] if batches is None else batches
     terms = count_terms(world, task, batches, on_host)
-    batches = [batch.to(world.device) for batch in batches]
-    shares = [to_device(share, world.device) for share in on_host]
-    loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
+    batches, shares = [b.to(world.device) for b in batches], [to_device(share, world.device) for share in on_host]
+    taught = [None] * len(batches) if teacher is None else teacher.logits(engine, task, batches)
+    loss_sum, gap_sum = torch.zeros((2,), dtype=torch.float64, device=world.device)
     losses: list[torch.Tensor] = []
     gradient_scale = engine.gradient_scale
     listener.start_step(step, loss_scale=gradient_scale)
     samples.start_step(step, len(rows))
-    for number, (batch, share) in enumerate(zip(batches, shares, strict=True)):
+    for number, (batch, share, logits) in enumerate(zip(batches, shares, taught, strict=True)):
         place = number * world.size + world.rank
         seed_dropout(seed, step, place)
         for one in (listener, samples):
             _announce(one, batch, place * micro_batch_size)
         with engine.micro_batch():
-            sums, counts = task.loss_sums(task.outputs(engine.module, batch, forward=engine.forward), batch)
+            outputs = task.outputs(engine.module, batch, forward=engine.forward)
+            sums, counts = task.loss_sums(outputs, batch)
             own, share, of_all = sums.detach() / counts, share.to(sums), terms.to(sums)
             sums = sums * share
-            losses.append(sums.detach())
             loss_sum += sums.detach().double().sum()
-            finite = torch.where(loss_sum.isfinite(), 1.0, math.nan)
+            if teacher is not None and logits is not None:
+                gaps = squared_gaps(task.needed(outputs, batch), logits, batch.targets, batch.places) * share
+                gap_sum += gaps.detach().double().sum()
+                sums = sums + teacher.weight * gaps
+            losses.append(sums.detach())
+            finite = torch.where((loss_sum + gap_sum).isfinite(), 1.0, math.nan)
             engine.backward(sums.sum() / of_all * finite)
         samples.end_micro_batch(own, of_all / (gradient_scale * share * counts))
         beat()
-    of_step = torch.stack([loss_sum, torch.full_like(loss_sum, float(stop))])
+    of_step = torch.stack([loss_sum, torch.full_like(loss_sum, float(stop)), gap_sum])
     told = HostCopy(world.sum(torch.cat([of_step, samples.numbers(of_step)])), terms)
     grad_norm = engine.step(lr)
     listener.end_step(taken=math.isfinite(grad_norm))
-    (total, asked, *_), (count,) = told.read()
-    samples.take(rows, told.tensors()[0][2:], taken=math.isfinite(grad_norm))
-    return outcome_of(engine, total / count if count else math.nan, grad_norm, asked > 0, parts, losses)
+    (total, asked, gap, *_), (count,) = told.read()
+    samples.take(rows, told.tensors()[0][3:], taken=math.isfinite(grad_norm))
+    result = outcome_of(engine, total / count if count else math.nan, grad_norm, asked > 0, parts, losses)
+    return result if teacher is None else replace(result, teacher_gap=gap / count if count else math.nan)
 
 
 def _announce(listener: StepListener | SampleListener, batch: Batch, position: int) -> None:

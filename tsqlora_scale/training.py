@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tsqlora_scale.model.model_card import write_card
+from tsqlora_scale.run.kept_adapter import evaluate_average
 from tsqlora_scale.run.next_batches import NextBatches
 from tsqlora_scale.run.outcome import build_result
 from tsqlora_scale.run.training_run import Run
@@ -49,6 +50,7 @@ def take_steps(run: Run, *, until: int | None = None) -> StepResult | None:
                     found.rows,
                     batches=found.batches,
                     weights=selector.weights(found.rows),
+                    teacher=run.teacher,
                     listener=ranks,
                     samples=selector.listener,
                     step=run.step,
@@ -87,6 +89,7 @@ def finish(run: Run) -> dict[str, Any]:
     metrics = run.final_metrics()
     run.note_best(metrics)
     run.save_checkpoint()
+    evaluate_average(run)
     adapter = run.save_adapter(metrics)
     run.selector.finish()
     if run.config.scores_online:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from tsqlora_scale.config.fields import Below1, NonNegativeFloat, PositiveFloat, PositiveInt, Section
+from tsqlora_scale.config.fields import LARGEST, Below1, NonNegativeFloat, PositiveFloat, PositiveInt, Section
 
 
 class ModelConfig(Section):
@@ -95,6 +95,19 @@ ADAPTER_TRAITS = {
 }  # fmt: skip
 
 
+def _without_repeats(layers: list[int]) -> list[int]:
+    if len(set(layers)) < len(layers):
+        raise ValueError(f"{layers} names a block twice; name each once")
+    return layers
+
+
+#: Blocks of a model: numbers, or ``top:K``.
+Layers = (
+    Annotated[list[Annotated[int, Field(ge=0, le=LARGEST)]], Field(min_length=1), AfterValidator(_without_repeats)]
+    | Annotated[str, Field(pattern=r"^top:[1-9][0-9]{0,5}$")]
+)
+
+
 class AdapterConfig(Section):
     """What is trained: the adapter's type, its ranks at the start, and its layers."""
 
@@ -144,6 +157,9 @@ class AdapterConfig(Section):
     #: gradient to. ``loratrf``: that paper's choice, of encoders and encoder-decoders the value projections and the
     #: feed-forward blocks' two matrices, of decoders the attention's output in the place of the values.
     target_modules: list[str] | Literal["auto", "loratrf"] = "auto"
+    #: Adapt these blocks alone: their numbers, from 0 at the bottom and in an encoder-decoder through the encoder and
+    #: then the decoder, or ``top:K``, the K uppermost; none: all of them.
+    layers: Layers | None = None
     #: Train the head of a classification or regression model whole, be it new or the checkpoint's; false keeps the
     #: checkpoint's as it is.
     train_head: bool = True

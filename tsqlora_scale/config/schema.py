@@ -16,6 +16,7 @@ from pydantic import model_validator
 from tsqlora_scale.config.fields import Section
 from tsqlora_scale.config.model_section import ADAPTER_TRAITS, AdapterConfig, ModelConfig
 from tsqlora_scale.config.presets import from_0_1, with_preset
+from tsqlora_scale.config.pretrain_section import PretrainConfig, pretraining_sections
 from tsqlora_scale.config.quality_sections import (
     BLIND_SELECTORS,
     FORWARD_SELECTORS,
@@ -42,6 +43,7 @@ __all__ = [
     "Config",
     "DatasetConfig",
     "ModelConfig",
+    "PretrainConfig",
     "ResizeConfig",
     "RunConfig",
     "SamplingConfig",
@@ -70,6 +72,7 @@ class Config(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     allocation: AllocationConfig = AllocationConfig()
     resize: ResizeConfig = ResizeConfig()
+    pretrain: PretrainConfig = PretrainConfig()
     train: TrainConfig
 
     @model_validator(mode="before")
@@ -258,7 +261,7 @@ class Config(Section):
                 "set 'task.dataset.dev_file', or 'dev_split' of a hub dataset"
             )
         for key in ("keep", "patience"):
-            if getattr(self.train, key) not in ("last", None) and not self.train.eval_every:
+            if getattr(self.train, key) not in ("last", "average", None) and not self.train.eval_every:
                 raise ValueError(
                     f"'train.{key}' is {getattr(self.train, key)!r}, but there are no evaluations while it trains; "
                     f"set 'train.eval_every', or remove it"
@@ -279,11 +282,18 @@ class Config(Section):
                 "model": self.model.model_copy(
                     update={"name_or_path": model, "revision": None, "quantization": "none", "quant_storage": "uint8"}
                 ),
-                "adapter": self.adapter.model_copy(update={"target_modules": "auto", "init_from": None}),
+                "adapter": self.adapter.model_copy(
+                    update={"target_modules": "auto", "layers": None, "init_from": None}
+                ),
                 "scoring": self.scoring.model_copy(update={"proxy_model": None}),
                 **self._nothing_but_scores(),
             }
         )
+
+    def of_pretraining(self) -> Config:
+        """The run before this one, on plain text (``pretrain``), in the run folder ``NAME-pretrain``."""
+        nothing_else = self.for_audit()
+        return nothing_else.model_copy(update=pretraining_sections(self, nothing_else))
 
     def with_labels(self, labels: list[str] | int | None) -> Config:
         """The same run with the classes that the data has, where the config names none."""
@@ -326,11 +336,33 @@ class Config(Section):
     def _nothing_but_scores(self) -> dict[str, Section]:
         """Sections of a run that ends with its first pass over the pool."""
         return {
+            "pretrain": PretrainConfig(),
             "allocation": self.allocation.model_copy(update={"policy": "fixed", "file": None, "budget": "fixed"}),
             "train": self.train.model_copy(
-                update={"checkpoint_every": None, "eval_every": None, "keep": "last", "patience": None}
+                update={
+                    "checkpoint_every": None,
+                    "eval_every": None,
+                    "keep": "last",
+                    "patience": None,
+                    "average_last": None,
+                    "average_every": None,
+                    "distill": None,
+                }
             ),
         }
+
+    @property
+    def pretrains(self) -> bool:
+        """Whether plain text comes first (``pretrain``)."""
+        return self.pretrain.objective is not None
+
+    @property
+    def runs_before(self) -> list[Config]:
+        """The runs in run folders of their own that come before this one."""
+        return [
+            *([self.of_pretraining()] if self.pretrains else []),
+            *([self.of_proxy()] if self.scores_by_proxy else []),
+        ]
 
     @property
     def scores_data(self) -> bool:

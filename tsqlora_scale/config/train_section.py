@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -14,6 +14,7 @@ from tsqlora_scale.config.fields import (
     PositiveInt,
     Section,
     StepsOrFraction,
+    UnitInterval,
 )
 
 
@@ -31,6 +32,13 @@ class RunConfig(Section):
     #: Kernels that give the same bits in every run on the same GPUs, some of them slower; an operation without one ends
     #: the run. On a CPU runs are the same to the bit in any case.
     deterministic: bool = False
+
+
+class DistillConfig(Section):
+    """Self-distillation, against the average of the run's own last parameters."""
+
+    #: Of the mean squared error between the model's logits and those of the average, beside the loss.
+    weight: PositiveFloat = 1.0
 
 
 class TrainConfig(Section):
@@ -60,6 +68,9 @@ class TrainConfig(Section):
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
     #: Optimizer steps in which the learning rate rises to ``lr``, in equal parts.
     lr_warmup: StepsOrFraction = 0
+    #: Learning rates that decrease from the top down: the block below takes so much of the learning rate of the block
+    #: above it; the uppermost one and the head take all of it, embeddings the least (docs/recipes.md). 1: one for all.
+    lr_decay: UnitInterval = 1.0
     #: AdamW's decay, on everything that is trained.
     weight_decay: NonNegativeFloat = 0.0
     #: AdamW's averages: of gradients, of their squares.
@@ -77,11 +88,42 @@ class TrainConfig(Section):
     checkpoint_keep: PositiveInt = 2
     #: Optimizer steps between evaluations; none evaluates before and after training only.
     eval_every: PositiveInt | None = None
-    #: What ``adapter/`` holds at the end, and ``metrics`` of the result are of: the last step, or the best evaluation.
-    keep: Literal["last", "best"] = "last"
+    #: What ``adapter/`` holds at the end, and ``metrics`` of the result are of: the last step, the best evaluation, or
+    #: the average of ``average_last``.
+    keep: Literal["last", "best", "average"] = "last"
+    #: Average what was trained after so many of the last snapshots, products BA and not factors; it is evaluated at the
+    #: end beside the last step (docs/recipes.md). Every rank holds the snapshots in the host's memory.
+    average_last: PositiveInt | None = None
+    #: Optimizer steps between snapshots; none: ``eval_every``, or else ``checkpoint_every``.
+    average_every: PositiveInt | None = None
+    #: Self-distillation: from the first snapshot on, learn from the logits of the average of ``average_last`` too.
+    distill: DistillConfig | None = None
     #: Evaluations in a row that bring no better one, after which training ends; none: it goes on. Learning rate and the
     #: schedule of ranks are those of the whole length all the same.
     patience: PositiveInt | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _snapshots_spelled_out(cls, tree: Any) -> Any:
+        """When snapshots are taken, said once: evaluations may change when a run goes on, and the average must not."""
+        if isinstance(tree, dict) and tree.get("average_last") and tree.get("average_every") is None:
+            return {**tree, "average_every": tree.get("eval_every") or tree.get("checkpoint_every")}
+        return tree
+
+    @model_validator(mode="after")
+    def _average_is_there(self) -> TrainConfig:
+        if self.average_last is not None and self.average_every is None:
+            raise ValueError(
+                "'average_last' averages snapshots, and neither 'average_every' nor 'eval_every' nor "
+                "'checkpoint_every' says when they are taken; set 'average_every'"
+            )
+        if self.average_last is None and self.average_every is not None:
+            raise ValueError("'average_every' does nothing without 'average_last'; set that, or remove it")
+        if self.average_last is None and self.distill is not None:
+            raise ValueError("'distill' learns from the average of 'average_last' snapshots; set it")
+        if self.average_last is None and self.keep == "average":
+            raise ValueError("'keep: average' needs 'average_last', the number of snapshots to average; set it")
+        return self
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainConfig:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,8 +16,11 @@ from tsqlora_scale.config.schema import TrainConfig
 from tsqlora_scale.engine.collectives import World
 from tsqlora_scale.engine.numerics import fix_summation_order
 from tsqlora_scale.engine.replicas import Holdings, compare
-from tsqlora_scale.engine.sharded import held_part, is_sharded
+from tsqlora_scale.engine.sharded import held_part, is_sharded, read_parameter, write_parameter
 from tsqlora_scale.engine.train_state import TrainState
+
+#: What a group of the optimizer notes of its own learning rate.
+LR_SCALE = "lr_scale"
 
 
 class BaseEngine(ABC):
@@ -32,8 +35,10 @@ class BaseEngine(ABC):
         micro_batch_size: int,
         before_prepare: Callable[[nn.Module], None] | None,
         state: TrainState,
+        lr_scales: Callable[[nn.Module], Mapping[str, float]] | None = None,
     ) -> None:
         self.accelerator = accelerator
+        self._lr_scales = lr_scales
         self.world = World.current(accelerator.device)
         self._train = train
         self._micro_batch_size = micro_batch_size
@@ -157,6 +162,24 @@ class BaseEngine(ABC):
         """``state`` and the module's trainable parameters, the same on every rank, where the engine sees to it."""
         return state
 
+    @contextmanager
+    def holding(self, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """See :class:`~tsqlora_scale.engine.engine.Engine`.
+
+        After an error the values stay as they are: the run is over, and ranks without one would wait in a collective.
+        """
+        self._settle()
+        own = {name: read_parameter(self._named[name]) for name in sorted(values)}
+        for name in own:
+            write_parameter(self._named[name], values[name])
+        yield
+        self._settle()
+        for name, value in own.items():
+            write_parameter(self._named[name], value)
+
+    def _settle(self) -> None:  # noqa: B027
+        """Let go of what passes have left gathered."""
+
     def close(self) -> None:
         """Take the engine down; the module stays. A collective."""
         self._take_down()
@@ -166,6 +189,10 @@ class BaseEngine(ABC):
         self._release()
         del self._wrapped, self._optimizer, self._trained, self._named
         gc.collect()
+
+    def _set_lr(self, lr: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr * group.get(LR_SCALE, 1.0)
 
     def frozen_parameters(self) -> dict[str, Any]:
         """See :class:`~tsqlora_scale.engine.engine.Engine`."""
@@ -183,7 +210,9 @@ class BaseEngine(ABC):
         #: What trains, in the order of names, until the next rebuild: looking for it takes milliseconds.
         self._named = {name: param for name, param in sorted(module.named_parameters()) if param.requires_grad}
         self._trained = list(self._named.values())
-        optimizer = adamw(self._trained, self._train, fused=self._fuses)
+        scales = None if self._lr_scales is None else self._lr_scales(module)
+        params = self._trained if scales is None else lr_groups(self._named, scales)
+        optimizer = adamw(params, self._train, fused=self._fuses)
         self._wrapped, self._optimizer = self._wrap(module, optimizer, state, sends_base=sends_base)
         self._wrapped.train()
 
@@ -193,10 +222,21 @@ def trainable(module: nn.Module) -> list[nn.Parameter]:
     return [p for _, p in sorted(module.named_parameters()) if p.requires_grad]
 
 
-def adamw(params: list[nn.Parameter], train: TrainConfig, *, fused: bool = False) -> torch.optim.AdamW:
+def lr_groups(named: Mapping[str, nn.Parameter], scales: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Parameters by what their learning rate is multiplied by, the largest first; an optimizer's groups."""
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, param in named.items():
+        groups.setdefault(scales[name], []).append(param)
+    return [{"params": params, LR_SCALE: scale} for scale, params in sorted(groups.items(), reverse=True)]
+
+
+def adamw(
+    params: list[nn.Parameter] | list[dict[str, Any]], train: TrainConfig, *, fused: bool = False
+) -> torch.optim.AdamW:
     """The optimizer of a run.
 
     Args:
+        params: that train, or :func:`lr_groups` of them.
         fused: PyTorch's kernel that takes the step of many tensors at once; its last bits are its own. Without it a GPU
             is waited for twice a tensor and step once moments were restored: their step counts then lie on the GPU.
     """

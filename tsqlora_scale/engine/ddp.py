@@ -62,8 +62,7 @@ class DdpEngine(BaseEngine):
     def step(self, lr: float) -> float:
         """See :class:`~tsqlora_scale.engine.engine.Engine`."""
         assert self.accelerator.sync_gradients, "the last micro-batch of a step must be an accumulation boundary"
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
+        self._set_lr(lr)
         self.accelerator.unscale_gradients(self._optimizer)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self._trained if p.grad is not None])
         if self._train.max_grad_norm is not None:  # of a gradient that is not finite, too: nothing uses that one

@@ -5,7 +5,7 @@ An engine knows parameters by name; it does not know what a rank is.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -77,7 +77,7 @@ class Engine(Protocol):
         exchanged gradient, so all ranks decide alike.
 
         Args:
-            lr: learning rate of the step.
+            lr: learning rate of the step, before each parameter's own factor.
 
         Returns:
             The gradient's 2-norm before clipping.
@@ -102,6 +102,15 @@ class Engine(Protocol):
         Args:
             change: alters the module in place and returns the state of its trainable parameters, by name; it runs
                 on every rank and must do the same on each.
+        """
+        ...
+
+    def holding(self, values: Mapping[str, torch.Tensor]) -> AbstractContextManager[None]:
+        """Inside, trained parameters have other values, and afterwards their own again, to the bit; on entering and on
+        leaving a collective. The optimizer's own copies of them are left alone, and no gradient is to flow meanwhile.
+
+        Args:
+            values: full, of the parameters' shapes, by name.
         """
         ...
 
@@ -131,6 +140,7 @@ def start_engine(
     micro_batch_size: int,
     before_prepare: Callable[[nn.Module], None] | None = None,
     state: TrainState | None = None,
+    lr_scales: Callable[[nn.Module], Mapping[str, float]] | None = None,
 ) -> Engine:
     """The engine that the launcher asked for.
 
@@ -142,6 +152,8 @@ def start_engine(
         before_prepare: called with the module before every ``prepare``: where hooks are attached that must sit
             inside the engine's own.
         state: moments and step count to start from (a resumed run); values must already be in ``module``.
+        lr_scales: what the learning rate of each of a module's trained parameters is multiplied by, by name, asked for
+            before every ``prepare``; none: nothing.
 
     Raises:
         ReplicasDiffer: on every rank, where one was given, or has restored, another ``state`` than the rest.
@@ -159,4 +171,5 @@ def start_engine(
         micro_batch_size=micro_batch_size,
         before_prepare=before_prepare,
         state=state or TrainState(),
+        lr_scales=lr_scales,
     )

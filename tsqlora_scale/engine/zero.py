@@ -50,8 +50,7 @@ class ZeroEngine(BaseEngine):
     def step(self, lr: float) -> float:
         """See :class:`~tsqlora_scale.engine.engine.Engine`. Gradients exist between the last backward and this."""
         assert self.accelerator.sync_gradients, "the last micro-batch of a step must be an accumulation boundary"
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
+        self._set_lr(lr)
         self._wrapped.step()
         return float(self._wrapped.get_global_grad_norm() or 0.0)
 
@@ -64,6 +63,10 @@ class ZeroEngine(BaseEngine):
 
     def _unlike(self, state: TrainState) -> list[str]:
         return zero_internals.unlike(self._named, state)
+
+    def _settle(self) -> None:
+        if self.name == "zero3":
+            self._wrapped.optimizer._partition_all_parameters()
 
     def _release(self) -> None:
         zero_internals.release(self.accelerator, self._wrapped, self._optimizer)

@@ -244,10 +244,13 @@ def restore_moments(engine: Any, state: TrainState) -> None:
 
     Optimizer state is lazy after ``prepare``: it is filled in first, for Adam-type optimizers.
     """
-    if not state.optimizer_steps:
-        return
     zero_optimizer = engine.optimizer
     inner = zero_optimizer.optimizer
+    # ZeRO-1/2 step one group after the other, and link the state of all of them to their parameters after the first
+    # one's first step, when the others have none yet: of several groups it has to be there before
+    links_too_early = len(inner.param_groups) > 1 and hasattr(zero_optimizer, "_lazy_init_hp_params_optimizer_state")
+    if not state.optimizer_steps and not links_too_early:
+        return
     for flat in _flat_partitions(zero_optimizer):
         step: Any = torch.tensor(float(state.optimizer_steps))
         if type(inner).__name__ == "DeepSpeedCPUAdam":  # the one optimizer here whose step is a plain int
@@ -259,6 +262,8 @@ def restore_moments(engine: Any, state: TrainState) -> None:
         }
     if hasattr(zero_optimizer, "_lazy_init_hp_params_optimizer_state"):
         zero_optimizer._lazy_init_hp_params_optimizer_state()  # ZeRO-1/2: link the slices to their parameters
+    if not state.optimizer_steps:
+        return
     for name, param in sorted(engine.module.named_parameters()):
         if param.requires_grad:
             for key in MOMENTS:

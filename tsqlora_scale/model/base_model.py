@@ -12,7 +12,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.launcher import launched_rank
@@ -156,18 +156,18 @@ def _unpack_head(loaded: nn.Module, model: ModelConfig, *, says: bool) -> None:
 
 
 def _refuse_new_language_head(model: nn.Module, new: list[str], *, auto_class: Any, name_or_path: str) -> None:
-    """A model that generates has no head of its own to train from nothing, as a classifier has.
+    """A model that writes or fills in text has no head of its own to train from nothing, as a classifier has.
 
     Raises:
         UserError: the checkpoint is of a class without it.
     """
     params = dict(model.named_parameters())
     missing = [key for key in new if key in params]
-    if missing and auto_class in (AutoModelForCausalLM, AutoModelForSeq2SeqLM):
+    if missing and auto_class in (AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM):
         raise UserError(
             f"model.name_or_path={name_or_path!r}: its checkpoint has no {missing[0]} ({len(missing)} of {len(params)} "
             f"weights are missing), so it is not one of a {type(model).__name__}, and a random one is no start; give "
-            "the checkpoint of a model that generates text, or choose another task.type"
+            "the checkpoint of a model that has it, or choose another task.type (or pretrain.objective)"
         )
 
 

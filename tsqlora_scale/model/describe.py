@@ -142,6 +142,7 @@ def check_architecture(config: Config, model_config: Any, tokenizer: Any) -> lis
         weight is read without a call of the layer, or what its files say.
     """
     from tsqlora_scale.model.base_model import skeleton
+    from tsqlora_scale.model.block_depths import check_depth
     from tsqlora_scale.model.linear_layers import heads_of, read_past
     from tsqlora_scale.tasks import auto_class_of, check_lengths
 
@@ -159,6 +160,7 @@ def check_architecture(config: Config, model_config: Any, tokenizer: Any) -> lis
         raise UserError(f"{key}: its config.json describes no model that can be built ({reason}); mend it") from None
     _check_attention(config, model_config, auto_class)
     _check_adapter_type(config, bare)
+    check_depth(config, bare)
     check_lengths(config.task, bare)
     if stored_quantization(model_config) is not None:
         path = resolve(config.model.name_or_path, key="model.name_or_path")
@@ -192,14 +194,20 @@ def _check_adapter_type(config: Config, bare: Any) -> None:
             )
         return
     layers: dict[str, Any] = linear_layers(bare)
-    widest = max(min(layers[name].weight.shape) for name in resolve_targets(bare, adapter.target_modules))
+    widest = max(
+        min(layers[name].weight.shape) for name in resolve_targets(bare, adapter.target_modules, layers=adapter.layers)
+    )
     if adapter.r > widest:
         raise UserError(
             f"adapter.r={adapter.r}: no layer that is adapted has a rank above {widest}; lower it, "
             "or choose other adapter.target_modules"
         )
     tied = {name for names in ties_of(bare) for name in names}
-    shared = [name for name in resolve_targets(bare, adapter.target_modules) if f"{name}.weight" in tied]
+    shared = [
+        name
+        for name in resolve_targets(bare, adapter.target_modules, layers=adapter.layers)
+        if f"{name}.weight" in tied
+    ]
     if adapter.starts_in_base and shared:
         raise UserError(
             f"adapter.init={adapter.init!r}: takes factors out of the weight of {shared[0]}, which other layers share; "

@@ -11,6 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.model.block_depths import block_of, chosen_blocks
 
 #: Weights outside of linear layers are worth a word above this share of all.
 WORTH_A_WORD = 0.05
@@ -69,7 +70,11 @@ def heads_of(model: nn.Module) -> list[str]:
 
 
 def resolve_targets(
-    model: nn.Module, targets: list[str] | str, *, unreached: Collection[str] = frozenset()
+    model: nn.Module,
+    targets: list[str] | str,
+    *,
+    unreached: Collection[str] = frozenset(),
+    layers: list[int] | str | None = None,
 ) -> list[str]:
     """Full names of the linear layers to adapt.
 
@@ -81,10 +86,26 @@ def resolve_targets(
 
     Args:
         unreached: linear layers that the logits do not depend on (:mod:`tsqlora_scale.model.probe`).
+        layers: ``adapter.layers``: of these blocks alone.
 
     Raises:
-        UserError: when a suffix matches no linear layer, or only such layers.
+        UserError: when a suffix matches no linear layer, or only such layers; or none of them lies in ``layers``.
     """
+    chosen = _matching(model, targets, unreached)
+    if layers is None:
+        return chosen
+    blocks = chosen_blocks(model, layers)
+    inside = [name for name in chosen if block_of(name) in blocks]
+    if not inside:
+        raise UserError(
+            f"adapter.layers={layers!r}: none of the layers of adapter.target_modules ({kinds_of(chosen)}) lies in "
+            "these blocks and would train; choose other blocks or layers"
+        )
+    return inside
+
+
+def _matching(model: nn.Module, targets: list[str] | str, unreached: Collection[str]) -> list[str]:
+    """:func:`resolve_targets` in all blocks."""
     layers = linear_layers(model)
     idle = set(unreached) | read_past(model)
     blocks = [name for name in layers if in_blocks(name)]

@@ -92,9 +92,11 @@ def check_pass(config: Config, model_config: Any, task: Task) -> PassFindings:
         )
     bare = skeleton(task.auto_class, model_config, trust_remote_code=trust)
     _check_beams(config, bare)
-    targets, idle = config.adapter.target_modules, set[str]()
+    targets, layers, idle = config.adapter.target_modules, config.adapter.layers, set[str]()
     if ADAPTER_TRAITS[config.adapter.type].layers:
-        chosen, all_of_them = (set(resolve_targets(bare, targets, unreached=u)) for u in (probe.unreached, ()))
+        chosen, all_of_them = (
+            set(resolve_targets(bare, targets, unreached=u, layers=layers)) for u in (probe.unreached, ())
+        )
         idle = all_of_them - chosen
     if launched_rank() == 0:
         if idle:

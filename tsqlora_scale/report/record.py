@@ -124,7 +124,9 @@ class RunRecord:
                 lines = [
                     text
                     for text, line in found
-                    if line is not None and line["step"] <= step and not ("eval" in line and line["step"] == last_step)
+                    if line is not None
+                    and line["step"] <= step
+                    and not (line["step"] == last_step and {"eval", "eval_average"} & line.keys())
                 ]
                 with written_whole(path) as partial:
                     partial.write_text("".join(f"{text}\n" for text in lines), encoding="utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,11 @@ from tsqlora_scale.common.random_streams import generator_for, seed_libraries
 from tsqlora_scale.config.schema import Config
 from tsqlora_scale.engine.collectives import World
 from tsqlora_scale.engine.engine import start_engine
-from tsqlora_scale.engine.sharded import write_parameter
 from tsqlora_scale.engine.start import shards_parameters, start_accelerator
 from tsqlora_scale.engine.train_state import TrainState
 from tsqlora_scale.model.adapters.adapter_type import adapter_type
 from tsqlora_scale.model.base_model import load_base
+from tsqlora_scale.model.block_depths import lr_scales
 from tsqlora_scale.model.pass_check import check_loaded
 from tsqlora_scale.quality.scores.score_parts import PARTS
 from tsqlora_scale.quality.selectors.selector import Selector, SelectorContext
@@ -39,6 +40,7 @@ from tsqlora_scale.run.old_checkpoints import of_today
 from tsqlora_scale.run.plan import RunPlan
 from tsqlora_scale.run.preemption import StopRequest
 from tsqlora_scale.run.preflight import Described, Preflight, resumes_in
+from tsqlora_scale.run.pretrained import Pretrained, write_values
 from tsqlora_scale.run.rank_file import start_by_file
 from tsqlora_scale.run.resume import (
     find_checkpoint,
@@ -62,6 +64,7 @@ def build_run(
     *,
     resume: str | None = None,
     adapter: str | None = None,
+    pretrained: Pretrained | None = None,
     stop: StopRequest | None = None,
     lock: RunLock | None = None,
     writes: bool = True,
@@ -71,6 +74,7 @@ def build_run(
     Args:
         resume: ``auto`` (the newest complete checkpoint of the run folder, if any) or a checkpoint folder.
         adapter: a saved adapter's folder, to start from its ranks and values.
+        pretrained: the adapter of a run before this one, on another head, to start from likewise.
         stop: by which the run is asked to stop; none: nothing asks.
         lock: of the folders that are written, taken here if it has not been; none: the caller is the only writer.
         writes: whether the run has a folder; else nothing is written and nothing there is looked at.
@@ -93,14 +97,8 @@ def build_run(
         selector = build_selector(preflight, world, stop, watchdog)
         model = build_model(preflight, device=accelerator.device, init="default" if adapter else None)
         ranks = build_controller(config, plan, without_batch=preflight.findings.without_batch)
-        if tree is not None:
-            give(model, tree["ranks"], {name: entry.value for name, entry in state.params.items()})
-        elif adapter is not None:
-            give(model, *adapter_type(config.adapter.type).read(model, Path(adapter)))
-        elif config.adapter.init == "eva":
-            start_from_samples(model, config, preflight.task, device=accelerator.device)
-        else:
-            start_new(model, config, says=accelerator.is_main_process)
+        start = (None if tree is None else tree["ranks"], state)
+        set_start(model, preflight, *start, adapter=adapter, pretrained=pretrained, accelerator=accelerator)
         engine = start_engine(
             accelerator,
             model,
@@ -108,6 +106,7 @@ def build_run(
             micro_batch_size=plan.micro_batch_size,
             before_prepare=listening(ranks, selector),
             state=state,
+            lr_scales=depth_scales(config),
         )
         check_loaded(config, engine.module, preflight.task, world)
         run = Run(
@@ -120,6 +119,7 @@ def build_run(
             ranks=ranks,
             stop=stop,
             watchdog=watchdog,
+            pretraining=None if pretrained is None else pretrained.summary,
         )
         if writes:
             open_folder(run, tree, resume)
@@ -143,6 +143,31 @@ def check_sharding(preflight: Preflight) -> None:
             "adapter.init='eva' looks at samples with the base whole, which ZeRO-3 and FSDP2 share among the ranks; "
             "use DDP or ZeRO-2, or another adapter.init"
         )
+
+
+def set_start(
+    model: torch.nn.Module,
+    preflight: Preflight,
+    ranks: dict[str, int] | None,
+    state: TrainState,
+    *,
+    adapter: str | None,
+    pretrained: Pretrained | None,
+    accelerator: Accelerator,
+) -> None:
+    """Give a fresh adapter the values that the run starts from: of the checkpoint of ``ranks`` and ``state``, if any;
+    else as :func:`build_run` says, or :func:`start_new`. With ZeRO-3 a collective."""
+    config = preflight.config
+    if ranks is not None:
+        give(model, ranks, {name: entry.value for name, entry in state.params.items()})
+    elif adapter is not None:
+        give(model, *adapter_type(config.adapter.type).read(model, Path(adapter)))
+    elif pretrained is not None:
+        pretrained.give_to(model)
+    elif config.adapter.init == "eva":
+        start_from_samples(model, config, preflight.task, device=accelerator.device)
+    else:
+        start_new(model, config, says=accelerator.is_main_process)
 
 
 def find_state(preflight: Preflight, resume: str | None, world: World) -> tuple[TrainState, dict[str, Any] | None]:
@@ -205,13 +230,6 @@ def give(model: torch.nn.Module, ranks: dict[str, int], values: dict[str, torch.
     """Ranks by layer, and parameters by name. With ZeRO-3 a collective."""
     set_ranks(model, ranks)
     write_values(model, values)
-
-
-def write_values(model: torch.nn.Module, values: dict[str, torch.Tensor]) -> None:
-    """Set parameters by name. With ZeRO-3 a collective."""
-    params = dict(model.named_parameters())
-    for name, value in sorted(values.items()):
-        write_parameter(params[name], value)
 
 
 def build_base(described: Described, *, device: torch.device, says: bool = True) -> tuple[torch.nn.Module, list[str]]:
@@ -301,6 +319,12 @@ def listening(ranks: RankController, selector: Selector) -> Callable[[torch.nn.M
         selector.listener.attach(module)
 
     return attach
+
+
+def depth_scales(config: Config) -> Callable[[torch.nn.Module], dict[str, float]] | None:
+    """Learning rates by depth, ``train.lr_decay``; None where all are one."""
+    decay = config.train.lr_decay
+    return None if decay == 1 else partial(lr_scales, decay=decay)
 
 
 def load_adapted(described: Described, adapter: Path, *, device: torch.device) -> Any:

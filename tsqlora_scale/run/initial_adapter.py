@@ -70,7 +70,8 @@ def check_initial(config: Config, model_config: Any, *, unreached: Collection[st
             raise UserError(f"{key}: {told}") from None
         ranks, scalings = layer_ranks(folder), layer_scalings(folder)
     _check_base(config, description, key)
-    targets = set(resolve_targets(bare, config.adapter.target_modules, unreached=unreached))
+    layers = config.adapter.layers
+    targets = set(resolve_targets(bare, config.adapter.target_modules, unreached=unreached, layers=layers))
     differing = sorted(targets ^ ranks.keys())
     if differing:
         which = "not adapted there" if differing[0] in targets else "adapted there, and not by adapter.target_modules"

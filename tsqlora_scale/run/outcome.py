@@ -47,6 +47,8 @@ def build_result(run: Run, metrics: dict[str, float], adapter: Path) -> dict[str
             "step": run.kept["step"],
             "ranks": {short_name(n): r for n, r in run.kept["ranks"].items()},
         },
+        "pretraining": run.pretraining,
+        "average": _average(run),
         "stopped_early": run.early_stop and {key: run.early_stop[key] for key in ("step", "patience")},
         "metric_titles": {name: metric_title(name, run.config.task.labels) for name in metrics},
         "best": _best(run),
@@ -93,6 +95,13 @@ def _identity(run: Run) -> dict[str, Any]:
         "data": {"train": run.task.digest(), "dev": run.task.digest("dev") if run.task.dev is not None else None},
         "code": {"version": versions().get("tsqlora-scale", "not installed"), "source": source_digest()},
     }
+
+
+def _average(run: Run) -> dict[str, Any] | None:
+    """The average of the last parameters: of which steps, and its metrics; None without one."""
+    if run.average_metrics is None:
+        return None
+    return {"steps": run.average.steps, "metrics": run.average_metrics}
 
 
 def _highest(peaks: list[dict[str, int]]) -> dict[str, int]:

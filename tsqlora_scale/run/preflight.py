@@ -7,7 +7,7 @@ import logging
 import os
 import tempfile
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +58,8 @@ class Preflight(Described):
     findings: PassFindings
     #: Of ``scoring.proxy_model``'s own run.
     proxy: Preflight | None = None
+    #: Of the run of ``pretrain``, where this one starts.
+    pretraining: Preflight | None = None
 
 
 def check(config: Config, *, data: Data | None = None, starts: bool = True) -> Preflight:
@@ -105,7 +107,44 @@ def check(config: Config, *, data: Data | None = None, starts: bool = True) -> P
             proxy = check(config.of_proxy(), data=described.data)
             if len(proxy.data.train) != len(described.data.train):
                 raise UserError("its tokenizer makes nothing of rows that the model reads; take them out of the data")
-    return Preflight(**vars(described), plan=plan, findings=findings, proxy=proxy)
+    found = Preflight(**vars(described), plan=plan, findings=findings, proxy=proxy)
+    return replace(found, pretraining=check_pretraining(found)) if starts and config.pretrains else found
+
+
+def check_pretraining(after: Preflight) -> Preflight:
+    """The checks of the run of ``pretrain``.
+
+    Args:
+        after: of the run that goes on with its adapter.
+
+    Raises:
+        UserError: naming the key; or the adapter of the one model does not fit the other.
+    """
+    from tsqlora_scale.tasks.rows.corpus_rows import corpus_data
+
+    config = after.config
+    with naming(f"pretrain.objective={config.pretrain.objective!r}"):
+        own = config.of_pretraining()
+        found = check(own, data=corpus_data(own, after.task if config.pretrain.file is None else None))
+        wanted, adapted = adapted_layers(after), adapted_layers(found)
+        if not wanted <= adapted:
+            raise UserError(
+                f"its model has no {min(wanted - adapted)} to adapt, as the task's has: its layers have other names; "
+                "choose another objective, or leave pretrain out"
+            )
+    return found
+
+
+def adapted_layers(checked: Preflight) -> set[str]:
+    """Names of the linear layers that a checked run adapts."""
+    from tsqlora_scale.model.base_model import skeleton
+    from tsqlora_scale.model.linear_layers import resolve_targets
+
+    config = checked.config
+    trust = config.model.trust_remote_code
+    bare = skeleton(checked.task.auto_class, checked.model_config, trust_remote_code=trust)
+    adapter, unreached = config.adapter, checked.findings.unreached
+    return set(resolve_targets(bare, adapter.target_modules, unreached=unreached, layers=adapter.layers))
 
 
 def check_evaluation(config: Config, adapter: str | Path) -> Described:
@@ -250,7 +289,7 @@ def resumes_in(config: Config, resume: str) -> bool:
 
 
 def check_run_dir(config: Config, *, overwrite: bool, resume: str | None) -> None:
-    """Never write over a run unless asked to; nor over its proxy's.
+    """Never write over a run unless asked to; nor over those before it, its proxy's and its pretraining's.
 
     Args:
         resume: what ``--resume`` says. A checkpoint of another folder starts a new run in this one.
@@ -260,8 +299,8 @@ def check_run_dir(config: Config, *, overwrite: bool, resume: str | None) -> Non
     """
     from tsqlora_scale.report.record import CONTENTS
 
-    if config.scores_by_proxy:
-        check_run_dir(config.of_proxy(), overwrite=overwrite, resume=None if resume is None else "auto")
+    for before in config.runs_before:
+        check_run_dir(before, overwrite=overwrite, resume=None if resume is None else "auto")
     folder = config.run_dir
     continues = resume is not None and resumes_in(config, resume)
     if not overwrite and not continues and any(os.path.lexists(folder / name) for name in CONTENTS):

@@ -34,7 +34,8 @@ def check_rank_file(config: Config, model_config: Any, *, unreached: Collection[
     """
     bare = skeleton(auto_class_of(config.task), model_config, trust_remote_code=config.model.trust_remote_code)
     layers = linear_layers(bare)
-    names = resolve_targets(bare, config.adapter.target_modules, unreached=unreached)
+    adapter = config.adapter
+    names = resolve_targets(bare, adapter.target_modules, unreached=unreached, layers=adapter.layers)
     ranks = ranks_by_file(config, names)
     key = f"allocation.file={config.allocation.file!r}"
     for name, rank in ranks.items():

@@ -18,7 +18,6 @@ from tsqlora_scale.common.disk_arrays import filled
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.failures import Watchdog
 from tsqlora_scale.common.files import WRITE_ERRORS
-from tsqlora_scale.config.locations import lasting
 from tsqlora_scale.config.schema import Config
 from tsqlora_scale.engine.engine import Engine
 from tsqlora_scale.model.adapters.adapter_type import adapter_type
@@ -29,18 +28,19 @@ from tsqlora_scale.report.progress import Progress
 from tsqlora_scale.report.record import RunRecord
 from tsqlora_scale.run.checkpoint import checkpoint_dir
 from tsqlora_scale.run.draw_counts import DrawCounts
+from tsqlora_scale.run.kept_adapter import named_base, write_adapter_of
 from tsqlora_scale.run.lr_schedule import learning_rate
 from tsqlora_scale.run.nonfinite import NonFiniteSteps
+from tsqlora_scale.run.parameter_average import ParameterAverage
 from tsqlora_scale.run.plan import RunPlan, due
 from tsqlora_scale.run.preemption import StopRequest
 from tsqlora_scale.run.run_checkpoints import RunCheckpoints
-from tsqlora_scale.run.trained_adapter import write_from_checkpoint
+from tsqlora_scale.step import StepResult, Teacher
 from tsqlora_scale.tasks import Task
 from tsqlora_scale.tasks.evaluation import evaluate_all
 
 if TYPE_CHECKING:
     from tsqlora_scale.engine.train_state import TrainState
-    from tsqlora_scale.step import StepResult
 
 log = logging.getLogger("tsqlora_scale")
 
@@ -68,6 +68,11 @@ class Run:
     draws: DrawCounts = field(init=False)
     best: dict[str, Any] | None = None
     checkpoints: RunCheckpoints = field(init=False)
+    average: ParameterAverage = field(init=False)
+    #: What the run on plain text before this one was.
+    pretraining: dict[str, Any] | None = None
+    #: Of the average of the last parameters, once it is evaluated.
+    average_metrics: dict[str, float] | None = None
     nonfinite: NonFiniteSteps = field(init=False)
     initial_ranks: dict[str, int] = field(default_factory=dict)
     metrics_before: dict[str, float] = field(default_factory=dict)
@@ -83,6 +88,7 @@ class Run:
     def __post_init__(self) -> None:
         self.nonfinite = NonFiniteSteps(self.config.train.max_nonfinite)
         self.checkpoints = RunCheckpoints(self.record.folder / "checkpoints", keep=self.config.train.checkpoint_keep)
+        self.average = ParameterAverage(self.config)
         self.initial_ranks = current_ranks(self.engine.module)
         self._total_rank = sum(self.initial_ranks.values())
         with self.engine.world.together():
@@ -103,6 +109,14 @@ class Run:
     def lr(self) -> float:
         """Learning rate of the next step."""
         return learning_rate(self.config.train, self.step, self.plan.total_steps)
+
+    @property
+    def teacher(self) -> Teacher | None:
+        """The average of the last parameters, where ``train.distill`` learns from it and there is one yet."""
+        weight = self.config.train.distill
+        if weight is None or not self.average.steps:
+            return None
+        return Teacher(self.average.values(self.engine.module), weight.weight)
 
     def progress(self, what: str) -> Progress:
         """Progress shown by rank 0."""
@@ -139,6 +153,8 @@ class Run:
         if result.taken:
             self.seen[rows] = True
         outcome: dict[str, Any] = {"loss": result.loss}
+        if result.teacher_gap is not None:
+            outcome["teacher_gap"] = result.teacher_gap
         if result.failed:
             ids = self.task.sample_ids
             outcome = self.nonfinite.add(result, [ids[i] for i in rows.tolist()], [ids[i] for i in result.culprits])
@@ -181,6 +197,7 @@ class Run:
     def after_step(self) -> None:
         """Evaluate and save, as far as either is due. A collective."""
         train = self.config.train
+        self.average.after_step(self.step, self.engine)
         is_best = False
         if due(train.eval_every, self.step) and self.step < self.plan.total_steps:
             metrics = self.evaluate()
@@ -229,8 +246,12 @@ class Run:
         """Metrics of what the run has come to; those of the evaluation that has ended it, if one has. A collective."""
         return self.evaluate() if self.early_stop is None else dict(self.early_stop["metrics"])
 
-    def evaluate(self) -> dict[str, float]:
-        """Metrics on every development set; empty without one."""
+    def evaluate(self, *, key: str = "eval") -> dict[str, float]:
+        """Metrics on every development set; empty without one.
+
+        Args:
+            key: of the metrics in ``metrics.jsonl``.
+        """
         if self.task.dev is None:
             return {}
         with self.record.phase("evaluation"), self.progress("evaluating") as bar:
@@ -242,7 +263,7 @@ class Run:
                 progress=bar,
             )
         metrics = self.engine.world.broadcast(metrics)  # what follows from them is decided alike on every rank
-        self.record.metrics(step=self.step, eval=metrics)
+        self.record.metrics(step=self.step, **{key: metrics})
         return metrics
 
     def note_best(self, metrics: dict[str, float]) -> bool:
@@ -303,49 +324,11 @@ class Run:
         """
         values = {name: entry.value for name, entry in state.params.items()} | untrained
         kind = adapter_type(self.config.adapter.type)
-        return {**kind.describe(self.engine.module, values, **self._base()), "untrained": untrained}
-
-    def _base(self) -> dict[str, Any]:
-        """What ``adapter_config.json`` says of the base."""
-        model = self.config.model
-        return {"base_name": lasting(model.name_or_path, key="model.name_or_path"), "revision": model.revision}
+        return {**kind.describe(self.engine.module, values, **named_base(self.config.model)), "untrained": untrained}
 
     def save_adapter(self, metrics: dict[str, float]) -> Path:
-        """Write ``adapter/``, plain PEFT, as ``train.keep`` says. A collective; rank 0 writes.
-
-        Args:
-            metrics: of the last step.
-        """
-        folder = self.record.folder / "adapter"
-        values = {name: entry.value for name, entry in self.engine.gather().params.items()}
-        kind = adapter_type(self.config.adapter.type)
-        values |= kind.untrained(self.engine.module)
-        is_best = self.best is not None and self.best["step"] == self.step
-        which = "best" if is_best and self.config.train.keep == "best" else "last"
-        self.kept = {"which": which, "step": self.step, "metrics": metrics, "ranks": current_ranks(self.engine.module)}
-
-        def write() -> None:
-            kind.save(self.engine.module, values, folder, **self._base())
-            best = self.best_checkpoint()
-            if best is not None:  # in the place of the last step's two files; what else belongs to an adapter stays
-                assert self.best is not None
-                ranks = write_from_checkpoint(best, folder)["ranks"]
-                best_metrics = self.best.get("metrics", {self.best["metric"]: self.best["value"]})
-                self.kept = {"which": "best", "step": self.best["step"], "metrics": best_metrics, "ranks": ranks}
-            self.task.tokenizer.save_pretrained(str(folder))
-
-        self.write_on_main(f"the adapter, {str(folder)!r},", write)
-        self.kept = self.engine.world.broadcast(self.kept)
-        return folder
-
-    def best_checkpoint(self) -> Path | None:
-        """The checkpoint that ``train.keep`` asks for in the place of the last step. On rank 0."""
-        if self.config.train.keep != "best" or (self.best is not None and self.best["step"] == self.step):
-            return None
-        if self.best is None or Path(self.best["checkpoint"]).name != self.checkpoints.best:
-            log.warning("adapter/ holds the last step: the best evaluation's checkpoint could not be kept")
-            return None
-        return self.record.folder / str(self.best["checkpoint"])
+        """See :func:`.write_adapter_of`. A collective."""
+        return write_adapter_of(self, metrics)
 
     def state_dict(self) -> dict[str, Any]:
         """All that changes during a run, beside parameters and moments: JSON values and tensors."""
@@ -361,6 +344,8 @@ class Run:
             "lengths": self.lengths,
             "stale": self.stale,
             "early_stop": self.early_stop,
+            "average": self.average.state_dict(),
+            "pretraining": self.pretraining,
             "loss_scaler": self.engine.scaler_state(),
             "metrics_before": self.metrics_before,
             "seen": torch.from_numpy(self.seen.view(np.uint8)),
@@ -378,6 +363,8 @@ class Run:
         self.ranks.load_state_dict(tree["controller"])
         self.step, self.best, self.checkpoints.best = tree["step"], tree["best"], tree["best_kept"]
         self.nonfinite.count = tree["nonfinite"]
+        self.average.load_state_dict(tree.get("average", {}))
+        self.pretraining = tree.get("pretraining")
         self.lengths, self.stale = tree.get("lengths", []), tree.get("stale", 0)
         patience = self.config.train.patience
         if patience is not None and self.stale >= patience:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tsqlora_scale.tasks.batch import Batch
 from tsqlora_scale.tasks.objectives.causal import CausalObjective
 from tsqlora_scale.tasks.objectives.chat import ChatObjective
 from tsqlora_scale.tasks.objectives.seq2seq import Seq2SeqObjective
@@ -50,6 +51,17 @@ def needed_logits(module: Any, places: Tensor | None, shape: torch.Size) -> Iter
         yield
     finally:
         handle.remove()
+
+
+def at_places(logits: Tensor, batch: Batch) -> Tensor:
+    """The logits at ``batch.places``, (n, V), of those of these places alone, (1, n, V), or of all, packed or not."""
+    assert batch.places is not None
+    if logits.shape[:2] == batch.targets.shape:
+        return logits.flatten(0, 1).index_select(0, batch.places)
+    if batch.packing is not None and logits.shape[:2] == batch.packing.shape:
+        return logits.flatten(0, 1).index_select(0, batch.packing.places)
+    assert logits.shape[:2] == (1, len(batch.places)), "neither the logits of all places nor those of the needed ones"
+    return logits[0]
 
 
 def _output_layer(module: Any) -> nn.Linear | None:

@@ -20,7 +20,7 @@ from tsqlora_scale.tasks.batch import Batch, places_of
 from tsqlora_scale.tasks.known_padding import known_padding, padding_of
 from tsqlora_scale.tasks.losses import loss_terms, losses_at
 from tsqlora_scale.tasks.metrics import METRICS, SampleLosses, compute_metrics, needs_answers, needs_losses
-from tsqlora_scale.tasks.needed_logits import needed_logits, token_shift
+from tsqlora_scale.tasks.needed_logits import at_places, needed_logits, token_shift
 from tsqlora_scale.tasks.objective_names import check_members, objective_class
 from tsqlora_scale.tasks.objectives.chat import ChatObjective
 from tsqlora_scale.tasks.objectives.label_heads import LabelObjective
@@ -164,15 +164,15 @@ class Task:
         target tokens (docs/method.md). Their sums over an optimizer step, divided, are the step's loss, however the
         step is cut into batches.
         """
-        logits, places = outputs.logits, batch.places
+        logits, places = self.needed(outputs, batch), batch.places
         if places is None or self._shift is None:
             return self._objective.losses(logits, batch.targets)
-        if logits.shape[:2] == batch.targets.shape:
-            logits = logits.flatten(0, 1).index_select(0, places).unsqueeze(0)
-        elif batch.packing is not None and logits.shape[:2] == batch.packing.shape:
-            logits = logits.flatten(0, 1).index_select(0, batch.packing.places).unsqueeze(0)
-        assert logits.shape[:2] == (1, len(places)), "neither the logits of all places nor those of the needed ones"
-        return losses_at(logits[0], batch.targets, places, shift=self._shift)
+        return losses_at(logits, batch.targets, places, shift=self._shift)
+
+    def needed(self, outputs: Any, batch: Batch) -> Tensor:
+        """The logits that a loss is taken at: (n, V) at ``batch.places``, or all of them where there are none."""
+        logits: Tensor = outputs.logits
+        return logits if batch.places is None or self._shift is None else at_places(logits, batch)
 
     def loss_terms(self, batch: Batch) -> Tensor:
         """Number of loss terms of every sample (B,) float32, as :meth:`loss_sums` counts them, before any forward."""

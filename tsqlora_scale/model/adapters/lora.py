@@ -159,7 +159,7 @@ class LoraAdapter:
         Factors and newly initialised heads train in float32; with a 16-bit base the forward runs under autocast, the
         same on every engine.
         """
-        targets = resolve_targets(base, adapter.target_modules, unreached=unreached)
+        targets = resolve_targets(base, adapter.target_modules, unreached=unreached, layers=adapter.layers)
         layers = linear_layers(base)
         trained = [module for module in new_modules if not is_idle(module, layers, unreached)]
         config = LoraConfig(

@@ -1,0 +1,110 @@
+"""What is hidden in plain text, and that it can be told from what is left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoConfig, PreTrainedTokenizerFast
+
+from tests.tiny import WORDS, tiny_model, tiny_tokenizer
+from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.common.random_streams import philox
+from tsqlora_scale.config.pretrain_section import PretrainConfig
+from tsqlora_scale.config.task_section import TaskConfig
+from tsqlora_scale.tasks.batch import IGNORED
+from tsqlora_scale.tasks.objectives.corpus import CorruptedText, MaskedText, PlainText, hidden_spans
+
+TEXTS = [" ".join(WORDS[start : start + 30]) for start in range(0, 5)] + ["film"]
+STREAMS = list(range(len(TEXTS)))
+ROWS = {"text": TEXTS, "mask_stream": STREAMS}
+
+
+def task(objective: str) -> TaskConfig:
+    own = PretrainConfig(objective=objective)  # type: ignore[arg-type]
+    return TaskConfig.model_validate(own.task(max_length=40))
+
+
+def config_of(kind: str, models: Path) -> object:
+    return AutoConfig.from_pretrained(tiny_model(kind, models))
+
+
+@given(st.integers(1, 400), st.integers(1, 100), st.integers(0, 50))
+def test_spans_hide_their_share(length: int, most: int, seed: int) -> None:
+    hidden = hidden_spans(length, philox(seed, "test"), most=most)
+    spans = int(hidden[0]) + int((np.diff(hidden.astype(int)) == 1).sum())
+    assert hidden.sum() == (min(max(round(0.15 * length), 1), length - 1) if length > 1 else 1)
+    assert 1 <= spans <= most
+    assert length == 1 or not hidden[0]
+
+
+def test_masked_tokens_are_learned_and_the_rest_is_not(models_dir: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    objective = MaskedText(task("mlm"), tokenizer, config_of("bert", models_dir))  # type: ignore[arg-type]
+    inputs, targets = objective.collate(ROWS, 40)
+    again, _ = objective.collate({"text": TEXTS[2:3], "mask_stream": STREAMS[2:3]}, 40)
+    assert (again["input_ids"][0] == inputs["input_ids"][2][: again["input_ids"].shape[1]]).all()
+    plain = [tokenizer(text)["input_ids"] for text in TEXTS]
+    kinds = {"mask": 0, "same": 0, "other": 0}
+    for row, ids in enumerate(plain):
+        hidden = [place for place in range(len(ids)) if targets[row, place] != IGNORED]
+        assert len(hidden) == max(1, round(0.15 * (len(ids) - 2)))
+        assert 0 not in hidden and len(ids) - 1 not in hidden
+        for place, token in enumerate(ids):
+            seen = int(inputs["input_ids"][row, place])
+            if place not in hidden:
+                assert seen == token
+                continue
+            assert int(targets[row, place]) == token
+            kinds["mask" if seen == tokenizer.mask_token_id else "same" if seen == token else "other"] += 1
+    assert kinds["mask"] > kinds["same"] + kinds["other"]
+
+
+@pytest.mark.parametrize("sentinels", [True, False])
+def test_a_text_comes_back_from_its_spans(models_dir: Path, sentinels: bool) -> None:
+    tokenizer: PreTrainedTokenizerFast = tiny_tokenizer()
+    if sentinels:
+        tokenizer.add_tokens([f"<extra_id_{number}>" for number in range(20)], special_tokens=True)
+    objective = CorruptedText(task("span"), tokenizer, config_of("bart", models_dir))  # type: ignore[arg-type]
+    inputs, targets = objective.collate(ROWS, 40)
+    for row, text in enumerate(TEXTS):
+        words = tokenizer(text)["input_ids"][1:-1]
+        target = [int(token) for token in targets[row] if token != IGNORED]
+        source = [
+            int(t) for t, real in zip(inputs["input_ids"][row], inputs["attention_mask"][row], strict=True) if real
+        ]
+        decoder = [int(token) for token in inputs["decoder_input_ids"][row][: len(target)]]
+        assert decoder == [2, *target[:-1]] and target[-1] == tokenizer.eos_token_id
+        if not sentinels:
+            assert target[:-1] == words and tokenizer.mask_token_id in source
+            continue
+        marks = set(tokenizer.convert_tokens_to_ids([f"<extra_id_{number}>" for number in range(20)]))
+        spans: dict[int, list[int]] = {}
+        for token in target[:-1]:
+            if token in marks:
+                spans[token] = current = []
+            else:
+                current.append(token)
+        back = [token for one in source[1:-1] for token in (spans[one] if one in marks else [one])]
+        assert back == words
+        assert sum(map(len, spans.values())) == max(1, round(0.15 * len(words)))
+
+
+def test_every_token_of_plain_text_is_learned(models_dir: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    objective = PlainText(task("causal"), tokenizer, config_of("llama", models_dir))  # type: ignore[arg-type]
+    inputs, targets = objective.collate(ROWS, 40)
+    ids = tokenizer(TEXTS[-1])["input_ids"]
+    assert targets[-1].tolist() == ids + [IGNORED] * (targets.shape[1] - len(ids))
+    assert inputs["attention_mask"].sum(1).tolist() == (targets != IGNORED).sum(1).tolist()
+
+
+def test_tokenizers_without_a_mask(models_dir: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.mask_token = None
+    for cls, objective, kind in ((MaskedText, "mlm", "bert"), (CorruptedText, "span", "t5")):
+        with pytest.raises(UserError, match="mask token"):
+            cls(task(objective), tokenizer, config_of(kind, models_dir))  # type: ignore[arg-type]
