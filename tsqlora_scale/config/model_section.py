@@ -173,6 +173,8 @@ class AdapterConfig(Section):
         kind = f"'adapter.type: {self.type}'"
         if not traits.layers and self.target_modules != "auto":
             raise ValueError(f"{kind} chooses no linear layers; remove 'target_modules'")
+        if not traits.layers and self.layers is not None:
+            raise ValueError(f"{kind} sits in all blocks; remove 'layers'")
         if not traits.layers and self.dropout:
             raise ValueError(f"{kind} has no factors whose input 'dropout' ({self.dropout:g}) could drop; remove it")
         if self.init != "default" and self.type not in ("lora", "rslora", "loratrf"):

@@ -194,20 +194,15 @@ def _check_adapter_type(config: Config, bare: Any) -> None:
             )
         return
     layers: dict[str, Any] = linear_layers(bare)
-    widest = max(
-        min(layers[name].weight.shape) for name in resolve_targets(bare, adapter.target_modules, layers=adapter.layers)
-    )
+    targets = resolve_targets(bare, adapter.target_modules, layers=adapter.layers)
+    widest = max(min(layers[name].weight.shape) for name in targets)
     if adapter.r > widest:
         raise UserError(
             f"adapter.r={adapter.r}: no layer that is adapted has a rank above {widest}; lower it, "
             "or choose other adapter.target_modules"
         )
     tied = {name for names in ties_of(bare) for name in names}
-    shared = [
-        name
-        for name in resolve_targets(bare, adapter.target_modules, layers=adapter.layers)
-        if f"{name}.weight" in tied
-    ]
+    shared = [name for name in targets if f"{name}.weight" in tied]
     if adapter.starts_in_base and shared:
         raise UserError(
             f"adapter.init={adapter.init!r}: takes factors out of the weight of {shared[0]}, which other layers share; "
