@@ -71,8 +71,8 @@ def test_mistakes_are_user_errors(tmp_path: Path, models_dir: Path) -> None:
         score(config, top=0)
     with pytest.raises(UserError, match="nothing to score"):
         score(config_of(tmp_path, models_dir, "lora", "adapter.method=lora"))
-    with pytest.raises(UserError, match="form='gguf'"):
-        export(tmp_path, "gguf", tmp_path / "out")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="form='onnx'"):
+        export(tmp_path, "onnx", tmp_path / "out")  # type: ignore[arg-type]
 
 
 def test_importing_it_is_cheap() -> None:
