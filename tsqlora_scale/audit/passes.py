@@ -13,7 +13,7 @@ from tsqlora_scale.quality.features.forward_pass import ForwardPass, Look
 from tsqlora_scale.quality.features.hidden_states import mean_states, with_states
 from tsqlora_scale.quality.query.query_rater import QueryRater
 from tsqlora_scale.run.training_run import Run
-from tsqlora_scale.tasks.batch import Batch
+from tsqlora_scale.tasks.batch import Batch, class_logits
 
 #: hidden layers whose states are features, spread evenly from the embeddings to the last
 LAYERS = 4
@@ -46,8 +46,7 @@ def class_scores(run: Run) -> Look:
 
     def see(module: nn.Module, batch: Batch) -> Tensor:
         if task.gives_probabilities:
-            logits: Tensor = module(**batch.inputs).logits
-            return logits.float().log_softmax(-1)
+            return class_logits(module(**batch.inputs).logits, batch).float().log_softmax(-1)
         if run.config.task.type == "regression":
             return torch.tensor(task.predict(module, batch, synced=True), dtype=torch.float32)[:, None]
         return task.losses(module, batch)[:, None]

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from pydantic import model_validator
 
 from tsqlora_scale.config.agreements import check_agreements
+from tsqlora_scale.config.dataset_section import DatasetConfig
 from tsqlora_scale.config.fields import Section
 from tsqlora_scale.config.model_section import AdapterConfig, ModelConfig
 from tsqlora_scale.config.presets import from_0_1, with_preset
@@ -32,7 +33,7 @@ from tsqlora_scale.config.rank_sections import (
     ScheduleConfig,
     SensitivityConfig,
 )
-from tsqlora_scale.config.task_section import DatasetConfig, TaskConfig
+from tsqlora_scale.config.task_section import TaskConfig
 from tsqlora_scale.config.train_section import RunConfig, TrainConfig
 
 __all__ = [
@@ -109,9 +110,13 @@ class Config(Section):
 
     def with_labels(self, labels: list[str] | int | None) -> Config:
         """The same run with the classes that the data has, where the config names none."""
-        if labels == self.task.labels:
+        return self.with_task(labels=labels)
+
+    def with_task(self, **values: Any) -> Config:
+        """The same run with keys of the task that have been found out: its classes, what its prompt is made of."""
+        if all(getattr(self.task, key) == value for key, value in values.items()):
             return self
-        return self.model_copy(update={"task": self.task.model_copy(update={"labels": labels})})
+        return self.model_copy(update={"task": self.task.model_copy(update=values)})
 
     def for_scoring(self) -> Config:
         """The same run up to its first pass over the pool, whose raw numbers stay; nothing else happens in it."""

@@ -7,102 +7,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from tsqlora_scale.config.fields import IsoDate, KeptOrNot, PositiveFloat, PositiveInt, Section, name_or_extension
+from tsqlora_scale.config.dataset_section import DatasetConfig
+from tsqlora_scale.config.fields import (
+    LARGEST,
+    IsoDate,
+    KeptOrNot,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    name_or_extension,
+)
+from tsqlora_scale.config.prompt_template import check_prompt_keys
 
 #: The metrics of a task that names none.
 DEFAULT_METRICS = {"classification": "accuracy", "regression": "pearson", "seq2seq": "rougeL", "causal": "rougeL"}
-
-
-class DatasetConfig(Section):
-    """The pool and the held-out set: local files (``train_file``), or a hub dataset (``name``)."""
-
-    #: A folder that the files below lie in, or ``package:NAME/sub/folder``; none: they are found from the current one.
-    path: str | None = None
-    #: A file, a pattern (``part-*.parquet``, in the order of the names), or a list of them, one after another.
-    train_file: str | list[str] | None = None
-    #: Likewise; or a mapping of names to them, for several held-out sets, of which the first decides what is best.
-    dev_file: str | list[str] | dict[str, str | list[str]] | None = None
-    #: A hub dataset.
-    name: str | None = None
-    #: A configuration of the hub dataset; none where it has one alone.
-    subset: str | None = None
-    #: The hub dataset's split that is the pool.
-    train_split: str = "train"
-    #: None where the hub dataset has no such split; a list or a mapping of names to splits for several.
-    dev_split: str | list[str] | dict[str, str] | None = "validation"
-    #: Column names of csv/tsv files that have no header row.
-    column_names: list[str] | None = None
-    #: What a quote means in csv and tsv files: ``none``, a character like any other; ``double``, it encloses fields
-    #: and is doubled inside, as pandas writes; ``auto``, double in csv and none in tsv.
-    quoting: Literal["auto", "none", "double"] = "auto"
-    #: A column with unique sample ids; without it the id is the row's number in the pool.
-    id_column: str | None = None
-    #: A file of sample ids to leave out of the pool: one a line (txt), or a table's column ``sample_id`` or ``id``.
-    exclude: str | None = None
-    #: A column of the pool with numbers that multiply how often a row is drawn; 0 leaves it out.
-    weight: str | None = None
-    #: Leave out rows with an empty text, and conversations of which nothing can be learned, instead of refusing the
-    #: data.
-    drop_empty: bool = False
-    #: A random subset of that size, fixed by ``run.seed``: files are often sorted.
-    max_train_samples: PositiveInt | None = None
-    #: Likewise, of every held-out set.
-    max_dev_samples: PositiveInt | None = None
-    #: One half of every held-out set, drawn once for all seeds: what is chosen on ``tuning`` is reported on ``report``.
-    dev_half: Literal["tuning", "report"] | None = None
-
-    @property
-    def has_dev(self) -> bool:
-        """Whether there is a held-out set."""
-        return bool(self.dev_sets)
-
-    @property
-    def dev_sets(self) -> dict[str, str | list[str]]:
-        """Files, or the split of a hub dataset, of every held-out set by its name, the deciding one first.
-
-        One that has no name is called by the empty text.
-        """
-        if self.name is not None:
-            if isinstance(self.dev_split, list):
-                return {split: split for split in self.dev_split}
-            places: Any = self.dev_split
-        else:
-            places = self.dev_file
-        if isinstance(places, dict):
-            return dict(places)
-        return {} if places is None else {"": places}
-
-    @property
-    def is_named(self) -> bool:
-        """Whether it says where data is; one that says nothing stands beside a mixture."""
-        return bool(self.model_fields_set) and self != DatasetConfig()
-
-    @model_validator(mode="after")
-    def _one_source(self) -> DatasetConfig:
-        if not self.is_named:
-            return self
-        if (self.path is not None or self.train_file is not None) == (self.name is not None):
-            raise ValueError("needs exactly one of 'path' or 'train_file' (local files) and 'name' (a hub dataset)")
-        if self.path is not None and self.train_file is None:
-            raise ValueError("'path' needs 'train_file', the training file inside it")
-        if self.name is not None and self.dev_file is not None:
-            raise ValueError("'dev_file' is of local files, and 'name' of a hub dataset: set 'dev_split' instead")
-        return self
-
-    @model_validator(mode="after")
-    def _names_of_sets(self) -> DatasetConfig:
-        key = "dev_file" if self.name is None else "dev_split"
-        places = [(self.train_file, "train_file"), *((place, key) for place in self.dev_sets.values())]
-        for place, name in places:
-            if place in ("", []) or (isinstance(place, list) and "" in place):
-                raise ValueError(f"'{name}' names no file: give one, or leave it out")
-        sets: Any = self.dev_file if self.name is None else self.dev_split
-        if isinstance(sets, dict | list) and not sets:
-            raise ValueError(f"'{key}' names nothing: give a held-out set, or null")
-        for name in sets if isinstance(sets, dict) else ():
-            if not re.fullmatch(r"[\w.-]+", name):
-                raise ValueError(f"'{key}': {name!r} is no name of a held-out set: use letters, digits, '_', '-', '.'")
-        return self
 
 
 #: Keys of a set of a mixture that name columns, as the task's own do.
@@ -190,6 +108,18 @@ class TaskConfig(Section):
     label: str | None = None
     #: Class names in label order, or their number; none: the classes that the pool's label column holds, sorted.
     labels: list[str] | PositiveInt | None = None
+    #: A prompt in the place of a new head (classification): a text with ``{COLUMN}`` for every column of ``text`` and
+    #: one slot for the class's word, ``{mask}`` of a masked language model or, at the end, ``{answer}`` of another.
+    prompt: str | None = None
+    #: What the base of a prompt is; none: what its slot and its ``config.json`` say.
+    prompt_base: Literal["masked", "causal", "seq2seq"] | None = None
+    #: The word at the slot for every class, in the order of ``labels`` or by their names; or ``auto``: those that the
+    #: base itself puts there for the training data, found once before the first step.
+    label_words: list[str] | dict[str, str] | str | None = None
+    #: Training rows of every class that stand, answered, before each prompt; drawn by ``run.seed``.
+    demonstrations: Annotated[int, Field(ge=0, le=LARGEST)] = 0
+    #: Those rows, texts and then the class's number: a run writes them here.
+    demonstrated: list[list[str]] = []
     #: Column of the text that is given (seq2seq, causal).
     source: str | None = None
     #: Column of the text that is to be written.
@@ -266,6 +196,11 @@ class TaskConfig(Section):
         for key, type_ in [("source_lang", "seq2seq"), ("target_lang", "seq2seq"), *of_causal]:
             if getattr(self, key) is not None and self.type != type_:
                 raise ValueError(f"'{key}' is for {type_} tasks, and 'type' is {self.type!r}; remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _prompt_agrees(self) -> TaskConfig:
+        check_prompt_keys(self)
         return self
 
     @model_validator(mode="after")

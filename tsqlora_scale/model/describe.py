@@ -59,6 +59,8 @@ def describe_model(config: Config, path: str) -> Any:
     check_stored(config.model, model_config, key=key)
     if config.model.dropout is not None:
         set_dropout(model_config, config.model.dropout)
+    if config.task.prompt is not None:  # no head is new
+        return model_config
     if config.task.num_labels:
         model_config.num_labels = config.task.num_labels  # keeps the checkpoint's names if there are as many
     if config.task.type == "regression":
@@ -143,6 +145,7 @@ def check_architecture(config: Config, model_config: Any, tokenizer: Any) -> lis
     """
     from tsqlora_scale.model.base_model import skeleton
     from tsqlora_scale.model.block_depths import check_depth
+    from tsqlora_scale.model.heads import check_language_head
     from tsqlora_scale.model.linear_layers import heads_of, read_past
     from tsqlora_scale.tasks import auto_class_of, check_lengths
 
@@ -158,6 +161,9 @@ def check_architecture(config: Config, model_config: Any, tokenizer: Any) -> lis
             ) from None
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UserError(f"{key}: its config.json describes no model that can be built ({reason}); mend it") from None
+    if config.task.prompt is not None:
+        path = resolve(config.model.name_or_path, key="model.name_or_path")
+        check_language_head(bare, names_in_files(path, revision=config.model.revision), key=config.model.name_or_path)
     _check_attention(config, model_config, auto_class)
     _check_adapter_type(config, bare)
     check_depth(config, bare)

@@ -27,6 +27,7 @@ from tsqlora_scale.model.tensor_stream import SHARD_BYTES
 from tsqlora_scale.model.tied_weights import is_untied, save_untied, ties_of, untie_adapted
 from tsqlora_scale.model.weight_files import check_adapter, check_own
 from tsqlora_scale.tasks import auto_class_of, objective_class
+from tsqlora_scale.tasks.objectives.prompted import prompt_base
 
 FORMATS = ("peft", "padded", "vllm", "merged", "gguf")
 GgufType = Literal["f32", "f16", "bf16", "q8_0"]
@@ -164,6 +165,7 @@ def merge(adapter: Path, out: Path, config: Config, *, says: bool = True) -> lis
     path = resolve(config.model.name_or_path, key="model.name_or_path")
     check_weights(config, path)
     model_config, tokenizer = load_descriptions(config, path)
+    config = config.with_task(prompt_base=prompt_base(config.task, model_config))
     unquantised = check_architecture(config, model_config, tokenizer)
     check_adapter_fits(config, model_config, adapter)
     notes = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -37,6 +37,29 @@ def head_modules(model: nn.Module) -> list[str]:
     body = getattr(model, "base_model_prefix", "")
     children = {name: child for name, child in model.named_children() if any(True for _ in child.parameters())}
     return [name for name in children if (name != body if body in children else name in _KNOWN)]
+
+
+def check_language_head(bare: nn.Module, names: Collection[str], *, key: str) -> None:
+    """See that a model's files have the language head by which a prompt is answered.
+
+    Args:
+        bare: the model's modules; weights need not be there.
+        names: of the tensors in its files; empty where they are not known.
+        key: the value of ``model.name_or_path``.
+
+    Raises:
+        UserError: they have none of its parameters but what it shares with the embeddings.
+    """
+    tied = tuple(getattr(bare, "_tied_weights_keys", None) or ())
+    heads = head_modules(bare)
+    own = [name for name, _ in bare.named_parameters() if name.split(".")[0] in heads]
+    if getattr(bare.config, "tie_word_embeddings", False):  # type: ignore[union-attr]
+        own = [name for name in own if not any(name == pattern or re.search(pattern, name) for pattern in tied)]
+    if names and own and not any(name in names for name in own):
+        raise UserError(
+            f"model.name_or_path={key!r}: its files have no {own[0]}, no language head to answer task.prompt by; give "
+            f"the checkpoint of a {type(bare).__name__}, or leave out task.prompt"
+        )
 
 
 def output_layer(model: nn.Module, classes: int) -> tuple[str, nn.Linear] | None:

@@ -14,10 +14,11 @@ from huggingface_hub.utils._validators import validate_repo_id
 
 from tsqlora_scale.common.files import written_whole
 from tsqlora_scale.common.printing import printable
+from tsqlora_scale.config.dataset_section import DatasetConfig
 from tsqlora_scale.config.locations import lasting, resolve
 from tsqlora_scale.config.model_section import ADAPTER_TRAITS
+from tsqlora_scale.config.prompt_template import words_by_class
 from tsqlora_scale.config.schema import Config
-from tsqlora_scale.config.task_section import DatasetConfig
 
 NAME = "README.md"
 #: task type -> the hub's name of it, and the end of the names of its auto classes
@@ -26,6 +27,7 @@ _TASKS = {
     "regression": ("text-classification", "SequenceClassification"),
     "causal": ("text-generation", "CausalLM"),
     "seq2seq": ("text2text-generation", "Seq2SeqLM"),
+    "masked": ("fill-mask", "MaskedLM"),
 }
 
 
@@ -60,7 +62,7 @@ def model_card(config: Config, result: Mapping[str, Any], *, merged: bool, gguf_
         base_model=base,
         library_name="transformers" if merged or ADAPTER_TRAITS[config.adapter.type].own else "peft",
         license="unknown",
-        pipeline_tag=_TASKS[config.task.type][0],
+        pipeline_tag=_TASKS[config.task.prompt_base or config.task.type][0],
         datasets=list(dict.fromkeys(each.name for each in config.task.datasets if each.name)) or None,
         metrics=list(metrics) or None,
         tags=[f"base_model:{'finetune' if merged else 'adapter'}:{base}", config.adapter.type, "tsqlora"],
@@ -74,6 +76,7 @@ def model_card(config: Config, result: Mapping[str, Any], *, merged: bool, gguf_
         "The licence is not known to what wrote this page: that of the base and of the data apply.",
         "## Data",
         "\n".join(f"- {line}" for line in _data(config, result)),
+        *_prompt(config),
         *_metrics(result),
         *_ranks(result),
         "## Made with",
@@ -123,6 +126,22 @@ def _files(dataset: DatasetConfig) -> Iterator[tuple[str, int | None]]:
             yield Path(str(name)).name, path.stat().st_size if path.is_file() else None
 
 
+def _prompt(config: Config) -> list[str]:
+    """What a base is asked, and how its answer is read."""
+    task = config.task
+    if task.prompt is None or not isinstance(task.label_words, list | dict):
+        return []
+    labels = task.labels if isinstance(task.labels, list) else [str(number) for number in range(task.num_labels)]
+    pairs = zip(labels, words_by_class(task.label_words, task.labels), strict=False)
+    words = ", ".join(f"{printable(name)}: `{printable(word)}`" for name, word in pairs)
+    shown = f" Before it stand the {len(task.demonstrated)} answered rows of `task.demonstrated` in the run's config."
+    return [
+        "## Prompt",
+        f"`{printable(task.prompt)}`; the class is the one whose word has the largest logit at the slot ({words})."
+        + (shown if task.demonstrated else ""),
+    ]
+
+
 def _metrics(result: Mapping[str, Any]) -> list[str]:
     metrics = result.get("metrics", {})
     if not metrics:
@@ -150,23 +169,31 @@ def _command(result: Mapping[str, Any]) -> str:
 
 def _use(config: Config, *, merged: bool, gguf_file: str | None) -> str:
     """Python that opens it. Classes are named, as the base's own config need not have them."""
-    labels = config.task.labels
+    kind, is_headed = _TASKS[config.task.prompt_base or config.task.type][1], config.task.prompt is None
+    labels = config.task.labels if is_headed else None
     names = dict(enumerate(labels)) if isinstance(labels, list) else None
     more = f", id2label={names!r}" if names and not merged else ""
-    if config.task.num_labels and not more and not merged:
+    if config.task.num_labels and is_headed and not more and not merged:
         more = f", num_labels={config.task.num_labels}"
     file = "" if gguf_file is None else f", gguf_file={gguf_file!r}"
     own = ADAPTER_TRAITS[config.adapter.type].own and not merged
     library, prefix = ("transformers", "AutoModelFor") if merged or own else ("peft", "AutoPeftModelFor")
+    name = printable(lasting(config.model.name_or_path, key="model.name_or_path"))
+    if kind == "MaskedLM" and library == "peft":  # which has no auto class of it
+        auto = f"AutoModelFor{kind}"
+        return (
+            f"from peft import PeftModel\nfrom transformers import {auto}, AutoTokenizer\n\n"
+            f'base = {auto}.from_pretrained("{name}"{file})\nmodel = PeftModel.from_pretrained(base, ".")\n'
+            f'tokenizer = AutoTokenizer.from_pretrained("."{file})'
+        )
     if own:
-        auto = f"{prefix}{_TASKS[config.task.type][1]}"
-        name = printable(lasting(config.model.name_or_path, key="model.name_or_path"))
+        auto = f"{prefix}{kind}"
         return (
             f"from transformers import {auto}, AutoTokenizer\nfrom tsqlora_scale import load_adapter\n\n"
             f'base = {auto}.from_pretrained("{name}"{more})\nmodel = load_adapter(base, ".")\n'
             'tokenizer = AutoTokenizer.from_pretrained(".")'
         )
-    auto = f"{prefix}{_TASKS[config.task.type][1]}"
+    auto = f"{prefix}{kind}"
     return (
         f"from {library} import {auto}\nfrom transformers import AutoTokenizer\n\n"
         f'model = {auto}.from_pretrained("."{more}{file})\ntokenizer = AutoTokenizer.from_pretrained("."{file})'

@@ -83,7 +83,8 @@ def check_pass(config: Config, model_config: Any, task: Task) -> PassFindings:
     if sees_ahead is None and task.auto_class is AutoModelForCausalLM:  # then by rule: no decoder fills in masks
         is_decoder = getattr(model_config, "is_decoder", False)
         sees_ahead = type(model_config) in MODEL_FOR_MASKED_LM_MAPPING and not is_decoder
-    writes = task.auto_class in (AutoModelForCausalLM, AutoModelForSeq2SeqLM) and config.task.objective is None
+    writes = task.auto_class in (AutoModelForCausalLM, AutoModelForSeq2SeqLM) and config.task.type != "classification"
+    writes = writes and config.task.objective is None
     if writes and sees_ahead:
         raise UserError(
             f"{key} is a {model_config.model_type} model whose tokens see those after them, so that in "

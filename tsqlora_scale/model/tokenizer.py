@@ -50,7 +50,8 @@ def _choose_pad(config: Config, model_config: Any, tokenizer: Any, size: int | N
     if counts_positions_from_pads(model_config):
         _keep_models_pad(model_config, tokenizer)
         return
-    if config.task.num_labels == 0 or not pools_by_pads(model_class(auto_class_of(config.task), model_config)):
+    is_judged = config.task.num_labels > 0 and config.task.prompt is None
+    if not is_judged or not pools_by_pads(model_class(auto_class_of(config.task), model_config)):
         return
     found = next((token for token in _candidates(tokenizer) if _fills_only(tokenizer, token, size)), None)
     if found is not None:

@@ -11,6 +11,7 @@ from tsqlora_scale.config.schema import TaskConfig
 from tsqlora_scale.tasks.batch import Batch
 from tsqlora_scale.tasks.needed_logits import token_shift
 from tsqlora_scale.tasks.objective_names import objective_class
+from tsqlora_scale.tasks.objectives.prompted import PromptedObjective, Seq2SeqPrompt
 from tsqlora_scale.tasks.task import Task
 
 
@@ -46,6 +47,12 @@ class DatalessTask(Task):
         longest = min(self.longest, max_length or self.longest)
         ids = torch.zeros(rows, longest, dtype=torch.int64)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if isinstance(self._objective, PromptedObjective):
+            if isinstance(self._objective, Seq2SeqPrompt):
+                inputs["decoder_input_ids"] = torch.zeros(rows, 1, dtype=torch.int64)
+            places, words = torch.zeros(rows, dtype=torch.int64), torch.zeros(self._cfg.num_labels, dtype=torch.int64)
+            targets = torch.zeros(rows, dtype=torch.int64)
+            return Batch(inputs, targets, np.arange(rows), places=places, padding="some", words=words)
         if self._cfg.type not in ("causal", "seq2seq"):
             kind = torch.float32 if self._cfg.type == "regression" else torch.int64
             return Batch(inputs, torch.zeros(rows, dtype=kind), np.arange(rows), padding="some")

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from transformers import AutoModelForSeq2SeqLM
 
 from tsqlora_scale.config.locations import resolve
 from tsqlora_scale.config.schema import Config
@@ -23,6 +24,7 @@ from tsqlora_scale.planning.run_times import RunTimes, run_times
 from tsqlora_scale.quality.gradients.batch_memory import fitting_batch
 from tsqlora_scale.run.plan import RunPlan, plan_run
 from tsqlora_scale.tasks.objective_names import objective_class
+from tsqlora_scale.tasks.objectives.prompted import prompt_base
 
 #: Tokens of the pass that tells which layers text does not reach.
 PROBE_TOKENS = 12
@@ -200,6 +202,7 @@ class Forecaster:
     def _new_passes(self) -> PhantomPasses:
         config = self.config
         model_config = describe_model(config, resolve(config.model.name_or_path, key="model.name_or_path"))
+        self.config = config = config.with_task(prompt_base=prompt_base(config.task, model_config))
         set_no_rescaling(model_config)
         set_layer_drop(model_config)
         return PhantomPasses(
@@ -349,8 +352,8 @@ def unreached_layers(config: Config, model_config: Any) -> Collection[str]:
     """Linear layers that text gives no gradient to."""
     ids = torch.arange(PROBE_TOKENS)[None] % max(int(model_config.get_text_config().vocab_size), 1)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if config.task.type == "seq2seq":
-        inputs["decoder_input_ids"] = ids
     auto_class = objective_class(config.task).auto_class
+    if auto_class is AutoModelForSeq2SeqLM:
+        inputs["decoder_input_ids"] = ids
     trust = config.model.trust_remote_code
     return run_probe(auto_class, model_config, inputs, trust_remote_code=trust).unreached

@@ -22,6 +22,12 @@ def versions() -> dict[str, str]:
     return found
 
 
+def _unlearned(prompt: dict[str, Any]) -> str:
+    """What an evaluation before the first step is of a base that is asked by a prompt."""
+    shown = prompt["demonstrations"]
+    return f"untrained, {shown} demonstrations" if shown else "zero-shot"
+
+
 def print_result(result: dict[str, Any]) -> None:
     """The closing table: what changed, what was used, what it cost, where it is."""
     from rich.console import Console
@@ -29,12 +35,17 @@ def print_result(result: dict[str, Any]) -> None:
 
     console = Console()
     table = Table(title=f"{result['name']}: {result['method']} on {result['engine']}", show_header=False)
+    prompt = result.get("prompt")
+    first = "before" if prompt is None or not prompt["starts_from_base"] else _unlearned(prompt)
     for name, value in result["metrics"].items():
         before = result["metrics_before"].get(name)
         title = result.get("metric_titles", {}).get(name, name)
         table.add_row(
-            plain(f"{title} before -> after"), f"{before:.4f} -> {value:.4f}" if before is not None else f"{value:.4f}"
+            plain(f"{title} {first} -> after"), f"{before:.4f} -> {value:.4f}" if before is not None else f"{value:.4f}"
         )
+    if prompt is not None:
+        words = ", ".join(f"{name} -> {word}" for name, word in prompt["label_words"].items())
+        table.add_row("prompt", plain(f"{prompt['template']} ({words})"))
     if result["best"]:
         best = result["best"]
         table.add_row(

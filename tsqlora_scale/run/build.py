@@ -33,6 +33,7 @@ from tsqlora_scale.ranks.orthogonality import OrthogonalityPenalty
 from tsqlora_scale.ranks.policies.policy_names import policy_class
 from tsqlora_scale.report.progress import Progress
 from tsqlora_scale.report.record import RunRecord
+from tsqlora_scale.run.auto_words import found_before, with_found_words
 from tsqlora_scale.run.checkpoint import drop_after, read_checkpoint
 from tsqlora_scale.run.data_init import start_from_samples
 from tsqlora_scale.run.initial_adapter import start_from
@@ -55,6 +56,7 @@ from tsqlora_scale.run.run_lock import RunLock
 from tsqlora_scale.run.token_keeping import keep_tokens
 from tsqlora_scale.run.training_run import Run
 from tsqlora_scale.tasks.evaluation import evaluate_all
+from tsqlora_scale.tasks.task import Task
 
 log = logging.getLogger("tsqlora_scale")
 
@@ -94,6 +96,8 @@ def build_run(
     record = RunRecord(config.run_dir, writes=writes and accelerator.is_main_process, device=accelerator.device)
     with record.phase("load"), quiet_libraries():
         state, tree = find_state(preflight, resume, world)
+        if tree is not None:
+            config = taken_over(config, preflight.task, tree)
         selector = build_selector(preflight, world, stop, watchdog)
         model = build_model(preflight, device=accelerator.device, init="default" if adapter else None)
         ranks = build_controller(config, plan, without_batch=preflight.findings.without_batch)
@@ -109,6 +113,7 @@ def build_run(
             lr_scales=depth_scales(config),
         )
         check_loaded(config, engine.module, preflight.task, world)
+        config = with_found_words(config, preflight.task, engine.module, world)
         run = Run(
             config=config,
             plan=plan,
@@ -184,10 +189,18 @@ def find_state(preflight: Preflight, resume: str | None, world: World) -> tuple[
         return TrainState(), None
     state, tree = read_checkpoint(checkpoint, verified=resume == "auto")
     tree = of_today(tree)
-    same_method(config, tree["config"], checkpoint)
+    same_method(found_before(config, tree["config"]["task"]), tree["config"], checkpoint)
     same_data(preflight.task.digest(), tree["data"], checkpoint)
     reachable(preflight.plan, tree["step"], checkpoint)
     return state, tree
+
+
+def taken_over(config: Config, task: Task, tree: dict[str, Any]) -> Config:
+    """The config with the label words that a checkpoint's run found, which the task's objective then has, too."""
+    found = found_before(config, tree["config"]["task"])
+    if found is not config and task.prompted is not None and isinstance(found.task.label_words, list):
+        task.prompted.take_words(found.task.label_words)
+    return found
 
 
 def open_folder(run: Run, tree: dict[str, Any] | None, resume: str | None) -> None:

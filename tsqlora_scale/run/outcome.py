@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from tsqlora_scale.common.code_version import source_digest
+from tsqlora_scale.config.prompt_template import words_by_class
 from tsqlora_scale.model.adapters.lora import short_name
 from tsqlora_scale.ranks import current_ranks
 from tsqlora_scale.report.result_table import versions
@@ -51,6 +52,7 @@ def build_result(run: Run, metrics: dict[str, float], adapter: Path) -> dict[str
         "average": _average(run),
         "stopped_early": run.early_stop and {key: run.early_stop[key] for key in ("step", "patience")},
         "metric_titles": {name: metric_title(name, run.config.task.labels) for name in metrics},
+        "prompt": _prompt(run),
         "best": _best(run),
         "pool_size": run.plan.pool_size,
         "subset_size": _subset_size(run),
@@ -114,6 +116,21 @@ def _subset_size(run: Run) -> int:
     """Samples of S: as planned, or as many as the selector has found."""
     table = run.selector.table
     return run.plan.subset_size if table is None else int(np.count_nonzero(table.selected))
+
+
+def _prompt(run: Run) -> dict[str, Any] | None:
+    """What the base is asked, and by which words it answers; ``metrics_before`` are then those of the base alone."""
+    task = run.config.task
+    if task.prompt is None:
+        return None
+    labels = task.labels if isinstance(task.labels, list) else [str(number) for number in range(task.num_labels)]
+    words = words_by_class(task.label_words, task.labels) if isinstance(task.label_words, list | dict) else []
+    return {
+        "template": task.prompt,
+        "label_words": dict(zip(labels, words, strict=False)),
+        "demonstrations": len(task.demonstrated),
+        "starts_from_base": run.config.adapter.init_from is None,
+    }
 
 
 def _best(run: Run) -> dict[str, Any] | None:

@@ -52,7 +52,7 @@ def check_prediction(config: Config, adapter: Path, data: Path, out: Path) -> Pr
     config = with_labels_of(config, adapter)
     rows = load_unlabelled(config.task, data)
     described = describe(config, rows.data)
-    check_adapter_fits(config, described.model_config, adapter)
+    check_adapter_fits(described.config, described.model_config, adapter)
     names = answer_names(config.task.labels, probabilities=described.task.gives_probabilities)
     twice = next((name for name in given_names(data, config.task) if name in names), None)
     if twice is not None:

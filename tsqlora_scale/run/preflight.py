@@ -80,12 +80,13 @@ def check(config: Config, *, data: Data | None = None, starts: bool = True) -> P
     from tsqlora_scale.tasks import load_data
 
     data = data or load_data(config.task, seed=config.run.seed)
-    config = config.with_labels(data.labels)
+    config = demonstrated(config.with_labels(data.labels), data)
     check_extensions(config)
     plan = plan_run(config, len(data.pool(with_query=config.task.train_on_query)), launched_size())
     check_deepspeed_sizes(config, micro_batch_size=plan.micro_batch_size, accumulation=plan.accumulation)
     check_space(config, plan.pool_size)
     described = describe(config, data, packs=config.train.packing)
+    config = described.config
     task = described.task  # of fewer rows, where some gave no tokens
     plan = plan_run(config, len(task), launched_size(), query_rows=task.query_rows)
     check_scoring(config, described.task)
@@ -158,28 +159,32 @@ def check_evaluation(config: Config, adapter: str | Path) -> Described:
 
     config = with_labels_of(config, Path(adapter))
     described = describe(config, load_dev(config.task, seed=config.run.seed))
-    check_adapter_fits(config, described.model_config, adapter)
+    check_adapter_fits(described.config, described.model_config, adapter)
     return described
 
 
 def with_labels_of(config: Config, adapter: Path) -> Config:
-    """The config with the classes of the run that a saved adapter lies in, where it names none itself.
+    """The config with the classes of the run that a saved adapter lies in, where it names none itself; likewise with
+    what that run's prompt was made of.
 
     Raises:
-        UserError: that run's ``config.yaml`` is none.
+        UserError: that run's ``config.yaml`` is none, or the words of a prompt are not known without it.
     """
     from tsqlora_scale.config.load import load_config
+    from tsqlora_scale.run.auto_words import check_found, found_before
     from tsqlora_scale.run.trained_adapter import config_beside
 
     task = config.task
-    if task.type != "classification" or task.labels is not None:
+    if task.type != "classification" or (task.labels is not None and task.prompt is None):
         return config
     written = config_beside(adapter)
-    if written is None:
-        return config
-    run = load_config(written)
-    same = (run.task.type, run.task.label) == (task.type, task.label)
-    return config.with_labels(run.task.labels) if same else config
+    if written is not None:
+        run = load_config(written).task
+        if task.labels is None and (run.type, run.label) == (task.type, task.label):
+            config = config.with_labels(run.labels)
+        config = found_before(config, run.model_dump())
+    check_found(config)
+    return config
 
 
 def describe(config: Config, data: Data, *, packs: bool = False) -> Described:
@@ -194,9 +199,11 @@ def describe(config: Config, data: Data, *, packs: bool = False) -> Described:
     """
     from tsqlora_scale.model.pass_check import packer_of
     from tsqlora_scale.tasks import build_task, with_tokens
+    from tsqlora_scale.tasks.objectives.prompted import prompt_base
 
     path = resolve(config.model.name_or_path, key="model.name_or_path")
     model_config, tokenizer = load_descriptions(config, path)
+    config = config.with_task(prompt_base=prompt_base(config.task, model_config))
     set_no_rescaling(model_config)
     check_weights(config, path)
     check_generation(config, path, model_config)
@@ -210,6 +217,15 @@ def describe(config: Config, data: Data, *, packs: bool = False) -> Described:
         heads=check_architecture(config, model_config, tokenizer),
         task=build_task(config.task, data, tokenizer, model_config, packer_of(config, model_config) if packs else None),
     )
+
+
+def demonstrated(config: Config, data: Data) -> Config:
+    """The config with the rows that its prompts demonstrate, where it asks for some and names none."""
+    if not config.task.demonstrations or config.task.demonstrated:
+        return config
+    from tsqlora_scale.tasks.rows.demonstrations import draw_demonstrations
+
+    return config.with_task(demonstrated=draw_demonstrations(config.task, data.train, seed=config.run.seed))
 
 
 def naming_the_proxy(config: Config) -> AbstractContextManager[None]:

@@ -30,6 +30,8 @@ class Batch:
             waited for.
         padding: what the host knows of the padding of the inputs; None: nothing.
         packing: the samples laid end to end in fewer rows, as the model receives them then; None: a row each.
+        words: of a prompt, the tokens (C,) int64 whose logits at the samples' ``places`` are those of the classes;
+            None: logits are of classes, numbers or texts as they come.
     """
 
     inputs: dict[str, Tensor]
@@ -39,6 +41,14 @@ class Batch:
     places: Tensor | None = None
     padding: Padding | None = None
     packing: Packing | None = None
+    words: Tensor | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of what ``places`` count in: (B, T) of the tokens that logits are of."""
+        if self.targets.dim() == 2:
+            return self.targets.shape
+        return self.inputs["decoder_input_ids" if "decoder_input_ids" in self.inputs else "input_ids"].shape
 
     @property
     def size(self) -> int:
@@ -66,6 +76,7 @@ class Batch:
             prompts=prompts,
             places=places,
             packing=None if self.packing is None else self.packing.each(change),
+            words=None if self.words is None else change(self.words),
         )
 
 
@@ -76,6 +87,27 @@ def pad_rows(rows: Sequence[Sequence[int]], value: int, *, on_the_left: bool = F
         start = out.shape[1] - len(row) if on_the_left else 0
         out[i, start : start + len(row)] = torch.tensor(row, dtype=torch.int64)
     return out
+
+
+def class_logits(logits: Tensor, batch: Batch) -> Tensor:
+    """Logits (B, C) of the classes, of a forward's on the batch: as they are, or those of a prompt's words at its slot.
+
+    Args:
+        logits: (B, C) of a head; of tokens (B, T, V), or those of the batch's places alone, (1, B, V).
+    """
+    return logits if batch.words is None else slot_logits(logits, batch).index_select(1, batch.words)
+
+
+def slot_logits(logits: Tensor, batch: Batch) -> Tensor:
+    """Logits (B, V) of all tokens at the slots of a batch of prompts.
+
+    Args:
+        logits: (B, T, V), or those of the batch's places alone, (1, B, V).
+    """
+    assert batch.places is not None, "prompts have slots"
+    if logits.shape[:2] == batch.shape:
+        return logits.flatten(0, 1).index_select(0, batch.places)
+    return logits[0]
 
 
 def places_of(targets: Tensor, shift: int) -> Tensor:

@@ -23,7 +23,7 @@ WORTH = 2**22
 
 
 @contextmanager
-def needed_logits(module: Any, places: Tensor | None, shape: torch.Size) -> Iterator[None]:
+def needed_logits(module: Any, places: Tensor | None, shape: torch.Size | None) -> Iterator[None]:
     """Inside, the output layer of ``module`` is called on some places alone: its logits are (1, n, V).
 
     What models do to their logits afterwards (a bias, a scale, a soft cap) they do to every place for itself. Where the
@@ -33,10 +33,15 @@ def needed_logits(module: Any, places: Tensor | None, shape: torch.Size) -> Iter
     Args:
         module: the model, however wrapped; anything else is left alone.
         places: positions (n,) in the flattened (B, T); None: all of them.
-        shape: (B, T).
+        shape: (B, T); None with places of None.
     """
     head = None if places is None else _output_layer(module)
-    if head is None or places is None or (shape.numel() - len(places)) * int(head.out_features) < WORTH:
+    if (
+        head is None
+        or places is None
+        or shape is None
+        or (shape.numel() - len(places)) * int(head.out_features) < WORTH
+    ):
         yield
         return
 

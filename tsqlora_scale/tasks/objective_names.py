@@ -11,6 +11,7 @@ from tsqlora_scale.config.schema import TaskConfig
 from tsqlora_scale.tasks.objectives.causal import CausalObjective
 from tsqlora_scale.tasks.objectives.chat import ChatObjective
 from tsqlora_scale.tasks.objectives.label_heads import LabelObjective
+from tsqlora_scale.tasks.objectives.prompted import prompted_class
 from tsqlora_scale.tasks.objectives.seq2seq import Seq2SeqObjective
 
 
@@ -20,6 +21,8 @@ def objective_class(cfg: TaskConfig) -> Any:
     Raises:
         UserError: an extension that cannot be imported, is no class, or is no objective.
     """
+    if cfg.prompt is not None:
+        return prompted_class(cfg)
     if cfg.objective is None:
         causal = CausalObjective if cfg.messages is None else ChatObjective
         return {"seq2seq": Seq2SeqObjective, "causal": causal}.get(cfg.type, LabelObjective)

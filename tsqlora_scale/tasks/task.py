@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard
 
@@ -16,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from tsqlora_scale.common.disk_arrays import blocks, counts, new_array
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.schema import TaskConfig
-from tsqlora_scale.tasks.batch import Batch, places_of
+from tsqlora_scale.tasks.batch import Batch, class_logits, places_of
 from tsqlora_scale.tasks.known_padding import known_padding, padding_of
 from tsqlora_scale.tasks.losses import loss_terms, losses_at
 from tsqlora_scale.tasks.metrics import METRICS, SampleLosses, compute_metrics, needs_answers, needs_losses
@@ -25,10 +24,12 @@ from tsqlora_scale.tasks.objective_names import check_members, objective_class
 from tsqlora_scale.tasks.objectives.chat import ChatObjective
 from tsqlora_scale.tasks.objectives.label_heads import LabelObjective
 from tsqlora_scale.tasks.objectives.objective import Measured, Objective, Rows
+from tsqlora_scale.tasks.objectives.prompted import PromptedObjective
 from tsqlora_scale.tasks.packing import Packer, known_samples
 from tsqlora_scale.tasks.rows.column_checks import SAMPLE_ID
 from tsqlora_scale.tasks.rows.data import Data
 from tsqlora_scale.tasks.rows.mixed_sets import MixedSets
+from tsqlora_scale.tasks.rows.rows_digest import rows_digest
 from tsqlora_scale.tasks.rows.set_columns import DATA_SET
 from tsqlora_scale.tasks.rows.sources import SplitName
 from tsqlora_scale.tasks.rows.text_sizes import text_lengths, text_sizes
@@ -85,8 +86,7 @@ class Task:
     @property
     def sample_ids(self) -> Sequence[str]:
         """Names of the pool's samples, in order, read as they are asked for."""
-        ids: Sequence[str] = self.train["sample_id"]
-        return ids
+        return self.train["sample_id"]  # type: ignore[no-any-return]
 
     @property
     def auto_class(self) -> Any:
@@ -94,16 +94,21 @@ class Task:
         return self._objective.auto_class
 
     @property
-    def peft_task_type(self) -> str:
-        """PEFT's name of the task type."""
+    def peft_task_type(self) -> str | None:
+        """PEFT's name of the task type, if it has one."""
         return self._objective.peft_task_type
+
+    @property
+    def prompted(self) -> PromptedObjective | None:
+        """The objective of a task with a prompt; None of others."""
+        return self._objective if isinstance(self._objective, PromptedObjective) else None
 
     @property
     def held_out(self) -> dict[SplitName, str]:
         """What goes before the names of the metrics of every held-out set, the deciding one first: ``NAME/``."""
         names = list(self._cfg.dev_sets) if self.dev is not None else []
-        prefixes = [f"{name}/" if name else "" for name in names]
-        return dict(zip(["dev", *(f"dev {name}" for name in names[1:])], prefixes, strict=False))
+        splits = ["dev", *(f"dev {name}" for name in names[1:])]
+        return dict(zip(splits, (f"{name}/" if name else "" for name in names), strict=False))
 
     @property
     def best_metric(self) -> str:
@@ -129,10 +134,12 @@ class Task:
         cells = self._rows(split, rows) if made is None or asks else {}
         inputs, targets = made or self._objective.collate(cells, limit)
         prompts = self._objective.prompts(cells) if asks and isinstance(self._objective, ChatObjective) else None
-        places = None if self._shift is None else places_of(targets, self._shift)
+        places, words = None if self._shift is None else places_of(targets, self._shift), None
+        if (prompted := self.prompted) is not None:
+            places, words = prompted.slots(inputs), prompted.words
         padding = padding_of(inputs, looks_back=self._shift is not None)
         packing = self.packer.packed(inputs, places) if self.packer is not None and split == "train" else None
-        return Batch(inputs, targets, np.array(rows, dtype=np.int64), prompts, places, padding, packing)
+        return Batch(inputs, targets, np.array(rows, dtype=np.int64), prompts, places, padding, packing, words)
 
     def losses(self, module: Any, batch: Batch) -> Tensor:
         """Every sample's own mean loss, (B,) float32, with a graph: a forward of ``module`` on the batch."""
@@ -153,7 +160,7 @@ class Task:
         mask = batch.inputs.get("attention_mask")
         with (
             known_padding(batch.padding, None if mask is None else mask.shape),
-            needed_logits(module, batch.places, batch.targets.shape),
+            needed_logits(module, batch.places, batch.shape if batch.places is not None else None),
         ):
             return (forward or module)(**batch.inputs)
 
@@ -170,9 +177,10 @@ class Task:
         return losses_at(logits, batch.targets, places, shift=self._shift)
 
     def needed(self, outputs: Any, batch: Batch) -> Tensor:
-        """The logits that a loss is taken at: (n, V) at ``batch.places``, or all of them where there are none."""
-        logits: Tensor = outputs.logits
-        return logits if batch.places is None or self._shift is None else at_places(logits, batch)
+        """The logits that a loss is taken at: (n, V) at ``batch.places``, (B, C) of classes, or all that there are."""
+        if batch.places is None or self._shift is None:
+            return class_logits(outputs.logits, batch)
+        return at_places(outputs.logits, batch)
 
     def loss_terms(self, batch: Batch) -> Tensor:
         """Number of loss terms of every sample (B,) float32, as :meth:`loss_sums` counts them, before any forward."""
@@ -198,8 +206,11 @@ class Task:
                 Every rank must then make the same number of calls.
             outputs: of ``module`` on this batch, where they are known: a class or a number needs no second forward.
         """
+        if batch.words is not None and outputs is None:
+            with torch.no_grad():
+                outputs = self.outputs(module, batch)
         if outputs is not None and _answers_by_forward(self._objective):
-            return self._objective.answers(outputs.logits)
+            return self._objective.answers(class_logits(outputs.logits, batch))
         return self._objective.predict(module, batch, synced=synced)
 
     @property
@@ -220,7 +231,8 @@ class Task:
         if not _answers_by_forward(self._objective):
             return self._objective.predict(module, batch, synced=synced), None
         with torch.no_grad():
-            logits = module(**batch.inputs).logits
+            outputs = module(**batch.inputs) if batch.words is None else self.outputs(module, batch)
+        logits = class_logits(outputs.logits, batch)
         found = self._objective.probabilities(logits)
         return self._objective.answers(logits), None if found is None else found.cpu().numpy()
 
@@ -242,20 +254,10 @@ class Task:
         """A digest of every row's text, answer and weight, in order. Taken once."""
         if split in self._digests:
             return self._digests[split]
-        digest = hashlib.sha256()
-        view = self._views[split]
-        for rows in view.iter(batch_size=10_000):
-            for name in view.column_names:
-                digest.update(repr(rows[name]).encode())
-        if split == "train" and self.sets is not None:
-            digest.update(repr(self.sets.names).encode())
-            for block in blocks(len(self.sets.numbers)):
-                digest.update(self.sets.numbers[block].tobytes())
-        weights = self.draw_weights() if split == "train" else None
-        if weights is not None:
-            for block in blocks(len(weights)):
-                digest.update(weights[block].tobytes())
-        self._digests[split] = digest.hexdigest()
+        is_pool = split == "train"
+        self._digests[split] = rows_digest(
+            self._views[split], self.sets if is_pool else None, self.draw_weights() if is_pool else None
+        )
         return self._digests[split]
 
     def metrics(
@@ -268,8 +270,8 @@ class Task:
             references: of the same.
             losses: of the same, where :attr:`needs_losses` is true.
         """
-        names = self._cfg.metrics
-        return compute_metrics(names, predictions, references, num_labels=self._cfg.num_labels, losses=losses)
+        cfg = self._cfg
+        return compute_metrics(cfg.metrics, predictions, references, num_labels=cfg.num_labels, losses=losses)
 
     def lengths(self, split: SplitName = "train") -> np.ndarray:
         """Characters of input text of every row of a split, (N,) int32: enough to put rows of a length together."""
@@ -352,8 +354,7 @@ class Task:
 
     def preview(self, row: int, *, split: SplitName = "train") -> str:
         """One sample's text on one line, for tables."""
-        (text,) = self._objective.preview(self._rows(split, [row]))
-        return " ".join(text.split())
+        return " ".join(self._objective.preview(self._rows(split, [row]))[0].split())
 
     def rows_of(self, split: SplitName) -> datasets.Dataset:
         """The rows of a split with the columns of the data."""
@@ -371,8 +372,7 @@ class Task:
     def _rows(self, split: SplitName, indices: Indices) -> Rows:
         if split not in self._views:
             raise UserError("task.dataset.dev_file is not set, and evaluation needs it; name the file")
-        rows: Rows = self._views[split][np.asarray(indices, dtype=np.int64).tolist()]
-        return rows
+        return dict(self._views[split][np.asarray(indices, dtype=np.int64).tolist()])
 
 
 def build_task(

@@ -37,7 +37,7 @@ class AdapterType(Protocol):
         base: nn.Module,
         adapter: AdapterConfig,
         *,
-        task_type: str,
+        task_type: str | None,
         new_modules: list[str],
         dtype: str,
         generator: torch.Generator,

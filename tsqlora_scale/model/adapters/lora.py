@@ -148,7 +148,7 @@ class LoraAdapter:
         base: nn.Module,
         adapter: AdapterConfig,
         *,
-        task_type: str,
+        task_type: str | None,
         new_modules: list[str],
         dtype: str,
         generator: torch.Generator,

@@ -60,7 +60,7 @@ class OwnAdapter(ABC):
         base: nn.Module,
         adapter: AdapterConfig,
         *,
-        task_type: str,
+        task_type: str | None,
         new_modules: list[str],
         dtype: str,
         generator: torch.Generator,

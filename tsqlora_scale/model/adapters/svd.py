@@ -81,7 +81,7 @@ class SvdAdapter(LoraAdapter):
         base: nn.Module,
         adapter: AdapterConfig,
         *,
-        task_type: str,
+        task_type: str | None,
         new_modules: list[str],
         dtype: str,
         generator: torch.Generator,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tsqlora_scale.quality.selectors.forward_selector import ForwardSelector
 from tsqlora_scale.quality.selectors.ranked import Rating
+from tsqlora_scale.tasks.batch import class_logits
 
 
 class El2nSelector(ForwardSelector):
@@ -27,7 +28,7 @@ class El2nSelector(ForwardSelector):
 
 def error_lengths(module: nn.Module, batch: Any) -> Tensor:
     """``|softmax(logits) - one-hot(label)|_2`` of every sample, (B, 1) float32."""
-    probabilities = module(**batch.inputs).logits.float().softmax(-1)
+    probabilities = class_logits(module(**batch.inputs).logits, batch).float().softmax(-1)
     wanted = torch.nn.functional.one_hot(batch.targets, probabilities.shape[-1])
     errors: Tensor = torch.linalg.vector_norm(probabilities - wanted, dim=-1, keepdim=True)
     return errors

@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification, PretrainedConfig, P
 
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.schema import TaskConfig
-from tsqlora_scale.tasks.batch import Batch
+from tsqlora_scale.tasks.batch import Batch, class_logits
 from tsqlora_scale.tasks.losses import class_losses, squared_losses
 from tsqlora_scale.tasks.objectives.model_inputs import InputRows
 from tsqlora_scale.tasks.objectives.objective import MEASURED, Measured, Rows, Tokens
@@ -24,8 +24,8 @@ class LabelObjective:
     the longer text loses first.
     """
 
-    peft_task_type = "SEQ_CLS"
-    auto_class = AutoModelForSequenceClassification
+    peft_task_type: str | None = "SEQ_CLS"
+    auto_class: Any = AutoModelForSequenceClassification
 
     def __init__(self, cfg: TaskConfig, tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig) -> None:
         assert cfg.label is not None, "the config requires a label column"
@@ -58,7 +58,7 @@ class LabelObjective:
     def predict(self, module: Any, batch: Batch, *, synced: bool) -> list[Any]:
         """The likeliest class ids, or the numbers. One forward: ranks need no further synchronising."""
         with torch.no_grad():
-            return self.answers(module(**batch.inputs).logits)
+            return self.answers(class_logits(module(**batch.inputs).logits, batch))
 
     def answers(self, logits: Tensor) -> list[Any]:
         """What :meth:`predict` makes of a forward's logits (B, C)."""

@@ -43,7 +43,7 @@ class Objective(Protocol):
     """One kind of task, without its data."""
 
     #: PEFT's name of the task type.
-    peft_task_type: str
+    peft_task_type: str | None
     #: Columns that :meth:`collate` reads.
     columns: list[str]
     #: The column that holds the right answers.
