@@ -31,6 +31,8 @@ stream                      who draws from it                      depends on, b
 ``philox "comparison"``      resamples and flips of a comparison    nothing more; seed 0
 ``philox "halves of SPLIT"``  the halves of a held-out set          nothing more; seed 0
 ``philox "noise model"``    rows that a noise model is fitted on   nothing more
+``philox "demonstrations"``  rows that a prompt demonstrates        the class
+``philox "label words"``    rows that label words are found by     the class
 ``generator_for`` "head"    a new head's weights                   nothing more
 ``generator_for`` "adapter" A of the adapted layers                nothing more
 ``generator_for`` "init directions"  where their search begins     nothing more

@@ -96,8 +96,7 @@ def build_run(
     record = RunRecord(config.run_dir, writes=writes and accelerator.is_main_process, device=accelerator.device)
     with record.phase("load"), quiet_libraries():
         state, tree = find_state(preflight, resume, world)
-        if tree is not None:
-            config = taken_over(config, preflight.task, tree)
+        config = taken_over(config, preflight.task, tree)
         selector = build_selector(preflight, world, stop, watchdog)
         model = build_model(preflight, device=accelerator.device, init="default" if adapter else None)
         ranks = build_controller(config, plan, without_batch=preflight.findings.without_batch)
@@ -195,8 +194,14 @@ def find_state(preflight: Preflight, resume: str | None, world: World) -> tuple[
     return state, tree
 
 
-def taken_over(config: Config, task: Task, tree: dict[str, Any]) -> Config:
-    """The config with the label words that a checkpoint's run found, which the task's objective then has, too."""
+def taken_over(config: Config, task: Task, tree: dict[str, Any] | None) -> Config:
+    """The config with the label words that a checkpoint's run found, which the task's objective then has, too.
+
+    Args:
+        tree: the checkpoint's state; None: the run is new, and its config stays as it is.
+    """
+    if tree is None:
+        return config
     found = found_before(config, tree["config"]["task"])
     if found is not config and task.prompted is not None and isinstance(found.task.label_words, list):
         task.prompted.take_words(found.task.label_words)

@@ -199,11 +199,12 @@ def describe(config: Config, data: Data, *, packs: bool = False) -> Described:
     """
     from tsqlora_scale.model.pass_check import packer_of
     from tsqlora_scale.tasks import build_task, with_tokens
-    from tsqlora_scale.tasks.objectives.prompted import prompt_base
+    from tsqlora_scale.tasks.objectives.prompted import check_prompt_base, prompt_base
 
     path = resolve(config.model.name_or_path, key="model.name_or_path")
     model_config, tokenizer = load_descriptions(config, path)
     config = config.with_task(prompt_base=prompt_base(config.task, model_config))
+    check_prompt_base(config.task, model_config)
     set_no_rescaling(model_config)
     check_weights(config, path)
     check_generation(config, path, model_config)

@@ -53,7 +53,6 @@ class PromptedObjective(LabelObjective):
             raise UserError("task.prompt needs a fast tokenizer (tokenizer.json); this model has a slow one only")
         self._cfg, self._tokenizer, self._model_config = cfg, tokenizer, model_config
         self._regression = False
-        self._check_base(model_config)
         self._encoder, self._pad = TextEncoder(tokenizer), pad_id(tokenizer)
         self._text = PromptText(cfg, tokenizer, slot=self._slot(), ids=self._ids)
         self.columns, self.answer = [*cfg.text, cfg.label], cfg.label
@@ -148,11 +147,6 @@ class PromptedObjective(LabelObjective):
         ids: list[list[int]] = self._tokenizer(prompts, verbose=False)["input_ids"]
         return ids
 
-    def _check_base(self, model_config: PretrainedConfig) -> None:
-        """Raises:
-        UserError: the base is of another kind.
-        """
-
 
 class MaskedPrompt(PromptedObjective):
     """The word at a masked token, ``{mask}``."""
@@ -163,20 +157,13 @@ class MaskedPrompt(PromptedObjective):
     def slots(self, inputs: dict[str, Tensor]) -> Tensor:
         """The places of the masks."""
         ids = inputs["input_ids"]
-        at = (ids == self._tokenizer.mask_token_id).int().argmax(dim=1)
+        at: Tensor = ids.eq(int(self._tokenizer.mask_token_id)).int().argmax(dim=1)
         return torch.arange(len(ids)) * ids.shape[1] + at
 
     def _slot(self) -> str:
-        return str(self._tokenizer.mask_token)
-
-    def _check_base(self, model_config: PretrainedConfig) -> None:
-        if type(model_config) not in MODEL_FOR_MASKED_LM_MAPPING:
-            raise UserError(
-                f"task.prompt has a slot {{mask}}, and model.name_or_path is a {model_config.model_type!r} model, "
-                "which has no masked language model's head; put {answer} at the prompt's end instead"
-            )
         if self._tokenizer.mask_token is None:
             raise UserError("task.prompt has a slot {mask}, and the tokenizer has no mask_token; use {answer} instead")
+        return str(self._tokenizer.mask_token)
 
 
 class CausalPrompt(PromptedObjective):
@@ -196,18 +183,6 @@ class CausalPrompt(PromptedObjective):
         ids = self._tokenizer(prompts, add_special_tokens=False, verbose=False)["input_ids"]
         return [[*begin, *row] for row in ids]
 
-    def _check_base(self, model_config: PretrainedConfig) -> None:
-        if model_config.is_encoder_decoder:
-            raise UserError(
-                f"task.prompt_base='causal', and model.name_or_path is a {model_config.model_type!r} model, an "
-                "encoder-decoder; set it to seq2seq, or leave it out"
-            )
-        if type(model_config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(model_config, "is_decoder", False):
-            raise UserError(
-                f"task.prompt has a slot {{answer}}, and model.name_or_path is a {model_config.model_type!r} model, "
-                "which fills in masks and writes no text; use a slot {mask} instead"
-            )
-
 
 class Seq2SeqPrompt(PromptedObjective):
     """The first word that the decoder writes, ``{answer}``, of a prompt in the encoder."""
@@ -216,11 +191,10 @@ class Seq2SeqPrompt(PromptedObjective):
     auto_class = AutoModelForSeq2SeqLM
 
     def __init__(self, cfg: TaskConfig, tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig) -> None:
-        self._check_base(model_config)
         self._form = TargetForm(cfg, tokenizer, model_config)
         (self._empty,) = self._form.rows([""], _LOOKED_AT)
-        (some,) = self._form.rows(["a"], _LOOKED_AT)
-        first = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(self._empty, some, strict=False))
+        (full,) = self._form.rows(["a"], _LOOKED_AT)
+        first = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(self._empty, full, strict=False))
         #: What the decoder reads: its start, and what stands before the first word of a target.
         self._decoder = [self._form.start, *(number for number, _ in first)]
         super().__init__(cfg, tokenizer, model_config)
@@ -242,13 +216,6 @@ class Seq2SeqPrompt(PromptedObjective):
         end = len(self._empty) - around
         return row[around : len(row) - end]
 
-    def _check_base(self, model_config: PretrainedConfig) -> None:
-        if not model_config.is_encoder_decoder or getattr(model_config, "decoder_start_token_id", None) is None:
-            raise UserError(
-                f"task.prompt_base='seq2seq', and model.name_or_path is a {model_config.model_type!r} model, no "
-                "encoder-decoder with a decoder_start_token_id; leave it out"
-            )
-
 
 #: ``task.prompt_base`` -> how it is asked
 PROMPTED: dict[str, Any] = {"masked": MaskedPrompt, "causal": CausalPrompt, "seq2seq": Seq2SeqPrompt}
@@ -267,3 +234,32 @@ def prompt_base(cfg: TaskConfig, model_config: PretrainedConfig) -> str | None:
     if slot_of(cfg.prompt) == MASK:
         return "masked"
     return "seq2seq" if model_config.is_encoder_decoder else "causal"
+
+
+def check_prompt_base(cfg: TaskConfig, model_config: PretrainedConfig) -> None:
+    """See that a base is of the kind that its prompt's slot, and ``task.prompt_base``, take it for.
+
+    Raises:
+        UserError: it is not.
+    """
+    base, kind = cfg.prompt_base, f"model.name_or_path is a {model_config.model_type!r} model"
+    fills_masks = type(model_config) in MODEL_FOR_MASKED_LM_MAPPING
+    if base == "masked" and not fills_masks:
+        raise UserError(
+            f"task.prompt has a slot {{mask}}, and {kind}, which has no masked language model's head; put {{answer}} "
+            "at the prompt's end instead"
+        )
+    if base == "causal" and model_config.is_encoder_decoder:
+        raise UserError(
+            f"task.prompt_base='causal', and {kind}, an encoder-decoder; set it to seq2seq, or leave it out"
+        )
+    if base == "causal" and fills_masks and not getattr(model_config, "is_decoder", False):
+        raise UserError(
+            f"task.prompt has a slot {{answer}}, and {kind}, which fills in masks and writes no text; use a slot "
+            "{mask} instead"
+        )
+    start = getattr(model_config, "decoder_start_token_id", None)
+    if base == "seq2seq" and (not model_config.is_encoder_decoder or start is None):
+        raise UserError(
+            f"task.prompt_base='seq2seq', and {kind}, no encoder-decoder with a decoder_start_token_id; leave it out"
+        )
