@@ -15,12 +15,13 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelFo
 from tests.prompted import PROMPTS, base_of, masked_model, prompted_tree
 from tests.reference.prompts import word_scores
 from tests.tiny import WORDS, tiny_model, tiny_tokenizer
+from tests.unit.tasks.vocabularies import KINDS
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.load import parse_config
 from tsqlora_scale.config.prompt_template import Piece, pieces_of
 from tsqlora_scale.run import preflight
 from tsqlora_scale.tasks.batch import class_logits
-from tsqlora_scale.tasks.objectives.prompted import MaskedPrompt, PromptedObjective
+from tsqlora_scale.tasks.objectives.prompted import CausalPrompt, MaskedPrompt, PromptedObjective
 from tsqlora_scale.tasks.word_search import best_words, judged, likely_words
 
 AUTO = {"masked": AutoModelForMaskedLM, "causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM}
@@ -112,8 +113,8 @@ def test_demonstrations_stand_before_the_prompt_but_not_before_themselves(tmp_pa
     rows = [["a plot", "0"], ["the film", "1"]]
     objective = objective_of(tmp_path, models_dir, demonstrations=1, demonstrated=rows)
     shown = ["a plot it was bad and", "the film it was good and"]
-    assert objective.preview({"text": ["music"], "label": [0]}) == ["\n".join([*shown, "music it was <mask> and"])]
-    assert objective.preview(ROW) == [f"{shown[0]}\nthe film it was <mask> and"]
+    assert objective.preview({"text": ["music"], "label": [0]}) == ["\n".join([*shown, "music it was<mask> and"])]
+    assert objective.preview(ROW) == [f"{shown[0]}\nthe film it was<mask> and"]
     inputs, _ = objective.collate({"text": ["music"], "label": [0]}, 24)
     assert inputs["input_ids"].shape == (1, 2 + 6 + 6 + 5)
 
@@ -201,3 +202,27 @@ def test_bases_of_another_kind_and_without_a_head_are_refused(tmp_path: Path, mo
     tree["model"]["name_or_path"] = str(tiny_model("bert", models_dir))  # without a head
     with pytest.raises(UserError, match=r"no cls\.predictions\S+, no language head.*BertForMaskedLM"):
         checked(tree)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_word_is_the_token_that_stands_there_in_the_whole_text(kind: str, tmp_path: Path, models_dir: Path) -> None:
+    tokenizer = KINDS[kind]()
+    known = 0
+    for prompt, made in (("{text} it was {mask}", MaskedPrompt), ("{text} it was {answer}", CausalPrompt)):
+        tree = prompted_tree("masked", tmp_path, models_dir, prompt=prompt, label_words="auto", max_length=80)
+        model_config = AutoModelForMaskedLM.from_pretrained(masked_model(models_dir)).config
+        objective = made(parse_config(tree).task, tokenizer, model_config)
+        inputs, _ = objective.collate({"text": ["the plot"], "label": [0]}, 80)
+        ids, slot = inputs["input_ids"][0].tolist(), int(objective.slots(inputs)[0])
+        for number in range(len(tokenizer)):
+            word = objective.word_of(number)
+            if word is None:
+                continue
+            known += 1
+            whole = tokenizer(f"the plot it was {word}")["input_ids"]
+            if made is CausalPrompt:
+                assert whole[:-1] == [*ids, number]
+            else:
+                assert whole[slot] == number
+                assert whole[:slot] == ids[:slot]
+    assert known > 5

@@ -86,18 +86,21 @@ class PromptText:
         """One prompt; a demonstration of the ``whole`` row's own texts is left out."""
         own = [text[:DEMONSTRATED] for text in (whole or texts).values()]
         shown = [text for demonstrated, text in self._shown if demonstrated != own]
-        filled = self._filled(texts, self._slot)
-        # a blank before what comes next is that word's own: tokenizers put it in the word's token
+        filled = self._filled(texts, None)
         return "\n".join([*shown, filled if self._slot else filled.rstrip(" ")])
 
-    def _filled(self, texts: Mapping[str, str], slot: str) -> str:
+    def _filled(self, texts: Mapping[str, str], word: str | None) -> str:
+        """The template with texts, and a word at its slot; None: what stands there while it is asked for."""
         parts = []
         for piece in self._pieces:
-            parts.append(piece.text)
             if piece.place in (MASK, ANSWER):
-                parts.append(slot)
-            elif piece.place is not None:
-                parts.append(self._encoder.among_marks(texts[piece.place]))
+                # the blank before a word is in the word's own token, of most tokenizers
+                parts += [piece.text.rstrip(" "), self._slot] if word is None else [piece.text, word]
+                continue
+            parts.append(piece.text)
+            if piece.place is None:
+                continue
+            parts.append(self._encoder.among_marks(texts[piece.place]))
         return "".join(parts)
 
     def _head(self, text: str, tokens: int) -> str:
