@@ -129,7 +129,7 @@ def _prompt(run: Run) -> dict[str, Any] | None:
         "template": task.prompt,
         "label_words": dict(zip(labels, words, strict=False)),
         "demonstrations": len(task.demonstrated),
-        "starts_from_base": run.config.adapter.init_from is None,
+        "starts_from_base": run.config.adapter.init_from is None and not run.config.pretrains,
     }
 
 
