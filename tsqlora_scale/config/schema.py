@@ -99,6 +99,7 @@ class Config(Section):
                     update={"target_modules": "auto", "layers": None, "init_from": None}
                 ),
                 "scoring": self.scoring.model_copy(update={"proxy_model": None}),
+                "task": self.task.model_copy(update={"prompt_base": None}),  # it may be of another kind
                 **self._nothing_but_scores(),
             }
         )

@@ -161,15 +161,14 @@ def check_architecture(config: Config, model_config: Any, tokenizer: Any) -> lis
             ) from None
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UserError(f"{key}: its config.json describes no model that can be built ({reason}); mend it") from None
-    if config.task.prompt is not None:
-        path = resolve(config.model.name_or_path, key="model.name_or_path")
-        check_language_head(bare, names_in_files(path, revision=config.model.revision), key=config.model.name_or_path)
+    path = resolve(config.model.name_or_path, key="model.name_or_path")
+    if config.task.prompt is not None and Path(path).is_dir():  # those of a hub name are checked as they are loaded
+        check_language_head(bare, names_in_files(path, revision=None), key=config.model.name_or_path)
     _check_attention(config, model_config, auto_class)
     _check_adapter_type(config, bare)
     check_depth(config, bare)
     check_lengths(config.task, bare)
     if stored_quantization(model_config) is not None:
-        path = resolve(config.model.name_or_path, key="model.name_or_path")
         kept = kept_in_floating_point(bare, names_in_files(path, revision=config.model.revision))
         if packed := sorted(read_past(bare) - set(kept)):
             raise UserError(
