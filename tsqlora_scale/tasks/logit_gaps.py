@@ -23,7 +23,7 @@ def squared_gaps(logits: Tensor, others: Tensor, targets: Tensor, places: Tensor
         places = torch.nonzero(targets.flatten() != IGNORED).squeeze(1)
         logits, others = (rows.flatten(0, 1).index_select(0, places) for rows in (logits, others))
     gaps = (logits.float() - others.float()).square().flatten(1).mean(1)
-    if places is None:
+    if places is None or targets.dim() == 1:  # a prompt's slots are places in what is read, and its targets labels
         return gaps * loss_terms(targets)
     per_token = torch.zeros(targets.numel(), dtype=torch.float32, device=gaps.device)
     return per_token.index_put((places,), gaps).view(targets.shape).sum(dim=1)

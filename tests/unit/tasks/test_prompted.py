@@ -21,6 +21,7 @@ from tsqlora_scale.config.load import parse_config
 from tsqlora_scale.config.prompt_template import Piece, pieces_of
 from tsqlora_scale.run import preflight
 from tsqlora_scale.tasks.batch import class_logits
+from tsqlora_scale.tasks.logit_gaps import squared_gaps
 from tsqlora_scale.tasks.objectives.prompted import CausalPrompt, MaskedPrompt, PromptedObjective
 from tsqlora_scale.tasks.word_search import best_words, judged, likely_words
 
@@ -53,6 +54,8 @@ def test_logits_are_those_of_the_words_at_the_slot(kind: str, tmp_path: Path, mo
         outputs = model(**batch.inputs)
         torch.testing.assert_close(class_logits(outputs.logits, batch), wanted, rtol=1e-5, atol=1e-5)
         sums, terms = task.loss_sums(outputs, batch)
+        gaps = squared_gaps(task.needed(outputs, batch), torch.zeros(6, 2), batch.targets, batch.places)
+    torch.testing.assert_close(gaps, wanted.square().mean(1), rtol=1e-5, atol=1e-5)
     losses = torch.nn.functional.cross_entropy(wanted, batch.targets, reduction="none")
     torch.testing.assert_close(sums / terms, losses, rtol=1e-5, atol=1e-5)
     answers, probabilities = task.predict_in_full(model, batch, synced=False)
