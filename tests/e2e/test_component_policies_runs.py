@@ -14,6 +14,7 @@ from transformers import AutoModelForSequenceClassification
 
 from tests.runs import go, losses_of, ranks_of, read_lines, run_tree
 from tests.steps import Killed, killed_in_step
+from tsqlora_scale import api
 from tsqlora_scale import training as loop
 from tsqlora_scale.config.load import parse_config
 from tsqlora_scale.model.adapters.lora import short_name
@@ -129,6 +130,12 @@ def test_the_saved_adapter_is_a_lora_adapter_of_the_same_function(tmp_path: Path
     for layer, rank in current_ranks(run.engine.module).items():
         for name in (*factor_names(layer), diagonal_name(layer)) if rank else ():
             assert torch.allclose(states[0][name].value, states[1][name].value, rtol=1e-6, atol=1e-7), name
+
+
+def test_what_a_run_wrote_is_evaluated(tmp_path: Path, models_dir: Path) -> None:
+    config = parse_config(tree_of("elalora", tmp_path, models_dir, "run"))
+    result = api.train(config)
+    assert api.evaluate(config, result.adapter) == pytest.approx(result.metrics, abs=1e-6)
 
 
 def test_triplets_start_from_a_lora_adapter_and_are_scored(tmp_path: Path, models_dir: Path) -> None:

@@ -180,7 +180,7 @@ def check_kind(folder: Path, kind: str) -> None:
     Raises:
         UserError: a saved adapter is of a type that another one's code cannot open.
     """
-    alike = {"lora", "rslora", "dora"}
+    alike = {"lora", "rslora", "dora", "svd"}  # whose file is a LoRA adapter's
     found = kind_of(read_json(folder / DESCRIPTION))
     if found in ADAPTER_TYPES and found != kind and not {found, kind} <= alike:
         raise UserError(
