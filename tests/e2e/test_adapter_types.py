@@ -19,6 +19,7 @@ from tsqlora_scale.model.adapters.adapter_type import load_adapter
 from tsqlora_scale.run import preflight
 from tsqlora_scale.run.build import build_run
 from tsqlora_scale.run.training_run import Run
+from tsqlora_scale.training import take_steps
 
 #: type -> the tiny model; every type on an encoder or a decoder, with and without a head
 KINDS = {"loratrf": "llama", "bitfit": "deberta", "houlsby": "t5", "pfeiffer": "bert", "full": "gpt2"}
@@ -186,17 +187,40 @@ def test_a_saved_adapter_that_does_not_fit(tmp_path: Path, models_dir: Path, sav
     assert "task_filter.down.weight is (4, 32), for this model it is (3, 32)" in refusal(tree("loratrf"), copy)
 
 
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_full_trains_weights_that_are_tied(tmp_path: Path, models_dir: Path, kind: str) -> None:
+    """Embeddings that are the output layer, too, have one name of several."""
+    tree = run_tree(kind, tmp_path, models_dir, "run", adapter={"method": "full"}, train={"max_steps": 2})
+    run = build_run(preflight.check(parse_config(tree)))
+    assert [name for name, param in run.engine.module.named_parameters() if not param.requires_grad] == []
+    before = trained(run)
+    take_steps(run)
+    assert all(not torch.equal(value, before[name]) for name, value in trained(run).items() if "shared" in name)
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"adapter": {"init": "pissa"}}, "would cut away"),
+        ({"adapter": {"method": "loratrf", "layers": "top:1"}}, "sits in all blocks"),
+        ({"adapter": {"method": "bitfit", "layers": [0]}}, "sits in all blocks"),
+    ],
+)
+def test_what_makes_no_sense(tmp_path: Path, models_dir: Path, sections: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        parse_config(run_tree("llama", tmp_path, models_dir, "run", **sections))
+
+
 def test_pissa_resumes_and_opens_on_the_base_as_it_was(tmp_path: Path, models_dir: Path) -> None:
-    """With ranks that change: what the weights have lost at the start is in the file all the same."""
+    """What the weights have lost at the start is in the file."""
     sections: dict[str, Any] = {
-        "adapter": {"init": "pissa"},
+        "adapter": {"method": "lora", "init": "pissa"},
         "train": {"max_steps": 6, "checkpoint_every": 3, "checkpoint_keep": 9},
         "schedule": {"start": 2, "end": 4, "every": 2},
     }
     tree = run_tree("llama", tmp_path, models_dir, "run", **sections)
     run = go(tree)
     folder, config = tmp_path / "runs" / "run", parse_config(tree)
-    assert len(set(result_of(folder)["ranks_end"].values())) > 1
     opened = load_adapter(base_of(tree), folder / "adapter")
     torch.testing.assert_close(logits_of(opened, ""), logits_of(run.engine.module, ""), atol=2e-5, rtol=0)
     for place in (folder, folder / "checkpoints" / "step-00000006"):

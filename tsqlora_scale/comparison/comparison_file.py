@@ -181,6 +181,8 @@ def _why_not(key: str, *, tuned: bool, budgeted: bool) -> str | None:
         return "'lrs' choose it" if tuned else None
     if key in LENGTHS:
         return "'budget' sets it" if budgeted else None
+    if key.startswith("pretrain.") and budgeted:
+        return "'budget' does not count its steps"
     if key.startswith("run."):
         return "folders and seeds are the comparison's"
     if key in ("model.name_or_path", "model.revision"):

@@ -175,6 +175,9 @@ class TrialPlan:
             own["train.lr"] = trial.lr
         if trial.purpose == "pilot":
             own |= {"train.eval_every": None, "train.keep": "last", "train.patience": None}
+            every = self.config(self.probe(cell)).train.average_every
+            if every is not None:  # often enough that a pilot meets the teacher, too
+                own["train.average_every"] = min(every, max((trial.steps or 2) // 2, 1))
         elif self.is_halved:
             own["task.dataset.dev_half"] = "tuning" if trial.purpose == "tuning" else "report"
         own |= {"run.output_dir": str(self._runs(cell)), "run.name": trial.name, "run.seed": trial.seed}

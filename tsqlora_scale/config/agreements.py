@@ -51,15 +51,22 @@ def base_agrees(config: Config) -> None:
             f"'allocation.policy: file' draws factors of its ranks, and 'adapter.init: {config.adapter.init}' starts "
             "them otherwise; remove one of them"
         )
-    learned = kind in ("bitfit", "full") and config.adapter.init_from is not None
+    if config.task.label_words == "auto" and config.adapter.starts_in_base:
+        raise ValueError(
+            f"'task.label_words: auto' asks the base alone, which 'adapter.init: {config.adapter.init}' changes; give "
+            "the words"
+        )
+    learned = kind in ("bitfit", "full") and (config.adapter.init_from is not None or config.pretrains)
     if (
         config.looks_before_training
         and config.sampling.selector != "file"
         and (learned or config.adapter.starts_in_base)
     ):
-        key = "init_from" if learned else f"init: {config.adapter.init}"
+        key = f"adapter.init: {config.adapter.init}"
+        if learned:
+            key = "pretrain" if config.adapter.init_from is None else "adapter.init_from"
         raise ValueError(
-            f"'sampling.selector: {config.sampling.selector}' looks at the base alone, which 'adapter.{key}' "
+            f"'sampling.selector: {config.sampling.selector}' looks at the base alone, which '{key}' "
             "changes; choose another of either"
         )
 
@@ -78,6 +85,12 @@ def ranks_agree(config: Config) -> None:
         )
     if not config.adapts_ranks:
         return
+    if config.adapter.starts_in_base:
+        raise ValueError(
+            f"'adapter.init: {config.adapter.init}' makes factors of the weights' own leading part, which "
+            f"'allocation.policy: {config.allocation.policy}' would cut away; set 'allocation.policy: fixed' or remove "
+            "it"
+        )
     if not ADAPTER_TRAITS[config.adapter.type].resized:
         raise ValueError(
             f"'allocation.policy: {config.allocation.policy}' changes ranks, and those of 'adapter.type: "

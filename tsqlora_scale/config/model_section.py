@@ -173,7 +173,7 @@ class AdapterConfig(Section):
         kind = f"'adapter.type: {self.type}'"
         if not traits.layers and self.target_modules != "auto":
             raise ValueError(f"{kind} chooses no linear layers; remove 'target_modules'")
-        if not traits.layers and self.layers is not None:
+        if (not traits.layers or self.type == "loratrf") and self.layers is not None:
             raise ValueError(f"{kind} sits in all blocks; remove 'layers'")
         if not traits.layers and self.dropout:
             raise ValueError(f"{kind} has no factors whose input 'dropout' ({self.dropout:g}) could drop; remove it")

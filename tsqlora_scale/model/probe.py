@@ -309,6 +309,7 @@ def _unreached(model: nn.Module, inputs: Mapping[str, Tensor]) -> frozenset[str]
 
 def _idle(model: nn.Module, inputs: Mapping[str, Tensor]) -> frozenset[str]:
     """Parameters that are not in the graph of the logits: it is walked, and no gradient is computed."""
+    model.tie_weights()  # type: ignore[operator]  # the copy was made without weights, which lets go of ties
     params = {name: param for name, param in model.named_parameters() if param.is_floating_point()}
     try:
         for param in params.values():

@@ -72,6 +72,15 @@ class Forecast:
             notes.append("scoring is that of scoring.proxy_model, which is no part of this plan: plan it by itself")
         if self.config.scores_online:
             notes.append("what scoring.source=online listens to in the steps is not counted")
+        if self.config.pretrains:
+            notes.append("the pretraining (pretrain) is not counted")
+        if self.config.train.average_last is not None:
+            notes.append("snapshots of train.average_last lie in the host's memory, and are not counted")
+        if self.config.train.distill is not None:
+            notes.append("train.distill: its forward pass, and a copy of what trains, are not counted")
+        for section, name in (("allocation", "file"), ("adapter", "init_from")):
+            if getattr(getattr(self.config, section), name) is not None:
+                notes.append(f"the ranks of {section}.{name} are not read: adapter.r is counted in every layer")
         return notes
 
     @property

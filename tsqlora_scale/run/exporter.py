@@ -115,8 +115,11 @@ def truncate(
         check_out(Path(out), folder, overwrite=overwrite)
         checked = None
         if config is not None:
+            from tsqlora_scale.model.adapters.adapter_type import saved_kind
             from tsqlora_scale.run import preflight
 
+            if saved_kind(folder) == "loratrf":
+                raise UserError("--ranks: cuts of adapter.type=loratrf are not measured; leave out --config")
             config = preflight.with_labels_of(config, Path(adapter))
             checked = preflight.check_evaluation(with_loss(config), folder)
         return write_truncations(folder, Path(out), list(ranks), by=by, checked=checked, overwrite=overwrite)

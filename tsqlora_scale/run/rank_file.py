@@ -77,7 +77,9 @@ def read_rank_file(path: Path, *, key: str) -> tuple[dict[str, int], int | None]
         UserError: naming the file, the name and the value.
     """
     if path.is_dir():
-        places = [path / "result.json", path / DESCRIPTION, path / "adapter" / DESCRIPTION]
+        # a run's own word first: where factors start in the base, the adapter's file has more than the run's ranks
+        above = [path.parent / "result.json"] if path.name == "adapter" else []
+        places = [path / "result.json", *above, path / DESCRIPTION, path / "adapter" / DESCRIPTION]
         path = next((place for place in places if place.is_file()), path)
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))  # of which JSON is a part

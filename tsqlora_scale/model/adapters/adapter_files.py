@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from tsqlora_scale.model.adapters.weight_start import joined
 from tsqlora_scale.model.weight_files import DESCRIPTION, WEIGHTS
 
-#: Where the header of an adapter's file keeps diagonals that its factors hold: JSON, by layer.
-DIAGONALS = "diagonals"
+#: The file that keeps diagonals that an adapter's factors hold: JSON, by layer. Not the weights' header, whose keys
+#: come in another order every time.
+DIAGONALS = "diagonals.json"
 
 
 def describe_adapter(model: PeftModel, values: Mapping[str, torch.Tensor], config: LoraConfig) -> dict[str, Any]:
@@ -57,8 +58,8 @@ def write_adapter(folder: Path, description: Mapping[str, Any], values: Mapping[
         for name, key in description["keys"].items()
     }
     tensors |= {key: joined(values, place).contiguous() for key, place in description.get("joined", {}).items()}
-    header = {"format": "pt"}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     if diagonals:
-        header[DIAGONALS] = json.dumps({description["keys"][name]: e.tolist() for name, e in sorted(diagonals.items())})
-    save_file(tensors, folder / WEIGHTS, metadata=header)
+        kept = {description["keys"][name]: e.tolist() for name, e in sorted(diagonals.items())}
+        (folder / DIAGONALS).write_text(json.dumps(kept), encoding="utf-8")
     (folder / DESCRIPTION).write_text(json.dumps(description["config"], indent=2, sort_keys=True), encoding="utf-8")

@@ -3,12 +3,11 @@
 dW = B diag(E) A. PEFT's LoRA layers do the rest: one more module stands between ``lora_A`` and ``lora_B``. PEFT's own
 AdaLoRA layers are not used, as they divide by a rank that their file does not keep, hold their factors outside of
 modules (ZeRO-3 gathers by module, and samples' gradients are taken at modules), and no other program reads their files.
-What is saved is a plain LoRA adapter, B diag(E) as its B; the file's header keeps E, so that it can be taken apart.
+What is saved is a plain LoRA adapter, B diag(E) as its B; a file beside it keeps E, so that it can be taken apart.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -17,13 +16,13 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import LoraVariant
-from safetensors import safe_open
 from torch import Tensor, nn
 
+from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.schema import AdapterConfig
 from tsqlora_scale.model.adapters.adapter_files import DIAGONALS, write_adapter
 from tsqlora_scale.model.adapters.lora import ADAPTER, LoraAdapter, lora_layers
-from tsqlora_scale.model.weight_files import WEIGHTS
+from tsqlora_scale.model.weight_files import read_json
 
 #: Standard deviation of both factors' elements at the start, AdaLoRA's.
 INITIAL_STD = 0.02
@@ -132,11 +131,18 @@ class SvdAdapter(LoraAdapter):
         what B was: such a component keeps its zero in B, and is given the E of the others, so that it can learn.
         """
         tensors = super()._tensors(folder)
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            kept = json.loads((file.metadata() or {}).get(DIAGONALS, "{}"))
+        place = folder / DIAGONALS
+        kept = read_json(place) if place.is_file() else {}
         for key in [key for key in tensors if ".lora_B." in key]:
             product = tensors[key].float()
-            e = torch.tensor(kept[key]) if key in kept else torch.linalg.vector_norm(product, dim=0)
+            e = torch.linalg.vector_norm(product, dim=0)
+            if key in kept:
+                e = torch.tensor(kept[key], dtype=torch.float32)
+                if e.shape != product.shape[1:]:
+                    raise UserError(
+                        f"{place}: {key} has {len(e)} numbers, its factor has {product.shape[1]}; give the folder that "
+                        "a run wrote, or remove the file"
+                    )
             usual = float(e.abs().mean()) if bool(e.any()) else 1.0
             e = torch.where(e == 0, usual, e)
             tensors[key], tensors[key.replace(".lora_B.", ".lora_E.")] = product / e, e
