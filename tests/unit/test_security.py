@@ -15,6 +15,8 @@ PICKLING = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "_pi
 #: Collectives that pickle; between the ranks of one run, which trust each other, in one module.
 OBJECT_COLLECTIVES = {"all_gather_object", "gather_object", "broadcast_object_list", "scatter_object_list"}
 ALLOWED = {"engine/collectives.py"}
+#: Pickles that never lie in a file: between a process and the children that it has started, through their pipes.
+PIPES = {"tasks/tokens/tokenizing_processes.py"}
 
 
 def problems(source: str) -> Iterator[str]:
@@ -61,6 +63,8 @@ def test_nothing_forbidden(path: Path) -> None:
     found = list(problems(path.read_text()))
     if path.relative_to(PACKAGE).as_posix() in ALLOWED:
         found = [problem for problem in found if problem not in OBJECT_COLLECTIVES]
+    if path.relative_to(PACKAGE).as_posix() in PIPES:
+        found = [problem for problem in found if problem != "imports pickle"]
     assert not found
 
 
