@@ -22,8 +22,9 @@ CASES = [*((kind, base) for kind in MODELS for base in ("fp32", "nf4")), ("bert"
 BF16 = ("bert", "bf16")
 #: The run of FSDP2: DeBERTa calls layers twice.
 TWICE = ("deberta", "fp32")
-#: Three ranks: what is uneven there, and one model of each kind of base. FSDP2: one run.
-FEWER = {"zero3-3": [("bart", "fp32"), ("llama", "nf4"), ("bert", "dropout"), BF16], "fsdp2-2": [TWICE]}
+#: ZeRO-3 with two ranks has all models; others one of each kind of base and what is uneven there, FSDP2 one run.
+COMMON = [("bart", "fp32"), ("llama", "fp32"), ("llama", "nf4"), ("bert", "dropout"), BF16]
+FEWER = {"ddp-2": [TWICE, *COMMON], "zero2-2": COMMON, "zero3-3": [COMMON[0], *COMMON[2:]], "fsdp2-2": [TWICE]}
 PAIRS = [(engine, case) for engine in ENGINES for case in FEWER.get(engine, [*CASES, BF16])]
 
 

@@ -50,7 +50,7 @@ CAUSES = {
 
 
 @pytest.mark.parametrize(
-    ("engine", "how"), [("ddp-2", how) for how in list(CAUSES)[:4]] + [("zero3-2", how) for how in list(CAUSES)[::4]]
+    ("engine", "how"), [("ddp-2", how) for how in list(CAUSES)[:4]] + [("zero3-2", how) for how in list(CAUSES)[4:]]
 )
 def test_the_first_cause_is_said_last(
     tmp_path: Path, models_dir: Path, engine: str, how: str, monkeypatch: pytest.MonkeyPatch

@@ -40,4 +40,6 @@ def test_it_does_not_grow(tmp_path: Path) -> None:
     size = 3_000_000
     small, large = peak_mb(size // 10, tmp_path / "small"), peak_mb(size, tmp_path / "large")
     column = size * 8 / 1e6
-    assert large - small < 0.75 * column, f"{small:.0f} MB, {large:.0f} MB; one column of the larger has {column:.0f} MB"
+    assert large - small < 0.75 * column, (
+        f"{small:.0f} MB, {large:.0f} MB; one column of the larger has {column:.0f} MB"
+    )
