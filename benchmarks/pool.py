@@ -18,7 +18,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
 from benchmarks.sampler import anonymous_bytes  # noqa: E402
+from benchmarks.watch import Watch  # noqa: E402
 from tsqlora_scale.common.disk_arrays import counted, filled  # noqa: E402
 from tsqlora_scale.common.random_streams import philox  # noqa: E402
 from tsqlora_scale.config.schema import SamplingConfig, ScoringConfig  # noqa: E402
@@ -94,27 +94,18 @@ class RandomMeasurer:
         """Nothing changes."""
 
 
-class Peaks:
+class Peaks(Watch):
     """The largest anonymous memory of this process and the least free room of a disk, while it is open."""
 
     def __init__(self, folder: Path) -> None:
+        super().__init__()
         self.folder = folder
         self.memory, self.free = anonymous_bytes(), shutil.disk_usage(folder).free
-        self._ends = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
 
-    def __enter__(self) -> Peaks:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ends.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._ends.wait(0.01):
-            self.memory = max(self.memory, anonymous_bytes())
-            self.free = min(self.free, shutil.disk_usage(self.folder).free)
+    def look(self) -> None:
+        """At both."""
+        self.memory = max(self.memory, anonymous_bytes())
+        self.free = min(self.free, shutil.disk_usage(self.folder).free)
 
 
 class NumberedPool:

@@ -26,6 +26,15 @@ def bare_step(run: Run) -> float:
     return result.loss
 
 
+def bare_steps(run: Run, count: int) -> list[float]:
+    """Losses of the next steps, one after another."""
+    found = []
+    for _ in range(count):
+        found.append(bare_step(run))
+        run.step += 1
+    return found
+
+
 def adapt(run: Run) -> None:
     """A rank event now, with its record."""
     run.note_event(run.ranks.adapt(run.engine, run.selector.quality(), run.step))

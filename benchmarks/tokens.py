@@ -17,7 +17,6 @@ import json
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
 from benchmarks.sampler import anonymous_bytes  # noqa: E402
+from benchmarks.watch import Watch  # noqa: E402
 from tsqlora_scale.common.random_streams import philox  # noqa: E402
 from tsqlora_scale.config.schema import TaskConfig  # noqa: E402
 from tsqlora_scale.tasks import build_task, load_data, with_tokens  # noqa: E402
@@ -75,28 +75,18 @@ def tokenizer_of(words: np.ndarray, vocabulary: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
-class Peaks:
+class Peaks(Watch):
     """The largest anonymous memory of this process, and of all that it has started together, while it is open."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.own, self.others = anonymous_bytes(), 0
-        self._ends = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
 
-    def __enter__(self) -> Peaks:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ends.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        children = Path(f"/proc/self/task/{threading.get_native_id()}").parent
-        while not self._ends.wait(0.01):
-            self.own = max(self.own, anonymous_bytes())
-            found = [name for task in children.iterdir() for name in _read(task / "children").split()]
-            self.others = max(self.others, sum(_anonymous(Path("/proc") / name / "status") for name in found))
+    def look(self) -> None:
+        """At both."""
+        self.own = max(self.own, anonymous_bytes())
+        found = [name for task in Path("/proc/self/task").iterdir() for name in _read(task / "children").split()]
+        self.others = max(self.others, sum(_anonymous(Path("/proc") / name / "status") for name in found))
 
 
 def _read(path: Path) -> str:

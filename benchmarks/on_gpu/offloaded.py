@@ -21,7 +21,7 @@ prepare_environment()
 import torch
 
 from benchmarks.random_models import EVERY, build, encoder, without_files, write_folder
-from benchmarks.steps import adapt, bare_step
+from benchmarks.steps import adapt, bare_step, bare_steps
 from tsqlora_scale.ranks import current_ranks
 from tsqlora_scale.run.build import build_run
 from tsqlora_scale.run.training_run import Run
@@ -55,15 +55,6 @@ def clocked(work: Callable[[], Any]) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def several(run: Run, count: int) -> list[float]:
-    """Losses of the next steps."""
-    found = []
-    for _ in range(count):
-        found.append(bare_step(run))
-        run.step += 1
-    return found
-
-
 def main() -> None:
     """Steps, an event, a step that is left out, a checkpoint, and the run that goes on from it."""
     folder, out = Path(sys.argv[1]), Path(sys.argv[2])
@@ -71,20 +62,20 @@ def main() -> None:
     write_folder(shape, folder, 64)
     # a step before an event is listened to, whatever the number of steps
     run, checked = build(shape, folder, dtype="fp32", sensitivity={"window": EVERY})
-    several(run, 2)
-    step_ms = clocked(lambda: several(run, 1))
+    bare_steps(run, 2)
+    step_ms = clocked(lambda: bare_steps(run, 1))
     before = current_ranks(run.engine.module)
     step, run.step = run.step, EVERY
     event_ms = clocked(lambda: adapt(run))
     run.step = step
     after = current_ranks(run.engine.module)
-    several(run, 2)
+    bare_steps(run, 2)
     was_left_out = left_out(run)
     run.save_checkpoint()
-    expected = several(run, 4)
+    expected = bare_steps(run, 4)
     with without_files():
         again = build_run(checked, resume="auto")
-    found = several(again, 4)
+    found = bare_steps(again, 4)
     told = {
         "engine": run.engine.name,
         "step_ms": step_ms,

@@ -14,7 +14,7 @@ from torch import nn
 
 from benchmarks.on_gpu.measures import Report, block_ms, emptied, held_gb, peak_gb
 from benchmarks.random_models import Shape, build, without_files
-from benchmarks.steps import bare_step
+from benchmarks.steps import bare_steps
 from tsqlora_scale.run.build import build_run
 from tsqlora_scale.run.training_run import Run
 from tsqlora_scale.tasks.losses import token_cross_entropy
@@ -23,28 +23,19 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).with_name("offloaded.py")
 
 
-def steps(run: Run, count: int) -> list[float]:
-    """Losses of the next steps."""
-    found = []
-    for _ in range(count):
-        found.append(bare_step(run))
-        run.step += 1
-    return found
-
-
 def resumed_of(report: Report, name: str, shape: Shape, folder: Path, *, deterministic: bool) -> None:
     """A run that went on, and the same from its checkpoint: losses of eight more steps."""
     section = {"name": f"resumed-{deterministic}", "output_dir": str(folder / "runs"), "deterministic": deterministic}
     run, checked = build(shape, folder, dtype="bf16", run=section)
-    steps(run, 4)
+    bare_steps(run, 4)
     run.save_checkpoint()
-    expected = steps(run, 8)
+    expected = bare_steps(run, 8)
     run.engine.close()
     del run
     emptied()
     with without_files():
         again = build_run(checked, resume="auto")
-    found = steps(again, 8)
+    found = bare_steps(again, 8)
     again.engine.close()
     same = 100 * sum(a == b for a, b in zip(expected, found, strict=True)) / len(found)
     kernels = "deterministic kernels" if deterministic else "any kernels"

@@ -38,7 +38,7 @@ COMMANDS = {
     "--repeats 1",
 }
 #: The first three need the original package, a folder of data and TRL, the others are parts of benchmarks.
-NOT_RUN = {"make_movie_snippets", "audit", "chat_masks", "policies", "random_models", "steps", "traffic"}
+NOT_RUN = {"make_movie_snippets", "audit", "chat_masks", "policies", "random_models", "steps", "traffic", "watch"}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
