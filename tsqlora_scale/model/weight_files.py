@@ -274,8 +274,22 @@ def _layers(names: Iterable[str]) -> list[str]:
 
 
 def _of_pattern(pattern: Mapping[str, Any], layer: str, otherwise: Any) -> Any:
-    """A layer's value by PEFT's rule: the first key that is its name or the end of it."""
-    return next((value for key, value in pattern.items() if _matches(rf"(.*\.)?({key})", layer)), otherwise)
+    """A layer's value; see :func:`pattern_of`."""
+    key = pattern_of(layer, pattern, where=DESCRIPTION)
+    return otherwise if key is None else pattern[key]
+
+
+def pattern_of(layer: str, patterns: Iterable[str], *, where: str) -> str | None:
+    """The pattern that a layer's value is found by, by PEFT's rule: the first that is its name or the end of it, or a
+    regular expression for either; None where there is none.
+
+    Args:
+        where: the patterns stand, for messages.
+
+    Raises:
+        UserError: one is no regular expression.
+    """
+    return next((pattern for pattern in patterns if _matches(rf"(.*\.)?({pattern})", layer, where=where)), None)
 
 
 def _targeted(name: str, targets: list[str] | str) -> bool:
@@ -284,8 +298,8 @@ def _targeted(name: str, targets: list[str] | str) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
-def _matches(pattern: str, name: str) -> bool:
+def _matches(pattern: str, name: str, *, where: str = DESCRIPTION) -> bool:
     try:
         return re.fullmatch(pattern, name) is not None
     except re.error as error:
-        raise UserError(f"{DESCRIPTION}: {pattern!r} is no pattern of layers' names ({error}); mend it") from None
+        raise UserError(f"{where}: {pattern!r} is no pattern of layers' names ({error}); mend it") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from tsqlora_scale.config.schema import Config
 from tsqlora_scale.model.adapters.lora import lora_layers, short_name
 from tsqlora_scale.model.base_model import skeleton
 from tsqlora_scale.model.linear_layers import linear_layers, resolve_targets, weight_shape
-from tsqlora_scale.model.weight_files import DESCRIPTION
+from tsqlora_scale.model.weight_files import DESCRIPTION, pattern_of
 from tsqlora_scale.ranks import start_with_ranks
 from tsqlora_scale.tasks import auto_class_of
 
@@ -58,11 +57,11 @@ def ranks_by_file(config: Config, names: Collection[str]) -> dict[str, int]:
     pattern, otherwise = read_rank_file(Path(config.allocation.file), key=key)
     found, used = {}, set()
     for name in names:
-        matching = next((part for part in pattern if _fits(part, name, key)), None)
+        matching = pattern_of(name, pattern, where=key)
         used |= {matching}
         found[name] = (config.adapter.r if otherwise is None else otherwise) if matching is None else pattern[matching]
     idle = sorted(pattern.keys() - used)
-    if idle and not any(_fits(idle[0], name, key) for name in names):
+    if idle and all(pattern_of(name, idle[:1], where=key) is None for name in names):
         raise UserError(
             f"{key}: {idle[0]!r} is no layer that is adapted; set adapter.target_modules to the layers that it names, "
             "or remove it"
@@ -98,14 +97,6 @@ def read_rank_file(path: Path, *, key: str) -> tuple[dict[str, int], int | None]
         if not isinstance(name, str) or not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
             raise UserError(f"{key}: {name!r} has {rank!r}, which is no rank; ranks are whole numbers from 0 on")
     return dict(tree), otherwise
-
-
-def _fits(pattern: str, name: str, key: str) -> bool:
-    """By PEFT's rule: the name, the end of it, or a regular expression for either."""
-    try:
-        return re.fullmatch(rf"(.*\.)?({pattern})", name) is not None
-    except re.error as error:
-        raise UserError(f"{key}: {pattern!r} is no pattern of layers' names ({error}); mend it") from None
 
 
 def start_by_file(model: nn.Module, config: Config) -> None:
