@@ -11,13 +11,10 @@ from typing import Any, Literal, get_args
 from peft import PeftModel
 
 from tsqlora_scale.common.errors import UserError
-from tsqlora_scale.common.random_streams import generator_for
-from tsqlora_scale.config.locations import resolve
 from tsqlora_scale.config.model_section import ADAPTER_TRAITS
 from tsqlora_scale.config.schema import Config
+from tsqlora_scale.model.adapted_base import AdaptedBase
 from tsqlora_scale.model.adapters.adapter_type import own_type, saved_kind
-from tsqlora_scale.model.base_model import load_base
-from tsqlora_scale.model.describe import check_adapter_fits, check_architecture, check_weights, load_descriptions
 from tsqlora_scale.model.linear_layers import transpose_again, transposed_layers
 from tsqlora_scale.model.model_card import result_beside, write_card
 from tsqlora_scale.model.padded_adapter import check_for_vllm, copy_adapter, write_for_vllm, write_padded
@@ -26,8 +23,7 @@ from tsqlora_scale.model.streamed_merge import NotLayerByLayer, StreamedMerge
 from tsqlora_scale.model.tensor_stream import SHARD_BYTES
 from tsqlora_scale.model.tied_weights import is_untied, save_untied, ties_of, untie_adapted
 from tsqlora_scale.model.weight_files import check_adapter, check_own
-from tsqlora_scale.tasks import auto_class_of, objective_class
-from tsqlora_scale.tasks.objectives.prompted import prompt_base
+from tsqlora_scale.tasks import auto_class_of
 
 FORMATS = ("peft", "padded", "vllm", "merged", "gguf")
 GgufType = Literal["f32", "f16", "bf16", "q8_0"]
@@ -162,12 +158,7 @@ def merge(adapter: Path, out: Path, config: Config, *, says: bool = True) -> lis
     """
     as_it_was = config.model.model_copy(update={"dropout": None, "gradient_checkpointing": False})
     config = config.model_copy(update={"model": as_it_was})  # these are for training, and would get into the file
-    path = resolve(config.model.name_or_path, key="model.name_or_path")
-    check_weights(config, path)
-    model_config, tokenizer = load_descriptions(config, path)
-    config = config.with_task(prompt_base=prompt_base(config.task, model_config))
-    unquantised = check_architecture(config, model_config, tokenizer)
-    check_adapter_fits(config, model_config, adapter)
+    base = AdaptedBase.checked(config, adapter)
     notes = []
     if config.model.quantization != "none":
         notes.append(f"the base was dequantised to {config.model.dtype}; the file is as large as that, not 4-bit")
@@ -175,34 +166,23 @@ def merge(adapter: Path, out: Path, config: Config, *, says: bool = True) -> lis
         try:
             if own_type(saved_kind(adapter)) is not None:
                 raise NotLayerByLayer("more than linear layers was trained")
-            StreamedMerge(adapter, config, path, model_config=model_config, unquantised=unquantised).write(out)
+            StreamedMerge(
+                adapter, base.config, base.path, model_config=base.model_config, unquantised=base.unquantised
+            ).write(out)
         except NotLayerByLayer as reason:
             notes.append(f"merged as a whole, in memory: {reason}")
-            notes += _merge_as_a_whole(adapter, out, config, path, model_config, unquantised)
+            notes += _merge_as_a_whole(adapter, out, base)
     except (RuntimeError, ValueError) as error:
         reason_given = " ".join(str(error).split())[:300]
         raise UserError(
-            f"--adapter {str(adapter)!r} does not fit model.name_or_path={path!r} ({reason_given})"
+            f"--adapter {str(adapter)!r} does not fit model.name_or_path={base.path!r} ({reason_given})"
         ) from None
-    tokenizer.save_pretrained(str(out))
+    base.tokenizer.save_pretrained(str(out))
     return [*notes, *(["a plain Transformers model: from_pretrained opens it, without PEFT"] if says else [])]
 
 
-def _merge_as_a_whole(
-    adapter: Path, out: Path, config: Config, path: str, model_config: Any, unquantised: list[str]
-) -> list[str]:
-    base: Any
-    base, _ = load_base(
-        path,
-        config.model,
-        auto_class=auto_class_of(config.task),
-        model_config=model_config,
-        unquantised=unquantised,
-        generator=generator_for(config.run.seed, "head"),
-        peft_task_type=objective_class(config.task).peft_task_type,
-        train_head=config.adapter.train_head,
-        says=False,
-    )
+def _merge_as_a_whole(adapter: Path, out: Path, described: AdaptedBase) -> list[str]:
+    config, base = described.config, described.load()
     own = own_type(saved_kind(adapter))
     if own is not None:
         whole = own.merged(base, adapter)

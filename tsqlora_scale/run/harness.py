@@ -113,42 +113,19 @@ def _known(tasks: Sequence[str], folder: str | Path | None) -> tuple[Any, list[s
 
 def _load(config: Config, adapter: Path) -> tuple[Any, Any]:
     """The adapter on its base, and the tokenizer."""
-    from tsqlora_scale.common.random_streams import generator_for
-    from tsqlora_scale.config.locations import resolve
+    from tsqlora_scale.model.adapted_base import AdaptedBase
     from tsqlora_scale.model.adapters.adapter_type import adapter_type
-    from tsqlora_scale.model.base_model import load_base
-    from tsqlora_scale.model.describe import (
-        check_adapter_fits,
-        check_architecture,
-        check_weights,
-        load_descriptions,
-    )
     from tsqlora_scale.run.build import started
     from tsqlora_scale.run.preflight import check_machine
-    from tsqlora_scale.tasks import auto_class_of, objective_class
 
     check_machine(config)
-    path = resolve(config.model.name_or_path, key="model.name_or_path")
-    model_config, tokenizer = load_descriptions(config, path)
-    check_weights(config, path)
-    unquantised = check_architecture(config, model_config, tokenizer)
-    check_adapter_fits(config, model_config, adapter)
+    described = AdaptedBase.checked(config, adapter)
     device = started(config, accumulation=1, trains=False).device
     with quiet_libraries():
-        base, _ = load_base(
-            path,
-            config.model,
-            auto_class=auto_class_of(config.task),
-            model_config=model_config,
-            unquantised=unquantised,
-            generator=generator_for(config.run.seed, "head"),
-            device=device,
-            peft_task_type=objective_class(config.task).peft_task_type,
-            says=False,
-        )
+        base = described.load(device=device)
         model = adapter_type(config.adapter.type).load(base, adapter, dtype=config.model.dtype).to(device).eval()
     model.config.use_cache = True  # for tasks that generate
-    return model, tokenizer
+    return model, described.tokenizer
 
 
 def _measure(model: Any, tokenizer: Any, config: Config, options: dict[str, Any]) -> dict[str, Any]:
