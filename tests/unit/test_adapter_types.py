@@ -22,6 +22,7 @@ from tsqlora_scale.model.adapters.adapter_type import adapter_type, own_type
 from tsqlora_scale.model.adapters.bottleneck import Bottleneck
 from tsqlora_scale.model.adapters.data_start import LeadingInputs
 from tsqlora_scale.model.adapters.lora import lora_layers
+from tsqlora_scale.model.adapters.placement import Placement
 from tsqlora_scale.model.adapters.task_filter import TaskFilter
 from tsqlora_scale.model.base_model import skeleton
 from tsqlora_scale.model.blocks import block_names, outputs
@@ -44,14 +45,14 @@ def built(method: str, kind: str, models: Path, **keys: Any) -> Any:
     task = {"bart": "SEQ_2_SEQ_LM", "t5": "SEQ_2_SEQ_LM", "llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM"}.get(
         kind, "SEQ_CLS"
     )
-    return adapter_type(method).build(
-        base_of(kind, models),
+    placement = Placement(
         AdapterConfig(method=None, type=method, r=4, **keys),
         task_type=task,
         new_modules=[] if kind in AUTO else ["classifier"],
         dtype="fp32",
         generator=torch.Generator().manual_seed(1),
     )
+    return adapter_type(method).build(base_of(kind, models), placement)
 
 
 def shaken(model: nn.Module) -> None:
@@ -229,10 +230,11 @@ def test_what_trains(models_dir: Path, method: str) -> None:
 
 def test_tied_weights_stay_tied(models_dir: Path) -> None:
     base = base_of("gpt2", models_dir).to(torch.bfloat16)
-    model = adapter_type("full").build(
-        base, AdapterConfig(method=None, type="full"), task_type="CAUSAL_LM", new_modules=[], dtype="bf16",
+    placement = Placement(
+        AdapterConfig(method=None, type="full"), task_type="CAUSAL_LM", new_modules=[], dtype="bf16",
         generator=torch.Generator(),
     )  # fmt: skip
+    model = adapter_type("full").build(base, placement)
     assert base.lm_head.weight is base.transformer.wte.weight
     assert base.lm_head.weight.dtype == torch.float32
     assert model(**some_inputs("gpt2")).logits.isfinite().all()

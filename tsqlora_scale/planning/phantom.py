@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tsqlora_scale.common.quiet import quiet_libraries
 from tsqlora_scale.config.schema import Config
 from tsqlora_scale.model.adapters.adapter_type import adapter_type
+from tsqlora_scale.model.adapters.placement import Placement
 from tsqlora_scale.model.base_model import DTYPES, skeleton
 from tsqlora_scale.model.heads import has_head, head_modules
 from tsqlora_scale.model.linear_layers import heads_of, linear_layers, read_past
@@ -67,8 +68,7 @@ def build_phantom(config: Config, model_config: Any, *, checkpointing: bool, unr
         packed = packed_weights(base) if config.model.quantization == "nf4" else set()
         head = head_modules(base) if has_head(objective.peft_task_type) else []
         with torch.random.fork_rng(devices=[]):
-            model = adapter_type(config.adapter.type).build(
-                base,
+            placement = Placement(
                 config.adapter.model_copy(update={"init": "default"}),  # others compute values, of which there are none
                 task_type=objective.peft_task_type,
                 new_modules=sorted(head),
@@ -76,6 +76,7 @@ def build_phantom(config: Config, model_config: Any, *, checkpointing: bool, unr
                 generator=torch.Generator(),
                 unreached=unreached,
             )
+            model = adapter_type(config.adapter.type).build(base, placement)
     names = frozenset(name for name, param in model.named_parameters() if id(param) in packed)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:

@@ -21,6 +21,7 @@ from tsqlora_scale.engine.engine import start_engine
 from tsqlora_scale.engine.start import shards_parameters, start_accelerator
 from tsqlora_scale.engine.train_state import TrainState
 from tsqlora_scale.model.adapters.adapter_type import adapter_type
+from tsqlora_scale.model.adapters.placement import Placement
 from tsqlora_scale.model.base_model import load_base
 from tsqlora_scale.model.block_depths import lr_scales
 from tsqlora_scale.model.pass_check import check_loaded
@@ -276,8 +277,7 @@ def build_model(preflight: Preflight, *, device: torch.device, init: str | None 
     config, task, seed = preflight.config, preflight.task, preflight.config.run.seed
     seed_libraries(seed)
     base, new_modules = build_base(preflight, device=device)
-    return adapter_type(config.adapter.type).build(
-        base,
+    placement = Placement(
         config.adapter if init is None else config.adapter.model_copy(update={"init": init}),
         task_type=task.peft_task_type,
         new_modules=new_modules,
@@ -285,6 +285,7 @@ def build_model(preflight: Preflight, *, device: torch.device, init: str | None 
         generator=generator_for(seed, "adapter"),
         unreached=preflight.findings.unreached | preflight.findings.idle,
     )
+    return adapter_type(config.adapter.type).build(base, placement)
 
 
 def build_controller(config: Config, plan: RunPlan, *, without_batch: Collection[str] = frozenset()) -> RankController:

@@ -17,6 +17,7 @@ from tsqlora_scale.engine.engine import Engine, start_engine
 from tsqlora_scale.engine.start import start_accelerator
 from tsqlora_scale.engine.train_state import ParamState, TrainState
 from tsqlora_scale.model.adapters.lora import LoraAdapter, lora_layers
+from tsqlora_scale.model.adapters.placement import Placement
 from tsqlora_scale.model.base_model import load_base, skeleton
 from tsqlora_scale.model.linear_layers import heads_of, resolve_targets
 from tsqlora_scale.run.checkpoint import read_checkpoint, write_checkpoint
@@ -35,10 +36,10 @@ def make_engine(models: Path, **train: object) -> Engine:
         unquantised=[],
         generator=generator_for(0, "head"),
     )
-    model = LoraAdapter().build(
-        base, AdapterConfig(r=3), task_type="SEQ_CLS", new_modules=new, dtype="fp32",
-        generator=generator_for(0, "adapter"),
-    )  # fmt: skip
+    placement = Placement(
+        AdapterConfig(r=3), task_type="SEQ_CLS", new_modules=new, dtype="fp32", generator=generator_for(0, "adapter")
+    )
+    model = LoraAdapter().build(base, placement)
     settings = TrainConfig.model_validate({"max_steps": 9, "lr": 1e-2, **train})
     accelerator = start_accelerator(accumulation=1, timeout_minutes=10)
     return start_engine(accelerator, model, train=settings, micro_batch_size=4)

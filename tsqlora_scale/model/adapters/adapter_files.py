@@ -45,7 +45,7 @@ def write_adapter(folder: Path, description: Mapping[str, Any], values: Mapping[
 
     Args:
         description: of :func:`describe_adapter`; under ``diagonals`` it may name parameters (r,) that the columns of
-            others, (d_out, r), are multiplied by, which makes a LoRA adapter of triplets. The file's header keeps them.
+            others, (d_out, r), are multiplied by, which makes a LoRA adapter of triplets. :data:`DIAGONALS` keeps them.
         values: of the parameters that it names.
 
     Raises:

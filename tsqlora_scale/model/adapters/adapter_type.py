@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from tsqlora_scale.common.errors import UserError
-from tsqlora_scale.config.schema import AdapterConfig
 from tsqlora_scale.model.adapters.bitfit import BitFitAdapter
 from tsqlora_scale.model.adapters.bottleneck import HoulsbyAdapter, PfeifferAdapter
 from tsqlora_scale.model.adapters.dora import DoraAdapter
@@ -18,6 +17,7 @@ from tsqlora_scale.model.adapters.full_tuning import FullTuning
 from tsqlora_scale.model.adapters.lora import LoraAdapter
 from tsqlora_scale.model.adapters.loratrf import LoraTrfAdapter, check_filters
 from tsqlora_scale.model.adapters.own_type import OwnAdapter
+from tsqlora_scale.model.adapters.placement import Placement
 from tsqlora_scale.model.adapters.rslora import RsLoraAdapter
 from tsqlora_scale.model.adapters.svd import SvdAdapter
 from tsqlora_scale.model.weight_files import DESCRIPTION, check_fits, kind_of, read_json, require_adapter
@@ -32,22 +32,8 @@ class AdapterType(Protocol):
 
     name: str
 
-    def build(
-        self,
-        base: nn.Module,
-        adapter: AdapterConfig,
-        *,
-        task_type: str | None,
-        new_modules: list[str],
-        dtype: str,
-        generator: torch.Generator,
-        unreached: Collection[str] = (),
-    ) -> Any:
-        """A PEFT model around ``base``, or what has its names, the trained parameters float32.
-
-        Args:
-            unreached: linear layers that nothing trained may sit in, and parameters: they get no gradient.
-        """
+    def build(self, base: nn.Module, placement: Placement) -> Any:
+        """A PEFT model around ``base``, or what has its names, the trained parameters float32."""
         ...
 
     def untrained(self, model: nn.Module) -> dict[str, torch.Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tsqlora_scale.common.errors import UserError
-from tsqlora_scale.config.schema import AdapterConfig
 from tsqlora_scale.engine.sharded import read_parameter
 from tsqlora_scale.model.adapters.adapter_files import describe_adapter, write_adapter
+from tsqlora_scale.model.adapters.placement import Placement
 from tsqlora_scale.model.adapters.weight_start import start_in_weights, start_values
 from tsqlora_scale.model.base_model import use_autocast
 from tsqlora_scale.model.heads import has_head, head_modules
@@ -142,36 +142,29 @@ class LoraAdapter:
     name = "lora"
     #: More of :class:`peft.LoraConfig`'s arguments.
     peft_options: Mapping[str, Any] = {}
+    #: Whether PEFT itself can write what the type is saved as.
+    peft_writes = True
 
-    def build(
-        self,
-        base: nn.Module,
-        adapter: AdapterConfig,
-        *,
-        task_type: str | None,
-        new_modules: list[str],
-        dtype: str,
-        generator: torch.Generator,
-        unreached: Collection[str] = (),
-    ) -> PeftModel:
-        """Put LoRA layers on ``base``; A is drawn from ``generator`` in name order, B is zero.
+    def build(self, base: nn.Module, placement: Placement) -> PeftModel:
+        """Put LoRA layers on ``base``; A is drawn in name order, B is zero.
 
         Factors and newly initialised heads train in float32; with a 16-bit base the forward runs under autocast, the
         same on every engine.
         """
-        targets = resolve_targets(base, adapter.target_modules, unreached=unreached, layers=adapter.layers)
+        adapter = placement.adapter
+        targets = resolve_targets(base, adapter.target_modules, unreached=placement.unreached, layers=adapter.layers)
         layers = linear_layers(base)
-        trained = [module for module in new_modules if not is_idle(module, layers, unreached)]
+        trained = [module for module in placement.new_modules if not is_idle(module, layers, placement.unreached)]
         config = LoraConfig(
             r=adapter.r,
             lora_alpha=adapter.alpha,  # type: ignore[arg-type]
             lora_dropout=adapter.dropout,
             target_modules=targets,
             modules_to_save=trained or None,
-            task_type=task_type,  # type: ignore[arg-type]
+            task_type=placement.task_type,  # type: ignore[arg-type]
             **self.peft_options,
         )
-        kept = head_modules(base) if has_head(task_type) and not adapter.train_head else []
+        kept = head_modules(base) if has_head(placement.task_type) and not adapter.train_head else []
         model = get_peft_model(base, config)
         for name, wrapper in _whole_modules(model).items():
             if name in kept:
@@ -180,16 +173,16 @@ class LoraAdapter:
             weight: nn.Parameter = layer.lora_A[ADAPTER].weight  # type: ignore[assignment]
             drawn = torch.empty(weight.shape)
             if adapter.init == "gaussian":
-                weight.data.copy_(drawn.normal_(0, 1 / adapter.r, generator=generator))
+                weight.data.copy_(drawn.normal_(0, 1 / adapter.r, generator=placement.generator))
             else:
-                weight.data.copy_(drawn.uniform_(-1, 1, generator=generator) / weight.shape[1] ** 0.5)
+                weight.data.copy_(drawn.uniform_(-1, 1, generator=placement.generator) / weight.shape[1] ** 0.5)
         if adapter.starts_in_base:
             start_in_weights(lora_layers(model), ADAPTER, adapter.init)
         for module in model.modules():
             for name, param in list(module.named_parameters(recurse=False)):
                 if param.requires_grad:
                     module.register_parameter(name, nn.Parameter(read_parameter(param).float()))
-        use_autocast(model, dtype)
+        use_autocast(model, placement.dtype)
         return model
 
     def untrained(self, model: nn.Module) -> dict[str, torch.Tensor]:
@@ -230,9 +223,8 @@ class LoraAdapter:
             revision: of the base, likewise.
         """
         assert isinstance(model, PeftModel)
-        if start_values(lora_layers(model)):
-            description = self.describe(model, values, base_name=base_name, revision=revision)
-            write_adapter(folder, description, values)
+        if not self.peft_writes or start_values(lora_layers(model)):
+            write_adapter(folder, self.describe(model, values, base_name=base_name, revision=revision), values)
             return
         trained: Any = model.peft_config[ADAPTER]
         config = with_ranks(model, base_name=base_name, revision=revision)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,9 @@ from peft import PeftModel
 from torch import nn
 
 from tsqlora_scale.common.errors import UserError
-from tsqlora_scale.config.schema import AdapterConfig
 from tsqlora_scale.engine.sharded import whole_shape
-from tsqlora_scale.model.adapters.adapter_files import write_adapter
 from tsqlora_scale.model.adapters.lora import LoraAdapter, lora_config_of
+from tsqlora_scale.model.adapters.placement import Placement
 from tsqlora_scale.model.adapters.task_filter import SLOT, TaskFilter, place_filters
 from tsqlora_scale.model.base_model import use_autocast
 from tsqlora_scale.model.blocks import block_names, hidden_size
@@ -60,47 +59,19 @@ class LoraTrfAdapter(LoraAdapter):
     """
 
     name = "loratrf"
+    peft_writes = False
 
-    def build(
-        self,
-        base: nn.Module,
-        adapter: AdapterConfig,
-        *,
-        task_type: str | None,
-        new_modules: list[str],
-        dtype: str,
-        generator: torch.Generator,
-        unreached: Collection[str] = (),
-    ) -> PeftModel:
+    def build(self, base: nn.Module, placement: Placement) -> PeftModel:
         """See :class:`~.lora.LoraAdapter`; then a filter behind every block."""
         blocks, size = block_names(base), hidden_size(base)
-        model = super().build(
-            base,
-            adapter,
-            task_type=task_type,
-            new_modules=new_modules,
-            dtype=dtype,
-            generator=generator,
-            unreached=unreached,
-        )
-        place_filters(model.get_base_model(), blocks, size, adapter.filter_rank or adapter.r, generator)
+        model = super().build(base, placement)
+        rank = placement.adapter.filter_rank or placement.adapter.r
+        place_filters(model.get_base_model(), blocks, size, rank, placement.generator)
         return model
 
     def heads(self, model: nn.Module) -> set[str]:
         """See :class:`~.adapter_type.AdapterType`."""
         return {name for name in super().heads(model) if not in_filter(name)}
-
-    def save(
-        self,
-        model: nn.Module,
-        values: Mapping[str, torch.Tensor],
-        folder: Path,
-        *,
-        base_name: str,
-        revision: str | None = None,
-    ) -> None:
-        """Write LoRA's factors and the filters into one file. On one process."""
-        write_adapter(folder, self.describe(model, values, base_name=base_name, revision=revision), values)
 
     def describe(
         self, model: nn.Module, values: Mapping[str, torch.Tensor], *, base_name: str, revision: str | None = None

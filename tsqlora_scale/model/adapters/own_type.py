@@ -17,6 +17,7 @@ from tsqlora_scale.config.schema import AdapterConfig
 from tsqlora_scale.engine.sharded import write_parameter
 from tsqlora_scale.model.adapters.adapter_files import write_adapter
 from tsqlora_scale.model.adapters.placed_model import PlacedModel, in_whole_module, make_float32
+from tsqlora_scale.model.adapters.placement import Placement
 from tsqlora_scale.model.base_model import use_autocast
 from tsqlora_scale.model.heads import has_head, head_modules
 from tsqlora_scale.model.linear_layers import is_idle, linear_layers
@@ -55,33 +56,25 @@ class OwnAdapter(ABC):
             UserError: saying why it does not.
         """
 
-    def build(
-        self,
-        base: nn.Module,
-        adapter: AdapterConfig,
-        *,
-        task_type: str | None,
-        new_modules: list[str],
-        dtype: str,
-        generator: torch.Generator,
-        unreached: Collection[str] = (),
-    ) -> PlacedModel:
+    def build(self, base: nn.Module, placement: Placement) -> PlacedModel:
         """See :class:`~.adapter_type.AdapterType`."""
         self.check(base)
-        kept = head_modules(base) if has_head(task_type) and not adapter.train_head else []
-        layers = linear_layers(base)
-        whole = [module for module in new_modules if not is_idle(module, layers, unreached) and module not in kept]
-        self.place(base, adapter.r, generator)
+        kept = head_modules(base) if has_head(placement.task_type) and not placement.adapter.train_head else []
+        layers, unreached = linear_layers(base), placement.unreached
+        whole = [
+            module for module in placement.new_modules if not is_idle(module, layers, unreached) and module not in kept
+        ]
+        self.place(base, placement.adapter.r, placement.generator)
         base.requires_grad_(False)
         model = PlacedModel(base, whole)
-        idle = [name for name in new_modules if name not in whole]
+        idle = [name for name in placement.new_modules if name not in whole]
         chosen = {name for name in self.chosen(base, unreached) if not _inside(name, idle)}
         for name, param in base.named_parameters():
             if name in chosen or in_whole_module(name, whole):
                 param.requires_grad_(True)
         make_float32(model)
         model.train(base.training)
-        use_autocast(model, dtype, fp16=True)
+        use_autocast(model, placement.dtype, fp16=True)
         return model
 
     def untrained(self, model: nn.Module) -> dict[str, torch.Tensor]:

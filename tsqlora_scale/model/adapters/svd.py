@@ -8,7 +8,7 @@ What is saved is a plain LoRA adapter, B diag(E) as its B; a file beside it keep
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,9 +19,9 @@ from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
 from tsqlora_scale.common.errors import UserError
-from tsqlora_scale.config.schema import AdapterConfig
-from tsqlora_scale.model.adapters.adapter_files import DIAGONALS, write_adapter
+from tsqlora_scale.model.adapters.adapter_files import DIAGONALS
 from tsqlora_scale.model.adapters.lora import ADAPTER, LoraAdapter, lora_layers
+from tsqlora_scale.model.adapters.placement import Placement
 from tsqlora_scale.model.weight_files import read_json
 
 #: Standard deviation of both factors' elements at the start, AdaLoRA's.
@@ -74,46 +74,17 @@ class SvdAdapter(LoraAdapter):
     """
 
     name = "svd"
+    peft_writes = False
 
-    def build(
-        self,
-        base: nn.Module,
-        adapter: AdapterConfig,
-        *,
-        task_type: str | None,
-        new_modules: list[str],
-        dtype: str,
-        generator: torch.Generator,
-        unreached: Collection[str] = (),
-    ) -> PeftModel:
+    def build(self, base: nn.Module, placement: Placement) -> PeftModel:
         """As for LoRA, but A and B are drawn alike from a normal distribution, and E is zero."""
-        model = super().build(
-            base,
-            adapter,
-            task_type=task_type,
-            new_modules=new_modules,
-            dtype=dtype,
-            generator=generator,
-            unreached=unreached,
-        )
+        model = super().build(base, placement)
         for layer in lora_layers(model).values():
             weights = [cast(nn.Parameter, factors[ADAPTER].weight) for factors in (layer.lora_A, layer.lora_B)]
             for weight in weights:
-                weight.data.copy_(torch.empty(weight.shape).normal_(0.0, INITIAL_STD, generator=generator))
+                weight.data.copy_(torch.empty(weight.shape).normal_(0.0, INITIAL_STD, generator=placement.generator))
             add_diagonal(layer, Diagonal(layer.r[ADAPTER], device=weights[0].device))
         return model
-
-    def save(
-        self,
-        model: nn.Module,
-        values: Mapping[str, torch.Tensor],
-        folder: Path,
-        *,
-        base_name: str,
-        revision: str | None = None,
-    ) -> None:
-        """Write a plain LoRA adapter of the same function: see :meth:`.LoraAdapter.save`."""
-        write_adapter(folder, self.describe(model, values, base_name=base_name, revision=revision), values)
 
     def describe(
         self, model: nn.Module, values: Mapping[str, torch.Tensor], *, base_name: str, revision: str | None = None
