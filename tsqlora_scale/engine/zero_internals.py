@@ -28,7 +28,7 @@ def configure(accelerator: Any, *, micro_batch_size: int, max_grad_norm: float |
     """Fill the DeepSpeed config with what the run decides.
 
     ``gradient_clipping`` is always set: its default changed between releases. Buckets are sized by the trainable
-    parameters, and not above DeepSpeed's default of 5e8 elements, which would allocate 2 GB for an adapter.
+    parameters (:data:`BUCKET`), not by DeepSpeed's default of 5e8 elements, which would allocate 2 GB for an adapter.
     """
     if accelerator.state.deepspeed_plugin.zero_stage == 3:
         _linear_as_elsewhere()

@@ -60,6 +60,7 @@ class Probe:
             attention has time there, experts take tokens of all rows. Their sizes may be the batch's by chance.
         reads_pads: whether the logits of a row depend on the padding beside it; None: not asked, or could not be run.
         packs: whether those of a text are the same where others stand before it in a row; likewise.
+        idle: parameters that no logit depends on; empty unless asked for.
         failure: what the model's code raised, in a line; None where it could be run.
         is_sure: whether the run's own forward would raise it, too: the copy's weights were no windows.
     """

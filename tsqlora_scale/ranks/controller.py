@@ -205,18 +205,17 @@ class AdaptiveRanks(_Listening):
         self._config = config
         self._schedule = schedule
         self._first_quality: float | None = None
-        needs_worths = getattr(policy, "needs_worths", False)
+        self._needs_worths = bool(getattr(policy, "needs_worths", False))
         self.tracker = SensitivityTracker(
             config.sensitivity,
             batch_size=config.train.batch_size,
             micro_batch_size=micro_batch_size,
-            sketch_seed=config.run.seed if needs_worths or config.resize.grow_init == "gradient" else None,
-            sketch_rows=max(SKETCH_ROWS, most_ranks(config.allocation, config.adapter.r) if needs_worths else 0),
-            halves=needs_worths,
+            sketch_seed=config.run.seed if self._needs_worths or config.resize.grow_init == "gradient" else None,
+            sketch_rows=max(SKETCH_ROWS, most_ranks(config.allocation, config.adapter.r) if self._needs_worths else 0),
+            halves=self._needs_worths,
             events=schedule.events,
             without_batch=without_batch,
         )
-
         tracks = bool(getattr(policy, "tracks_components", False))
         self.importances = ImportanceTracker(config.sensitivity, events=schedule.events) if tracks else None
         self._hears = bool(getattr(policy, "needs_sensitivity", True)) or config.resize.grow_init == "gradient"
@@ -256,7 +255,7 @@ class AdaptiveRanks(_Listening):
             first_quality=self._first_quality or 1.0,
             progress=self._schedule.progress(step),
             components=self._components(engine, ranks),
-            worths=self._worths(engine) if getattr(self.policy, "needs_worths", False) else {},
+            worths=self._worths(engine) if self._needs_worths else {},
         )
 
     def _worths(self, engine: Engine) -> dict[str, tuple[float, ...]]:
