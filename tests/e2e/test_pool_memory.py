@@ -38,8 +38,8 @@ def peak_mb(size: int, folder: Path) -> float:
 
 def test_it_does_not_grow(tmp_path: Path) -> None:
     size = 3_000_000
-    small, large = peak_mb(size // 10, tmp_path / "small"), peak_mb(size, tmp_path / "large")
     column = size * 8 / 1e6
-    assert large - small < 0.75 * column, (
-        f"{small:.0f} MB, {large:.0f} MB; one column of the larger has {column:.0f} MB"
-    )
+    small, large = peak_mb(size // 10, tmp_path / "small"), peak_mb(size, tmp_path / "large")
+    if large - small >= column / 2:  # peaks of one and the same size differ by up to 17 MB, growth would be there again
+        large = min(large, peak_mb(size, tmp_path / "again"))
+    assert large - small < column / 2, f"{small:.0f} MB, {large:.0f} MB; one column of the larger has {column:.0f} MB"
