@@ -417,7 +417,7 @@ DAMAGES: list[tuple[str, Callable[[Path], Any], tuple[str, ...]]] = [
     ("weights cut short", lambda f: cut(f / "adapter_model.safetensors"), ("adapter_model.safetensors", "damaged")),
     ("description cut short", lambda f: cut(f / "adapter_config.json"), ("adapter_config.json", "JSON")),
     ("description is a list", file("adapter_config.json", "[]"), ("adapter_config.json", "one JSON object")),
-    ("another method", described(peft_type="IA3"), ("peft_type is 'IA3'",)),
+    ("another method", described(peft_type="IA3"), ("peft_type is 'IA3'; only ", " read")),
     ("a text for a rank", described(r="8"), ("adapter_config.json: r='8'",)),
     ("a list for ranks", described(rank_pattern=[1]), ("adapter_config.json: rank_pattern=[1]",)),
     ("another rank", described(r=3), ("do not make the rank 3",)),
