@@ -6,10 +6,11 @@
 
 The same base, LoRA r 8 on the same layers, the same texts of mixed lengths (log-normal, cut to ``--max-length``
 tokens), batch, micro-batch and precision. The peers have their rows tokenized before the clock starts, ours are
-tokenized as they are drawn. ``by length`` puts samples of a length together: ours within every step, the Trainer's
-within stretches of the epoch. ``packed`` lays ours end to end, each kept to itself (a decoder's alone). Blocks of steps
-are timed in turns, and a ratio is one of medians: machines are noisy. A peer that is not installed is left out with a
-line.
+tokenized as they are drawn. Ours puts the samples of a step in order of length, unless it takes them ``as drawn``; the
+Trainer's ``by length`` puts samples of a length together within stretches of the epoch. ``packed`` lays ours end to
+end, each kept to itself (a decoder's alone). Blocks of steps are timed in turns, and a ratio is one of medians:
+machines are noisy. What is counted are tokens that are no padding, told as samples of the average length: a few steps
+draw longer rows than others. A peer that is not installed is left out with a line.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,6 +34,7 @@ os.environ["HF_HUB_OFFLINE"] = os.environ.get("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import datasets
+import numpy as np
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
@@ -42,11 +45,12 @@ from tsqlora_scale.model.base_model import DTYPES
 from tsqlora_scale.model.linear_layers import resolve_targets
 from tsqlora_scale.run import preflight
 from tsqlora_scale.run.build import build_run
+from tsqlora_scale.run.training_run import Run
 from tsqlora_scale.training import take_steps
 
 #: Steps of every block that are not counted.
 WARM_UP = 2
-#: Takes so many steps, and gives their seconds.
+#: Takes so many steps, and gives their tokens a second.
 Block = Callable[[int], float]
 
 
@@ -93,32 +97,50 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def ours(config: dict[str, Any]) -> Block:
+def ours(run: Run) -> Block:
     """Our own loop, with all that it writes."""
-    run = build_run(preflight.check(parse_config(config)))
+    batch_of, tokens = run.task.batch, Counter[str]()
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        batch = batch_of(*args, **kwargs)
+        tokens["made"] += int(batch.inputs["attention_mask"].sum())
+        return batch
 
     def block(steps: int) -> float:
         with run.record:
             take_steps(run, until=run.step + WARM_UP)
             synchronize()
-            start = time.perf_counter()
+            # batches are made ahead within a call, and none is left over from the one before
+            before, start = tokens["made"], time.perf_counter()
             take_steps(run, until=run.step + steps)
             synchronize()
-        return time.perf_counter() - start
+        return (tokens["made"] - before) / (time.perf_counter() - start)
 
+    run.task.batch = counted  # type: ignore[method-assign]
     return block
 
 
 class Clock(transformers.TrainerCallback):
-    """When every step of a Trainer has ended."""
+    """When every step of a Trainer has ended, and how many tokens its batches had by then."""
 
     def __init__(self) -> None:
-        self.ends: list[float] = []
+        self.ends: list[tuple[float, int]] = []
+        self.tokens = 0
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """After the optimizer's step."""
         synchronize()
-        self.ends.append(time.perf_counter())
+        self.ends.append((time.perf_counter(), self.tokens))
+
+    def counted(self, collate: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """The collator, with what it makes counted."""
+
+        def counted(rows: Any) -> Any:
+            batch = collate(rows)
+            self.tokens += int(batch["attention_mask"].sum())
+            return batch
+
+        return counted
 
 
 def timed(make: Callable[[dict[str, Any]], transformers.Trainer], folder: Path, options: argparse.Namespace) -> Block:
@@ -134,8 +156,10 @@ def timed(make: Callable[[dict[str, Any]], transformers.Trainer], folder: Path, 
         clock = Clock()
         trainer = make({**settings, "max_steps": WARM_UP + steps})
         trainer.add_callback(clock)
+        trainer.data_collator = clock.counted(trainer.data_collator)
         trainer.train()
-        return clock.ends[-1] - clock.ends[WARM_UP - 1]
+        (start, before), (end, after) = clock.ends[WARM_UP - 1], clock.ends[-1]
+        return (after - before) / (end - start)
 
     return block
 
@@ -199,21 +223,21 @@ def trainer_of_a_decoder(
 
 
 def measure(blocks: dict[str, Block], options: argparse.Namespace) -> dict[str, float]:
-    """Samples a second, medians of blocks that are timed in turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in blocks}
+    """Tokens a second, medians of blocks that are timed in turns."""
+    speeds: dict[str, list[float]] = {name: [] for name in blocks}
     for _ in range(options.repeats):
         for name, block in blocks.items():
             gc.collect()
-            seconds[name].append(block(options.steps))
-    return {name: options.batch * options.steps / statistics.median(found) for name, found in seconds.items()}
+            speeds[name].append(block(options.steps))
+    return {name: statistics.median(found) for name, found in speeds.items()}
 
 
-def table(model: str, found: dict[str, float], peer: str) -> None:
-    """Print it, with ratios to the peer."""
-    print(f"\n{model}\n\n| | samples/s | of {peer} |\n|---|---|---|")
+def table(model: str, found: dict[str, float], peer: str, length: float) -> None:
+    """Print it, with ratios to the peer, for samples of so many tokens."""
+    print(f"\n{model}, {length:.0f} tokens a sample\n\n| | tokens/s | samples/s | of {peer} |\n|---|---|---|---|")
     for name, speed in found.items():
         ratio = f"{speed / found[peer]:.2f}" if peer in found else ""
-        print(f"| {name} | {speed:.2f} | {ratio} |", flush=True)
+        print(f"| {name} | {speed:.0f} | {speed / length:.2f} | {ratio} |", flush=True)
 
 
 def main() -> None:
@@ -239,15 +263,18 @@ def main() -> None:
             if model is None:
                 continue
             trees = {
-                f"ours{', by length' if by_length else ''}": tree(
+                f"ours{'' if by_length else ', as drawn'}": tree(
                     folder, model, options, causal=causal, by_length=by_length
                 )
-                for by_length in (False, True)
+                for by_length in (True, False)
             }
             if causal:
                 trees["ours, packed"] = tree(folder, model, options, causal=True, by_length=False, packing=True)
-            path = preflight.check(parse_config(trees["ours"])).model_path
-            blocks = {what: ours(one) for what, one in trees.items()}
+            checked = {what: preflight.check(parse_config(one)) for what, one in trees.items()}
+            runs = {what: build_run(one) for what, one in checked.items()}
+            path = checked["ours"].model_path
+            lengths = runs["ours"].task.batch(np.arange(256)).inputs["attention_mask"].sum(1).float()
+            blocks = {what: ours(run) for what, run in runs.items()}
             peer = "TRL" if causal else "Trainer"
             if not causal:
                 for by_length in (False, True):
@@ -257,7 +284,7 @@ def main() -> None:
                 print("TRL is not installed, and left out: pip install trl", flush=True)
             else:
                 blocks["TRL"] = timed(trainer_of_a_decoder(path, data, options), folder, options)
-            table(Path(model).name, measure(blocks, options), peer)
+            table(Path(model).name, measure(blocks, options), peer, float(lengths.mean()))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import torch
 
-from tsqlora_scale.common.random_streams import philox, seed_dropout
+from tsqlora_scale.common.random_streams import seed_dropout
 from tsqlora_scale.engine.transfers import HostCopy, to_device
 from tsqlora_scale.quality.online.sample_listener import DeafListener, SampleListener
 from tsqlora_scale.tasks.evaluation import evaluating
@@ -75,26 +75,18 @@ def micro_batches(indices: np.ndarray, micro_batch_size: int, rank: int, world_s
     return list(parts[rank::world_size])
 
 
-def in_order_of_length(
-    rows: np.ndarray, lengths: np.ndarray, *, micro_batch_size: int, seed: int, step: int
-) -> np.ndarray:
-    """A global batch put in order of length, so that the samples of a micro-batch are padded little, and micro-batches
-    that are dealt to the ranks at once take a like time.
+def longest_first(rows: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """A global batch from its longest sample to its shortest.
 
-    The order begins with another micro-batch in every step, a random one: what is sampled by its place in the global
-    batch, as sensitivities are, is not of the shortest samples alone. Where the batch is one micro-batch there is
-    nothing to gain, and it stays as it is.
+    The samples of a micro-batch are padded little, micro-batches that are dealt to the ranks at once take a like time,
+    and a batch that is too large for the memory is so at once. The order depends on neither the number of ranks nor the
+    size of a micro-batch, and so neither do the samples that sensitivities are taken of, by their places in it.
 
     Args:
         rows: of the pool, (batch_size,).
         lengths: of them, (batch_size,), in any unit.
-        step: optimizer steps finished.
     """
-    count = len(rows) // micro_batch_size
-    if count == 1:
-        return rows
-    first = int(philox(seed, "first of the lengths", step).integers(count))
-    return np.roll(rows[np.argsort(lengths, kind="stable")], first * micro_batch_size)
+    return rows[np.argsort(-lengths, kind="stable")]
 
 
 class StepListener(Protocol):

@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(600
 
 def test_the_trajectory(tmp_path: Path, models_dir: Path) -> None:
     engine = "zero3-2"
-    sections = {"train": {"group_by_length": True, "max_steps": 7}, "schedule": {"start": 4, "end": 4}}
+    sections = {"train": {"max_steps": 7}, "schedule": {"start": 4, "end": 4}}
     alone = go(run_tree("llama", tmp_path, models_dir, "alone", **sections)).record.folder
     tree = run_tree("llama", tmp_path, models_dir, "launched", **sections)
     config = write_config(tmp_path / "config.yaml", tree)

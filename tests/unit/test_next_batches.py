@@ -20,7 +20,7 @@ from tsqlora_scale.run import next_batches, preflight
 from tsqlora_scale.run.build import build_run
 from tsqlora_scale.run.next_batches import NextBatches
 from tsqlora_scale.run.training_run import Run
-from tsqlora_scale.step import in_order_of_length
+from tsqlora_scale.step import longest_first
 from tsqlora_scale.tasks import Task
 
 OFF: dict[str, Any] = {"allocation": {"policy": "fixed"}, "sampling": {"selector": "full"}}
@@ -104,33 +104,18 @@ def test_the_thread_tokenizes_during_steps_alone(
             assert nexts._future is None and nexts._guess is not None
 
 
-@given(st.lists(st.integers(0, 50), min_size=2, max_size=12), st.integers(1, 4), st.integers(0, 5))
-def test_the_order_of_length(lengths: list[int], micro: int, step: int) -> None:
-    """The same samples; in every micro-batch neighbours in length; but for one place, where it begins anew, longer and
-    longer ones."""
-    sizes = np.repeat(lengths, micro)
-    rows = np.random.default_rng(0).permutation(len(sizes)) + 100
-    found = in_order_of_length(rows, sizes[rows - 100], micro_batch_size=micro, seed=1, step=step)
-    assert sorted(found.tolist()) == sorted(rows.tolist())
-    parts = sizes[found - 100].reshape(-1, micro)
-    best = np.sort(sizes).reshape(-1, micro)
-    assert sorted(map(tuple, parts.tolist())) == sorted(map(tuple, best.tolist()))
-    assert (np.diff(parts.max(1)) < 0).sum() <= 1
-
-
-def test_every_micro_batch_comes_first_in_its_turn() -> None:
-    """Sensitivities are taken of samples at some places of the batch."""
-    rows = np.arange(12)
-    first = [in_order_of_length(rows, rows, micro_batch_size=3, seed=0, step=step)[0] for step in range(400)]
-    assert set(first) == {0, 3, 6, 9}
-    assert min(map(first.count, set(first))) > 70
-    assert in_order_of_length(rows, -rows, micro_batch_size=12, seed=0, step=1) is rows, "nothing to gain"
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=40))
+def test_the_longest_come_first(lengths: list[int]) -> None:
+    """The same samples, never a longer one after a shorter; what is alike stays as it was drawn."""
+    rows = np.arange(len(lengths)) + 100
+    found = longest_first(rows, np.array(lengths))
+    assert found.tolist() == sorted(rows.tolist(), key=lambda row: -lengths[row - 100])
 
 
 @pytest.mark.parametrize("kind", ["bert", "bart", "llama"])
 def test_an_order_of_length_changes_padding_and_not_the_loss(tmp_path: Path, models_dir: Path, kind: str) -> None:
-    tree = run_tree(kind, tmp_path, models_dir, "drawn", **OFF)
-    sorted_tree = run_tree(kind, tmp_path, models_dir, "sorted", train={"group_by_length": True}, **OFF)
+    tree = run_tree(kind, tmp_path, models_dir, "drawn", train={"group_by_length": False}, **OFF)
+    sorted_tree = run_tree(kind, tmp_path, models_dir, "sorted", **OFF)
     rows = [{"text": "good " * (1 + 7 * n % 24), "label": "yes", "summary": "fine"} for n in range(48)]
     (Path(tree["task"]["dataset"]["path"]) / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     drawn, ordered = built(tree), built(sorted_tree)

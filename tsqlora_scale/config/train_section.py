@@ -53,9 +53,10 @@ class TrainConfig(Section):
     #: At most so many samples per rank and backward pass; none, or more than a rank's share, means
     #: batch_size / ranks (no accumulation).
     micro_batch_size: PositiveInt | None = None
-    #: Put the samples of a step in order of length before they are cut into micro-batches: less is computed on padding.
-    #: The step's loss is the same; which samples share a forward pass, and so masks of dropout, is not.
-    group_by_length: bool = False
+    #: Put the samples of a step in order of length, the longest first, before they are cut into micro-batches: less is
+    #: computed on padding. The step's loss is the same; which samples share a forward pass, and so masks of dropout, is
+    #: not.
+    group_by_length: bool = True
     #: Lay the samples of a micro-batch end to end in few rows, in the place of a row each that is padded to the longest
     #: (causal models whose forward takes positions; the model is tried out first). No token sees one of another sample,
     #: and every sample's loss and gradient are the same; masks of dropout are not.

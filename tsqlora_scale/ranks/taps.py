@@ -198,7 +198,9 @@ class Listener:
         size = self._micro_batch if self.whole_micro_batch else self.group_size
         step = -(-self.batch_size // max(self.max_samples // size * size, size))
         starts = range(0, self._micro_batch, size)
-        return [slice(i, min(i + size, self._micro_batch)) for i in starts if (self._position + i) // size % step == 0]
+        # the middle one of every few: a batch is in order of length, and the first ones would be the longest
+        chosen = [i for i in starts if (self._position + i) // size % step == step // 2]
+        return [slice(i, min(i + size, self._micro_batch)) for i in chosen]
 
     @torch.no_grad()
     def _on_gradient(self, site: Site, x: Tensor, delta: Tensor) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tsqlora_scale.step import in_order_of_length, micro_batches
+from tsqlora_scale.step import longest_first, micro_batches
 
 if TYPE_CHECKING:
     from tsqlora_scale.run.training_run import Run
@@ -64,10 +64,10 @@ class NextBatches:
         if guess is not None and np.array_equal(guess.drawn, drawn):
             self.hits += 1
         else:
-            guess = self._prepared(drawn, step)
+            guess = self._prepared(drawn)
         likely = likely_rows(self._run.selector, step + 1) if step + 1 < self._last else None
         if likely is not None:
-            self._future = self._thread.submit(self._prepared, likely, step + 1)
+            self._future = self._thread.submit(self._prepared, likely)
         return guess
 
     def settle(self) -> None:
@@ -78,13 +78,12 @@ class NextBatches:
         self._guess = None if self._future.exception() else self._future.result()
         self._future = None
 
-    def _prepared(self, drawn: np.ndarray, step: int) -> StepBatches:
+    def _prepared(self, drawn: np.ndarray) -> StepBatches:
         """The batches of drawn rows: a function of its arguments and the config."""
         run, rows = self._run, drawn
         size, world = run.plan.micro_batch_size, run.engine.world
         if run.config.train.group_by_length:
-            seed = run.config.run.seed
-            rows = in_order_of_length(drawn, run.task.sizes(drawn), micro_batch_size=size, seed=seed, step=step)
+            rows = longest_first(drawn, run.task.sizes(drawn))
         batches = [run.task.batch(part) for part in micro_batches(rows, size, world.rank, world.size)]
         if world.device.type == "cuda":
             batches = [batch.pinned() for batch in batches]
