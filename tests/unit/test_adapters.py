@@ -132,6 +132,19 @@ def test_a_4_bit_base_on_a_gpu_under_zero_3(models_dir: Path, monkeypatch: pytes
     assert ("device_map" in seen) != sharded
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux says what a process has mapped")
+@pytest.mark.parametrize(("quantization", "kept"), [("none", True), ("nf4", False)])
+def test_a_4_bit_base_leaves_its_file(tmp_path: Path, models_dir: Path, quantization: str, kept: bool) -> None:
+    """Else the weights stay resident that were packed."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model("llama", models_dir), folder)
+    tree = run_tree("llama", tmp_path, models_dir, "run")
+    tree["model"] |= {"name_or_path": str(folder), "quantization": quantization}
+    run = build_run(preflight.check(parse_config(tree)))
+    mapped = str(folder / "model.safetensors") in Path("/proc/self/maps").read_text(encoding="utf-8")
+    assert mapped is kept, run.engine.name
+
+
 def test_new_parameters_follow_names_not_order() -> None:
     def drawn(order: list[str]) -> dict[str, torch.Tensor]:
         model = nn.ModuleDict({"b": nn.Linear(3, 2), "a": nn.Linear(3, 2), "norm": nn.LayerNorm(3)})

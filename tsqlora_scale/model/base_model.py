@@ -109,6 +109,8 @@ def load_base(
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # Left on, an evaluation forward repacks the 4-bit weight and the next training step fails.
             module.support_avx512bf16_for_cpu = False
+    if model.quantization == "nf4" and not shards_while_loading():
+        _let_go_of_the_file(loaded)
     new = set(info["missing_keys"])
     _refuse_new_language_head(loaded, sorted(new), auto_class=auto_class, name_or_path=name_or_path)
     if with_head:
@@ -141,6 +143,14 @@ def _loading_options(
         if device is not None and device.type == "cuda" and not shards_while_loading():
             options["device_map"] = {"": device}
     return options
+
+
+def _let_go_of_the_file(loaded: nn.Module) -> None:
+    """Give what a 4-bit base keeps in floating point memory of its own: on a CPU it lies in the file that was read, all
+    of which stays resident with it, the weights that were packed too."""
+    for tensor in (*loaded.parameters(), *loaded.buffers()):
+        if tensor.device.type == "cpu" and tensor.is_floating_point():
+            tensor.data = tensor.data.clone()
 
 
 def _unpack_head(loaded: nn.Module, model: ModelConfig, *, says: bool) -> None:
