@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
 from dataclasses import replace
 from typing import ClassVar
 
@@ -32,3 +34,30 @@ class UniformInTurn(TsqLoraPolicy):
         if set(stats.ranks.values()) == {stats.initial_rank}:
             return plan
         return replace(plan, ranks=dict.fromkeys(plan.ranks, stats.initial_rank))
+
+
+class Reversed(TsqLoraPolicy):
+    """A control: the method's plan of sensitivities that the layers have the other way round, the least sensitive one
+    that of the most sensitive."""
+
+    def plan(self, stats: Statistics) -> Plan:
+        """See the class."""
+        by_value = sorted(stats.sensitivity, key=lambda name: (stats.sensitivity[name], name))
+        return _exchanged(super().plan, stats, dict(zip(by_value, by_value[::-1], strict=True)))
+
+
+class Shuffled(TsqLoraPolicy):
+    """A control: the method's plan of sensitivities that are dealt to the layers at random, at every event and in every
+    run alike."""
+
+    def plan(self, stats: Statistics) -> Plan:
+        """See the class."""
+        dealt = dict(
+            zip(stats.sensitivity, random.Random(0).sample(list(stats.sensitivity), k=len(stats.ranks)), strict=True)
+        )
+        return _exchanged(super().plan, stats, dealt)
+
+
+def _exchanged(plan: Callable[[Statistics], Plan], stats: Statistics, whose: dict[str, str]) -> Plan:
+    """A plan by other layers' sensitivities: ``whose`` says which layer's each one has."""
+    return plan(replace(stats, sensitivity={name: stats.sensitivity[whose[name]] for name in stats.sensitivity}))

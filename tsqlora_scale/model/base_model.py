@@ -109,8 +109,7 @@ def load_base(
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # Left on, an evaluation forward repacks the 4-bit weight and the next training step fails.
             module.support_avx512bf16_for_cpu = False
-    if model.quantization == "nf4" and not shards_while_loading():
-        _let_go_of_the_file(loaded)
+    _let_go_of_the_file(loaded, model)
     new = set(info["missing_keys"])
     _refuse_new_language_head(loaded, sorted(new), auto_class=auto_class, name_or_path=name_or_path)
     if with_head:
@@ -145,9 +144,11 @@ def _loading_options(
     return options
 
 
-def _let_go_of_the_file(loaded: nn.Module) -> None:
+def _let_go_of_the_file(loaded: nn.Module, model: ModelConfig) -> None:
     """Give what a 4-bit base keeps in floating point memory of its own: on a CPU it lies in the file that was read, all
     of which stays resident with it, the weights that were packed too."""
+    if model.quantization != "nf4" or shards_while_loading():
+        return
     for tensor in (*loaded.parameters(), *loaded.buffers()):
         if tensor.device.type == "cpu" and tensor.is_floating_point():
             tensor.data = tensor.data.clone()
