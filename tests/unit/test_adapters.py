@@ -133,12 +133,16 @@ def test_a_4_bit_base_on_a_gpu_under_zero_3(models_dir: Path, monkeypatch: pytes
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux says what a process has mapped")
-@pytest.mark.parametrize(("quantization", "kept"), [("none", True), ("nf4", False)])
-def test_a_4_bit_base_leaves_its_file(tmp_path: Path, models_dir: Path, quantization: str, kept: bool) -> None:
-    """Else the weights stay resident that were packed."""
+@pytest.mark.parametrize(
+    ("kind", "quantization", "kept"), [("llama", "none", True), ("llama", "nf4", False), ("bart", "nf4", False)]
+)
+def test_a_4_bit_base_leaves_its_file(
+    kind: str, tmp_path: Path, models_dir: Path, quantization: str, kept: bool
+) -> None:
+    """Else the weights stay resident that were packed. A buffer of BART's is a view of the file."""
     folder = tmp_path / "model"
-    shutil.copytree(tiny_model("llama", models_dir), folder)
-    tree = run_tree("llama", tmp_path, models_dir, "run")
+    shutil.copytree(tiny_model(kind, models_dir), folder)
+    tree = run_tree(kind, tmp_path, models_dir, "run")
     tree["model"] |= {"name_or_path": str(folder), "quantization": quantization}
     run = build_run(preflight.check(parse_config(tree)))
     mapped = str(folder / "model.safetensors") in Path("/proc/self/maps").read_text(encoding="utf-8")

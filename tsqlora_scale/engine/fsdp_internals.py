@@ -21,6 +21,7 @@ from torch import nn
 
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.engine.launcher_settings import FsdpSettings
+from tsqlora_scale.engine.own_memory import leave_file
 
 
 def is_sharded_module(module: nn.Module) -> bool:
@@ -87,6 +88,7 @@ def shard(module: nn.Module, *, settings: FsdpSettings, device: torch.device) ->
     left = {param for param in module.parameters() if not is_sharded(param)}
     for param in left:
         param.data = param.data.to(device)
+    leave_file(module, left)
     fully_shard(module, mesh=mesh, ignored_params=left)
     _become_root(module)
 

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelFo
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.launcher import launched_rank
 from tsqlora_scale.config.schema import ModelConfig
+from tsqlora_scale.engine.own_memory import leave_file
 from tsqlora_scale.engine.sharded import whole_shape, write_parameter
 from tsqlora_scale.engine.zero_internals import loading_as, shards_while_loading
 from tsqlora_scale.model.base_folder import NO_ADAPTER
@@ -105,11 +106,8 @@ def load_base(
             f"model.name_or_path={name_or_path!r}: its weights cannot be loaded ({reason}); "
             "give a complete model whose config.json and model.safetensors belong together"
         ) from None
-    for module in loaded.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            # Left on, an evaluation forward repacks the 4-bit weight and the next training step fails.
-            module.support_avx512bf16_for_cpu = False
-    _let_go_of_the_file(loaded, model)
+    if model.quantization == "nf4":
+        _settle_packed(loaded)
     new = set(info["missing_keys"])
     _refuse_new_language_head(loaded, sorted(new), auto_class=auto_class, name_or_path=name_or_path)
     if with_head:
@@ -144,14 +142,14 @@ def _loading_options(
     return options
 
 
-def _let_go_of_the_file(loaded: nn.Module, model: ModelConfig) -> None:
-    """Give what a 4-bit base keeps in floating point memory of its own: on a CPU it lies in the file that was read, all
-    of which stays resident with it, the weights that were packed too."""
-    if model.quantization != "nf4" or shards_while_loading():
-        return
-    for tensor in (*loaded.parameters(), *loaded.buffers()):
-        if tensor.device.type == "cpu" and tensor.is_floating_point():
-            tensor.data = tensor.data.clone()
+def _settle_packed(loaded: nn.Module) -> None:
+    module: Any
+    for module in loaded.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # Left on, an evaluation forward repacks the 4-bit weight and the next training step fails.
+            module.support_avx512bf16_for_cpu = False
+    if not shards_while_loading():
+        leave_file(loaded, loaded.parameters())
 
 
 def _unpack_head(loaded: nn.Module, model: ModelConfig, *, says: bool) -> None:
