@@ -220,8 +220,8 @@ def packs_texts(config: Config) -> None:
         )
     if config.train.packing and ADAPTER_TRAITS[config.adapter.type].prompts:
         raise ValueError(
-            f"'train.packing: true' lays texts end to end, and what 'adapter.type: {config.adapter.type}' trains stands "
-            "before every one; set it to false (train.group_by_length saves padding, too)"
+            f"'train.packing: true' lays texts end to end, and what 'adapter.type: {config.adapter.type}' trains "
+            "stands before every one; set it to false (train.group_by_length saves padding, too)"
         )
 
 

@@ -74,8 +74,6 @@ def check_pass(config: Config, model_config: Any, task: Task) -> PassFindings:
     )
     if probe.failure is not None:
         _tell_of_failure(key, task.auto_class, model_config, probe)
-    elif ADAPTER_TRAITS[config.adapter.type].prompts:
-        _check_placed(config, model_config, task, probe)
     if packs and not probe.packs:
         raise UserError(
             f"train.packing: {key} is a {model_config.model_type} model, which was not seen to keep texts apart that "
@@ -84,8 +82,9 @@ def check_pass(config: Config, model_config: Any, task: Task) -> PassFindings:
         )
     sees_ahead = probe.sees_ahead
     if sees_ahead is None and task.auto_class is AutoModelForCausalLM:  # then by rule: no decoder fills in masks
-        is_decoder = getattr(model_config, "is_decoder", False)
-        sees_ahead = type(model_config) in MODEL_FOR_MASKED_LM_MAPPING and not is_decoder
+        sees_ahead = type(model_config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(
+            model_config, "is_decoder", False
+        )
     writes = task.auto_class in (AutoModelForCausalLM, AutoModelForSeq2SeqLM) and config.task.type != "classification"
     writes = writes and config.task.objective is None
     if writes and sees_ahead:
@@ -95,6 +94,7 @@ def check_pass(config: Config, model_config: Any, task: Task) -> PassFindings:
             "or another task.type"
         )
     bare = skeleton(task.auto_class, model_config, trust_remote_code=trust)
+    _check_placed(config, model_config, task, probe)
     _check_beams(config, bare)
     targets, layers, idle = config.adapter.target_modules, config.adapter.layers, set[str]()
     if ADAPTER_TRAITS[config.adapter.type].layers:
@@ -131,7 +131,8 @@ def _check_placed(config: Config, model_config: Any, task: Task, probe: Probe) -
     from tsqlora_scale.model.adapters.adapter_type import own_type
 
     own = own_type(config.adapter.type)
-    assert own is not None
+    if own is None or not ADAPTER_TRAITS[config.adapter.type].prompts or probe.failure is not None:
+        return
     fault = fault_of(
         own, config.adapter, task.auto_class, model_config, probe_inputs(task), unreached=probe.unreached,
         padded=None if probe.reads_pads is not False else padded_rows(task),
@@ -139,8 +140,8 @@ def _check_placed(config: Config, model_config: Any, task: Task, probe: Probe) -
     )  # fmt: skip
     if fault is not None:
         raise UserError(
-            f"adapter.type={config.adapter.type!r} does not go with a {model_config.model_type} model ({fault}); choose "
-            "adapter.type=lora"
+            f"adapter.type={config.adapter.type!r} does not go with a {model_config.model_type} model ({fault}); "
+            "choose adapter.type=lora"
         )
 
 

@@ -142,8 +142,8 @@ class PrefixTuning(OwnAdapter):
     def place(self, base: Any, r: int, generator: torch.Generator) -> None:
         """See :class:`~.own_type.OwnAdapter`."""
         configs: dict[int, Any] = {}
-        for name, part in sorted(attentions(base).items()):
-            attention: Any = part
+        found: dict[str, Any] = attentions(base)
+        for _, attention in sorted(found.items()):
             device = next(attention.parameters()).device
             attention.add_module(SLOT, Prefix(r, widths(base, attention), generator).to(device))
             if id(attention.config) not in configs:  # masks are made by the model's own, which stays as it is

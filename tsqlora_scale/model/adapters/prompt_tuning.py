@@ -74,15 +74,14 @@ class PromptedModel(PlacedModel):
         super().__init__(base, whole_modules)
         self._own_lead = int(keeps_first(base))
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
         """The base's, of the rows with the vectors; logits and hidden states are those of the caller's tokens."""
         prompt, base = self.prompt, self.get_base_model()
+        inputs = kwargs | {"input_ids": input_ids}
         if prompt._disable_adapters:
-            return base(*args, **kwargs)
-        assert not args, "by their names"
-        assert "input_ids" in kwargs, "of tokens"
-        lead = self._lead(kwargs)
-        inputs = self._longer(kwargs, lead)
+            return base(**inputs)
+        lead = self._lead(inputs)
+        inputs = self._longer(inputs, lead)
         two_sides = base.config.is_encoder_decoder
         prompt.inside = None if two_sides else (lead, inputs["input_ids"].shape[1])
         try:
@@ -182,7 +181,7 @@ def embedded(table: Any, ids: Tensor) -> Tensor:
     """What a table gives for tokens (P,), (P, d) float32. With ZeRO-3 a collective."""
     rows = read_parameter(table.weight)[ids.to(table.weight.device)].float()
     scale = getattr(table, "embed_scale", None)
-    return rows if scale is None else rows * float(scale)
+    return rows if scale is None else rows * torch.as_tensor(scale, dtype=rows.dtype, device=rows.device)
 
 
 def drawn_tokens(table: nn.Embedding, count: int, generator: torch.Generator) -> Tensor:
@@ -208,8 +207,7 @@ def _callers_own(prompt: PromptVectors, states: Tensor) -> Tensor:
     """States or logits of the caller's tokens, of those of all; any other tensor as it is."""
     if prompt.inside is None or states.dim() != 3 or states.shape[1] != prompt.inside[1]:
         return states
-    lead, width = prompt.inside
-    return taken_out(states, lead, int(whole_shape(prompt.vectors)[0])) if width else states
+    return taken_out(states, prompt.inside[0], int(whole_shape(prompt.vectors)[0]))
 
 
 def _before_logits(prompt: PromptVectors, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
