@@ -63,15 +63,10 @@ def check_pass(config: Config, model_config: Any, task: Task) -> PassFindings:
     packs = config.train.packing
     options = {"attn_implementation": "eager"} if packs and config.model.attention == "eager" else {}
     probe = run_probe(
-        task.auto_class,
-        model_config,
-        probe_inputs(task),
-        padded=padded_rows(task),
-        packed=packed_texts(task) if packs else None,
-        trust_remote_code=trust,
-        finds_idle=config.adapter.type in ("bitfit", "full"),
-        **options,
-    )
+        task.auto_class, model_config, probe_inputs(task), padded=padded_rows(task),
+        packed=packed_texts(task) if packs else None, trust_remote_code=trust,
+        finds_idle=config.adapter.type in ("bitfit", "full"), **options,
+    )  # fmt: skip
     if probe.failure is not None:
         _tell_of_failure(key, task.auto_class, model_config, probe)
     if packs and not probe.packs:
@@ -82,9 +77,8 @@ def check_pass(config: Config, model_config: Any, task: Task) -> PassFindings:
         )
     sees_ahead = probe.sees_ahead
     if sees_ahead is None and task.auto_class is AutoModelForCausalLM:  # then by rule: no decoder fills in masks
-        sees_ahead = type(model_config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(
-            model_config, "is_decoder", False
-        )
+        is_decoder = getattr(model_config, "is_decoder", False)
+        sees_ahead = type(model_config) in MODEL_FOR_MASKED_LM_MAPPING and not is_decoder
     writes = task.auto_class in (AutoModelForCausalLM, AutoModelForSeq2SeqLM) and config.task.type != "classification"
     writes = writes and config.task.objective is None
     if writes and sees_ahead:
