@@ -211,6 +211,8 @@ def test_full_trains_weights_that_are_tied(tmp_path: Path, models_dir: Path, kin
         ({"adapter": {"init": "pissa"}}, "would cut away"),
         ({"adapter": {"method": "loratrf", "layers": "top:1"}}, "sits in all blocks"),
         ({"adapter": {"method": "bitfit", "layers": [0]}}, "sits in all blocks"),
+        ({"adapter": {"method": "prefix", "layers": [0]}}, "sits in all blocks"),
+        ({"adapter": {"method": "prompt"}, "train": {"packing": True}}, "trains stands before every one; set it to"),
     ],
 )
 def test_what_makes_no_sense(tmp_path: Path, models_dir: Path, sections: dict[str, Any], words: str) -> None:
