@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForSequenceClassification, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tests.classifiers import tiny_classifier
 from tests.placed import base_of, built, some_inputs
 from tests.reference import adapters as reference
+from tests.tiny import tiny_model
 from tsqlora_scale.config.schema import AdapterConfig
 from tsqlora_scale.model.adapters.adapter_type import adapter_type
+from tsqlora_scale.model.adapters.placed_model import PlacedModel
 from tsqlora_scale.model.adapters.placement import Placement
 from tsqlora_scale.model.adapters.prefix_tuning import Prefix
-from tsqlora_scale.model.adapters.prompt_tuning import SLOT, drawn_tokens, inserted, taken_out
+from tsqlora_scale.model.adapters.prompt_tuning import (
+    SLOT,
+    PromptedModel,
+    PromptTuning,
+    drawn_tokens,
+    inserted,
+    taken_out,
+)
+from tsqlora_scale.model.placed_trial import fault_of
 
 P = 3
 TASK_TYPES = {
@@ -234,3 +245,37 @@ def test_vectors_start_as_tokens(models_dir: Path) -> None:
     )  # fmt: skip
     model = adapter_type("prompt").build(base_of("bart", models_dir), placement)
     assert torch.equal(model.prompt.vectors, table(torch.tensor([7, 9, 7])))
+
+
+class Unheard(PromptTuning):
+    """Vectors that no row gets."""
+
+    def wrapped(self, base: nn.Module, whole_modules: Iterable[str]) -> Any:
+        return PlacedModel(base, whole_modules)
+
+
+class Whole(PromptTuning):
+    """Logits of the vectors as well."""
+
+    def wrapped(self, base: nn.Module, whole_modules: Iterable[str]) -> Any:
+        class Model(PromptedModel):
+            def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+                inputs = kwargs | {"input_ids": input_ids}
+                return self.get_base_model()(**self._longer(inputs, self._lead(inputs)))
+
+        return Model(base, whole_modules)
+
+
+@pytest.mark.parametrize(
+    ("own", "fault"),
+    [
+        (PromptTuning(), None),
+        (Unheard(), "no logit depends on prompt_vectors.vectors"),
+        (Whole(), "logits of (1, 10, 40) in the place of (1, 7, 40)"),
+    ],
+)
+def test_what_a_trial_finds(models_dir: Path, own: PromptTuning, fault: str | None) -> None:
+    config = AutoConfig.from_pretrained(tiny_model("gpt2", models_dir))
+    inputs = {name: tensor[:1] for name, tensor in some_inputs("gpt2").items()}
+    adapter = AdapterConfig(method=None, type="prompt", prompt_tokens=P)
+    assert fault_of(own, adapter, AutoModelForCausalLM, config, inputs) == fault

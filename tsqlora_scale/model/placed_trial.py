@@ -47,14 +47,19 @@ def fault_of(
             try:
                 placed = own.build(model, placement).eval()
                 logits = placed(**inputs).logits
+                mixed = (logits.float() * torch.randn(logits.shape)).sum()
                 trained = {name: param for name, param in placed.named_parameters() if param.requires_grad}
-                found = torch.autograd.grad(logits.float().sum(), list(trained.values()), allow_unused=True)
+                found = torch.autograd.grad(mixed, list(trained.values()), allow_unused=True)
                 changes = padded is not None and reads_pads(placed, padded)
             except Exception as error:  # of whatever a model's code does
                 return " ".join(f"{type(error).__name__}: {error}".split())[:300]
     if logits.shape != shape:
         return f"logits of {tuple(logits.shape)} in the place of {tuple(shape)}"
     idle = [name for name, gradient in zip(trained, found, strict=True) if gradient is None]
+    if not any(
+        gradient is not None and bool(gradient.any()) for gradient in found
+    ):  # in the graph, and multiplied by 0
+        idle = list(trained)
     if idle:
         return f"no logit depends on {idle[0].removeprefix('base_model.model.')}"
     return "what it makes of a row depends on the padding beside it then" if changes else None
