@@ -56,9 +56,8 @@ def fault_of(
     if logits.shape != shape:
         return f"logits of {tuple(logits.shape)} in the place of {tuple(shape)}"
     idle = [name for name, gradient in zip(trained, found, strict=True) if gradient is None]
-    if not any(
-        gradient is not None and bool(gradient.any()) for gradient in found
-    ):  # in the graph, and multiplied by 0
+    # in the graph, and multiplied by zero
+    if not any(gradient is not None and bool(gradient.any()) for gradient in found):
         idle = list(trained)
     if idle:
         return f"no logit depends on {idle[0].removeprefix('base_model.model.')}"
