@@ -133,7 +133,7 @@ def widths(model: Any, attention: nn.Module) -> tuple[int, int]:
 class PrefixTuning(OwnAdapter):
     """``adapter.type: prefix``: without the network that the paper makes the prefixes by while it trains, which PEFT
     leaves out as well unless it is asked for (``prefix_projection``): what it trains has no use afterwards, and is
-    hundreds of times as large.
+    dozens of times as large.
     """
 
     name = "prefix"
