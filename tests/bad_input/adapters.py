@@ -35,14 +35,14 @@ CASES = [
             f"ranks of {kind}", "'allocation.policy: tsqlora' changes ranks", f"'adapter.type: {kind}' cannot change",
             "set 'allocation.policy: fixed'", adapter={"method": kind}, allocation={"policy": "tsqlora"},
         )
-        for kind in ("bitfit", "houlsby", "pfeiffer", "full")
+        for kind in ("bitfit", "houlsby", "pfeiffer", "prompt", "prefix", "full")
     ),
     *(
         _today(
             f"scores of {kind}", f"'adapter.type: {kind}' has none that are exact", "set 'sampling.selector: full'",
             adapter={"method": kind}, sampling={"selector": "quality"},
         )
-        for kind in ("bitfit", "full")
+        for kind in ("bitfit", "prompt", "prefix", "full")
     ),
     *(
         settings(
@@ -93,6 +93,34 @@ CASES = [
         "a bottleneck that is none", "adapter.r=33", "is narrower than what it stands behind, 32; lower it",
         adapter={"method": "houlsby", "r": 33},
     ),
+    settings(
+        "prompt tokens without a prompt", "'prompt_tokens' is of 'adapter.type: prompt' and 'prefix', not of "
+        "'adapter.type: bitfit'; remove it", adapter={"method": "bitfit", "prompt_tokens": 5},
+    ),
+    settings(
+        "a prompt's text for prefixes", "'prompt_text' is of 'adapter.type: prompt', not of 'adapter.type: prefix'",
+        adapter={"method": "prefix", "prompt_text": "good film"},
+    ),
+    settings(
+        "a prompt's text that is none", "adapter.prompt_text=' ': has no tokens; give a text that has some",
+        adapter={"method": "prompt", "prompt_text": " "},
+    ),
+    settings(
+        "a prompt that leaves no positions", "task.max_length=32 and adapter.prompt_tokens=33",
+        "the model takes 64 tokens; lower either", adapter={"method": "prompt", "prompt_tokens": 33},
+    ),
+    settings(
+        "prefixes in a kernel without masks", "'adapter.type: prefix' puts keys before those of a text",
+        "'model.attention: flash_attention_2' has no mask", adapter={"method": "prefix"},
+        model={"attention": "flash_attention_2", "dtype": "bf16"},
+    ),
+    *(
+        _on(
+            kind, f"prefixes of {kind}", "adapter.type='prefix'", "computes attention in a way of its own",
+            "choose adapter.type=prompt or lora", method="prefix",
+        )
+        for kind in ("deberta", "mpnet")
+    ),
     _on(
         "llama", "biases of a model without", "a llama model has no biases", "choose adapter.type=lora",
         method="bitfit",
@@ -101,6 +129,13 @@ CASES = [
         "gpt2", "values that have no layer of their own", "adapter.target_modules='loratrf'",
         "GPT2ForSequenceClassification has no layer for the values alone", "name the layers, or set auto",
         method="loratrf",
+    ),
+    *(
+        Case(
+            f"FSDP2 with a {kind}", (f"adapter.type='{kind}'", "FSDP2", "use DDP or ZeRO"),
+            lambda place, kind=kind: place.set(adapter={"method": kind}), "train", FSDP,
+        )
+        for kind in ("prompt", "prefix")
     ),
     Case(
         "FSDP2 with all parameters", ("adapter.type='full'", "FSDP2", "use DDP or ZeRO"),

@@ -18,6 +18,8 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "bitfit": ("deberta", {"method": "bitfit"}),
     "houlsby": ("llama", {"method": "houlsby"}),
     "pfeiffer": ("bert", {"method": "pfeiffer"}),
+    "prompt": ("t5", {"method": "prompt"}),
+    "prefix": ("bart", {"method": "prefix"}),
     "full": ("t5", {"method": "full"}),
     "pissa": ("llama", {"method": "lora", "init": "pissa"}),
     "eva": ("bert", {"method": "lora", "init": "eva", "init_samples": 5}),
@@ -41,7 +43,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory, models_dir: Path) -> Path:
 
 #: On ZeRO-3, which shards what trains, all of them; on DDP those in which a parameter without a gradient would be found
 #: late.
-ON = {"ddp-2": ["bitfit", "full", "eva"], "zero3-2": [name for name in KINDS if name != "eva"]}
+ON = {"ddp-2": ["bitfit", "prompt", "full", "eva"], "zero3-2": [name for name in KINDS if name != "eva"]}
 
 
 @pytest.mark.parametrize("engine", ON)

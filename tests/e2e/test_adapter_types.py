@@ -22,7 +22,10 @@ from tsqlora_scale.run.training_run import Run
 from tsqlora_scale.training import take_steps
 
 #: type -> the tiny model; every type on an encoder or a decoder, with and without a head
-KINDS = {"loratrf": "llama", "bitfit": "deberta", "houlsby": "t5", "pfeiffer": "bert", "full": "gpt2"}
+KINDS = {
+    "loratrf": "llama", "bitfit": "deberta", "houlsby": "t5", "pfeiffer": "bert", "prompt": "llama", "prefix": "t5",
+    "full": "gpt2",
+}  # fmt: skip
 
 
 def tree_of(method: str, folder: Path, models: Path, name: str, **sections: Any) -> dict[str, Any]:
@@ -126,14 +129,16 @@ def test_bottlenecks_are_scored(tmp_path: Path, models_dir: Path) -> None:
 
 def test_on_a_4_bit_base(tmp_path: Path, models_dir: Path) -> None:
     """Where the base is packed, nothing of it trains."""
-    for method in ("houlsby", "loratrf"):
+    for method in ("houlsby", "loratrf", "prompt", "prefix"):
         tree = tree_of(method, tmp_path, models_dir, method, model={"quantization": "nf4"}, train={"max_steps": 2})
         go(tree)
         folder = tmp_path / "runs" / method
         assert evaluate(parse_config(tree), folder) == pytest.approx(result_of(folder)["metrics"])
 
 
-@pytest.mark.parametrize(("method", "kind"), [("bitfit", "deberta"), ("houlsby", "t5"), ("lora", "t5")])
+@pytest.mark.parametrize(
+    ("method", "kind"), [("bitfit", "deberta"), ("houlsby", "t5"), ("lora", "t5"), ("prompt", "t5")]
+)
 def test_in_bf16(tmp_path: Path, models_dir: Path, method: str, kind: str) -> None:
     """Norms of two types; and an encoder that ``generate`` calls by itself."""
     sections: dict[str, Any] = {"model": {"dtype": "bf16"}, "train": {"max_steps": 2}, "adapter": {"method": method}}
@@ -145,9 +150,9 @@ def test_in_bf16(tmp_path: Path, models_dir: Path, method: str, kind: str) -> No
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory, models_dir: Path) -> dict[str, Path]:
-    """Adapters of three types on the same model, after a step."""
+    """Adapters of some types on the same model, after a step."""
     folder, found = tmp_path_factory.mktemp("saved"), {}
-    for method in ("pfeiffer", "loratrf", "lora"):
+    for method in ("pfeiffer", "loratrf", "lora", "prompt"):
         go(run_tree("bert", folder, models_dir, method, adapter={"method": method}, train={"max_steps": 1}))
         found[method] = folder / "runs" / method / "adapter"
     return found
@@ -169,6 +174,8 @@ def test_a_saved_adapter_that_does_not_fit(tmp_path: Path, models_dir: Path, sav
     assert "the model has none" in refusal(tree("pfeiffer", "deberta"), saved["pfeiffer"])
     with pytest.raises(UserError, match=r"adapter\.init_from=.*is of width 4, adapter\.r is 2; set adapter\.r=4"):
         preflight.check(parse_config(tree("pfeiffer", r=2, init_from=str(saved["pfeiffer"]))))
+    with pytest.raises(UserError, match=r"is of width 20, adapter\.prompt_tokens is 9; set adapter\.prompt_tokens=20"):
+        preflight.check(parse_config(tree("prompt", prompt_tokens=9, init_from=str(saved["prompt"]))))
     with pytest.raises(UserError, match=r"adapter\.init_from=.*is a pfeiffer adapter, adapter\.type is 'houlsby'"):
         preflight.check(parse_config(tree("houlsby", init_from=str(saved["pfeiffer"]))))
     copy = tmp_path / "copy"
@@ -204,6 +211,8 @@ def test_full_trains_weights_that_are_tied(tmp_path: Path, models_dir: Path, kin
         ({"adapter": {"init": "pissa"}}, "would cut away"),
         ({"adapter": {"method": "loratrf", "layers": "top:1"}}, "sits in all blocks"),
         ({"adapter": {"method": "bitfit", "layers": [0]}}, "sits in all blocks"),
+        ({"adapter": {"method": "prefix", "layers": [0]}}, "sits in all blocks"),
+        ({"adapter": {"method": "prompt"}, "train": {"packing": True}}, "trains stands before every one; set it to"),
     ],
 )
 def test_what_makes_no_sense(tmp_path: Path, models_dir: Path, sections: dict[str, Any], words: str) -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
+from tests.placed import base_of, built, some_inputs
 from tests.reference import adapters as reference
 from tests.tiny import AUTO, tiny_model
 from tests.unit.quality.toys import RandomPool
@@ -33,28 +34,6 @@ OWN = ["bitfit", "houlsby", "pfeiffer", "full"]
 PLACED = ["loratrf", "houlsby", "pfeiffer"]
 
 
-def base_of(kind: str, models: Path) -> Any:
-    path = tiny_model(kind, models)
-    options = {} if kind in AUTO else {"num_labels": 2}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return AUTO.get(kind, AutoModelForSequenceClassification).from_pretrained(path, **options).eval()
-
-
-def built(method: str, kind: str, models: Path, **keys: Any) -> Any:
-    task = {"bart": "SEQ_2_SEQ_LM", "t5": "SEQ_2_SEQ_LM", "llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM"}.get(
-        kind, "SEQ_CLS"
-    )
-    placement = Placement(
-        AdapterConfig(method=None, type=method, r=4, **keys),
-        task_type=task,
-        new_modules=[] if kind in AUTO else ["classifier"],
-        dtype="fp32",
-        generator=torch.Generator().manual_seed(1),
-    )
-    return adapter_type(method).build(base_of(kind, models), placement)
-
-
 def shaken(model: nn.Module) -> None:
     """No parameter that trains at its start, where half of them are zero."""
     generator = torch.Generator().manual_seed(2)
@@ -62,14 +41,6 @@ def shaken(model: nn.Module) -> None:
         for _, param in sorted(model.named_parameters()):
             if param.requires_grad:
                 param.add_(torch.empty(param.shape).normal_(0, 0.3, generator=generator))
-
-
-def some_inputs(kind: str) -> dict[str, torch.Tensor]:
-    ids = torch.randint(5, 30, (3, 7), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones_like(ids)
-    mask[1, 4:] = 0
-    inputs = {"input_ids": ids, "attention_mask": mask}
-    return inputs | ({"decoder_input_ids": ids[:, :3]} if kind in ("bart", "t5") else {})
 
 
 @settings(max_examples=25, deadline=None)

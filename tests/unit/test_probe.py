@@ -87,7 +87,7 @@ def test_windows_and_low_ranks_show_the_same(kind: str, monkeypatch: pytest.Monk
 
 def test_a_large_model_takes_little_memory() -> None:
     """7 billion weights of one vector."""
-    model, _ = probe_module._random_copy(AutoModelForCausalLM, LlamaConfig(), False)
+    model, _ = probe_module.random_copy(AutoModelForCausalLM, LlamaConfig(), False)
     storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
     assert sum(p.numel() for p in model.parameters()) > 6e9
     assert sum(storages.values()) < 100e6

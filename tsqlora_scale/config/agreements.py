@@ -41,6 +41,11 @@ def base_agrees(config: Config) -> None:
             f"'adapter.init: {config.adapter.init}' takes factors out of weights, which 'model.quantization: "
             f"{config.model.quantization}' packs; remove it"
         )
+    if kind == "prefix" and config.model.attention not in ("auto", "eager", "sdpa"):
+        raise ValueError(
+            f"'adapter.type: prefix' puts keys before those of a text, for which 'model.attention: "
+            f"{config.model.attention}' has no mask; set 'model.attention: sdpa' or 'auto'"
+        )
     if config.allocation.policy == "file" and not ADAPTER_TRAITS[kind].layers:
         raise ValueError(
             f"'allocation.policy: file' gives ranks to layers, and 'adapter.type: {kind}' has none; set "
@@ -212,6 +217,11 @@ def packs_texts(config: Config) -> None:
         raise ValueError(
             f"'train.packing: true' lays texts of causal models end to end, and 'task.type' is {config.task.type!r}; "
             "set it to false (train.group_by_length saves padding, too)"
+        )
+    if config.train.packing and ADAPTER_TRAITS[config.adapter.type].prompts:
+        raise ValueError(
+            f"'train.packing: true' lays texts end to end, and what 'adapter.type: {config.adapter.type}' trains "
+            "stands before every one; set it to false (train.group_by_length saves padding, too)"
         )
 
 

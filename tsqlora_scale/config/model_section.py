@@ -57,6 +57,7 @@ class AdapterTraits:
         packed: its base may be 4-bit.
         fsdp: it trains under FSDP2.
         own: PEFT has none of the kind, and does not open what is saved.
+        prompts: ``adapter.prompt_tokens`` means something to it: what it trains stands before every text.
         unmerged: why a model without it cannot compute the same; empty where a merge is exact.
     """
 
@@ -68,6 +69,7 @@ class AdapterTraits:
     packed: bool = True
     fsdp: bool = True
     own: bool = False
+    prompts: bool = False
     unmerged: str = ""
 
 
@@ -90,6 +92,14 @@ ADAPTER_TRAITS = {
     "pfeiffer": AdapterTraits(
         scored=True, resized=False, layers=False, fsdp=False, own=True,
         unmerged="its bottlenecks have a nonlinearity inside, and no weight of the base does that",
+    ),
+    "prompt": AdapterTraits(
+        scored=False, resized=False, layers=False, wide=False, fsdp=False, own=True, prompts=True,
+        unmerged="its vectors stand before every text, and no weight of the base does that",
+    ),
+    "prefix": AdapterTraits(
+        scored=False, resized=False, layers=False, wide=False, fsdp=False, own=True, prompts=True,
+        unmerged="its keys and values stand before every text's, and no weight of the base does that",
     ),
     "full": AdapterTraits(scored=False, resized=False, layers=False, wide=False, packed=False, fsdp=False, own=True),
 }  # fmt: skip
@@ -126,6 +136,8 @@ class AdapterConfig(Section):
             "bitfit",
             "houlsby",
             "pfeiffer",
+            "prompt",
+            "prefix",
             "full",
         ]
         | None
@@ -133,8 +145,11 @@ class AdapterConfig(Section):
     #: ``lora``, ``rslora``, ``dora``: PEFT's own layers; ``svd``: AdaLoRA's form of them, B diag(E) A, of which whole
     #: triplets come and go, and whose file is a plain LoRA adapter's; ``loratrf``: LoRA and a filter of every block's
     #: output; ``bitfit``: the biases that the base has; ``houlsby``, ``pfeiffer``: bottlenecks after attention and
-    #: feed-forward, or the latter alone; ``full``: all parameters (docs/adapters.md).
-    type: Literal["lora", "rslora", "dora", "svd", "loratrf", "bitfit", "houlsby", "pfeiffer", "full"] = "lora"
+    #: feed-forward, or the latter alone; ``prompt``: vectors before the embeddings of every text; ``prefix``: keys and
+    #: values before those of every attention; ``full``: all parameters (docs/adapters.md).
+    type: Literal[
+        "lora", "rslora", "dora", "svd", "loratrf", "bitfit", "houlsby", "pfeiffer", "prompt", "prefix", "full"
+    ] = "lora"
     #: Rank of every adapted layer at the start; the budget that moves is r times their number. AdaLoRA starts with 1.5
     #: times the ranks that it ends with: 12 for 8. Of ``houlsby`` and ``pfeiffer`` the width of a bottleneck.
     r: PositiveInt = 8
@@ -146,6 +161,12 @@ class AdapterConfig(Section):
     init_samples: PositiveInt = 128
     #: Rank of ``loratrf``'s matrix T; none: r.
     filter_rank: PositiveInt | None = None
+    #: Vectors of ``prompt``, and keys and values of ``prefix`` in every attention. Those of ``prompt`` take positions:
+    #: with ``task.max_length`` no more than the model has.
+    prompt_tokens: PositiveInt = 20
+    #: Text whose tokens' embeddings the vectors of ``prompt`` start as, again and again until there are enough; none:
+    #: drawn tokens.
+    prompt_text: Annotated[str, Field(min_length=1)] | None = None
     #: The scaling s = alpha / r stays constant when ranks change: rescaling harms (docs/method.md).
     alpha: PositiveFloat = 16.0
     #: γ of AdaLoRA's penalty γ mean(‖A Aᵀ - I‖, ‖Bᵀ B - I‖) over all factors; its gradient is added to that of the
@@ -185,6 +206,12 @@ class AdapterConfig(Section):
             )
         if self.filter_rank is not None and self.type != "loratrf":
             raise ValueError(f"'filter_rank' is of 'adapter.type: loratrf', not of {kind}; remove it")
+        if self.prompt_tokens != AdapterConfig.model_fields["prompt_tokens"].default and not traits.prompts:
+            raise ValueError(f"'prompt_tokens' is of 'adapter.type: prompt' and 'prefix', not of {kind}; remove it")
+        if self.prompt_text is not None and self.type != "prompt":
+            raise ValueError(f"'prompt_text' is of 'adapter.type: prompt', not of {kind}; remove it")
+        if self.prompt_text is not None and self.init_from is not None:
+            raise ValueError("'prompt_text' says what vectors start as, and 'init_from' gives them; remove one of them")
         return self
 
     @property

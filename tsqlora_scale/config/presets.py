@@ -24,6 +24,8 @@ PRESETS = {
     "bitfit": ("bitfit", "full", "fixed"),
     "houlsby": ("houlsby", "full", "fixed"),
     "pfeiffer": ("pfeiffer", "full", "fixed"),
+    "prompt": ("prompt", "full", "fixed"),
+    "prefix": ("prefix", "full", "fixed"),
     "full": ("full", "full", "fixed"),
 }
 #: What a policy of a paper means by more keys than its own, where they are not set.

@@ -20,7 +20,7 @@ from tsqlora_scale.model.stored_quantization import (
     names_in_files,
     stored_quantization,
 )
-from tsqlora_scale.model.tokenizer import fit_tokenizer
+from tsqlora_scale.model.tokenizer import fit_tokenizer, prompt_ids
 from tsqlora_scale.model.weight_files import check_base_weights
 
 
@@ -143,6 +143,7 @@ def check_architecture(config: Config, model_config: Any, tokenizer: Any) -> lis
         The linear layers that a 4-bit base keeps in floating point: those outside the repeated blocks and those whose
         weight is read without a call of the layer, or what its files say.
     """
+    from tsqlora_scale.model.adapters.adapter_type import own_type
     from tsqlora_scale.model.base_model import skeleton
     from tsqlora_scale.model.block_depths import check_depth
     from tsqlora_scale.model.heads import check_language_head
@@ -166,8 +167,10 @@ def check_architecture(config: Config, model_config: Any, tokenizer: Any) -> lis
         check_language_head(bare, names_in_files(path, revision=None), key=config.model.name_or_path)
     _check_attention(config, model_config, auto_class)
     _check_adapter_type(config, bare)
+    prompt_ids(config.adapter, tokenizer)
     check_depth(config, bare)
-    check_lengths(config.task, bare)
+    own = own_type(config.adapter.type)
+    check_lengths(config.task, bare, ahead=0 if own is None else own.tokens_ahead(config.adapter))
     if stored_quantization(model_config) is not None:
         kept = kept_in_floating_point(bare, names_in_files(path, revision=config.model.revision))
         if packed := sorted(read_past(bare) - set(kept)):

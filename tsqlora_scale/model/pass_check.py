@@ -18,6 +18,7 @@ from tsqlora_scale.engine.arithmetic import unit_roundoff
 from tsqlora_scale.engine.collectives import World
 from tsqlora_scale.model.base_model import DTYPES, skeleton
 from tsqlora_scale.model.linear_layers import kinds_of, note_on_weights, read_past, resolve_targets
+from tsqlora_scale.model.placed_trial import fault_of
 from tsqlora_scale.model.probe import Probe, keeps_apart, packed_texts, padded_rows, probe_inputs, run_probe
 from tsqlora_scale.tasks.evaluation import evaluating
 from tsqlora_scale.tasks.objectives.model_inputs import model_class
@@ -62,15 +63,10 @@ def check_pass(config: Config, model_config: Any, task: Task) -> PassFindings:
     packs = config.train.packing
     options = {"attn_implementation": "eager"} if packs and config.model.attention == "eager" else {}
     probe = run_probe(
-        task.auto_class,
-        model_config,
-        probe_inputs(task),
-        padded=padded_rows(task),
-        packed=packed_texts(task) if packs else None,
-        trust_remote_code=trust,
-        finds_idle=config.adapter.type in ("bitfit", "full"),
-        **options,
-    )
+        task.auto_class, model_config, probe_inputs(task), padded=padded_rows(task),
+        packed=packed_texts(task) if packs else None, trust_remote_code=trust,
+        finds_idle=config.adapter.type in ("bitfit", "full"), **options,
+    )  # fmt: skip
     if probe.failure is not None:
         _tell_of_failure(key, task.auto_class, model_config, probe)
     if packs and not probe.packs:
@@ -92,6 +88,7 @@ def check_pass(config: Config, model_config: Any, task: Task) -> PassFindings:
             "or another task.type"
         )
     bare = skeleton(task.auto_class, model_config, trust_remote_code=trust)
+    _check_placed(config, model_config, task, probe)
     _check_beams(config, bare)
     targets, layers, idle = config.adapter.target_modules, config.adapter.layers, set[str]()
     if ADAPTER_TRAITS[config.adapter.type].layers:
@@ -117,6 +114,29 @@ def check_pass(config: Config, model_config: Any, task: Task) -> PassFindings:
         if note := note_on_weights(bare, is_4_bit=config.model.quantization == "nf4", bytes_each=bytes_each):
             log.warning("%s", note)
     return PassFindings(probe.unreached, probe.without_batch, bool(read_past(bare)), probe.idle)
+
+
+def _check_placed(config: Config, model_config: Any, task: Task, probe: Probe) -> None:
+    """Types that make texts longer, tried out.
+
+    Raises:
+        UserError: the model cannot be trained so.
+    """
+    from tsqlora_scale.model.adapters.adapter_type import own_type
+
+    own = own_type(config.adapter.type)
+    if own is None or not ADAPTER_TRAITS[config.adapter.type].prompts or probe.failure is not None:
+        return
+    fault = fault_of(
+        own, config.adapter, task.auto_class, model_config, probe_inputs(task), unreached=probe.unreached,
+        padded=None if probe.reads_pads is not False else padded_rows(task),
+        trust_remote_code=config.model.trust_remote_code,
+    )  # fmt: skip
+    if fault is not None:
+        raise UserError(
+            f"adapter.type={config.adapter.type!r} does not go with a {model_config.model_type} model ({fault}); "
+            "choose adapter.type=lora"
+        )
 
 
 def packer_of(config: Config, model_config: Any) -> Packer:

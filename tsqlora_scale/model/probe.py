@@ -125,14 +125,14 @@ def run_probe(
     try:
         with quiet_libraries(), torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(0)
-            model, mode = _random_copy(auto_class, model_config, trust_remote_code, **options)
+            model, mode = random_copy(auto_class, model_config, trust_remote_code, **options)
             with mode:
                 found = Probe(_sees_ahead(model, inputs), _unreached(model, inputs))
                 if finds_idle:
                     found = replace(found, idle=_idle(model, inputs))
                 with suppress(Exception):  # what only more or longer rows bring up takes nothing from the rest
                     found = replace(found, without_batch=_without_batch(model, inputs))
-                    found = replace(found, reads_pads=None if padded is None else _reads_pads(model, padded))
+                    found = replace(found, reads_pads=None if padded is None else reads_pads(model, padded))
                 with suppress(Exception):
                     found = replace(found, packs=None if packed is None else keeps_apart(model, packed, most=BY_PADS))
                 return found
@@ -197,9 +197,10 @@ def packed_texts(task: Task) -> PackedTexts:
     return PackedTexts(list(alone), task.packer.laid(batch.inputs, batch.places, [range(LAID)]))
 
 
-def _random_copy(
+def random_copy(
     auto_class: Any, model_config: Any, trust_remote_code: bool, **options: Any
 ) -> tuple[nn.Module, TorchFunctionMode]:
+    """A model on the CPU whose weights are random, small ones their own, and the mode to run it in."""
     from accelerate import init_empty_weights
 
     config = copy.deepcopy(model_config)
@@ -284,7 +285,8 @@ def _sees_ahead(model: nn.Module, inputs: Mapping[str, Tensor]) -> bool | None:
     return bool(change[:-1].max() > LEAK * change[-1])
 
 
-def _reads_pads(model: nn.Module, padded: PaddedRows) -> bool:
+def reads_pads(model: nn.Module, padded: PaddedRows) -> bool:
+    """Whether the logits of a row depend on the padding beside it."""
     model.eval()
     with torch.no_grad():
         alone, among = model(**padded.alone).logits[0].float(), model(**padded.among).logits[padded.row].float()

@@ -8,7 +8,7 @@ from typing import Any
 
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.printing import shown
-from tsqlora_scale.config.schema import Config
+from tsqlora_scale.config.schema import AdapterConfig, Config
 
 log = logging.getLogger("tsqlora_scale")
 
@@ -129,3 +129,17 @@ def _parts(model_config: Any) -> list[Any]:
     sides = [getattr(model_config, side, None) for side in ("encoder", "decoder")]
     text = [model_config.get_text_config(), *(side for side in sides if isinstance(side, PretrainedConfig))]
     return list({id(part): part for part in (model_config, *text)}.values())
+
+
+def prompt_ids(adapter: AdapterConfig, tokenizer: Any) -> list[int]:
+    """The tokens of ``adapter.prompt_text``; none without one.
+
+    Raises:
+        UserError: it has none.
+    """
+    if adapter.prompt_text is None:
+        return []
+    ids: list[int] = tokenizer(adapter.prompt_text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise UserError(f"adapter.prompt_text={adapter.prompt_text!r}: has no tokens; give a text that has some")
+    return ids

@@ -25,6 +25,7 @@ from tsqlora_scale.model.adapters.placement import Placement
 from tsqlora_scale.model.base_model import load_base
 from tsqlora_scale.model.block_depths import lr_scales
 from tsqlora_scale.model.pass_check import check_loaded
+from tsqlora_scale.model.tokenizer import prompt_ids
 from tsqlora_scale.quality.scores.score_parts import PARTS
 from tsqlora_scale.quality.selectors.selector import Selector, SelectorContext
 from tsqlora_scale.quality.selectors.selector_names import selector_class
@@ -284,6 +285,7 @@ def build_model(preflight: Preflight, *, device: torch.device, init: str | None 
         dtype=config.model.dtype,
         generator=generator_for(seed, "adapter"),
         unreached=preflight.findings.unreached | preflight.findings.idle,
+        prompt_ids=prompt_ids(config.adapter, preflight.tokenizer),
     )
     return adapter_type(config.adapter.type).build(base, placement)
 

@@ -91,6 +91,16 @@ def test_parts_are_those_of_the_real_model(kind: str, model: dict[str, Any], bui
     run.engine.close()
 
 
+@pytest.mark.parametrize(("method", "kind"), [("prompt", "llama"), ("prompt", "t5"), ("prefix", "bert")])
+def test_what_stands_before_texts_is_planned(method: str, kind: str, build: Callable[..., Built]) -> None:
+    run, _, forecaster = build(kind, adapter={"method": method})
+    parts, trained = forecaster.memory_of("plain", MICRO).parts, run.engine.module.parameters()
+    assert parts["factors and head"] == sum(param.nbytes for param in trained if param.requires_grad)
+    needs = forecaster.step(MICRO, checkpointing=False)
+    assert needs.peak == pytest.approx(measured_pass(run, MICRO)["pass"], rel=0.1)
+    run.engine.close()
+
+
 @pytest.mark.parametrize("delta_loss", ["first_order", "exact"])
 @pytest.mark.parametrize("kind", ["bert", "llama"])
 def test_a_scoring_batch_takes_what_is_planned(kind: str, delta_loss: str, build: Callable[..., Built]) -> None:

@@ -18,6 +18,8 @@ from tsqlora_scale.model.adapters.lora import LoraAdapter
 from tsqlora_scale.model.adapters.loratrf import LoraTrfAdapter, check_filters
 from tsqlora_scale.model.adapters.own_type import OwnAdapter
 from tsqlora_scale.model.adapters.placement import Placement
+from tsqlora_scale.model.adapters.prefix_tuning import PrefixTuning
+from tsqlora_scale.model.adapters.prompt_tuning import PromptTuning
 from tsqlora_scale.model.adapters.rslora import RsLoraAdapter
 from tsqlora_scale.model.adapters.svd import SvdAdapter
 from tsqlora_scale.model.weight_files import DESCRIPTION, check_fits, kind_of, read_json, require_adapter
@@ -99,6 +101,8 @@ ADAPTER_TYPES: dict[str, AdapterType] = {
         BitFitAdapter(),
         HoulsbyAdapter(),
         PfeifferAdapter(),
+        PromptTuning(),
+        PrefixTuning(),
         FullTuning(),
     )
 }

@@ -31,6 +31,8 @@ class OwnAdapter(ABC):
     """
 
     name: str
+    #: The key of the config that says how wide the type's modules are.
+    width_key = "r"
 
     @abstractmethod
     def place(self, base: nn.Module, r: int, generator: torch.Generator) -> None:
@@ -64,9 +66,9 @@ class OwnAdapter(ABC):
         whole = [
             module for module in placement.new_modules if not is_idle(module, layers, unreached) and module not in kept
         ]
-        self.place(base, placement.adapter.r, placement.generator)
+        self.put(base, placement)
         base.requires_grad_(False)
-        model = PlacedModel(base, whole)
+        model = self.wrapped(base, whole)
         idle = [name for name in placement.new_modules if name not in whole]
         chosen = {name for name in self.chosen(base, unreached) if not _inside(name, idle)}
         for name, param in base.named_parameters():
@@ -76,6 +78,18 @@ class OwnAdapter(ABC):
         model.train(base.training)
         use_autocast(model, placement.dtype, fp16=True)
         return model
+
+    def put(self, base: nn.Module, placement: Placement) -> None:
+        """:meth:`place` for a run's start."""
+        self.place(base, getattr(placement.adapter, self.width_key), placement.generator)
+
+    def wrapped(self, base: nn.Module, whole_modules: Iterable[str]) -> PlacedModel:
+        """A base that has the type's modules in it, under PEFT's names."""
+        return PlacedModel(base, whole_modules)
+
+    def tokens_ahead(self, adapter: AdapterConfig) -> int:
+        """How many of a model's positions the type takes from a text."""
+        return 0
 
     def untrained(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """Nothing: what does not train is as the base's own file has it."""
@@ -127,7 +141,7 @@ class OwnAdapter(ABC):
         """See :class:`~.adapter_type.AdapterType`."""
         description = check_own(folder, self.name)
         self.place(base, description["r"] or 0, torch.Generator())
-        model = PlacedModel(base, description["whole_modules"])
+        model = self.wrapped(base, description["whole_modules"])
         tensors = load_file(folder / WEIGHTS)
         params = dict(model.named_parameters())
         missing = sorted(tensors.keys() - params.keys())
@@ -187,9 +201,12 @@ class OwnAdapter(ABC):
         """Raises:
         UserError: the modules of a saved adapter are of another width than the config's.
         """
-        r = check_own(folder, self.name)["r"]
-        if r is not None and r != adapter.r:
-            raise UserError(f"adapter {str(folder)!r}: is of width {r}, adapter.r is {adapter.r}; set adapter.r={r}")
+        r, key = check_own(folder, self.name)["r"], self.width_key
+        if r is not None and r != getattr(adapter, key):
+            raise UserError(
+                f"adapter {str(folder)!r}: is of width {r}, adapter.{key} is {getattr(adapter, key)}; set "
+                f"adapter.{key}={r}"
+            )
 
     def merged(self, base: nn.Module, folder: Path) -> Any:
         """A fresh base with a saved adapter's values in it; for types whose merge is exact. All of it is float32, as

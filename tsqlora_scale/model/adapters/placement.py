@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ class Placement:
         dtype: ``model.dtype``; factors and heads are float32 in any case.
         generator: of everything that is drawn.
         unreached: linear layers that nothing trained may sit in, and parameters: they get no gradient.
+        prompt_ids: tokens that ``adapter.type: prompt`` starts from; none: drawn ones.
     """
 
     adapter: AdapterConfig
@@ -29,3 +30,4 @@ class Placement:
     dtype: str
     generator: torch.Generator
     unreached: Collection[str] = ()
+    prompt_ids: Sequence[int] = ()

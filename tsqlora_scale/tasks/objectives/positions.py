@@ -61,8 +61,11 @@ def _rows(table: nn.Embedding, side: str, model_config: Any) -> int:
     return rows
 
 
-def check_lengths(cfg: TaskConfig, model: nn.Module) -> None:
+def check_lengths(cfg: TaskConfig, model: nn.Module, *, ahead: int = 0) -> None:
     """Check the task's lengths against a model that has a fixed number of positions.
+
+    Args:
+        ahead: positions that ``adapter.prompt_tokens`` takes from the text that is read.
 
     Raises:
         UserError: naming the key, its value and the limit. Without the check the run would end at its first
@@ -74,5 +77,10 @@ def check_lengths(cfg: TaskConfig, model: nn.Module) -> None:
     else:  # a classifier's decoder reads the text, too
         allowed = {"max_length": min(limits.values(), default=None)}
     for key, limit in allowed.items():
+        if ahead and key == "max_length" and limit is not None and cfg.max_length + ahead > limit:
+            raise UserError(
+                f"task.max_length={cfg.max_length} and adapter.prompt_tokens={ahead}: the model takes {limit} tokens; "
+                "lower either"
+            )
         if limit is not None and getattr(cfg, key) > limit:
             raise UserError(f"task.{key}={getattr(cfg, key)}: the model takes {limit} tokens; lower it")
