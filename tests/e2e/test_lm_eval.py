@@ -13,13 +13,16 @@ import transformers as t
 import yaml
 from peft import PeftModel
 
-from tests.runs import write_config
+from tests.runs import go, run_tree, write_config
 from tests.vocabularies import IDS, LLAMA3, SIZES, byte_level, trained
+from tsqlora_scale import load_adapter
 from tsqlora_scale.commands import main as cli
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs the extra lm_eval")
 
 QUESTIONS = ["the film", "a lovely story", "the plot was", "Don't watch", "there's no", "scenes and"]
+#: Sections of a run by scores and changing ranks.
+OF_THE_METHOD = ("scoring", "sampling", "sensitivity", "allocation", "schedule", "resize")
 CHOICES = [" dull", " lovely", " a plot"]
 
 
@@ -84,6 +87,30 @@ def test_before_and_after(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: --lm-eval: the task tiny_missing cannot be prepared (")
     assert "without a network its data must have been fetched before" in error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["prompt", "full"])
+def test_what_peft_has_none_of(method: str, tmp_path: Path, models_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before: the base's own file, whatever has become of it since."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    trained(t.LlamaConfig(**SIZES, **IDS), byte_level(LLAMA3), tmp_path)
+    tree = run_tree("llama", tmp_path, models_dir, "run", train={"lr": 0.3, "max_steps": 4})
+    tree |= {"adapter": {"method": method}, "model": {"name_or_path": str(tmp_path / "base")}}
+    tree = {key: values for key, values in tree.items() if key not in OF_THE_METHOD}
+    adapter = go(tree).record.folder / "adapter"
+    base: Any = t.AutoModelForCausalLM.from_pretrained(tree["model"]["name_or_path"])
+    tokenizer = t.AutoTokenizer.from_pretrained(tree["model"]["name_or_path"])
+    before = choices_of(base, tokenizer)
+    after = choices_of(load_adapter(base, adapter).eval(), tokenizer)
+    share = sum(one == other for one, other in zip(before, after, strict=True)) / len(QUESTIONS)
+    assert share < 1, "an adapter without effect tests nothing"
+    folder, file = task_folder(tmp_path / "tasks", before), tmp_path / "numbers.json"
+    arguments = ["--config", str(write_config(tmp_path / "config.yaml", tree)), "--lm-eval-tasks", str(folder)]
+    arguments += ["--lm-eval", "tiny_choice", "--json", str(file)]
+    assert cli.main(["evaluate", "--adapter", str(adapter), *arguments]) == 0
+    row = json.loads(file.read_text())["tasks"]["tiny_choice"]["acc"]
+    assert (row["base"], row["adapter"]) == pytest.approx((1.0, share))
 
 
 def tree_of(config: Any) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +49,10 @@ def evaluate_tasks(
 
     with adapter_folder(adapter) as place:
         manager, names = _known(tasks, folder)
-        model, tokenizer = _load(config, place)
         options = {"task_manager": manager, "tasks": names, "limit": limit, "num_fewshot": shots}
-        with model.disable_adapter():
-            before = _measure(model, tokenizer, config, options)
-        after = _measure(model, tokenizer, config, options)
+        before, after = (
+            _measure(model, tokenizer, config, options) for model, tokenizer in _before_and_after(config, place)
+        )
     return _side_by_side(before, after)
 
 
@@ -111,8 +110,10 @@ def _known(tasks: Sequence[str], folder: str | Path | None) -> tuple[Any, list[s
     return manager, names
 
 
-def _load(config: Config, adapter: Path) -> tuple[Any, Any]:
-    """The adapter on its base, and the tokenizer."""
+def _before_and_after(config: Config, adapter: Path) -> Iterator[tuple[Any, Any]]:
+    """The base, then the adapter on it, which may change the base itself; each with the tokenizer."""
+    from torch import nn
+
     from tsqlora_scale.model.adapted_base import AdaptedBase
     from tsqlora_scale.model.adapters.adapter_type import adapter_type
     from tsqlora_scale.run.build import started
@@ -122,10 +123,13 @@ def _load(config: Config, adapter: Path) -> tuple[Any, Any]:
     described = AdaptedBase.checked(config, adapter)
     device = started(config, accumulation=1, trains=False).device
     with quiet_libraries():
-        base = described.load(device=device)
+        base = described.load(device=device).eval()
+    nn.Module.to(base, device)  # Transformers' own refuses to move a 4-bit base, which is there already
+    base.config.use_cache = True  # for tasks that generate
+    yield base, described.tokenizer
+    with quiet_libraries():
         model = adapter_type(config.adapter.type).load(base, adapter, dtype=config.model.dtype).to(device).eval()
-    model.config.use_cache = True  # for tasks that generate
-    return model, described.tokenizer
+    yield model, described.tokenizer
 
 
 def _measure(model: Any, tokenizer: Any, config: Config, options: dict[str, Any]) -> dict[str, Any]:
