@@ -171,11 +171,12 @@ class SensitivityTracker:
                 (accumulation) do not count.
         """
         self._listening = self.listens(step)
-        self._turn = step // self._cfg.every % 2  # listened steps are so far apart
+        turn = step // self._cfg.every  # listened steps are so far apart
+        self._turn = turn % 2
         self._samples = 0
         if self._listening:
             self._scale = self._batch_size / loss_scale
-            self._listener.start(self._scale)
+            self._listener.start(self._scale, turn)
 
     def listens(self, step: int) -> bool:
         """Whether that step is listened to: every ``sensitivity.every``-th, counted back from the next event, as far as

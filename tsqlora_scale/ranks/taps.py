@@ -91,7 +91,8 @@ class Listener:
     loss into that of a mean over the group when divided by n (see :class:`~.sensitivity.SensitivityTracker`).
 
     Of the ``batch_size`` samples of a global batch at most ``max_samples`` take part, but one group at least: every
-    k-th group. A group's number in the global batch decides, so the choice does not depend on who trains on it.
+    k-th group, with others in the next step. A group's number in the global batch and the step decide, so the choice
+    does not depend on who trains on it.
     """
 
     def __init__(
@@ -112,7 +113,7 @@ class Listener:
         self._sites: list[Site] = []
         self._handles: list[Any] = []
         self._listening = False
-        self._scale = 1.0
+        self._scale, self._turn = 1.0, 0
         self._micro_batch = 0
         self._position = 0
         self._packing: Packing | None = None
@@ -137,9 +138,13 @@ class Listener:
             handle.remove()
         self._handles, self._sites, self._listening = [], [], False
 
-    def start(self, scale: float) -> None:
-        """Listen to the micro-batches that follow."""
-        self._scale, self._listening = scale, True
+    def start(self, scale: float, turn: int) -> None:
+        """Listen to the micro-batches that follow.
+
+        Args:
+            turn: which of every k groups take part, modulo k: one more in every listened step.
+        """
+        self._scale, self._turn, self._listening = scale, turn, True
         self._micro_batch = self._position = self.samples = 0
         for site in self._sites:
             site.calls = site.arrived = site.heard = 0
@@ -198,8 +203,8 @@ class Listener:
         size = self._micro_batch if self.whole_micro_batch else self.group_size
         step = -(-self.batch_size // max(self.max_samples // size * size, size))
         starts = range(0, self._micro_batch, size)
-        # the middle one of every few: a batch is in order of length, and the first ones would be the longest
-        chosen = [i for i in starts if (self._position + i) // size % step == step // 2]
+        # in turn: a batch is in order of length, and those of one place are long ones, or short ones, in every step
+        chosen = [i for i in starts if (self._position + i) // size % step == self._turn % step]
         return [slice(i, min(i + size, self._micro_batch)) for i in chosen]
 
     @torch.no_grad()

@@ -112,10 +112,12 @@ def _known(tasks: Sequence[str], folder: str | Path | None) -> tuple[Any, list[s
 
 def _before_and_after(config: Config, adapter: Path) -> Iterator[tuple[Any, Any]]:
     """The base, then the adapter on it, which may change the base itself; each with the tokenizer."""
+    import torch
     from torch import nn
 
     from tsqlora_scale.model.adapted_base import AdaptedBase
-    from tsqlora_scale.model.adapters.adapter_type import adapter_type
+    from tsqlora_scale.model.adapters.adapter_type import adapter_type, own_type
+    from tsqlora_scale.model.base_model import DTYPES
     from tsqlora_scale.run.build import started
     from tsqlora_scale.run.preflight import check_machine
 
@@ -126,7 +128,11 @@ def _before_and_after(config: Config, adapter: Path) -> Iterator[tuple[Any, Any]
         base = described.load(device=device).eval()
     nn.Module.to(base, device)  # Transformers' own refuses to move a 4-bit base, which is there already
     base.config.use_cache = True  # for tasks that generate
-    yield base, described.tokenizer
+    dtype, own = config.model.dtype, own_type(config.adapter.type)
+    # as with the adapter on it (use_autocast)
+    narrow = dtype == "bf16" or (dtype == "fp16" and own is not None)
+    with torch.autocast(device.type, dtype=DTYPES[dtype], enabled=narrow):
+        yield base, described.tokenizer
     with quiet_libraries():
         model = adapter_type(config.adapter.type).load(base, adapter, dtype=config.model.dtype).to(device).eval()
     yield model, described.tokenizer

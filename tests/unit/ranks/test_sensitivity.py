@@ -97,10 +97,10 @@ def test_accumulation_and_ranks_change_nothing(estimator: str, folder: Path) -> 
 def test_every_so_many_groups_of_the_global_batch_take_part(
     estimator: str, group: int, samples: int, step: int, folder: Path
 ) -> None:
-    """Of every few the middle one, so that they stay within ``max_samples``, one at least; whoever trains on them."""
+    """So many that they stay within ``max_samples``, one at least; whoever trains on them."""
     model, batch = adapted("bert", folder), padded_batch("bert")
     count = SIZE // group
-    chosen = [lambda m, part=part: count * part.loss(m) for part in split(batch, count)[step // 2 :: step]]
+    chosen = [lambda m, part=part: count * part.loss(m) for part in split(batch, count)[::step]]
     want = reference.sensitivity(model, chosen, estimator)
     for parts in (1, 2, 4):
         got = measure(model, split(batch, parts), estimator, group=group, samples=samples)
@@ -109,13 +109,22 @@ def test_every_so_many_groups_of_the_global_batch_take_part(
         assert_close(heard.sensitivity, want, rel=1e-4)
 
 
+def test_others_take_part_in_the_next_step(folder: Path) -> None:
+    """A batch is in order of length: the same places would be texts of about one length in every step."""
+    model, batch = adapted("bert", folder), padded_batch("bert")
+    for step in range(5):
+        chosen = [lambda m, part=part: SIZE * part.loss(m) for part in split(batch, SIZE)[step % 4 :: 4]]
+        want = reference.sensitivity(model, chosen, "weight")
+        assert_close(measure(model, split(batch, 2), group=1, samples=2, step=step), want, rel=1e-4)
+
+
 @pytest.mark.distributed
 def test_of_whole_micro_batches_some_take_part(folder: Path) -> None:
     model, batch = adapted("deberta", folder), padded_batch("deberta")
     parts = split(batch, 4)
-    want = reference.sensitivity(model, [lambda m, part=part: 4 * part.loss(m) for part in parts[1::2]], "weight")
+    want = reference.sensitivity(model, [lambda m, part=part: 4 * part.loss(m) for part in parts[::2]], "weight")
     assert_close(measure(model, parts, group=1, samples=4), want, rel=1e-4)
-    one_rank = reference.sensitivity(model, [lambda m: 4 * parts[2].loss(m)], "weight")
+    one_rank = reference.sensitivity(model, [lambda m: 4 * parts[0].loss(m)], "weight")
     # one rank hears nothing
     for heard in on_two_ranks(model, [batch], "weight", group=1, samples=2):
         assert_close(heard.sensitivity, one_rank, rel=1e-4)

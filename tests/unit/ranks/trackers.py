@@ -39,10 +39,12 @@ def train_step(tracker: SensitivityTracker, model: nn.Module, batches: list[Batc
     tracker.end_step(taken=True)
 
 
-def measure(model: nn.Module, batches: list[Batch], estimator: str = "weight", **kwargs) -> dict[str, float]:
+def measure(
+    model: nn.Module, batches: list[Batch], estimator: str = "weight", *, step: int = 0, **kwargs
+) -> dict[str, float]:
     tracker = make_tracker(estimator, micro=len(batches[0]), **kwargs)
     tracker.attach(model)
-    train_step(tracker, model, batches)
+    train_step(tracker, model, batches, step)
     tracker.detach()
     return tracker.reduce(World())
 
