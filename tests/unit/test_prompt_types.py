@@ -34,6 +34,7 @@ from tsqlora_scale.model.adapters.prompt_tuning import (
     taken_out,
 )
 from tsqlora_scale.model.placed_trial import fault_of
+from tsqlora_scale.tasks import needed_logits
 
 P = 3
 TASK_TYPES = {
@@ -228,6 +229,21 @@ def test_generation_goes_on_as_the_forward_says(models_dir: Path, method: str, k
                 logits = model(input_ids=asked, attention_mask=torch.ones_like(asked), **more).logits
             written.append(int(logits[0, -1].argmax()))
         assert row.tolist() == written[int(two_sides) :]
+
+
+def test_needed_logits_may_be_as_many_as_a_row_has_places(models_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the vectors are taken out once."""
+    monkeypatch.setattr(needed_logits, "WORTH", 0)
+    model, inputs = built("prompt", "llama", models_dir, prompt_tokens=P).eval(), some_inputs("llama")
+    shape = inputs["input_ids"].shape
+    places = torch.arange(1, 2 * (P + shape[1]), 2)
+    assert len(places) == P + shape[1]
+    with torch.no_grad():
+        whole = model(**inputs).logits
+        with needed_logits.needed_logits(model, places, shape):
+            few = model(**inputs).logits
+    assert few.shape[:2] == (1, len(places))
+    torch.testing.assert_close(few[0], whole.flatten(0, 1)[places])
 
 
 def test_vectors_start_as_tokens(models_dir: Path) -> None:

@@ -204,10 +204,17 @@ def _answer(prompt: PromptVectors, _module: nn.Module, _args: Any, output: Tenso
 
 
 def _callers_own(prompt: PromptVectors, states: Tensor) -> Tensor:
-    """States or logits of the caller's tokens, of those of all; any other tensor as it is."""
-    if prompt.inside is None or states.dim() != 3 or states.shape[1] != prompt.inside[1]:
+    """States or logits of the caller's tokens, of those of all; any other tensor as it is.
+
+    Logits of the needed places alone, (1, n, V), may be as many as a row has places, P + T: of more rows than one they
+    are told by their one row, of one row they are at most T.
+    """
+    if prompt.inside is None:
         return states
-    return taken_out(states, prompt.inside[0], int(whole_shape(prompt.vectors)[0]))
+    lead, width = prompt.inside
+    if states.dim() != 3 or states.shape[:2] != (len(lead), width):
+        return states
+    return taken_out(states, lead, int(whole_shape(prompt.vectors)[0]))
 
 
 def _before_logits(prompt: PromptVectors, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
