@@ -20,6 +20,7 @@ from tsqlora_scale.engine.sharded import read_parameter, whole_shape
 from tsqlora_scale.model.adapters.own_type import OwnAdapter
 from tsqlora_scale.model.adapters.placed_model import PlacedModel
 from tsqlora_scale.model.adapters.placement import Placement
+from tsqlora_scale.model.adapters.prompted_generation import callers_tokens
 from tsqlora_scale.tasks.objectives.model_inputs import pools_by_pads
 
 #: The name that the vectors have in the base.
@@ -99,16 +100,32 @@ class PromptedModel(PlacedModel):
         return outputs
 
     def generate(self, input_ids: Tensor, **kwargs: Any) -> Any:
-        """The base's, after the vectors and the tokens; the caller's tokens come first in what is given, as ever."""
+        """The base's, after the vectors and the tokens; the caller's tokens come first in what is given, as ever.
+
+        Lengths are of the caller's tokens, and processors and criteria see no others.
+        """
         base = self.get_base_model()
         if self.prompt._disable_adapters:
             return base.generate(input_ids=input_ids, **kwargs)
         inputs = kwargs | {"input_ids": input_ids}
-        longer = self._longer(inputs, self._lead(inputs))
-        tokens = base.generate(**longer)
+        lead = self._lead(inputs)
+        longer = self._longer(inputs, lead)
+        count = 0 if base.config.is_encoder_decoder else self._count
+
+        def without(rows: Tensor) -> Tensor:  # those of a text stand together, however many
+            return taken_out(rows, lead.to(rows.device).repeat_interleave(len(rows) // len(lead), 0), count)
+
+        with callers_tokens(base, input_ids, without, count):
+            found = base.generate(**longer)
         if base.config.is_encoder_decoder:
+            return found
+        tokens = found if isinstance(found, Tensor) else found.sequences
+        own = input_ids.repeat_interleave(len(tokens) // len(input_ids), 0)
+        tokens = torch.cat([own, tokens[:, longer["input_ids"].shape[1] :]], dim=1)
+        if isinstance(found, Tensor):
             return tokens
-        return torch.cat([input_ids, tokens[:, longer["input_ids"].shape[1] :]], dim=1)
+        found.sequences = tokens
+        return found
 
     @property
     def prompt(self) -> PromptVectors:
