@@ -12,7 +12,7 @@ from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 #: Of rows with the vectors, at any time of a generation and once for every beam, the rows without.
-Without = Callable[[Tensor], Tensor]
+Without = Callable[[Any], Any]
 
 
 class CallersProcessors(LogitsProcessorList):
@@ -29,7 +29,7 @@ class CallersCriteria(StoppingCriteriaList):
     """Criteria of an end that get the same."""
 
     without: Without
-    count: int
+    ahead: int
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
         """See :class:`~transformers.StoppingCriteriaList`."""
@@ -39,7 +39,7 @@ class CallersCriteria(StoppingCriteriaList):
     def max_length(self) -> int | None:
         """With the vectors, as generation asks that counts them."""
         found = super().max_length
-        return None if found is None else found + self.count
+        return None if found is None else found + self.ahead
 
 
 @contextmanager
@@ -73,10 +73,10 @@ def callers_tokens(base: Any, input_ids: Tensor, without: Without, count: int) -
 
     def criteria(*, generation_config: Any, **rest: Any) -> CallersCriteria:
         found = CallersCriteria(type(base)._get_stopping_criteria(base, _shorter(generation_config, count), **rest))
-        found.without, found.count = without, count
+        found.without, found.ahead = without, count
         return found
 
-    own = {
+    own: dict[str, Callable[..., Any]] = {
         "_prepare_generated_length": lengths,
         "_get_logits_processor": processors,
         "_get_stopping_criteria": criteria,
