@@ -349,6 +349,25 @@ def test_vectors_start_as_tokens(models_dir: Path) -> None:
     assert torch.equal(model.prompt.vectors, table(torch.tensor([7, 9, 7])))
 
 
+def test_no_prefix_where_no_logit_depends_on_it(models_dir: Path, tmp_path: Path) -> None:
+    """Nothing acts that neither trains nor is saved; what is loaded is what was."""
+    name, base = "model.layers.1.self_attn", base_of("llama", models_dir)
+    placement = Placement(
+        AdapterConfig(method=None, type="prefix", prompt_tokens=P), task_type="CAUSAL_LM", new_modules=[], dtype="fp32",
+        generator=torch.Generator(), unreached=[f"{name}.q_proj"],
+    )  # fmt: skip
+    own = adapter_type("prefix")
+    model, inputs = own.build(base, placement).eval(), some_inputs("llama")
+    values = {key: param.detach() for key, param in model.named_parameters() if param.requires_grad}
+    assert [key for key in values if name in key] == [] and len(values) == 2
+    own.save(model, values, tmp_path, base_name="llama")
+    loaded = own.load(base_of("llama", models_dir), tmp_path, dtype="fp32").eval()
+    slots = [key for key, part in loaded.get_base_model().named_modules() if isinstance(part, Prefix)]
+    assert slots == ["model.layers.0.self_attn.prefix"]
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+
+
 class Unheard(PromptTuning):
     """Vectors that no row gets."""
 

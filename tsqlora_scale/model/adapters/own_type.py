@@ -83,6 +83,10 @@ class OwnAdapter(ABC):
         """:meth:`place` for a run's start."""
         self.place(base, getattr(placement.adapter, self.width_key), placement.generator)
 
+    def put_saved(self, base: Any, description: Mapping[str, Any]) -> None:
+        """:meth:`place` for an adapter of which :func:`~tsqlora_scale.model.weight_files.check_own` tells this."""
+        self.place(base, description["r"] or 0, torch.Generator())
+
     def wrapped(self, base: nn.Module, whole_modules: Iterable[str]) -> PlacedModel:
         """A base that has the type's modules in it, under PEFT's names."""
         return PlacedModel(base, whole_modules)
@@ -140,7 +144,7 @@ class OwnAdapter(ABC):
     def load(self, base: nn.Module, folder: Path, *, dtype: str) -> PlacedModel:
         """See :class:`~.adapter_type.AdapterType`."""
         description = check_own(folder, self.name)
-        self.place(base, description["r"] or 0, torch.Generator())
+        self.put_saved(base, description)
         model = self.wrapped(base, description["whole_modules"])
         tensors = load_file(folder / WEIGHTS)
         params = dict(model.named_parameters())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.engine.sharded import whole_shape
 from tsqlora_scale.model.adapters.own_type import OwnAdapter
+from tsqlora_scale.model.adapters.placement import Placement
 from tsqlora_scale.model.blocks import block_names, out_features
+from tsqlora_scale.model.weight_files import PREFIX
 
 #: The name that a prefix has in its attention.
 SLOT = "prefix"
@@ -139,11 +141,13 @@ class PrefixTuning(OwnAdapter):
     name = "prefix"
     width_key = "prompt_tokens"
 
-    def place(self, base: Any, r: int, generator: torch.Generator) -> None:
-        """See :class:`~.own_type.OwnAdapter`."""
+    def place(
+        self, base: Any, r: int, generator: torch.Generator, chosen: Callable[[str], bool] = lambda _: True
+    ) -> None:
+        """See :class:`~.own_type.OwnAdapter`; in the chosen attentions alone, by their names."""
         configs: dict[int, Any] = {}
         found: dict[str, Any] = attentions(base)
-        for _, attention in sorted(found.items()):
+        for _, attention in sorted((name, part) for name, part in found.items() if chosen(name)):
             device = next(attention.parameters()).device
             attention.add_module(SLOT, Prefix(r, widths(base, attention), generator).to(device))
             if id(attention.config) not in configs:  # masks are made by the model's own, which stays as it is
@@ -151,11 +155,21 @@ class PrefixTuning(OwnAdapter):
                 configs[id(attention.config)]._attn_implementation = NAMES[_kind_of(attention)]
             attention.config = configs[id(attention.config)]
 
+    def put(self, base: Any, placement: Placement) -> None:
+        """See :class:`~.own_type.OwnAdapter`; not where the logits do not depend on one of an attention's layers: what
+        would never train is no part of the adapter.
+        """
+        idle = {name.rpartition(".")[0] for name in placement.unreached}
+        self.place(base, placement.adapter.prompt_tokens, placement.generator, lambda name: name not in idle)
+
+    def put_saved(self, base: Any, description: Mapping[str, Any]) -> None:
+        """See :class:`~.own_type.OwnAdapter`; where the file has prefixes."""
+        own = {name.removeprefix(PREFIX).split(f".{SLOT}.")[0] for name in description["shapes"]}
+        self.place(base, description["r"], torch.Generator(), own.__contains__)
+
     def chosen(self, model: nn.Module, unreached: Collection[str]) -> set[str]:
-        """All prefixes of attention that text passes through."""
-        idle = {name.rpartition(".")[0] for name in unreached}
-        names = (name for name, _ in model.named_parameters() if f".{SLOT}." in name)
-        return {name for name in names if name.split(f".{SLOT}.")[0] not in idle}
+        """All prefixes that there are."""
+        return {name for name, _ in model.named_parameters() if f".{SLOT}." in name}
 
     def check(self, model: Any) -> None:
         """See :func:`attentions`.
