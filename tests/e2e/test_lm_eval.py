@@ -23,6 +23,9 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, rea
 QUESTIONS = ["the film", "a lovely story", "the plot was", "Don't watch", "there's no", "scenes and"]
 #: Sections of a run by scores and changing ranks.
 OF_THE_METHOD = ("scoring", "sampling", "sensitivity", "allocation", "schedule", "resize")
+#: Of a base whose positions are in a table, and tokens that are written.
+GPT2 = {"vocab_size": 384, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}
+NEW = 4
 CHOICES = [" dull", " lovely", " a plot"]
 
 
@@ -89,12 +92,43 @@ def test_before_and_after(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
     assert "without a network its data must have been fetched before" in error
 
 
+def writing_task(folder: Path, texts: list[str], written: list[str]) -> None:
+    """A task of going on with texts in a local file."""
+    rows = [{"text": text, "target": target} for text, target in zip(texts, written, strict=True)]
+    (folder / "texts.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": "tiny_writing", "dataset_path": "json", "test_split": "test", "output_type": "generate_until",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "texts.json")}},
+        "doc_to_text": "{{text}}", "doc_to_target": "{{target}}", "target_delimiter": "",
+        "generation_kwargs": {"until": ["<|im_start|>"], "max_gen_toks": NEW, "do_sample": False},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    }  # fmt: skip
+    (folder / "writing.yaml").write_text(yaml.safe_dump(task))
+
+
+@torch.no_grad()
+def written_by(model: Any, tokenizer: Any, texts: list[str], width: int) -> list[str]:
+    """What a model goes on with, token by token, after the last ``width - NEW`` tokens of every text."""
+    found = []
+    for text in texts:
+        ids = tokenizer(text)["input_ids"][NEW - width :]
+        for _ in range(NEW):
+            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+        found.append(tokenizer.decode(ids[-NEW:], skip_special_tokens=True))
+    return found
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["prompt", "full"])
 def test_what_peft_has_none_of(method: str, tmp_path: Path, models_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before: the base's own file, whatever has become of it since."""
+    """Before: the base's own file, whatever has become of it since. Texts are longer than the base has positions."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    trained(t.LlamaConfig(**SIZES, **IDS), byte_level(LLAMA3), tmp_path)
+    torch.manual_seed(0)
+    random = t.AutoModelForCausalLM.from_config(t.GPT2Config(**GPT2, **IDS))
+    for name, param in random.named_parameters():
+        param.data.normal_(float("ln_" in name and "weight" in name), 0.2)
+    random.save_pretrained(tmp_path / "base")
+    byte_level(LLAMA3).save_pretrained(tmp_path / "base")
     tree = run_tree("llama", tmp_path, models_dir, "run", train={"lr": 0.3, "max_steps": 4})
     tree |= {"adapter": {"method": method}, "model": {"name_or_path": str(tmp_path / "base")}}
     tree = {key: values for key, values in tree.items() if key not in OF_THE_METHOD}
@@ -102,15 +136,24 @@ def test_what_peft_has_none_of(method: str, tmp_path: Path, models_dir: Path, mo
     base: Any = t.AutoModelForCausalLM.from_pretrained(tree["model"]["name_or_path"])
     tokenizer = t.AutoTokenizer.from_pretrained(tree["model"]["name_or_path"])
     before = choices_of(base, tokenizer)
-    after = choices_of(load_adapter(base, adapter).eval(), tokenizer)
+    model, ahead = load_adapter(base, adapter).eval(), 20 if method == "prompt" else 0
+    after = choices_of(model, tokenizer)
     share = sum(one == other for one, other in zip(before, after, strict=True)) / len(QUESTIONS)
     assert share < 1, "an adapter without effect tests nothing"
     folder, file = task_folder(tmp_path / "tasks", before), tmp_path / "numbers.json"
+    texts, width = [f"{question} " * 60 for question in QUESTIONS], GPT2["n_positions"] - ahead
+    bare = t.AutoModelForCausalLM.from_pretrained(tree["model"]["name_or_path"])
+    written, then = written_by(bare, tokenizer, texts, width), written_by(model, tokenizer, texts, width)
+    writing_task(folder, texts, written)
     arguments = ["--config", str(write_config(tmp_path / "config.yaml", tree)), "--lm-eval-tasks", str(folder)]
-    arguments += ["--lm-eval", "tiny_choice", "--json", str(file)]
+    arguments += ["--lm-eval", "tiny_choice,tiny_writing", "--json", str(file)]
     assert cli.main(["evaluate", "--adapter", str(adapter), *arguments]) == 0
-    row = json.loads(file.read_text())["tasks"]["tiny_choice"]["acc"]
+    tasks = json.loads(file.read_text())["tasks"]
+    row = tasks["tiny_choice"]["acc"]
     assert (row["base"], row["adapter"]) == pytest.approx((1.0, share))
+    row = tasks["tiny_writing"]["exact_match"]
+    same = sum(one == other for one, other in zip(written, then, strict=True)) / len(texts)
+    assert (row["base"], row["adapter"]) == pytest.approx((1.0, same))
 
 
 def tree_of(config: Any) -> dict[str, Any]:

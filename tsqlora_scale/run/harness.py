@@ -147,9 +147,15 @@ def _measure(model: Any, tokenizer: Any, config: Config, options: dict[str, Any]
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    batch_size = config.train.eval_batch_size
+    from tsqlora_scale.model.adapters.adapter_type import own_type
+
+    own = own_type(config.adapter.type)
+    ahead = 0 if own is None else own.tokens_ahead(config.adapter)
+    keys = {"pretrained": model, "tokenizer": tokenizer, "batch_size": config.train.eval_batch_size}
     try:
-        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        wrapped = HFLM(**keys)
+        if ahead:  # the base's texts are cut where the adapter's are
+            wrapped = HFLM(**keys, max_length=wrapped.max_length - ahead)
         found = lm_eval.simple_evaluate(model=wrapped, log_samples=False, bootstrap_iters=BOOTSTRAPS, **options)
     except (ValueError, OSError, ImportError, KeyError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
