@@ -14,16 +14,17 @@ from tsqlora_scale.model.adapters.adapter_type import adapter_type
 from tsqlora_scale.model.adapters.placement import Placement
 
 
-def base_of(kind: str, models: Path) -> Any:
+def base_of(kind: str, models: Path, attention: str | None = None) -> Any:
     """A fresh tiny model."""
     path = tiny_model(kind, models)
-    options = {} if kind in AUTO else {"num_labels": 2}
+    options: dict[str, Any] = {} if kind in AUTO else {"num_labels": 2}
+    options |= {"attn_implementation": attention} if attention else {}
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return AUTO.get(kind, AutoModelForSequenceClassification).from_pretrained(path, **options).eval()
 
 
-def built(method: str, kind: str, models: Path, **keys: Any) -> Any:
+def built(method: str, kind: str, models: Path, attention: str | None = None, **keys: Any) -> Any:
     """It with an adapter of a type, and more keys of its section."""
     task = {"bart": "SEQ_2_SEQ_LM", "t5": "SEQ_2_SEQ_LM", "llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM"}.get(
         kind, "SEQ_CLS"
@@ -35,7 +36,7 @@ def built(method: str, kind: str, models: Path, **keys: Any) -> Any:
         dtype="fp32",
         generator=torch.Generator().manual_seed(1),
     )
-    return adapter_type(method).build(base_of(kind, models), placement)
+    return adapter_type(method).build(base_of(kind, models, attention), placement)
 
 
 def some_inputs(kind: str) -> dict[str, torch.Tensor]:

@@ -96,6 +96,15 @@ def test_a_runs_life(tmp_path: Path, models_dir: Path, method: str) -> None:
     assert "load_adapter" in (folder / "adapter" / "README.md").read_text(encoding="utf-8")
 
 
+def test_prefixes_train_in_eager_attention(tmp_path: Path, models_dir: Path) -> None:
+    """As in the other, but for rounding."""
+    losses = []
+    for attention in ("sdpa", "eager"):
+        go(tree_of("prefix", tmp_path, models_dir, attention, model={"attention": attention}))
+        losses.append(losses_of(tmp_path / "runs" / attention))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert found.keys() == expected.keys()
     assert [name for name, value in found.items() if not torch.equal(value, expected[name])] == []

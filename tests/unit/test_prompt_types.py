@@ -24,16 +24,18 @@ from transformers import (
     StoppingCriteriaList,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from tests.classifiers import tiny_classifier
 from tests.placed import base_of, built, some_inputs
 from tests.reference import adapters as reference
 from tests.tiny import tiny_model
+from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.schema import AdapterConfig
 from tsqlora_scale.model.adapters.adapter_type import adapter_type
 from tsqlora_scale.model.adapters.placed_model import PlacedModel
 from tsqlora_scale.model.adapters.placement import Placement
-from tsqlora_scale.model.adapters.prefix_tuning import Prefix
+from tsqlora_scale.model.adapters.prefix_tuning import Prefix, PrefixTuning
 from tsqlora_scale.model.adapters.prompt_tuning import (
     SLOT,
     PromptedModel,
@@ -77,15 +79,25 @@ def test_rows_with_a_prompt_by_the_letter(lengths: list[int], count: int, left: 
     assert torch.equal(taken_out(found[..., None].expand(-1, -1, 2), lead, count), ids[..., None].expand(-1, -1, 2))
 
 
-@settings(max_examples=40, deadline=None)
+class Layer(nn.Module):
+    """What a function of attention reads of its layer."""
+
+
+Layer.__module__ = LlamaAttention.__module__  # where eager attention's function is
+
+
+@settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 2**30), length=st.integers(1, 5), count=st.integers(1, 3),
     masked=st.sampled_from(["none", "causal", "bool", "float"]), groups=st.sampled_from([1, 2]),
+    attention=st.sampled_from(["eager", "sdpa"]),
 )  # fmt: skip
-def test_attention_with_a_prefix_by_the_letter(seed: int, length: int, count: int, masked: str, groups: int) -> None:
+def test_attention_with_a_prefix_by_the_letter(
+    seed: int, length: int, count: int, masked: str, groups: int, attention: str
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     rows, heads, size = 2, 2, 3
-    layer = nn.Module()
+    layer = Layer()
     layer.num_key_value_groups, layer.is_causal = groups, masked == "causal"  # type: ignore[assignment]
     layer.prefix = Prefix(count, (heads * size, heads * size), generator)
 
@@ -99,9 +111,9 @@ def test_attention_with_a_prefix_by_the_letter(seed: int, length: int, count: in
     elif masked != "none":
         seen = torch.rand(seen.shape, generator=generator) < 0.6
     mask = None if masked in ("none", "causal") else seen
-    if masked == "float":
+    if masked == "float" or (attention == "eager" and masked != "none"):  # which adds its masks
         mask = torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))
-    found, _ = ALL_ATTENTION_FUNCTIONS["prefix_sdpa"](layer, query, key, value, mask)
+    found, _ = ALL_ATTENTION_FUNCTIONS[f"prefix_{attention}"](layer, query, key, value, mask, scaling=size**-0.5)
     own_keys, own_values = (p.view(count, heads, size) for p in (layer.prefix.keys, layer.prefix.values))
     for row in range(rows):
         for head in range(heads * groups):
@@ -347,6 +359,34 @@ def test_vectors_start_as_tokens(models_dir: Path) -> None:
     )  # fmt: skip
     model = adapter_type("prompt").build(base_of("bart", models_dir), placement)
     assert torch.equal(model.prompt.vectors, table(torch.tensor([7, 9, 7])))
+
+
+@pytest.mark.parametrize("kind", TASK_TYPES)
+def test_a_prefix_acts_alike_in_eager_attention(models_dir: Path, kind: str) -> None:
+    found = []
+    for attention in ("sdpa", "eager"):
+        model, inputs = built("prefix", kind, models_dir, attention, prompt_tokens=P).eval(), some_inputs(kind)
+        with torch.no_grad():
+            found.append(model(**inputs).logits)
+    assert not torch.allclose(found[0], base_of(kind, models_dir)(**inputs).logits, atol=1e-4)
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
+
+
+def test_eager_attention_of_a_models_own_way_is_refused(models_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, adapter = PrefixTuning(), AdapterConfig(method=None, type="prefix", prompt_tokens=P)
+    told = "model.attention='eager': adapter.type='prefix' cannot put keys before those of .*; set it to sdpa"
+    config = AutoConfig.from_pretrained(tiny_model("gpt2", models_dir))
+    inputs = {name: tensor[:1] for name, tensor in some_inputs("gpt2").items()}
+    for attention, upcast in (("eager", False), ("sdpa", True)):
+        config.reorder_and_upcast_attn = upcast
+        assert fault_of(own, adapter, AutoModelForCausalLM, config, inputs, attn_implementation=attention) is None
+    with pytest.raises(UserError, match=told):
+        fault_of(own, adapter, AutoModelForCausalLM, config, inputs, attn_implementation="eager")
+    llama = base_of("llama", models_dir, "eager")
+    own.check(llama)
+    monkeypatch.delattr("transformers.models.llama.modeling_llama.eager_attention_forward")
+    with pytest.raises(UserError, match=told):
+        own.check(llama)
 
 
 def test_no_prefix_where_no_logit_depends_on_it(models_dir: Path, tmp_path: Path) -> None:

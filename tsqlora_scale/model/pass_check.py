@@ -127,10 +127,12 @@ def _check_placed(config: Config, model_config: Any, task: Task, probe: Probe) -
     own = own_type(config.adapter.type)
     if own is None or not ADAPTER_TRAITS[config.adapter.type].prompts or probe.failure is not None:
         return
+    attention = config.model.attention
+    options = {"attn_implementation": attention} if attention in ("eager", "sdpa") else {}
     fault = fault_of(
         own, config.adapter, task.auto_class, model_config, probe_inputs(task), unreached=probe.unreached,
         padded=None if probe.reads_pads is not False else padded_rows(task),
-        trust_remote_code=config.model.trust_remote_code,
+        trust_remote_code=config.model.trust_remote_code, **options,
     )  # fmt: skip
     if fault is not None:
         raise UserError(

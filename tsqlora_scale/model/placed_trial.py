@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.quiet import quiet_libraries
 from tsqlora_scale.config.schema import AdapterConfig
 from tsqlora_scale.model.adapters.own_type import OwnAdapter
@@ -25,6 +26,7 @@ def fault_of(
     unreached: Collection[str] = (),
     padded: PaddedRows | None = None,
     trust_remote_code: bool = False,
+    **options: Any,
 ) -> str | None:
     """Why a type does not do with a model what it is to do; None where it does.
 
@@ -35,10 +37,14 @@ def fault_of(
         inputs: of a batch of one, as the model is trained on them.
         unreached: layers that the logits do not depend on without it either.
         padded: rows to ask by whether padding is read; none where the model reads it anyway.
+        options: more of ``from_config``.
+
+    Raises:
+        UserError: the type's own check of the model.
     """
     with quiet_libraries(), torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(0)
-        model, mode = random_copy(auto_class, model_config, trust_remote_code)
+        model, mode = random_copy(auto_class, model_config, trust_remote_code, **options)
         placement = Placement(
             adapter, task_type=None, new_modules=[], dtype="fp32", generator=torch.Generator(), unreached=unreached
         )
@@ -51,6 +57,8 @@ def fault_of(
                 trained = {name: param for name, param in placed.named_parameters() if param.requires_grad}
                 found = torch.autograd.grad(mixed, list(trained.values()), allow_unused=True)
                 changes = padded is not None and reads_pads(placed, padded)
+            except UserError:
+                raise
             except Exception as error:  # of whatever a model's code does
                 return " ".join(f"{type(error).__name__}: {error}".split())[:300]
     if logits.shape != shape:

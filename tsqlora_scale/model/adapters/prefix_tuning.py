@@ -68,8 +68,7 @@ def _attention(kind: str) -> Callable[..., Any]:
     def attend(
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
     ) -> Any:
-        own = sys.modules[type(module).__module__].eager_attention_forward if kind == "eager" else None
-        inner = own or ALL_ATTENTION_FUNCTIONS[kind]
+        inner = _own_eager(module) if kind == "eager" else ALL_ATTENTION_FUNCTIONS[kind]
         prefix: Prefix = getattr(module, SLOT)
         if prefix._disable_adapters:
             return inner(module, query, key, value, attention_mask, **options)
@@ -175,15 +174,26 @@ class PrefixTuning(OwnAdapter):
         """See :func:`attentions`.
 
         Raises:
-            UserError: or the kind of attention has no masks that could be longer.
+            UserError: or the kind of attention has no masks that could be longer, or no function to be called.
         """
-        for attention in attentions(model).values():
-            _kind_of(attention)
+        for name, attention in attentions(model).items():
+            if _kind_of(attention) == "eager" and (
+                _own_eager(attention) is None or getattr(attention, "reorder_and_upcast_attn", False)
+            ):
+                raise UserError(
+                    f"model.attention='eager': adapter.type='prefix' cannot put keys before those of {name}, which "
+                    f"{type(attention).__name__} then takes in a way of its own; set it to sdpa"
+                )
 
     def width(self, base: nn.Module) -> int:
         """Keys of a prefix."""
         found = next(part for part in base.modules() if isinstance(part, Prefix))
         return int(whole_shape(found.keys)[0])
+
+
+def _own_eager(attention: Any) -> Any:
+    """The function of eager attention that a model's own file has; None where it has none."""
+    return getattr(sys.modules.get(type(attention).__module__), "eager_attention_forward", None)
 
 
 def _kind_of(attention: Any) -> str:
