@@ -273,7 +273,7 @@ def main() -> None:
             checked = {what: preflight.check(parse_config(one)) for what, one in trees.items()}
             runs = {what: build_run(one) for what, one in checked.items()}
             path = checked["ours"].model_path
-            lengths = runs["ours"].task.batch(np.arange(256)).inputs["attention_mask"].sum(1).float()
+            lengths = runs["ours"].task.batch(np.arange(min(256, options.rows))).inputs["attention_mask"].sum(1).float()
             blocks = {what: ours(run) for what, run in runs.items()}
             peer = "TRL" if causal else "Trainer"
             if not causal:
