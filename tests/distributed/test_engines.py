@@ -24,7 +24,10 @@ BF16 = ("bert", "bf16")
 TWICE = ("deberta", "fp32")
 #: ZeRO-3 with two ranks has all models; others one of each kind of base and what is uneven there, FSDP2 one run.
 COMMON = [("bart", "fp32"), ("llama", "fp32"), ("llama", "nf4"), ("bert", "dropout"), BF16]
-FEWER = {"ddp-2": [TWICE, *COMMON], "zero2-2": COMMON, "zero3-3": [COMMON[0], *COMMON[2:]], "fsdp2-2": [TWICE]}
+FEWER = {
+    "ddp-2": [TWICE, *COMMON], "zero2-2": COMMON[:4], "zero3-3": [COMMON[0], COMMON[2]],
+    "fsdp2-2": [TWICE],
+}  # fmt: skip
 PAIRS = [(engine, case) for engine in ENGINES for case in FEWER.get(engine, [*CASES, BF16])]
 
 
@@ -128,7 +131,7 @@ def test_events_grow_and_shrink(finished: Finished, case: tuple[str, str]) -> No
         assert min(changes) < 0 < max(changes)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ["plain", "ddp-2", "zero3-2"])
 def test_bf16_runs(finished: Finished, engine: str) -> None:
     run = finished[engine][BF16]
     losses = losses_of(run)

@@ -20,8 +20,10 @@ from tsqlora_scale.quality.scores.measurer import Measurer
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("step", [0, 1, 3, 6, 11])
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code", "step"),
+    [*((signal.SIGTERM, 0, step) for step in (0, 1, 3, 6, 11)), (signal.SIGUSR1, 0, 6), (signal.SIGINT, 130, 6)],
+)
 def test_a_signal_ends_the_run_after_the_step(
     tmp_path: Path,
     models_dir: Path,
