@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from dataclasses import replace
 from typing import ClassVar
 
@@ -43,7 +42,7 @@ class Reversed(TsqLoraPolicy):
     def plan(self, stats: Statistics) -> Plan:
         """See the class."""
         by_value = sorted(stats.sensitivity, key=lambda name: (stats.sensitivity[name], name))
-        return _exchanged(super().plan, stats, dict(zip(by_value, by_value[::-1], strict=True)))
+        return super().plan(_with_those_of(stats, by_value, by_value[::-1]))
 
 
 class Shuffled(TsqLoraPolicy):
@@ -52,12 +51,11 @@ class Shuffled(TsqLoraPolicy):
 
     def plan(self, stats: Statistics) -> Plan:
         """See the class."""
-        dealt = dict(
-            zip(stats.sensitivity, random.Random(0).sample(list(stats.sensitivity), k=len(stats.ranks)), strict=True)
-        )
-        return _exchanged(super().plan, stats, dealt)
+        names = list(stats.sensitivity)
+        return super().plan(_with_those_of(stats, names, random.Random(0).sample(names, k=len(names))))
 
 
-def _exchanged(plan: Callable[[Statistics], Plan], stats: Statistics, whose: dict[str, str]) -> Plan:
-    """A plan by other layers' sensitivities: ``whose`` says which layer's each one has."""
-    return plan(replace(stats, sensitivity={name: stats.sensitivity[whose[name]] for name in stats.sensitivity}))
+def _with_those_of(stats: Statistics, names: list[str], others: list[str]) -> Statistics:
+    """The same with the sensitivities of ``others`` in the place of those of ``names``."""
+    whose = dict(zip(names, others, strict=True))
+    return replace(stats, sensitivity={name: stats.sensitivity[whose[name]] for name in stats.sensitivity})
