@@ -63,6 +63,21 @@ def test_logits_are_those_of_the_words_at_the_slot(kind: str, tmp_path: Path, mo
     torch.testing.assert_close(torch.tensor(probabilities), wanted.softmax(1), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["causal", "seq2seq"])
+def test_words_of_several_tokens_are_told_by_their_first(kind: str, tmp_path: Path, models_dir: Path) -> None:
+    several = ["bad film", "good film good film good film good film good film"]
+    task = checked(prompted_tree(kind, tmp_path, models_dir, label_words=several)).task
+    model = AUTO[kind].from_pretrained(base_of(kind, models_dir)).eval()
+    batch = task.batch(range(3))
+    prompts = [text + " it was" for (text,) in task.texts(range(3))]
+    with torch.no_grad():
+        found = class_logits(model(**batch.inputs).logits, batch)
+    wanted = word_scores(kind, base_of(kind, models_dir), prompts, ["bad", "good"])
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    with pytest.raises(UserError, match="'good' and 'good film' are told by the same token"):
+        checked(prompted_tree(kind, tmp_path, models_dir, label_words=["good", "good film"]))
+
+
 def test_logits_of_the_places_alone_are_the_same(
     tmp_path: Path, models_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

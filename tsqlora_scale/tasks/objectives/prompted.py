@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -38,7 +38,8 @@ _LOOKED_AT = 8
 class PromptedObjective(LabelObjective):
     """Cross-entropy over the classes' words at the slot, among these words alone.
 
-    Every word is one token, as it stands behind the template's text. While ``task.label_words`` is ``auto`` there are
+    A word is one token, as it stands behind the template's text; one of several is told by its first where the model
+    writes the answer, and refused where a single mask stands for it. While ``task.label_words`` is ``auto`` there are
     none, and neither are demonstrations, until :meth:`take_words`.
 
     Attributes:
@@ -46,6 +47,8 @@ class PromptedObjective(LabelObjective):
     """
 
     words: Tensor | None = None
+    #: Whether a word of several tokens is told by its first.
+    tells_by_first: ClassVar[bool] = True
 
     def __init__(self, cfg: TaskConfig, tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig) -> None:
         assert cfg.label is not None, "the config requires a label column"
@@ -71,14 +74,15 @@ class PromptedObjective(LabelObjective):
         """The classes' words, in the order of the classes.
 
         Raises:
-            UserError: one is not one token of the tokenizer's, or two are the same.
+            UserError: one is not a token of the tokenizer's, or two are told by the same.
         """
         ids = [self._known_word(word) for word in words]
         twice = next((i for i, number in enumerate(ids) if number in ids[:i]), None)
         if twice is not None:
+            (token,) = self._tokenizer.convert_ids_to_tokens([ids[twice]])
             raise UserError(
-                f"task.label_words: the tokenizer reads {words[ids.index(ids[twice])]!r} and {words[twice]!r} as the "
-                "same token; give each class a word of its own"
+                f"task.label_words: {words[ids.index(ids[twice])]!r} and {words[twice]!r} are told by the same token "
+                f"({token!r}); give each class a word of its own"
             )
         self.words = torch.tensor(ids)
         self._text.demonstrate([word.strip() for word in words])
@@ -124,6 +128,8 @@ class PromptedObjective(LabelObjective):
         ids = self._word_ids(word)
         if self._tokenizer.unk_token_id in ids or not ids:
             raise UserError(f"task.label_words: the tokenizer does not know {word!r}; give a word of its vocabulary")
+        if self.tells_by_first:
+            return ids[0]
         parts = ", ".join(map(repr, self._tokenizer.convert_ids_to_tokens(ids)))
         raise UserError(
             f"task.label_words: {word!r} is {len(ids)} tokens at the slot ({parts}); give a word that is a single one"
@@ -152,6 +158,7 @@ class MaskedPrompt(PromptedObjective):
     """The word at a masked token, ``{mask}``."""
 
     peft_task_type = None  # PEFT has no name of it
+    tells_by_first = False  # one mask is one token
     auto_class = AutoModelForMaskedLM
 
     def slots(self, inputs: dict[str, Tensor]) -> Tensor:
