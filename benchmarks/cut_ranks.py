@@ -89,7 +89,8 @@ def main() -> None:
     def trained(name: str) -> list[float]:
         return [result_of(runs[name][seed])["metrics"][metric] for seed in seeds]
 
-    print(f"| {options.task}, seeds {', '.join(map(str, seeds))} | factors' parameters | {metric} | less trained | lost |")
+    named = f"{options.task}, seeds {', '.join(map(str, seeds))}"
+    print(f"| {named} | factors' parameters | {metric} | less trained | lost |")
     print("|" + "---|" * 5)
     whole = [cuts[seed][None, "uniform"] for seed in seeds]
     head = result_of(runs[options.arm][seeds[0]])["trainable_parameters"] - whole[0]["parameters"]

@@ -17,7 +17,7 @@ from tests.unit.config_trees import message, tree
 from tsqlora_scale.api import evaluate
 from tsqlora_scale.config.load import parse_config
 from tsqlora_scale.ranks.controller import FixedRanks
-from tsqlora_scale.ranks.install import factor_names
+from tsqlora_scale.ranks.install import diagonal_name, factor_names
 from tsqlora_scale.run import preflight
 from tsqlora_scale.run.build import build_run
 from tsqlora_scale.run.checkpoint import read_checkpoint
@@ -133,6 +133,27 @@ def test_other_adapters_learn_from_their_average(tmp_path: Path, models_dir: Pat
     average = run.average.values(run.engine.module)
     for name in plain:
         torch.testing.assert_close(average[name], (states[0][name].value + states[1][name].value) / 2)
+
+
+@pytest.mark.parametrize("kind", ["adalora", "elalora"])
+def test_triplets_are_averaged_through_rank_events(tmp_path: Path, models_dir: Path, kind: str) -> None:
+    """The adapter's file is what was evaluated, of the ranks that the run ended with; and a run learns from it."""
+    train = {**AVERAGE, "distill": {"weight": 1.0}, "checkpoint_every": 2, "checkpoint_keep": 20}
+    made = run_tree("bert", tmp_path, models_dir, "run", train=train, adapter={"method": kind})
+    run = go(made)
+    folder = run.record.folder
+    result = result_of(folder)
+    assert result["kept"]["which"] == "average" and len(result["average"]["steps"]) == 3
+    assert evaluate(parse_config(made), folder / "adapter") == pytest.approx(result["metrics"])
+    states = [read_checkpoint(folder / "checkpoints" / f"step-{s:08d}")[0].params for s in result["average"]["steps"]]
+    average = run.average.values(run.engine.module)
+    for layer, rank in run.kept["ranks"].items():
+        if rank:
+            parts = [[state[name].value.numpy() for name in (*factor_names(layer), diagonal_name(layer))]
+                     for state in states]  # fmt: skip
+            wanted = mean_product([(e[:, None] * a, b) for a, b, e in parts], rank)
+            a, b, e = (average[name].numpy() for name in (*factor_names(layer), diagonal_name(layer)))
+            np.testing.assert_allclose((b * e) @ a, wanted, atol=1e-6)
 
 
 def test_gaps_against_the_slow_reference() -> None:

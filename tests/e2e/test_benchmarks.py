@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import run_tree, write_config
+from tests.runs import go, run_tree, write_config
 from tests.tiny import tiny_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -36,8 +36,11 @@ COMMANDS = {
     "throughput": "--encoder MODEL --causal DECODER --batch 4 --micro-batch 2 --max-length 24 --rows 40 --steps 1 "
     "--repeats 1",
 }
-#: The first three need the original package, a folder of data and TRL, the others are parts of benchmarks.
-NOT_RUN = {"make_movie_snippets", "audit", "chat_masks", "policies", "random_models", "steps", "traffic", "watch"}
+#: The first is run below, three need the original package, a folder of data and TRL; the others are parts of others.
+NOT_RUN = {
+    *("cut_ranks", "make_movie_snippets", "audit", "chat_masks"),
+    *("policies", "random_models", "steps", "traffic", "watch"),
+}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -47,15 +50,42 @@ def test_it_runs(name: str, tmp_path: Path, models_dir: Path) -> None:
     words["DECODER"] = tiny_model("llama", models_dir)
     (tmp_path / "out").mkdir()
     arguments = [str(words.get(word, word)) for word in COMMANDS[name].split()]
-    script = FOLDER / f"{name.split()[0]}.py"
-    done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, check=False)
+    check_table(run_script(name.split()[0], *arguments))
+
+
+def run_script(name: str, *arguments: str) -> list[str]:
+    """The lines of a benchmark's tables."""
+    command = [sys.executable, str(FOLDER / f"{name}.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    lines = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    return [line for line in done.stdout.splitlines() if line.startswith("|")]
+
+
+def check_table(lines: list[str]) -> None:
+    """Heads, and numbers in every row."""
     headed = {place for place, line in enumerate(lines[1:]) if line.startswith("|---")}
     rows = [line for place, line in enumerate(lines) if place not in headed and not line.startswith("|---")]
     assert headed
     assert rows
     assert all(re.search(r"\d", line) for line in rows)
+
+
+def test_cuts_beside_what_was_trained_at_their_rank(tmp_path: Path, models_dir: Path) -> None:
+    """Cuts of two thirds of a run's ranks; the seed that one arm alone has does not count."""
+    for arm, rank, seed in (("double", 4, 0), ("double", 4, 1), ("half", 2, 0)):
+        tree = run_tree("bert", tmp_path, models_dir, f"seed{seed}", adapter={"r": rank, "method": "lora"})
+        tree["run"] |= {"output_dir": str(tmp_path / "out" / "runs" / "words" / arm), "seed": seed}
+        tree["train"]["max_steps"] = 3
+        go({key: tree[key] for key in ("run", "model", "task", "adapter", "train")})
+    arguments = ["--task", "words", "--arm", "double", "--ranks", "2,3", "--against", "half"]
+    lines = run_script("cut_ranks", str(tmp_path / "out"), *arguments)
+    check_table(lines)
+    assert "seeds 0 " in lines[0]
+    assert [line.split("|")[1].strip() for line in lines[2:]] == [
+        *("double", "cut to 2, uniform", "cut to 2, total", "half, trained", "cut to 3, uniform", "cut to 3, total")
+    ]
+    sizes = [float(line.split("|")[2].replace(",", "")) for line in lines[2:]]
+    assert sizes[1] == sizes[3] == sizes[0] / 2
 
 
 def test_none_is_left_out() -> None:

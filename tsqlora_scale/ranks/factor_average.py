@@ -2,8 +2,9 @@
 
 The mean of products is a product itself: the A of all snapshots stacked, and their B side by side, divided by their
 number. That has the sum of their ranks, and is brought to the layer's rank by what shrinks a layer at a rank event: two
-thin QRs and a small SVD, the best approximation there is, without forming the product. Everything that is no factor (a
-head, DoRA's magnitudes) is averaged plainly.
+thin QRs and a small SVD, the best approximation there is, without forming the product. Of triplets B diag(E) A the same
+SVD is the result: what it is made of are triplets whose factors are orthogonal, as theirs are to be. Everything that is
+no factor (a head, DoRA's magnitudes) is averaged plainly.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.linalg import qr, svd
 
 from tsqlora_scale.engine.train_state import ParamState
-from tsqlora_scale.ranks.install import factor_names
+from tsqlora_scale.ranks.install import diagonal_name, factor_names
 from tsqlora_scale.ranks.resize import resize_layer
 
 Values = Mapping[str, Tensor]
@@ -41,6 +43,31 @@ def average_factors(
     return resized.a.value, resized.b.value
 
 
+def average_triplets(
+    triplets: Sequence[tuple[Tensor, Tensor, Tensor]], rank: int, *, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of A, (r, d_in), B, (d_out, r), and E, (r,), whose product is B diag(E) A.
+
+    Returns:
+        A (rank, d_in) with orthonormal rows, B (d_out, rank) with orthonormal columns, as far as there is room, and E,
+        the singular values, falling; float32. Where the mean has less than ``rank``, E is zero, and A and B point
+        where nothing of it does.
+    """
+    a = torch.cat([a for a, _, _ in triplets]).double()
+    b = torch.cat([b * e for _, b, e in triplets], dim=1).double() / len(triplets)
+    q_a, r_a = qr(a.T)
+    q_b, r_b = qr(b)
+    u, values, vh = svd(r_b @ r_a.T, full_matrices=False)
+    own = min(rank, len(values))
+    sides = []
+    for found in (q_a @ vh[:own].T, q_b @ u[:, :own]):  # (d, own) each
+        drawn = torch.randn(len(found), rank - own, generator=generator, dtype=torch.float64)
+        more = drawn - found @ (found.T @ drawn)
+        sides.append(torch.cat([found, more / more.norm(dim=0).clamp_min(torch.finfo(more.dtype).tiny)], dim=1).float())
+    e = torch.cat([values[:own], values.new_zeros(rank - own)]).float()
+    return sides[0].T.contiguous(), sides[1].contiguous(), e
+
+
 def average_values(
     snapshots: Sequence[Values],
     *,
@@ -57,13 +84,19 @@ def average_values(
         generator: of a layer, for :func:`average_factors`.
     """
     average: dict[str, Tensor] = {}
-    of_layers = {name for layer in ranks for name in factor_names(layer)}
+    of_layers = {name for layer in ranks for name in (*factor_names(layer), diagonal_name(layer))}
     for layer, rank in ranks.items():
-        name_a, name_b = factor_names(layer)
+        if not rank:
+            continue
+        (name_a, name_b), name_e = factor_names(layer), diagonal_name(layer)
         d_in, d_out = dims[layer]
-        nothing = torch.zeros(0, d_in), torch.zeros(d_out, 0)
+        nothing = torch.zeros(0, d_in), torch.zeros(d_out, 0), torch.zeros(0)
         pairs = [(one.get(name_a, nothing[0]), one.get(name_b, nothing[1])) for one in snapshots]
-        if rank:
+        if any(name_e in one for one in snapshots):
+            triplets = [(*pair, one.get(name_e, nothing[2])) for pair, one in zip(pairs, snapshots, strict=True)]
+            found = average_triplets(triplets, rank, generator=generator(layer))
+            average[name_a], average[name_b], average[name_e] = found
+        else:
             average[name_a], average[name_b] = average_factors(pairs, rank, generator=generator(layer))
     for name in snapshots[-1]:
         if name not in of_layers:

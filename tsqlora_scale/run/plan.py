@@ -77,11 +77,6 @@ def plan_run(config: Config, pool_size: int, world_size: int, *, query_rows: int
     every = config.train.average_every
     if every is not None and every > total:
         raise UserError(f"train.average_every={every} takes no snapshot in a run of {total} steps; lower it")
-    if every is not None and config.adapter.type == "svd":
-        raise UserError(
-            "train.average_last averages products BA, and adapter.type='svd' has triplets; remove it, or set "
-            "adapter.type to 'lora'"
-        )
     moves = config.adapts_ranks or config.refreshes_scores
     return RunPlan(
         pool_size=pool_size,

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.reference.averages import mean_product
-from tsqlora_scale.ranks.factor_average import average_factors, average_values
+from tsqlora_scale.ranks.factor_average import average_factors, average_triplets, average_values
 
 D_IN, D_OUT = 7, 5
 
@@ -30,6 +30,23 @@ def test_nearest_to_the_mean_of_the_products(ranks: list[int], rank: int, seed: 
     assert a.shape == (rank, D_IN) and b.shape == (D_OUT, rank)
     wanted = mean_product([(a.numpy(), b.numpy()) for a, b in pairs], rank)
     np.testing.assert_allclose((b.double() @ a.double()).numpy(), wanted, atol=1e-5)
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=5), st.integers(1, 5), st.integers(0, 100))
+def test_triplets_average_to_triplets(ranks: list[int], rank: int, seed: int) -> None:
+    """Those of the nearest matrix, orthonormal, E falling; where E is zero A and B still point somewhere."""
+    pairs = [pair(one, seed + number) for number, one in enumerate(ranks)]
+    triplets = [(a, b, torch.linspace(-1, 2, len(a))) for a, b in pairs]
+    a, b, e = average_triplets(triplets, rank, generator=generator())
+    assert a.shape == (rank, D_IN) and b.shape == (D_OUT, rank) and e.shape == (rank,)
+    wanted = mean_product([((e[:, None] * a).numpy(), b.numpy()) for a, b, e in triplets], rank)
+    np.testing.assert_allclose(((b * e).double() @ a.double()).numpy(), wanted, atol=1e-5)
+    assert bool((e[:-1] >= e[1:]).all())
+    torch.testing.assert_close(a.norm(dim=1), torch.ones(rank))
+    torch.testing.assert_close(b.norm(dim=0), torch.ones(rank))
+    alive = e > 1e-4
+    for factor in (a[alive], b.T[alive]):
+        torch.testing.assert_close(factor @ factor.T, torch.eye(len(factor)), atol=1e-5, rtol=0)
 
 
 def test_one_snapshot_is_itself() -> None:
@@ -67,6 +84,20 @@ def test_layers_that_came_and_went_and_what_is_no_factor() -> None:
     assert average["head"].tolist() == [2.0, 2.0]
     product = average["x.lora_B.default.weight"] @ average["x.lora_A.default.weight"]
     torch.testing.assert_close(product, b @ a / 2)
+
+
+def test_layers_of_triplets_that_came_and_went() -> None:
+    (a, b), e = pair(2, 0), torch.tensor([0.5, -2.0])
+    names = ("x.lora_A.default.weight", "x.lora_B.default.weight", "x.lora_E.default.weight")
+    average = average_values(
+        [dict(zip(names, (a, b, e), strict=True)) | {"head": torch.ones(1)}, {"head": torch.ones(1)}],
+        ranks={"x": 2, "y": 0},
+        dims={"x": (D_IN, D_OUT), "y": (D_IN, D_OUT)},
+        generator=lambda _: generator(),
+    )
+    assert average.keys() == {*names, "head"}
+    a_now, b_now, e_now = (average[name] for name in names)
+    torch.testing.assert_close((b_now * e_now) @ a_now, (b * e) @ a / 2)
 
 
 def test_half_as_many_ranks_keep_the_larger_half() -> None:
