@@ -79,7 +79,7 @@ class PromptedObjective(LabelObjective):
         ids = [self._known_word(word) for word in words]
         twice = next((i for i, number in enumerate(ids) if number in ids[:i]), None)
         if twice is not None:
-            (token,) = self._tokenizer.convert_ids_to_tokens([ids[twice]])
+            token = str(self._tokenizer.convert_ids_to_tokens(ids[twice]))
             raise UserError(
                 f"task.label_words: {words[ids.index(ids[twice])]!r} and {words[twice]!r} are told by the same token "
                 f"({token!r}); give each class a word of its own"
