@@ -20,6 +20,7 @@ import numpy as np
 from benchmarks.studies.pools import read_rows, write_rows
 
 LATE = Path(__file__).with_name("late_weights.py")
+VISITED = Path(__file__).with_name("visited_losses.py")
 #: Steps before late weights count, share of a pool that is held out with its noisy labels, and a row's least weight.
 LATE_FROM, HELD_OUT, LEAST = 50, 0.2, 0.01
 #: The part of a pool that every selector of the table of selectors keeps.
@@ -252,6 +253,11 @@ def _late() -> list[str]:
     return ["task.dataset.weight=weight", *chosen]
 
 
+def costly_dropped_late(site: Site) -> list[str]:
+    """Rows whose loss was large at their visits are left out after some steps on all: no audit, no pass."""
+    return [*even(site), f"sampling.selector={VISITED}:SmallLosses", f"scoring.warmup_steps={LATE_FROM}"]
+
+
 def stopped_by_own_rows(site: Site) -> list[str]:
     """A fifth of the pool, with its labels as they are, is held out: the step at which its loss is least."""
     rows = site.rows
@@ -286,6 +292,7 @@ ARMS: dict[str, Arm] = {
     "correct": Arm(suspects_corrected, needs=("audit",)),
     "drop late": Arm(suspects_dropped_late, needs=("audit",)),
     "weigh late": Arm(suspects_weighed_late, needs=("audit",)),
+    "drop by visits": Arm(costly_dropped_late),
     "own stop": Arm(stopped_by_own_rows, judged_by="own"),
     "quality": Arm(by_quality(), is_selected=True),
     "quality, 0.7": Arm(by_quality("sampling.keep_fraction=0.7"), is_selected=True),
@@ -341,7 +348,7 @@ STUDIES: dict[str, Study] = {
                 "drop late",
                 "weigh late",
             ),
-            "own stop",
+            *("drop by visits", "own stop"),
         ),
         ("flips",),
         ("uniform",),

@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks.studies.arms import ARMS, STUDIES, Site, Unavailable, lacks
 from benchmarks.studies.late_weights import LateWeights
 from benchmarks.studies.pools import Maker, read_rows, write_pool
 from benchmarks.studies.trial import judged_audit, judged_choice
+from benchmarks.studies.visited_losses import SmallLosses, small
 from tests.unit.config_trees import tree
 from tests.unit.quality.toys import RandomPool
 from tests.unit.studies.small_data import write_small_data
@@ -174,3 +176,48 @@ def test_late_weights_of_several_sizes() -> None:
     selector.score(None, 2)  # type: ignore[arg-type]
     counts = np.bincount(drawn(selector, range(2, 402)), minlength=8)
     assert counts[::2].sum() / counts.sum() == pytest.approx(8 / 9, abs=0.03)
+
+
+def by_visits() -> SmallLosses:
+    config = parse_config(tree(train={"max_steps": 20, "batch_size": 5}))
+    pool = RandomPool("bert", 10)
+    pool.labels = np.arange(10) % 2
+    return SmallLosses(
+        SelectorContext(config=config, pool=pool, theta=lambda *_: {}, world=World.current(), scoring_step=3)
+    )
+
+
+def visit(selector: SmallLosses, step: int, losses: np.ndarray) -> np.ndarray:
+    """A step in which every row costs its loss."""
+    rows, heard = selector.draw(step), selector.listener
+    heard.start_step(step, len(rows))
+    heard.start_micro_batch(len(rows), 0)
+    numbers = torch.from_numpy(losses[rows])
+    heard.end_micro_batch(numbers, torch.ones(len(rows)))
+    heard.take(rows, heard.numbers(numbers), taken=True)
+    return rows
+
+
+def test_what_costs_most_over_all_visits_is_left_out_late() -> None:
+    """Of ten rows in two classes the costliest of each, by the mean: the last visit alone would name others."""
+    selector, losses = by_visits(), np.arange(10.0)
+    seen = [visit(selector, step, losses) for step in range(2)]
+    assert sorted(np.concatenate(seen)) == list(range(10))
+    again = visit(selector, 2, np.full(10, 20.0))
+    means = np.where(np.isin(np.arange(10), again), (losses + 20) / 2, losses)
+    assert [selector.due(step) for step in (2, 3)] == [False, True]
+    selector.score(None, 3)  # type: ignore[arg-type]
+    assert not selector.due(4)
+    kept = small(means, np.arange(10) % 2)
+    assert kept.sum() == 8
+    drawn_rows = np.concatenate([selector.draw(step) for step in range(3, 11)])
+    assert set(drawn_rows) == set(np.flatnonzero(kept))
+    resumed = by_visits()
+    resumed.load_state_dict(selector.state_dict())
+    assert np.concatenate([resumed.draw(step) for step in range(3, 11)]).tolist() == drawn_rows.tolist()
+
+
+def test_small_losses_by_hand() -> None:
+    losses = np.array([1.0, 5.0, np.nan, 2.0, 3.0, 9.0, 8.0, 7.0, 6.0, np.nan])
+    kept = small(losses, np.array([0] * 5 + [1] * 5))
+    assert np.flatnonzero(~kept).tolist() == [1, 5]
