@@ -31,11 +31,20 @@ WAYS: tuple[Cut, ...] = ("uniform", "total")
 
 
 def reported(arm: Path) -> dict[int, Path]:
-    """By seed, the folders of an arm's finished runs but for those of tuning."""
-    found = {}
+    """By seed, the folders of an arm's finished runs but for those of tuning and pilots.
+
+    Raises:
+        SystemExit: there are two of a seed.
+    """
+    found: dict[int, Path] = {}
     for result in sorted(arm.glob("*/result.json")):
-        if not result.parent.name.startswith("tuning-"):
-            found[int(result.parent.name.rpartition("seed")[2])] = result.parent
+        run = result.parent
+        if run.name.startswith(("tuning-", "pilot-")):
+            continue
+        seed = int(run.name.rpartition("seed")[2])
+        if seed in found:
+            raise SystemExit(f"{run} and {found[seed].name} are of one seed; remove the one that is not reported")
+        found[seed] = run
     return found
 
 
@@ -79,6 +88,8 @@ def main() -> None:
     options = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     prepare_environment()
+    if len(options.against) > len(options.ranks):
+        raise SystemExit(f"--against names {len(options.against)} arms for {len(options.ranks)} ranks")
     runs = {name: reported(options.out / "runs" / options.task / name) for name in [options.arm, *options.against]}
     seeds = sorted(set.intersection(*(set(found) for found in runs.values())))
     if not seeds:
@@ -93,7 +104,11 @@ def main() -> None:
     print(f"| {named} | factors' parameters | {metric} | less trained | lost |")
     print("|" + "---|" * 5)
     whole = [cuts[seed][None, "uniform"] for seed in seeds]
-    head = result_of(runs[options.arm][seeds[0]])["trainable_parameters"] - whole[0]["parameters"]
+    head = result_of(runs[options.arm][seeds[0]])["trainable_parameters"] - whole[0]["parameters"]  # a LoRA arm's
+
+    def size(name: str) -> float:
+        return sum(result_of(runs[name][seed])["trainable_parameters"] - head for seed in seeds) / len(seeds)
+
     print(line(options.arm, whole[0]["parameters"], [row["metrics"][metric] for row in whole], None, "0"))
     for place, rank in enumerate(options.ranks):
         others = trained(options.against[place]) if place < len(options.against) else None
@@ -103,8 +118,7 @@ def main() -> None:
             lost = f"{sum(row['error'] for row in rows) / len(rows):.2f}"
             print(line(f"cut to {rank}, {by}", parameters, [row["metrics"][metric] for row in rows], others, lost))
         if others is not None:
-            parameters = result_of(runs[options.against[place]][seeds[0]])["trainable_parameters"] - head
-            print(line(f"{options.against[place]}, trained", parameters, others, None, "-"))
+            print(line(f"{options.against[place]}, trained", size(options.against[place]), others, None, "-"))
 
 
 if __name__ == "__main__":

@@ -98,5 +98,6 @@ def small(losses: np.ndarray, classes: np.ndarray) -> np.ndarray:
     for number in np.unique(classes):
         own = np.flatnonzero(classes == number)
         order = own[np.argsort(-np.nan_to_num(losses[own], nan=-np.inf), kind="stable")]
-        kept[order[: round(LEFT_OUT * len(own))]] = False
+        known = int(np.isfinite(losses[own]).sum())
+        kept[order[: min(round(LEFT_OUT * len(own)), known)]] = False
     return kept

@@ -114,7 +114,8 @@ class TaskConfig(Section):
     #: What the base of a prompt is; none: what its slot and its ``config.json`` say.
     prompt_base: Literal["masked", "causal", "seq2seq"] | None = None
     #: The word at the slot for every class, in the order of ``labels`` or by their names; or ``auto``: those that the
-    #: base itself puts there for the training data, found once before the first step.
+    #: base itself puts there for the training data, found once before the first step. At an ``{answer}`` a word of
+    #: several tokens is told by its first.
     label_words: list[str] | dict[str, str] | str | None = None
     #: Training rows of every class that stand, answered, before each prompt; drawn by ``run.seed``.
     demonstrations: Annotated[int, Field(ge=0, le=LARGEST)] = 0

@@ -137,7 +137,7 @@ def _prompt(config: Config) -> list[str]:
     shown = f" Before it stand the {len(task.demonstrated)} answered rows of `task.demonstrated` in the run's config."
     return [
         "## Prompt",
-        f"`{printable(task.prompt)}`; the class is the one whose word has the largest logit at the slot ({words})."
+        f"`{printable(task.prompt)}`; the class is the one whose word's (first) token has the largest logit ({words})."
         + (shown if task.demonstrated else ""),
     ]
 

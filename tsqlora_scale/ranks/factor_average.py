@@ -17,7 +17,7 @@ from torch.linalg import qr, svd
 
 from tsqlora_scale.engine.train_state import ParamState
 from tsqlora_scale.ranks.install import diagonal_name, factor_names
-from tsqlora_scale.ranks.resize import resize_layer
+from tsqlora_scale.ranks.resize import ABSOLUTE_CUTOFF, RELATIVE_CUTOFF, directions, resize_layer
 
 Values = Mapping[str, Tensor]
 
@@ -50,22 +50,21 @@ def average_triplets(
 
     Returns:
         A (rank, d_in) with orthonormal rows, B (d_out, rank) with orthonormal columns, as far as there is room, and E,
-        the singular values, falling; float32. Where the mean has less than ``rank``, E is zero, and A and B point
-        where nothing of it does.
+        the singular values, falling; float32. Where the mean has less than ``rank``, E is zero.
     """
     a = torch.cat([a for a, _, _ in triplets]).double()
     b = torch.cat([b * e for _, b, e in triplets], dim=1).double() / len(triplets)
     q_a, r_a = qr(a.T)
     q_b, r_b = qr(b)
     u, values, vh = svd(r_b @ r_a.T, full_matrices=False)
-    own = min(rank, len(values))
+    floor = max(RELATIVE_CUTOFF * float(values[:1].sum()), ABSOLUTE_CUTOFF)
+    own = min(rank, int((values > floor).sum()))
     sides = []
-    for found in (q_a @ vh[:own].T, q_b @ u[:, :own]):  # (d, own) each
-        drawn = torch.randn(len(found), rank - own, generator=generator, dtype=torch.float64)
-        more = drawn - found @ (found.T @ drawn)
-        sides.append(torch.cat([found, more / more.norm(dim=0).clamp_min(torch.finfo(more.dtype).tiny)], dim=1).float())
+    for found in (vh[:own] @ q_a.T, (q_b @ u[:, :own]).T):  # (own, d) each
+        more = directions(found, rank - own, "orthogonal", generator, found[:0])
+        sides.append(torch.cat([found, more]).float())
     e = torch.cat([values[:own], values.new_zeros(rank - own)]).float()
-    return sides[0].T.contiguous(), sides[1].contiguous(), e
+    return sides[0], sides[1].T.contiguous(), e
 
 
 def average_values(
@@ -85,6 +84,8 @@ def average_values(
     """
     average: dict[str, Tensor] = {}
     of_layers = {name for layer in ranks for name in (*factor_names(layer), diagonal_name(layer))}
+    # of all layers: one that came back has none in any snapshot
+    are_triplets = any(diagonal_name(layer) in one for layer in ranks for one in snapshots)
     for layer, rank in ranks.items():
         if not rank:
             continue
@@ -92,7 +93,7 @@ def average_values(
         d_in, d_out = dims[layer]
         nothing = torch.zeros(0, d_in), torch.zeros(d_out, 0), torch.zeros(0)
         pairs = [(one.get(name_a, nothing[0]), one.get(name_b, nothing[1])) for one in snapshots]
-        if any(name_e in one for one in snapshots):
+        if are_triplets:
             triplets = [(*pair, one.get(name_e, nothing[2])) for pair, one in zip(pairs, snapshots, strict=True)]
             found = average_triplets(triplets, rank, generator=generator(layer))
             average[name_a], average[name_b], average[name_e] = found

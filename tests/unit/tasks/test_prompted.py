@@ -78,6 +78,23 @@ def test_words_of_several_tokens_are_told_by_their_first(kind: str, tmp_path: Pa
         checked(prompted_tree(kind, tmp_path, models_dir, label_words=["good", "good film"]))
 
 
+def test_first_tokens_that_say_nothing_of_the_word_are_refused(tmp_path: Path, models_dir: Path) -> None:
+    """A blank alone; and one that is the template's end and the word's beginning in one."""
+    byte_level = KINDS["byte_level"]()
+
+    def taken(prompt: str, *words: str) -> None:
+        tree = prompted_tree("causal", tmp_path, models_dir, prompt=prompt, label_words=list(words))
+        cfg = parse_config(tree).task
+        CausalPrompt(cfg, byte_level, AutoModelForCausalLM.from_pretrained(base_of("causal", models_dir)).config)
+
+    taken("{text} it was {answer}", "good film", "weak")
+    with pytest.raises(UserError, match=r"'zzq' begins with a blank.*without the blank before \{answer\}"):
+        taken("{text} it was {answer}", "zzq", "good")
+    taken("{text} it was{answer}", "zzq", "good")
+    with pytest.raises(UserError, match=r"no tokens of 'ood film' alone.*a blank before the slot"):
+        taken("{text} it was g{answer}", "ood film", "weak")
+
+
 def test_logits_of_the_places_alone_are_the_same(
     tmp_path: Path, models_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

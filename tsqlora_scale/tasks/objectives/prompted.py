@@ -126,23 +126,33 @@ class PromptedObjective(LabelObjective):
         if found is not None:
             return found
         ids = self._word_ids(word)
-        if self._tokenizer.unk_token_id in ids or not ids:
+        if not ids:
+            raise UserError(
+                f"task.label_words: at the slot the tokenizer makes no tokens of {word!r} alone, but joins it to "
+                "task.prompt's text, or knows nothing of it; put a blank before the slot, or give another word"
+            )
+        if self._tokenizer.unk_token_id in ids:
             raise UserError(f"task.label_words: the tokenizer does not know {word!r}; give a word of its vocabulary")
-        if self.tells_by_first:
+        if self.tells_by_first and str(self._tokenizer.decode([ids[0]])).strip():
             return ids[0]
+        if self.tells_by_first:  # a blank alone says nothing of the word
+            raise UserError(
+                f"task.label_words: {word!r} begins with a blank that is a token of its own; end task.prompt without "
+                "the blank before {answer}, or give another word"
+            )
         parts = ", ".join(map(repr, self._tokenizer.convert_ids_to_tokens(ids)))
         raise UserError(
             f"task.label_words: {word!r} is {len(ids)} tokens at the slot ({parts}); give a word that is a single one"
         )
 
     def _word_ids(self, word: str) -> list[int]:
-        """The tokens of a word behind what the template has in front of its slot."""
+        """The tokens of a word behind what the template has in front of its slot; none where they are not its own."""
         lead = self._text.lead
         blank = " " if lead.endswith(" ") else ""
         before = lead.rstrip(" ") or ("a" if blank else "")
         alone, both = self._encoder.plain([before, before + blank + word.strip()])
         shared = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(alone, both, strict=False))))
-        return both[shared:]
+        return both[shared:] if shared == len(alone) else []
 
     def _slot(self) -> str:
         """What stands at the slot."""
