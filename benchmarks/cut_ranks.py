@@ -107,7 +107,7 @@ def main() -> None:
     head = result_of(runs[options.arm][seeds[0]])["trainable_parameters"] - whole[0]["parameters"]  # a LoRA arm's
 
     def size(name: str) -> float:
-        return sum(result_of(runs[name][seed])["trainable_parameters"] - head for seed in seeds) / len(seeds)
+        return float(sum(result_of(runs[name][seed])["trainable_parameters"] - head for seed in seeds)) / len(seeds)
 
     print(line(options.arm, whole[0]["parameters"], [row["metrics"][metric] for row in whole], None, "0"))
     for place, rank in enumerate(options.ranks):
