@@ -12,69 +12,61 @@ seed, with 95 % bootstrap intervals.
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
 import os
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from statistics import mean
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
 from tsqlora_scale.common.quiet import prepare_environment  # noqa: E402
+from tsqlora_scale.comparison.comparison_tables import with_interval  # noqa: E402
 from tsqlora_scale.comparison.estimates import mean_of  # noqa: E402
+from tsqlora_scale.comparison.run_folder import FinishedRun, read_run  # noqa: E402
 
-Cut = Literal["uniform", "total"]
-WAYS: tuple[Cut, ...] = ("uniform", "total")
+WAYS = ("uniform", "total")
 
 
-def reported(arm: Path) -> dict[int, Path]:
-    """By seed, the folders of an arm's finished runs but for those of tuning and pilots.
+def reported(arm: Path) -> dict[int, FinishedRun]:
+    """By seed, an arm's finished runs but for those of tuning and pilots.
 
     Raises:
         SystemExit: there are two of a seed.
     """
-    found: dict[int, Path] = {}
+    found: dict[int, FinishedRun] = {}
     for result in sorted(arm.glob("*/result.json")):
-        run = result.parent
-        if run.name.startswith(("tuning-", "pilot-")):
+        run = read_run(result.parent)
+        if run.folder.name.startswith(("tuning-", "pilot-")):
             continue
-        seed = int(run.name.rpartition("seed")[2])
-        if seed in found:
-            raise SystemExit(f"{run} and {found[seed].name} are of one seed; remove the one that is not reported")
-        found[seed] = run
+        if (other := found.setdefault(run.result["seed"], run)) is not run:
+            raise SystemExit(f"{run.folder} and {other.folder.name} are of one seed; remove what is not reported")
     return found
 
 
-def result_of(run: Path) -> dict[str, Any]:
-    """What a run came to."""
-    loaded: dict[str, Any] = json.loads((run / "result.json").read_text(encoding="utf-8"))
-    return loaded
-
-
-def cuts_of(run: Path, ranks: Sequence[int]) -> dict[tuple[int | None, Cut], dict[str, Any]]:
+def cuts_of(run: Path, ranks: Sequence[int]) -> dict[tuple[int | None, str], dict[str, Any]]:
     """The rows of ``launch/export.py --ranks``, by rank and way; rank None is the adapter as it is."""
     from tsqlora_scale import load_config
     from tsqlora_scale.run.exporter import truncate
 
-    found: dict[tuple[int | None, Cut], dict[str, Any]] = {}
+    found: dict[tuple[int | None, str], dict[str, Any]] = {}
     for by in WAYS:
         with tempfile.TemporaryDirectory() as folder:
-            rows = truncate(run, ranks, Path(folder) / "cut", by=by, config=load_config(run / "config.yaml"))
+            rows = truncate(run, ranks, Path(folder) / "cut", by=by, config=load_config(run / "config.yaml"))  # type: ignore[arg-type]
         found |= {(row["rank"], by): row for row in rows}
     return found
 
 
 def line(name: str, parameters: float, values: Sequence[float], others: Sequence[float] | None, lost: str) -> str:
     """A row of the table."""
-    mean = mean_of(values)
-    cells = [name, f"{parameters:,.0f}", f"{mean.value:.4f} [{mean.low:.4f}, {mean.high:.4f}]", "-"]
+    gap = "-"
     if others is not None:
-        gap = mean_of([value - other for value, other in zip(values, others, strict=True)])
-        cells[3] = f"{gap.value:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}]"
-    return "| " + " | ".join([*cells, lost]) + " |"
+        gap = with_interval(mean_of([value - other for value, other in zip(values, others, strict=True)]), "+.4f")
+    return "| " + " | ".join([name, f"{parameters:,.0f}", with_interval(mean_of(values)), gap, lost]) + " |"
 
 
 def main() -> None:
@@ -94,31 +86,25 @@ def main() -> None:
     seeds = sorted(set.intersection(*(set(found) for found in runs.values())))
     if not seeds:
         raise SystemExit(f"{options.out}: {', '.join(runs)} have no seed in common that is finished")
-    cuts = {seed: cuts_of(runs[options.arm][seed], options.ranks) for seed in seeds}
-    metric = next(iter(result_of(runs[options.arm][seeds[0]])["metrics"]))
-
-    def trained(name: str) -> list[float]:
-        return [result_of(runs[name][seed])["metrics"][metric] for seed in seeds]
+    cuts = {seed: cuts_of(runs[options.arm][seed].folder, options.ranks) for seed in seeds}
+    whole = [cuts[seed][None, "uniform"] for seed in seeds]
+    results = {name: [found[seed].result for seed in seeds] for name, found in runs.items()}
+    metric = next(iter(results[options.arm][0]["metrics"]))
+    head = results[options.arm][0]["trainable_parameters"] - whole[0]["parameters"]  # a LoRA arm's
 
     named = f"{options.task}, seeds {', '.join(map(str, seeds))}"
     print(f"| {named} | factors' parameters | {metric} | less trained | lost |")
     print("|" + "---|" * 5)
-    whole = [cuts[seed][None, "uniform"] for seed in seeds]
-    head = result_of(runs[options.arm][seeds[0]])["trainable_parameters"] - whole[0]["parameters"]  # a LoRA arm's
-
-    def size(name: str) -> float:
-        return float(sum(result_of(runs[name][seed])["trainable_parameters"] - head for seed in seeds)) / len(seeds)
-
     print(line(options.arm, whole[0]["parameters"], [row["metrics"][metric] for row in whole], None, "0"))
-    for place, rank in enumerate(options.ranks):
-        others = trained(options.against[place]) if place < len(options.against) else None
+    for rank, name in itertools.zip_longest(options.ranks, options.against):
+        others = None if name is None else [result["metrics"][metric] for result in results[name]]
         for by in WAYS:
             rows = [cuts[seed][rank, by] for seed in seeds]
-            parameters = sum(row["parameters"] for row in rows) / len(rows)
-            lost = f"{sum(row['error'] for row in rows) / len(rows):.2f}"
-            print(line(f"cut to {rank}, {by}", parameters, [row["metrics"][metric] for row in rows], others, lost))
+            values, lost = [row["metrics"][metric] for row in rows], mean(row["error"] for row in rows)
+            print(line(f"cut to {rank}, {by}", mean(row["parameters"] for row in rows), values, others, f"{lost:.2f}"))
         if others is not None:
-            print(line(f"{options.against[place]}, trained", size(options.against[place]), others, None, "-"))
+            parameters = mean(result["trainable_parameters"] for result in results[name]) - head
+            print(line(f"{name}, trained", parameters, others, None, "-"))
 
 
 if __name__ == "__main__":

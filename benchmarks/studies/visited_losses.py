@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tsqlora_scale.common.disk_arrays import positions
+from tsqlora_scale.quality.draws.key_order import largest
 from tsqlora_scale.quality.online.loss_listener import LossListener
 from tsqlora_scale.quality.online.sample_listener import SampleListener
 from tsqlora_scale.quality.selectors.full import FullSelector
@@ -19,7 +20,7 @@ LEFT_OUT = 0.2
 
 
 class MeanLosses(LossListener):
-    """Keeps the sum of the losses of all visits of a sample, and their number; ``losses`` are the means."""
+    """Keeps the mean loss of all visits of a sample in the place of the last one's."""
 
     def __init__(self, size: int) -> None:
         super().__init__(size)
@@ -29,13 +30,13 @@ class MeanLosses(LossListener):
         """See :class:`tsqlora_scale.quality.online.sample_listener.SampleListener`."""
         values = numbers.double().numpy()
         finite = np.isfinite(values)
-        np.add.at(self._sums, rows[finite], values[finite])
-        np.add.at(self._visits, rows[finite], 1)
-        seen = self._visits > 0
+        seen = rows[finite]
+        np.add.at(self._sums, seen, values[finite])
+        np.add.at(self._visits, seen, 1)
         self.losses[seen] = self._sums[seen] / self._visits[seen]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Sums, numbers and means."""
+        """Means, sums and numbers of visits."""
         own = {"sums": torch.from_numpy(self._sums), "visits": torch.from_numpy(self._visits)}
         return {**super().state_dict(), **own}
 
@@ -94,10 +95,9 @@ class SmallLosses(FullSelector):
 
 def small(losses: np.ndarray, classes: np.ndarray) -> np.ndarray:
     """All but the :data:`LEFT_OUT` of the largest losses within each class, (N,) bool; unknown ones (NaN) are small."""
-    kept = np.ones(len(losses), dtype=bool)
-    for number in np.unique(classes):
-        own = np.flatnonzero(classes == number)
-        order = own[np.argsort(-np.nan_to_num(losses[own], nan=-np.inf), kind="stable")]
-        known = int(np.isfinite(losses[own]).sum())
-        kept[order[: min(round(LEFT_OUT * len(own)), known)]] = False
+    known = np.isfinite(losses)
+    sizes = np.bincount(classes)
+    known_sizes = np.bincount(classes[known], minlength=len(sizes))
+    quota = np.minimum(np.rint(LEFT_OUT * sizes).astype(np.int64), known_sizes)
+    kept: np.ndarray = ~largest(np.where(known, losses, -np.inf), quota, classes)
     return kept

@@ -221,4 +221,4 @@ def test_small_losses_by_hand() -> None:
     losses = np.array([1.0, 5.0, np.nan, 2.0, 3.0, 9.0, 8.0, 7.0, 6.0, np.nan])
     kept = small(losses, np.array([0] * 5 + [1] * 5))
     assert np.flatnonzero(~kept).tolist() == [1, 5]
-    assert small(np.array([np.nan] * 9 + [1.0]), np.zeros(10)).tolist() == [True] * 9 + [False]
+    assert small(np.array([np.nan] * 9 + [1.0]), np.zeros(10, dtype=int)).tolist() == [True] * 9 + [False]

@@ -133,17 +133,18 @@ class PromptedObjective(LabelObjective):
             )
         if self._tokenizer.unk_token_id in ids:
             raise UserError(f"task.label_words: the tokenizer does not know {word!r}; give a word of its vocabulary")
-        if self.tells_by_first and str(self._tokenizer.decode([ids[0]])).strip():
-            return ids[0]
-        if self.tells_by_first:  # a blank alone says nothing of the word
+        if not self.tells_by_first:
+            parts = ", ".join(map(repr, self._tokenizer.convert_ids_to_tokens(ids)))
+            raise UserError(
+                f"task.label_words: {word!r} is {len(ids)} tokens at the slot ({parts}); give a word that is a single "
+                "one"
+            )
+        if not str(self._tokenizer.decode([ids[0]])).strip():  # a blank alone says nothing of the word
             raise UserError(
                 f"task.label_words: {word!r} begins with a blank that is a token of its own; end task.prompt without "
                 "the blank before {answer}, or give another word"
             )
-        parts = ", ".join(map(repr, self._tokenizer.convert_ids_to_tokens(ids)))
-        raise UserError(
-            f"task.label_words: {word!r} is {len(ids)} tokens at the slot ({parts}); give a word that is a single one"
-        )
+        return ids[0]
 
     def _word_ids(self, word: str) -> list[int]:
         """The tokens of a word behind what the template has in front of its slot; none where they are not its own."""
