@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.runs import go, run_tree, write_config
+from tests.runs import go, result_of, run_tree, write_config
 from tests.tiny import tiny_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -71,16 +72,20 @@ def check_table(lines: list[str]) -> None:
 
 
 def test_cuts_beside_what_was_trained_at_their_rank(tmp_path: Path, models_dir: Path) -> None:
-    """Cuts of two thirds of a run's ranks; the seed that one arm alone has does not count."""
+    """Of a run's four ranks two and three; the seed that one arm alone has, and what tuning has run, do not count."""
     for arm, rank, seed in (("double", 4, 0), ("double", 4, 1), ("half", 2, 0)):
         tree = run_tree("bert", tmp_path, models_dir, f"seed{seed}", adapter={"r": rank, "method": "lora"})
         tree["run"] |= {"output_dir": str(tmp_path / "out" / "runs" / "words" / arm), "seed": seed}
         tree["train"]["max_steps"] = 3
         go({key: tree[key] for key in ("run", "model", "task", "adapter", "train")})
+    arm = tmp_path / "out" / "runs" / "words" / "double"
+    shutil.copytree(arm / "seed1", arm / "tuning-lr0.01-seed0")
     arguments = ["--task", "words", "--arm", "double", "--ranks", "2,3", "--against", "half"]
     lines = run_script("cut_ranks", str(tmp_path / "out"), *arguments)
     check_table(lines)
     assert "seeds 0 " in lines[0]
+    ((_, whole),) = result_of(arm / "seed0")["metrics"].items()
+    assert float(lines[2].split("|")[3]) == pytest.approx(whole, abs=1e-4)
     assert [line.split("|")[1].strip() for line in lines[2:]] == [
         *("double", "cut to 2, uniform", "cut to 2, total", "half, trained", "cut to 3, uniform", "cut to 3, total")
     ]
