@@ -1,17 +1,22 @@
-"""Start real processes the way a user does."""
+"""Start real processes under real launchers, warm (see warm.py) or the way a user does."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
+
+from tests.distributed.warm import Warm
 
 BIN = Path(sys.executable).parent
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,22 +37,25 @@ ENGINES: dict[str, tuple[int, int | str | None, str]] = {
 
 
 def launch(
-    engine: str, script: Path, arguments: list[str], folder: Path, timeout: float = LONGEST, *, persistence: int = 0
-) -> str:
+    engine: str, script: Path, arguments: list[str], folder: Path, timeout: float = LONGEST, *,
+    persistence: int = 0, cold: bool = False,
+) -> str:  # fmt: skip
     """Run a script under an engine; its output. Fails the test with that output if it exits with an error."""
-    done = run_launched(engine, script, arguments, folder, timeout, persistence=persistence)
+    done = run_launched(engine, script, arguments, folder, timeout, persistence=persistence, cold=cold)
     assert done.returncode == 0, f"{engine} exited with {done.returncode}:\n{done.stdout[-12000:]}"
     return done.stdout
 
 
 def run_launched(
-    engine: str, script: Path, arguments: list[str], folder: Path, timeout: float = LONGEST, *, persistence: int = 0
-) -> subprocess.CompletedProcess[str]:
+    engine: str, script: Path, arguments: list[str], folder: Path, timeout: float = LONGEST, *,
+    persistence: int = 0, cold: bool = False,
+) -> subprocess.CompletedProcess[str]:  # fmt: skip
     """Run a script under an engine, output and errors together.
 
     Args:
         persistence: of how many elements ZeRO-3 and FSDP2 leave a parameter whole on every rank; 0: even a tiny
             model's weights are really partitioned.
+        cold: start Python anew for every process, as a user's launcher does.
     """
     processes, stage, _ = ENGINES[engine]
     port = str(free_port())
@@ -72,10 +80,38 @@ def run_launched(
     else:
         command = [sys.executable]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
+    environment["PYTHONFAULTHANDLER"] = "1"
+    whole = [*command, str(script), *arguments]
+    return (_run_cold if cold else _run_warm)(engine, whole, environment, timeout)
+
+
+def _run_warm(
+    engine: str, command: Sequence[str], environment: Mapping[str, str], timeout: float
+) -> subprocess.CompletedProcess[str]:
+    processes = 0 if command[0] == sys.executable else ENGINES[engine][0]
+    with tempfile.NamedTemporaryFile() as log:  # not in the folder: tests look at all that is there
+        try:
+            code = _warm().run(
+                command if processes else command[1:], ranks=processes, environment=environment, cwd=ROOT,
+                log=Path(log.name), timeout=timeout,
+            )  # fmt: skip
+        except TimeoutError:
+            said = log.read().decode(errors="replace")
+            raise AssertionError(f"{engine} hangs:\n{said[-12_000:]}") from None
+        return subprocess.CompletedProcess(command, code, log.read().decode(errors="replace"))
+
+
+@functools.cache
+def _warm() -> Warm:
+    return Warm()
+
+
+def _run_cold(
+    engine: str, command: Sequence[str], environment: Mapping[str, str], timeout: float
+) -> subprocess.CompletedProcess[str]:
     with subprocess.Popen(
-        [*command, str(script), *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, start_new_session=True,
-        env=environment | {"PYTHONFAULTHANDLER": "1"},
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, start_new_session=True,
+        env=environment,
     ) as process:  # fmt: skip
         try:
             said, _ = process.communicate(timeout=timeout)

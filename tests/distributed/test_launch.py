@@ -64,10 +64,11 @@ def test_killed_and_resumed_from_engine_to_engine(tmp_path: Path, models_dir: Pa
     for number, (engine, kill, newest) in enumerate(CHAIN):
         arguments = ["--config", str(config), *(["--resume", "auto"] if number else [])]
         if kill is None:
-            launch(engine, TRAIN, arguments, tmp_path, timeout=300)
+            launch(engine, TRAIN, arguments, tmp_path, timeout=300, cold=True)
         else:
             point, crossing, ranks = kill
-            done = run_launched(engine, KILLED, [point.name, str(crossing), ranks, *arguments], tmp_path, timeout=300)
+            killed = [point.name, str(crossing), ranks, *arguments]
+            done = run_launched(engine, KILLED, killed, tmp_path, timeout=300, cold=True)
             assert done.returncode != 0
             assert "SIGKILL" in done.stdout or done.returncode == -signal.SIGKILL, done.stdout
         assert newest_checkpoint(run_dir / "checkpoints") == run_dir / "checkpoints" / f"step-{newest:08d}", engine
@@ -82,7 +83,7 @@ def test_killed_and_resumed_from_engine_to_engine(tmp_path: Path, models_dir: Pa
 @pytest.mark.parametrize("override", ["task.text=[texxt]", "train.batch_size=9", "train.lrr=1"])
 def test_a_mistake_ends_every_rank(tmp_path: Path, models_dir: Path, override: str) -> None:
     config = write_config(tmp_path / "config.yaml", run_tree("bert", tmp_path, models_dir, "run"))
-    done = run_launched("zero2-2", TRAIN, ["--config", str(config), override], tmp_path, timeout=120)
+    done = run_launched("zero2-2", TRAIN, ["--config", str(config), override], tmp_path, timeout=120, cold=True)
     assert done.returncode != 0
     assert sum(line.startswith("error: ") for line in done.stdout.splitlines()) == 1, done.stdout
     assert "error: " in done.stdout[done.stdout.rindex("Root Cause") :]
