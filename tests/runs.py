@@ -77,6 +77,15 @@ def run_tree(kind: str, folder: Path, models: Path, name: str, **sections: dict[
     return tree
 
 
+def in_few_passes(tree: dict[str, Any]) -> dict[str, Any]:
+    """The same run in few passes through the model, which are slow under ZeRO-3. On two ranks passes hold the samples
+    that those of one process hold; on three they do not, and a rounding may become a decision."""
+    return tree | {
+        "scoring": tree["scoring"] | {"batch_size": 24},
+        "train": tree["train"] | {"micro_batch_size": 6, "eval_batch_size": 8},
+    }
+
+
 def write_config(path: Path, tree: dict[str, Any]) -> Path:
     """The tree as a YAML file."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -237,6 +237,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--baseline-steps", type=int, default=250, help="so that equal wall time can be seen")
     parser.add_argument("--every", type=int, default=25, help="steps between evaluations")
+    parser.add_argument(
+        "--lean", action="store_true", help="runs to tune by are judged on tune alone, the others on test alone"
+    )
     parser.add_argument("overrides", nargs="*", help="section.key=value for all runs")
     options = parser.parse_intermixed_args()
     for name in ("pools_dir", "out"):
@@ -275,6 +278,7 @@ def main() -> None:
         baseline_steps=max(options.baseline_steps, options.steps),
         every=options.every,
         overrides=options.overrides,
+        tuning=options.tuning_seeds if options.lean else None,
     )
     cells, left_out = cells_of(settings, options)
     for line in left_out:

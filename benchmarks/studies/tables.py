@@ -66,8 +66,10 @@ class ArmRuns:
         return [self.runs[seed].value(self.step(seed), "test") for seed in seeds]
 
     def best(self, seeds: Sequence[int]) -> list[float]:
-        """Values on ``test`` at the step that is best on ``tune``, of the run itself."""
+        """Values on ``test`` at the step that is best on ``tune``, of the run itself; NaN of runs without ``tune``."""
         runs = [self.runs[seed] for seed in seeds]
+        if not all("tune" in run.curve[run.last_step] for run in runs):
+            return [math.nan] * len(runs)
         return [run.value(run.best_step("tune", self.most), "test") for run in runs]
 
     def signed(self, seeds: Sequence[int], *, best: bool = False) -> list[float]:

@@ -34,6 +34,7 @@ class TrialSettings:
         steps: of a run; baselines go on to ``baseline_steps``.
         every: steps between evaluations.
         overrides: for all runs.
+        tuning: seeds whose runs are judged on ``tune`` alone, and all others on ``test`` alone; None: all on both.
     """
 
     pools: Path
@@ -43,6 +44,7 @@ class TrialSettings:
     baseline_steps: int
     every: int
     overrides: Sequence[str] = ()
+    tuning: Sequence[int] | None = None
 
     def folder(self, pool: str, seed: int) -> Path:
         """Of a pool."""
@@ -72,6 +74,9 @@ def configured(settings: TrialSettings, job: Job) -> tuple[Config, dict[str, Any
         f"run.output_dir={settings.out / 'runs'}",
         f"run.name={name}",
     ]
+    if settings.tuning is not None:
+        judged_on = "tune" if key.seed in settings.tuning else "test"
+        overrides.append(f"task.dataset.dev_file={{{judged_on}: {judged_on}.jsonl}}")
     base = HERE / ("summaries.yaml" if meta["task"] == "summaries" else "classes.yaml")
     return load_config(base, [*overrides, *arm.prepare(site), *settings.overrides]), meta
 

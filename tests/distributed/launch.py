@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
 
-from tests.distributed.warm import Warm
+from tests.warm import warm
 
 BIN = Path(sys.executable).parent
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,22 +86,13 @@ def run_launched(
 def _run_warm(
     engine: str, command: Sequence[str], environment: Mapping[str, str], timeout: float
 ) -> subprocess.CompletedProcess[str]:
-    processes = 0 if command[0] == sys.executable else ENGINES[engine][0]
-    with tempfile.NamedTemporaryFile() as log:  # not in the folder: tests look at all that is there
-        try:
-            code = _warm().run(
-                command if processes else command[1:], ranks=processes, environment=environment, cwd=ROOT,
-                log=Path(log.name), timeout=timeout,
-            )  # fmt: skip
-        except TimeoutError:
-            said = log.read().decode(errors="replace")
-            raise AssertionError(f"{engine} hangs:\n{said[-12_000:]}") from None
-        return subprocess.CompletedProcess(command, code, log.read().decode(errors="replace"))
-
-
-@functools.cache
-def _warm() -> Warm:
-    return Warm()
+    ranks = 0 if command[0] == sys.executable else ENGINES[engine][0]
+    try:
+        return warm().run(
+            command if ranks else command[1:], ranks=ranks, environment=environment, timeout=timeout, together=True
+        )
+    except subprocess.TimeoutExpired as error:
+        raise AssertionError(f"{engine} hangs:\n{str(error.stdout)[-12_000:]}") from None
 
 
 def _run_cold(

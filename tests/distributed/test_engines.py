@@ -8,7 +8,7 @@ import pytest
 
 from tests.distributed.launch import ENGINES as ALL
 from tests.distributed.launch import WORKER, launch
-from tests.runs import losses_of, ranks_of, result_of, run_tree, write_config
+from tests.runs import in_few_passes, losses_of, ranks_of, result_of, run_tree, write_config
 
 # a test may have to make the runs of two engines first
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(3000)]
@@ -22,10 +22,13 @@ CASES = [*((kind, base) for kind in MODELS for base in ("fp32", "nf4")), ("bert"
 BF16 = ("bert", "bf16")
 #: The run of FSDP2: DeBERTa calls layers twice.
 TWICE = ("deberta", "fp32")
-#: ZeRO-3 with two ranks has all models; others one of each kind of base and what is uneven there, FSDP2 one run.
+#: One process has all models, ZeRO-3 most of them with two ranks and the others with three; other engines have one of
+#: each kind of base and what is uneven there, FSDP2 one run.
 COMMON = [("bart", "fp32"), ("llama", "fp32"), ("llama", "nf4"), ("bert", "dropout"), BF16]
 FEWER = {
-    "ddp-2": [TWICE, *COMMON], "zero2-2": COMMON[:4], "zero3-3": [COMMON[0], COMMON[2]],
+    "ddp-2": [TWICE, *COMMON], "zero2-2": COMMON[:4],
+    "zero3-2": [TWICE, ("deberta", "nf4"), ("bart", "fp32"), ("llama", "fp32"), ("bert", "dropout"), BF16],
+    "zero3-3": [("bart", "fp32"), ("llama", "nf4")],
     "fsdp2-2": [TWICE],
 }  # fmt: skip
 PAIRS = [(engine, case) for engine in ENGINES for case in FEWER.get(engine, [*CASES, BF16])]
@@ -54,6 +57,7 @@ class Finished(dict[str, dict[tuple[str, str], Path]]):
             if base == "dropout":
                 tree["adapter"]["dropout"] = 0.2
             else:
+                tree = in_few_passes(tree)
                 tree["model"] |= {"quantization": "nf4"} if base == "nf4" else {"dtype": base}
             configs.append(str(write_config(folder / f"{name}.yaml", tree)))
             runs[kind, base] = folder / "runs" / name

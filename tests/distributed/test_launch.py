@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from tests.distributed.launch import BIN, ROOT, free_port, launch, run_launched
 from tests.faults.killer import after, within
-from tests.runs import go, losses_of, ranks_of, read_lines, result_of, run_tree, write_config
+from tests.runs import go, in_few_passes, losses_of, ranks_of, read_lines, result_of, run_tree, write_config
 from tests.tiny import tiny_model
 from tsqlora_scale.engine.zero import ZeroEngine
 from tsqlora_scale.run.checkpoint import newest_checkpoint
@@ -39,6 +39,10 @@ CHAIN = [
 ]
 
 
+#: Lives whose processes are all started as a user's are: one under torchrun, two under accelerate.
+COLD = (1, 3, 4)
+
+
 def test_one_rank_of_a_launcher_is_a_run_of_one_process(tmp_path: Path, models_dir: Path) -> None:
     """torchrun with one process has a group of one, and DDP about the model."""
     tree = run_tree("bert", tmp_path, models_dir, "alone")
@@ -62,13 +66,14 @@ def test_killed_and_resumed_from_engine_to_engine(tmp_path: Path, models_dir: Pa
     config = write_config(tmp_path / "config.yaml", tree)
     run_dir = tmp_path / "runs" / "run"
     for number, (engine, kill, newest) in enumerate(CHAIN):
+        cold = number in COLD
         arguments = ["--config", str(config), *(["--resume", "auto"] if number else [])]
         if kill is None:
-            launch(engine, TRAIN, arguments, tmp_path, timeout=300, cold=True)
+            launch(engine, TRAIN, arguments, tmp_path, timeout=300, cold=cold)
         else:
             point, crossing, ranks = kill
             killed = [point.name, str(crossing), ranks, *arguments]
-            done = run_launched(engine, KILLED, killed, tmp_path, timeout=300, cold=True)
+            done = run_launched(engine, KILLED, killed, tmp_path, timeout=300, cold=cold)
             assert done.returncode != 0
             assert "SIGKILL" in done.stdout or done.returncode == -signal.SIGKILL, done.stdout
         assert newest_checkpoint(run_dir / "checkpoints") == run_dir / "checkpoints" / f"step-{newest:08d}", engine
@@ -80,10 +85,12 @@ def test_killed_and_resumed_from_engine_to_engine(tmp_path: Path, models_dir: Pa
     assert result["metrics"] == pytest.approx(result_of(whole)["metrics"], abs=1e-6)
 
 
-@pytest.mark.parametrize("override", ["task.text=[texxt]", "train.batch_size=9", "train.lrr=1"])
-def test_a_mistake_ends_every_rank(tmp_path: Path, models_dir: Path, override: str) -> None:
+@pytest.mark.parametrize(
+    ("override", "cold"), [("task.text=[texxt]", True), ("train.batch_size=9", False), ("train.lrr=1", False)]
+)
+def test_a_mistake_ends_every_rank(tmp_path: Path, models_dir: Path, override: str, cold: bool) -> None:
     config = write_config(tmp_path / "config.yaml", run_tree("bert", tmp_path, models_dir, "run"))
-    done = run_launched("zero2-2", TRAIN, ["--config", str(config), override], tmp_path, timeout=120, cold=True)
+    done = run_launched("zero2-2", TRAIN, ["--config", str(config), override], tmp_path, timeout=120, cold=cold)
     assert done.returncode != 0
     assert sum(line.startswith("error: ") for line in done.stdout.splitlines()) == 1, done.stdout
     assert "error: " in done.stdout[done.stdout.rindex("Root Cause") :]
@@ -148,7 +155,8 @@ def test_a_signal_to_the_launcher(tmp_path: Path, models_dir: Path, number: sign
 
 @pytest.mark.parametrize("engine", ["zero3-2"])
 def test_a_signal_to_one_rank_stops_all(tmp_path: Path, models_dir: Path, engine: str) -> None:
-    config = write_config(tmp_path / "config.yaml", run_tree("bert", tmp_path, models_dir, "run"))
+    tree = in_few_passes(run_tree("bert", tmp_path, models_dir, "run"))
+    config = write_config(tmp_path / "config.yaml", tree)
     launch(engine, TRAIN, ["--config", str(config), f"run.output_dir={tmp_path / 'whole'}"], tmp_path)
     script = tmp_path / "signalled.py"
     script.write_text(SIGNALLED.format(root=str(ROOT)))
@@ -164,7 +172,8 @@ def test_a_signal_to_one_rank_stops_all(tmp_path: Path, models_dir: Path, engine
 def test_the_best_is_kept_and_patience_ends_every_rank(tmp_path: Path, models_dir: Path, engine: str) -> None:
     """And what the run has left starts another one on the same engine, and is made longer there."""
     train = {"eval_every": 2, "patience": 2, "keep": "best"}
-    config = write_config(tmp_path / "config.yaml", run_tree("bert", tmp_path, models_dir, "run", train=train))
+    tree = in_few_passes(run_tree("bert", tmp_path, models_dir, "run", train=train))
+    config = write_config(tmp_path / "config.yaml", tree)
     launch(engine, TRAIN, ["--config", str(config)], tmp_path)
     run_dir = tmp_path / "runs" / "run"
     found = result_of(run_dir)

@@ -30,7 +30,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, models_dir: Path) -> dict[tup
         for kind in CASES:
             tree = queried(
                 kind, folder / engine, models_dir, kind, sampling={"keep_fraction": 0.5},
-                scoring={"shard_size": 20, "batch_size": 8}, train={"max_steps": 3, "micro_batch_size": 2},
+                scoring={"shard_size": 20, "batch_size": 8}, train={"max_steps": 3, "micro_batch_size": 6},
             )  # fmt: skip
             configs.append(str(write_config(folder / f"{engine}-{kind}.yaml", tree)))
             found[engine, kind] = folder / engine / "runs" / kind

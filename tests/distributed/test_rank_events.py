@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.distributed.launch import ROOT, WORKER, launch, run_launched
-from tests.runs import losses_of, ranks_of, result_of, run_tree, write_config
+from tests.runs import in_few_passes, losses_of, ranks_of, result_of, run_tree, write_config
 from tsqlora_scale.run.checkpoint import complete_checkpoints, verify_checkpoint
 
 # the first test makes the runs of all engines
@@ -24,7 +24,7 @@ def choosing_tree(method: str, folder: Path, models: Path) -> dict[str, Any]:
     """A run by a method that chooses components, with events after steps 4, 6, 8 and 10, of 11."""
     tree = run_tree(
         "bert", folder, models, method, schedule={"start": 4, "end": 10, "every": 2}, model=CHOOSING[method],
-        train={"max_steps": 11},
+        train={"max_steps": 11, "micro_batch_size": 6},
     )  # fmt: skip
     tree["adapter"] = {"method": method, "r": 6, "alpha": 12}
     return {key: values for key, values in tree.items() if key not in ("scoring", "sampling", "sensitivity")}
@@ -41,7 +41,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory, models_dir: Path) -> dict[str
             resize={"grow_init": "gradient"}, sensitivity={"uncertainty": 0.85},
             allocation={"policy": "tests.policies:RemoveAndRestore"},
         )  # fmt: skip
-        trees = {"run": tree, **{method: choosing_tree(method, folder / engine, models_dir) for method in CHOOSING}}
+        trees = {
+            "run": in_few_passes(tree),
+            **{method: choosing_tree(method, folder / engine, models_dir) for method in CHOOSING},
+        }
         files = [write_config(folder / f"{engine}-{name}.yaml", one) for name, one in trees.items()]
         launch(engine, WORKER, list(map(str, files)), folder)
         found[engine] = folder / engine / "runs" / "run"

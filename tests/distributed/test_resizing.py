@@ -17,6 +17,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(900
 
 SCRIPT = Path(__file__).with_name("resizing.py")
 COUNT = 50
+#: Of an engine whose resizes are looked at one by one alone.
+FEWER = {"zero3-3": 15}
 #: Resizes after which caches are full and pools have their size.
 WARM = 15
 #: Two rounds of resizes, after which the ranks repeat.
@@ -46,11 +48,13 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory, models_dir: Path) -> Any:
     def outcome(engine: str) -> dict[str, Any]:
         if engine not in done:
             folder = tmp_path_factory.mktemp(engine)
-            tree = run_tree("bert", folder, models_dir, "resizing", scoring={"enabled": False},
-                            model={"name_or_path": str(with_large_vocabulary(models_dir, folder))},
-                            sampling={"selector": "full"}, train={"max_steps": 100, "lr": 1e-3})  # fmt: skip
+            tree = run_tree(
+                "bert", folder, models_dir, "resizing", scoring={"enabled": False}, sampling={"selector": "full"},
+                model={"name_or_path": str(with_large_vocabulary(models_dir, folder))},
+                train={"max_steps": 100, "lr": 1e-3, "micro_batch_size": 6},
+            )  # fmt: skip
             config = write_config(folder / "config.yaml", tree)
-            arguments = [str(config), str(folder / "out.json"), str(COUNT)]
+            arguments = [str(config), str(folder / "out.json"), str(FEWER.get(engine, COUNT))]
             launch(engine, SCRIPT, arguments, folder, persistence=THRESHOLD)
             done[engine] = json.loads((folder / "out.json").read_text())
         return done[engine]
@@ -83,4 +87,6 @@ def test_a_resize_does_not_send_the_base(engine: str, outcomes: Any) -> None:
 
 @pytest.mark.parametrize("engine", ["ddp-2", "zero3-2", "zero3-3"])
 def test_the_training_is_the_same(engine: str, outcomes: Any) -> None:
-    assert outcomes(engine)["losses"] == pytest.approx(outcomes("plain")["losses"], abs=1e-5)
+    losses = outcomes(engine)["losses"]
+    assert len(losses) == FEWER.get(engine, COUNT)
+    assert losses == pytest.approx(outcomes("plain")["losses"][: len(losses)], abs=1e-5)

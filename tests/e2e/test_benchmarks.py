@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.runs import go, result_of, run_tree, write_config
 from tests.tiny import tiny_model
+from tests.warm import warm
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -21,7 +20,7 @@ COMMANDS = {
     "cheaper_scores": "--config CONFIG --out OUT --variant short:scoring.max_length=4",
     "gpu": "--smoke --out OUT --sections llama,logits,nf4,resumed,offloaded",
     "growth": "--config CONFIG --out OUT --seeds 0 --event 4 --steps 2",
-    "memory": "--ranks 0 2 --bases fp32 --hidden 64 --layers 1",
+    "memory": "--ranks 2 --bases fp32 --hidden 64 --layers 1",
     "noise scores": "scores --config CONFIG --out OUT --seeds 0 --warmup 0",
     "noise train": "train --config CONFIG --out OUT --seeds 0 --arm ours train.max_steps=9",
     "online cost": "cost --model MODEL --batch 4 --length 8 --repeats 2",
@@ -29,9 +28,9 @@ COMMANDS = {
     "overhead": "--model MODEL --batch 4 --length 8 --repeats 2 --steps 1",
     "overhead --agreement": "--model MODEL --batch 4 --length 8 --agreement --agreement-steps 4 --agreement-every 4",
     "planned_memory": "--cases encoder-plain --tiny",
-    "pool": "--out OUT --sizes 1e3,3e3 --batch 16 --shard 500",
+    "pool": "--out OUT --sizes 1e3 --batch 16 --shard 500",
     "redundancy": "--config CONFIG --out OUT --seeds 0 --power 1 train.max_steps=9",
-    "sampler": "--out OUT --sizes 1e4,1e5 --seconds 0.1",
+    "sampler": "--out OUT --sizes 1e4 --seconds 0.1",
     "scoring": "--model MODEL --batch 4 --length 8 --repeat 2 --loop-repeat 1",
     "tokens": "--out OUT --sizes 40 --workers 1 --words 60 --length 64 --vocabulary 400",
     "throughput": "--encoder MODEL --causal DECODER --batch 4 --micro-batch 2 --max-length 24 --rows 40 --steps 1 "
@@ -56,8 +55,7 @@ def test_it_runs(name: str, tmp_path: Path, models_dir: Path) -> None:
 
 def run_script(name: str, *arguments: str) -> list[str]:
     """The lines of a benchmark's tables."""
-    command = [sys.executable, str(FOLDER / f"{name}.py"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = warm().run([str(FOLDER / f"{name}.py"), *arguments], timeout=280)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return [line for line in done.stdout.splitlines() if line.startswith("|")]
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import faulthandler
+import functools
 import gc
 import importlib
 import json
@@ -21,12 +22,13 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 #: What runs import sooner or later.
 IMPORTED = (
     "torch.distributed.run", "torch.distributed.fsdp", "accelerate.commands.launch",
@@ -47,41 +49,58 @@ class Warm:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         self._process = subprocess.Popen(
             [sys.executable, str(Path(__file__))],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, cwd=ROOT, env=environment,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, cwd=ROOT, env=environment,
         )  # fmt: skip
         atexit.register(self._process.kill)
 
     def run(
-        self, command: Sequence[str], *, ranks: int, environment: Mapping[str, str], cwd: Path, log: Path,
-        timeout: float,
-    ) -> int:  # fmt: skip
-        """Run a command in a fork; its exit code.
+        self, command: Sequence[str], *, timeout: float, ranks: int = 0, environment: Mapping[str, str] | None = None,
+        cwd: Path = ROOT, together: bool = False,
+    ) -> subprocess.CompletedProcess[str]:  # fmt: skip
+        """Run a command in a fork.
 
         Args:
             command: a script of Python's with its arguments, or ``torchrun`` or ``accelerate launch`` with theirs.
             ranks: that the launcher will start; 0 for a script.
-            log: takes output and errors together.
+            environment: all of it; none: ours.
+            together: errors among the output.
 
         Raises:
-            TimeoutError: it has been killed.
+            subprocess.TimeoutExpired: it has been killed.
         """
+        with tempfile.NamedTemporaryFile() as output, tempfile.NamedTemporaryFile() as errors:
+            order = {
+                "command": list(command), "ranks": ranks, "cwd": str(cwd), "output": output.name,
+                "environment": dict(os.environ if environment is None else environment),
+                "errors": output.name if together else errors.name,
+            }  # fmt: skip
+            code = self._run(order, timeout)
+            said, complained = (file.read().decode(errors="replace") for file in (output, errors))
+        if code is None:
+            raise subprocess.TimeoutExpired(list(command), timeout, said, complained)
+        return subprocess.CompletedProcess(list(command), code, said, complained)
+
+    def _run(self, order: Mapping[str, Any], timeout: float) -> int | None:
+        """The exit code; None after too long a time."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        order = {
-            "command": list(command), "ranks": ranks, "environment": dict(environment), "cwd": str(cwd),
-            "log": str(log),
-        }  # fmt: skip
-        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.write(json.dumps(order).encode() + b"\n")
         pid = int(self._process.stdout.readline())
         try:
             if not select.select([self._process.stdout], [], [], timeout)[0]:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(pid, signal.SIGABRT)  # it says where it stands
                 self._process.stdout.readline()
-                raise TimeoutError(f"{timeout} s")
+                return None
             return int(self._process.stdout.readline())
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
+
+
+@functools.cache
+def warm() -> Warm:
+    """The one of this process."""
+    return Warm()
 
 
 def serve() -> None:
@@ -108,11 +127,11 @@ def serve() -> None:
 def become(order: Mapping[str, Any]) -> NoReturn:
     """Be the process of an order, in a session of its own."""
     os.setsid()
-    output = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    output, errors = (os.open(order[name], os.O_WRONLY | os.O_APPEND) for name in ("output", "errors"))
     nothing = os.open(os.devnull, os.O_RDONLY)
-    for there, here in ((nothing, 0), (output, 1), (output, 2)):
+    for there, here in ((nothing, 0), (output, 1), (errors, 2)):
         os.dup2(there, here)
-    os.closerange(3, max(nothing, output) + 1)  # what the client reads, among others
+    os.closerange(3, max(nothing, output, errors) + 1)  # what the client reads, among others
     os.chdir(order["cwd"])
     os.environ.clear()
     os.environ.update(order["environment"])
