@@ -50,6 +50,10 @@ class TrialSettings:
         """Of a pool."""
         return self.pools / f"seed-{seed}" / pool
 
+    def judged_on(self, seed: int) -> str | None:
+        """The one half that a run of a seed is judged on; None: both."""
+        return None if self.tuning is None else "tune" if seed in self.tuning else "test"
+
 
 def configured(settings: TrialSettings, job: Job) -> tuple[Config, dict[str, Any]]:
     """The config of a run, whose files are written, and ``meta.json`` of its pool.
@@ -74,9 +78,9 @@ def configured(settings: TrialSettings, job: Job) -> tuple[Config, dict[str, Any
         f"run.output_dir={settings.out / 'runs'}",
         f"run.name={name}",
     ]
-    if settings.tuning is not None:
-        judged_on = "tune" if key.seed in settings.tuning else "test"
-        overrides.append(f"task.dataset.dev_file={{{judged_on}: {judged_on}.jsonl}}")
+    judged_on = settings.judged_on(key.seed)
+    if judged_on is not None:
+        overrides.append(f"task.dataset.dev_file={judged_on}.jsonl")
     base = HERE / ("summaries.yaml" if meta["task"] == "summaries" else "classes.yaml")
     return load_config(base, [*overrides, *arm.prepare(site), *settings.overrides]), meta
 
@@ -99,7 +103,7 @@ def run_trial(settings: TrialSettings, job: Job) -> dict[str, Any]:
         return {
             **asdict(job.key),
             "metric": meta["metric"],
-            "curve": read_curve(folder / "metrics.jsonl"),
+            "curve": read_curve(folder / "metrics.jsonl", settings.judged_on(job.key.seed)),
             "seconds": {**result.seconds, "wall": round(time.perf_counter() - start, 3)},
             "extra_seconds": audit_seconds(pool) if by_audit else 0.0,
             **(judged_audit(pool) if by_audit else judged_choice(folder / "scores", pool / "truth.jsonl")),
@@ -113,13 +117,17 @@ def run_trial(settings: TrialSettings, job: Job) -> dict[str, Any]:
         let_go()
 
 
-def read_curve(path: Path) -> dict[str, dict[str, dict[str, float]]]:
-    """Step -> held-out set -> metric -> value, from the lines of a run."""
+def read_curve(path: Path, alone: str | None = None) -> dict[str, dict[str, dict[str, float]]]:
+    """Step -> held-out set -> metric -> value, from the lines of a run.
+
+    Args:
+        alone: the one set of a run in whose lines it has no name.
+    """
     curve: dict[str, dict[str, dict[str, float]]] = {}
     for line in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
         for name, value in line.get("eval", {}).items():
             rows, _, metric = name.rpartition("/")
-            curve.setdefault(str(line["step"]), {}).setdefault(rows, {})[metric] = value
+            curve.setdefault(str(line["step"]), {}).setdefault(alone or rows, {})[metric] = value
     return curve
 
 
