@@ -18,7 +18,8 @@ VALUES = {
 }
 
 
-def write_results(folder: Path, seeds: tuple[int, ...] = (100, 0, 1)) -> Path:
+def write_results(folder: Path, seeds: tuple[int, ...] = (100, 0, 1), *, lean: bool = False) -> Path:
+    """``lean``: the tuning seed's runs have ``tune`` alone, the others ``test`` alone."""
     lines = []
     for arm, (values, chosen_in) in VALUES.items():
         for seed in seeds if arm != "query" else seeds[:3]:
@@ -26,6 +27,8 @@ def write_results(folder: Path, seeds: tuple[int, ...] = (100, 0, 1)) -> Path:
                 str(step): {"tune": {"accuracy": v}, "test": {"accuracy": v + 0.01 * (seed % 100)}}
                 for step, v in zip((25, 50), values, strict=True)
             }
+            for sets in curve.values() if lean else ():
+                del sets["test" if seed == 100 else "tune"]
             line = {"study": "query", "pool": "mixed", "seed": seed, "arm": arm, "lr": 1e-3, "metric": "accuracy"}
             line |= {"curve": curve, "seconds": {"training": 50.0, "scoring": chosen_in}, "extra_seconds": 0.0}
             kept = (
@@ -65,6 +68,18 @@ def test_a_table(tmp_path: Path) -> None:
     assert cells(text, "uniform+q")[4] == "-"
     assert "Not run: less (mixed): unknown." in text
     assert "Failed: rds (mixed, clean): UserError: no." in text
+
+
+def test_lean_runs_have_no_best_step_of_their_own(tmp_path: Path) -> None:
+    whole, lean = tmp_path / "whole", tmp_path / "lean"
+    whole.mkdir()
+    lean.mkdir()
+    wanted, found = (report(write_results(folder, lean=folder == lean))[1] for folder in (whole, lean))
+    for arm in VALUES:
+        expected = cells(wanted, arm)
+        expected[3] = "-"  # best
+        expected[7] = "-"  # of the way, best
+        assert cells(found, arm) == expected
 
 
 def test_an_arm_of_too_few_seeds_is_named_and_the_others_are_paired(tmp_path: Path) -> None:
