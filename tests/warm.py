@@ -84,7 +84,9 @@ class Warm:
         """The exit code; None after too long a time."""
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(json.dumps(order).encode() + b"\n")
-        pid = int(self._process.stdout.readline())
+        answer = self._process.stdout.readline()
+        assert answer, "the warm process has ended: it cannot import what runs need"
+        pid = int(answer)
         try:
             if not select.select([self._process.stdout], [], [], timeout)[0]:
                 with contextlib.suppress(ProcessLookupError):
@@ -219,5 +221,5 @@ def run_script(command: Sequence[str]) -> NoReturn:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
+    sys.path[0] = str(ROOT)
     serve()

@@ -20,7 +20,7 @@ COMMANDS = {
     "cheaper_scores": "--config CONFIG --out OUT --variant short:scoring.max_length=4",
     "gpu": "--smoke --out OUT --sections llama,logits,nf4,resumed,offloaded",
     "growth": "--config CONFIG --out OUT --seeds 0 --event 4 --steps 2",
-    "memory": "--ranks 2 --bases fp32 --hidden 64 --layers 1",
+    "memory": "--ranks 0 2 --bases fp32 --hidden 64 --layers 1",
     "noise scores": "scores --config CONFIG --out OUT --seeds 0 --warmup 0",
     "noise train": "train --config CONFIG --out OUT --seeds 0 --arm ours train.max_steps=9",
     "online cost": "cost --model MODEL --batch 4 --length 8 --repeats 2",
