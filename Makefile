@@ -7,11 +7,11 @@ PIP := $(BIN)/python -m pip install -qq -c constraints.txt
 # CI runs everything
 ifeq ($(CI),true)
 PYTEST_MARK ?=
-PYTEST_ARGS ?= -n 2 --dist loadfile --durations=40
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder --durations=40
 else
 PYTEST_MARK ?= not slow
-# a file at a time on two workers: tests of one file share runs that take minutes
-PYTEST_ARGS ?= -n 2 --dist loadfile
+# a file at a time on two workers: tests of one file share runs that take minutes, and the long files are first
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 endif
 
 .PHONY: demo test test-all lint format docs clean

@@ -8,7 +8,7 @@ import pytest
 
 from tests.distributed.launch import ENGINES as ALL
 from tests.distributed.launch import WORKER, launch
-from tests.runs import in_few_passes, losses_of, ranks_of, result_of, run_tree, write_config
+from tests.runs import losses_of, ranks_of, result_of, run_tree, write_config
 
 # a test may have to make the runs of two engines first
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(3000)]
@@ -57,7 +57,6 @@ class Finished(dict[str, dict[tuple[str, str], Path]]):
             if base == "dropout":
                 tree["adapter"]["dropout"] = 0.2
             else:
-                tree = in_few_passes(tree)
                 tree["model"] |= {"quantization": "nf4"} if base == "nf4" else {"dtype": base}
             configs.append(str(write_config(folder / f"{name}.yaml", tree)))
             runs[kind, base] = folder / "runs" / name

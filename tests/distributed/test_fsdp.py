@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.distributed.launch import WORKER, launch
-from tests.runs import go, in_few_passes, losses_of, ranks_of, result_of, run_tree, write_config
+from tests.runs import go, losses_of, ranks_of, result_of, run_tree, write_config
 
 # the first test of an engine makes its runs
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(900)]
@@ -40,7 +40,7 @@ class Finished(dict[str, dict[str, tuple[Path, Path]]]):
         for name, kind, model in RUNS[engine]:
             # a budget that does not grow: where one layer grows another one shrinks
             options = {"model": model, "allocation": {"phi_min": 0.9, "phi_max": 1.0}}
-            alone, sharded = (in_few_passes(run_tree(kind, folder, self._models, name)) for folder in folders)
+            alone, sharded = (run_tree(kind, folder, self._models, name) for folder in folders)
             for tree in (alone, sharded):
                 for section, values in options.items():
                     tree[section] = tree.get(section, {}) | values

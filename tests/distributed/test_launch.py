@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from tests.distributed.launch import BIN, ROOT, free_port, launch, run_launched
 from tests.faults.killer import after, within
-from tests.runs import go, in_few_passes, losses_of, ranks_of, read_lines, result_of, run_tree, write_config
+from tests.runs import go, losses_of, ranks_of, read_lines, result_of, run_tree, write_config
 from tests.tiny import tiny_model
 from tsqlora_scale.engine.zero import ZeroEngine
 from tsqlora_scale.run.checkpoint import newest_checkpoint
@@ -155,7 +155,7 @@ def test_a_signal_to_the_launcher(tmp_path: Path, models_dir: Path, number: sign
 
 @pytest.mark.parametrize("engine", ["zero3-2"])
 def test_a_signal_to_one_rank_stops_all(tmp_path: Path, models_dir: Path, engine: str) -> None:
-    tree = in_few_passes(run_tree("bert", tmp_path, models_dir, "run"))
+    tree = run_tree("bert", tmp_path, models_dir, "run")
     config = write_config(tmp_path / "config.yaml", tree)
     launch(engine, TRAIN, ["--config", str(config), f"run.output_dir={tmp_path / 'whole'}"], tmp_path)
     script = tmp_path / "signalled.py"
@@ -172,7 +172,7 @@ def test_a_signal_to_one_rank_stops_all(tmp_path: Path, models_dir: Path, engine
 def test_the_best_is_kept_and_patience_ends_every_rank(tmp_path: Path, models_dir: Path, engine: str) -> None:
     """And what the run has left starts another one on the same engine, and is made longer there."""
     train = {"eval_every": 2, "patience": 2, "keep": "best"}
-    tree = in_few_passes(run_tree("bert", tmp_path, models_dir, "run", train=train))
+    tree = run_tree("bert", tmp_path, models_dir, "run", train=train)
     config = write_config(tmp_path / "config.yaml", tree)
     launch(engine, TRAIN, ["--config", str(config)], tmp_path)
     run_dir = tmp_path / "runs" / "run"

@@ -8,7 +8,7 @@ import pytest
 
 from tests import zoo
 from tests.distributed.launch import WORKER, launch
-from tests.runs import in_few_passes, losses_of, ranks_of, run_tree, write_config, write_data
+from tests.runs import losses_of, ranks_of, run_tree, write_config, write_data
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(3000)]
 
@@ -22,7 +22,7 @@ def trained(engine: str, folder: Path, models: Path) -> list[tuple[list[float], 
     for kind, quantization in CASES:
         task = "seq2seq" if kind in zoo.SEQ2SEQ else "causal"
         name = f"{kind}-{quantization}"
-        tree = in_few_passes(run_tree("bert", folder, models, name, allocation={"phi_min": 0.9, "phi_max": 1.0}))
+        tree = run_tree("bert", folder, models, name, allocation={"phi_min": 0.9, "phi_max": 1.0})
         tree["model"] |= {"name_or_path": str(zoo.saved(kind, models, task)), "quantization": quantization}
         tree["task"] = write_data(folder / f"data-{task}", task)
         configs.append(str(write_config(folder / f"{name}.yaml", tree)))

@@ -25,7 +25,7 @@ def test_every_engine_leaves_the_same_steps_out(tmp_path: Path, models_dir: Path
     """What a step that is left out must not change is asserted in the processes, on every rank."""
     runs = {}
     for engine in ("plain", "ddp-2", "zero2-2", "zero3-2"):
-        tree = run_tree("bert", tmp_path / engine, models_dir, "run")
+        tree = run_tree("bert", tmp_path / engine, models_dir, "run", train={"micro_batch_size": 2})
         config = write_config(tmp_path / engine / "config.yaml", tree)
         said = launch(engine, POISONED, [str(config)], tmp_path, timeout=300)
         runs[engine] = tmp_path / engine / "runs" / "run"
@@ -41,7 +41,8 @@ def test_every_engine_leaves_the_same_steps_out(tmp_path: Path, models_dir: Path
 @pytest.mark.parametrize("engine", ["ddp-2", "zero3-2"])
 def test_too_many_end_every_rank(tmp_path: Path, models_dir: Path, engine: str) -> None:
     config = write_config(
-        tmp_path / "config.yaml", run_tree("bert", tmp_path, models_dir, "run", train={"max_nonfinite": 1})
+        tmp_path / "config.yaml",
+        run_tree("bert", tmp_path, models_dir, "run", train={"max_nonfinite": 1, "micro_batch_size": 2}),
     )
     done = run_launched(engine, POISONED, [str(config)], tmp_path, timeout=120)
     assert done.returncode != 0

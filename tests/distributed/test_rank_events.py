@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.distributed.launch import ROOT, WORKER, launch, run_launched
-from tests.runs import in_few_passes, losses_of, ranks_of, result_of, run_tree, write_config
+from tests.runs import losses_of, ranks_of, result_of, run_tree, write_config
 from tsqlora_scale.run.checkpoint import complete_checkpoints, verify_checkpoint
 
 # the first test makes the runs of all engines
@@ -42,7 +42,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, models_dir: Path) -> dict[str
             allocation={"policy": "tests.policies:RemoveAndRestore"},
         )  # fmt: skip
         trees = {
-            "run": in_few_passes(tree),
+            "run": tree,
             **{method: choosing_tree(method, folder / engine, models_dir) for method in CHOOSING},
         }
         files = [write_config(folder / f"{engine}-{name}.yaml", one) for name, one in trees.items()]

@@ -29,7 +29,7 @@ def test_ranks_halve_together(engine: str, batch_size: Any, tmp_path: Path, mode
         "refresh": "none",
         "eta": 1.0,
     }
-    tree["train"]["lr"] = 1e-9  # the weights stay as they are
+    tree["train"] |= {"lr": 1e-9, "micro_batch_size": 2}  # the weights stay as they are
     config = write_config(tmp_path / "config.yaml", tree)
     launch(engine, SCRIPT, [str(config), str(tmp_path / "out.json")], tmp_path, timeout=200)
     outcome = json.loads((tmp_path / "out.json").read_text())

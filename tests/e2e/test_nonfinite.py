@@ -18,7 +18,9 @@ def test_such_steps_change_nothing_and_are_recorded(
     tmp_path: Path, models_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """One in the warm-up, one with a gradient alone, one of several micro-batches right before a rank event."""
-    tree = run_tree("bert", tmp_path, models_dir, "run", train={"checkpoint_every": 5, "checkpoint_keep": 9})
+    tree = run_tree(
+        "bert", tmp_path, models_dir, "run", train={"checkpoint_every": 5, "checkpoint_keep": 9, "micro_batch_size": 2}
+    )
     with poisoned(loss={(0, 2), (7, 0), (7, 5)}, gradient={(5, 1)}):
         go(tree)
     run_dir = tmp_path / "runs" / "run"

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.runs import in_few_passes, losses_of, ranks_of, result_of, run_tree, write_config
+from tests.runs import losses_of, ranks_of, result_of, run_tree, write_config
 from tests.slurm.queue import CLUSTER, ROOT, Job, Queue, lacking
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
@@ -60,7 +60,7 @@ def queue() -> Iterator[Queue]:
 def place(tmp_path_factory: pytest.TempPathFactory, models_dir: Path) -> Path:
     """A folder with ``config.yaml``, whose runs are in ``runs/``."""
     folder = tmp_path_factory.mktemp("runs")
-    write_config(folder / "config.yaml", in_few_passes(run_tree("bert", folder, models_dir, "run")))
+    write_config(folder / "config.yaml", run_tree("bert", folder, models_dir, "run"))
     return folder
 
 

@@ -88,7 +88,7 @@ def test_an_error_ahead_is_met_by_its_own_step(
         with pytest.raises(ZeroDivisionError):
             nexts.take(2)
         monkeypatch.setattr(Task, "batch", batch)
-        assert nexts.take(2).batches[0].size == 2
+        assert nexts.take(2).batches[0].size == 6
         assert nexts.hits == 1 and nexts._future is None, "after the last step there is none"
 
 

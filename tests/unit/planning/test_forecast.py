@@ -41,7 +41,9 @@ ROOT = Path(__file__).resolve().parents[3]
 
 @pytest.fixture
 def tree(tmp_path: Path, models_dir: Path) -> dict[str, Any]:
-    return run_tree("bert", tmp_path, models_dir, "run", train={"eval_every": 5, "batch_size": 16})
+    return run_tree(
+        "bert", tmp_path, models_dir, "run", train={"eval_every": 5, "batch_size": 16, "micro_batch_size": 2}
+    )
 
 
 def weights_of(sizes: list[int], trained: list[int]) -> HeldWeights:
