@@ -40,8 +40,7 @@ def take_scores(run: Run, scores: ProxyScores) -> bool:
     run.record.seconds["scoring"] = run.record.seconds.get("scoring", 0.0) + scores.seconds
     run.selector.adopt(scores.table, run.step)
     run.note_scores()
-    if not run.metrics_before:  # here, or a run killed between this checkpoint and the next would do it again
-        run.metrics_before = run.evaluate()
+    run.evaluate_on_start()  # here, or a run killed between this checkpoint and the next would do it again
     return run.save_checkpoint()
 
 

@@ -19,8 +19,8 @@ def train_to_the_end(run: Run) -> dict[str, Any]:
         What ``result.json`` holds.
     """
     with run.record, run.watchdog:
-        if run.step == 0 and not run.metrics_before:
-            run.metrics_before = run.evaluate()
+        if run.step == 0:
+            run.evaluate_on_start()
         run.say_if_finished()
         take_steps(run)
         return finish(run)

@@ -132,13 +132,17 @@ def choose(trials: Iterable[Trial], *, seeds: Sequence[int], judged_by: str, mos
 
     Args:
         trials: of one arm on one pool.
-        seeds: of tuning. Rates that lack a seed which another rate has are no candidates.
+        seeds: of tuning. Rates that lack a seed which another rate has are no candidates. Without any, nothing is
+            chosen: it is the one rate that was run, and ``most`` steps.
         judged_by: ``tune``, or the set by which every run chooses its own step; the rate is chosen on ``tune`` then,
             too.
 
     Returns:
         None without a run.
     """
+    if not seeds:
+        rates = sorted({trial.key.lr for trial in trials})
+        return Choice(rates[0], most) if rates else None
     by_rate: dict[float, list[Trial]] = {}
     for trial in trials:
         if trial.key.seed in seeds:

@@ -55,6 +55,8 @@ class Queue:
 
     def choice(self, pool: str, arm: str) -> Choice | None:
         """What tuning has chosen; None while it goes on, and where all of its runs failed."""
+        if not self.tuning:
+            return Choice(self.rates[0], self.most)
         keys = [key for key in self._tuning_keys() if (key.pool, key.arm) == (pool, arm)]
         if any(key not in self.trials and key not in self.failed for key in keys):
             return None

@@ -232,7 +232,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--pools", type=numbers(str))
     parser.add_argument("--arms", type=lambda text: text.split(";"), help="names with ; between them")
     parser.add_argument("--seeds", type=numbers(int), default=[0, 1, 2, 3, 4])
-    parser.add_argument("--tuning-seeds", type=numbers(int), default=[100, 101])
+    parser.add_argument("--tuning-seeds", type=numbers(int), default=[100, 101], help="'' with one rate: no tuning")
     parser.add_argument("--lrs", type=numbers(float), default=[5e-4, 1e-3, 2e-3])
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--baseline-steps", type=int, default=250, help="so that equal wall time can be seen")
@@ -246,6 +246,8 @@ def parsed() -> argparse.Namespace:
         setattr(options, name, getattr(options, name).resolve())
     options.pools = options.pools or list(STUDIES[options.study].pools)
     options.arms = options.arms or list(STUDIES[options.study].arms)
+    if not options.tuning_seeds and len(options.lrs) > 1:
+        parser.error("--lrs: several, and no --tuning-seeds to choose by")
     return options
 
 

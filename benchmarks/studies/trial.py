@@ -80,7 +80,7 @@ def configured(settings: TrialSettings, job: Job) -> tuple[Config, dict[str, Any
     ]
     judged_on = settings.judged_on(key.seed)
     if judged_on is not None:
-        overrides.append(f"task.dataset.dev_file={judged_on}.jsonl")
+        overrides += [f"task.dataset.dev_file={judged_on}.jsonl", "train.eval_on_start=false"]
     base = HERE / ("summaries.yaml" if meta["task"] == "summaries" else "classes.yaml")
     return load_config(base, [*overrides, *arm.prepare(site), *settings.overrides]), meta
 

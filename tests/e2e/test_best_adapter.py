@@ -88,6 +88,27 @@ def test_the_best_is_kept_with_its_ranks(tmp_path: Path, models_dir: Path, capsy
     assert last.best is not None
 
 
+def test_an_evaluation_on_start_changes_nothing_of_the_run(
+    tmp_path: Path, models_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = {}
+    for name, train in (("with", {}), ("without", {"eval_on_start": False})):
+        go(run_tree("bert", tmp_path, models_dir, name, adapter={"dropout": 0.1}, train={"eval_every": 5, **train}))
+        folders[name] = tmp_path / "runs" / name
+    evaluated = {
+        name: [line["step"] for line in read_lines(folder / "metrics.jsonl") if "eval" in line]
+        for name, folder in folders.items()
+    }
+    assert evaluated == {"with": [0, 5, 10, 13], "without": [5, 10, 13]}
+    assert losses_of(folders["with"]) == losses_of(folders["without"])
+    assert same(*(tensors(folder / "adapter") for folder in folders.values()))
+    found = result_of(folders["without"])
+    assert found["metrics"] == result_of(folders["with"])["metrics"]
+    assert found["metrics_before"] == {}
+    print_result(found)
+    assert f"before -> after │ {found['metrics']['accuracy']:.4f}" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize("changes", [{}, {"adapter": {"method": "dora", "r": 2}}, {"adapter": {"method": "rslora"}}])
 @pytest.mark.parametrize("kind", ["bert", "llama"])
 def test_a_checkpoint_is_the_adapter_of_its_step(

@@ -89,6 +89,8 @@ class TrainConfig(Section):
     checkpoint_keep: PositiveInt = 2
     #: Optimizer steps between evaluations; none evaluates before and after training only.
     eval_every: PositiveInt | None = None
+    #: Evaluate before the first step, too; false saves that time where generating answers is slow.
+    eval_on_start: bool = True
     #: What ``adapter/`` holds at the end, and ``metrics`` of the result are of: the last step, the best evaluation, or
     #: the average of ``average_last``.
     keep: Literal["last", "best", "average"] = "last"
@@ -102,6 +104,10 @@ class TrainConfig(Section):
     #: Evaluations in a row that bring no better one, after which training ends; none: it goes on. Learning rate and the
     #: schedule of ranks are those of the whole length all the same.
     patience: PositiveInt | None = None
+
+    def evaluations(self, steps: int) -> int:
+        """How often held-out rows are judged in a run of so many steps: on its start, after its last step, between."""
+        return int(self.eval_on_start) + 1 + (steps // self.eval_every if self.eval_every else 0)
 
     @model_validator(mode="before")
     @classmethod

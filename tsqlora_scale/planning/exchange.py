@@ -7,7 +7,7 @@ from math import ceil
 from tsqlora_scale.config.schema import Config
 from tsqlora_scale.planning.held_bytes import HeldWeights
 from tsqlora_scale.planning.phantom_passes import Look
-from tsqlora_scale.planning.run_times import evaluations, scored_samples
+from tsqlora_scale.planning.run_times import scored_samples
 from tsqlora_scale.run.plan import RunPlan
 from tsqlora_scale.tasks.metrics import needs_answers, needs_losses
 
@@ -35,7 +35,7 @@ def received_bytes(
     gathers = 3 if config.model.gradient_checkpointing else 2
     adapter = int(2 * of_others * 4 * weights.trained_elements)
     scored = ceil(scored_samples(config, plan) / max(scoring_rows * ranks, 1))
-    judged = ceil(dev_size / (config.train.eval_batch_size * ranks)) * evaluations(config, plan)
+    judged = ceil(dev_size / (config.train.eval_batch_size * ranks)) * config.train.evaluations(plan.total_steps)
     return {
         "steps": plan.total_steps * (plan.accumulation * gathers * base + adapter),
         "scoring": scored * PASSES[look] * base,

@@ -68,15 +68,10 @@ def run_times(
         "steps": float(plan.total_steps),
         "listening to sensitivities": _listened(config, plan, phantom) / of_step,
         "scoring": per_row * scored_samples(config, plan) / of_step,
-        "evaluation": evaluations(config, plan) * held_out / of_step,
+        "evaluation": config.train.evaluations(plan.total_steps) * held_out / of_step,
         "events": events * EVENT,
     }
     return RunTimes(steps, config.train.batch_size * (task.longest + task.decoder), int(of_step))
-
-
-def evaluations(config: Config, plan: RunPlan) -> int:
-    """How often held-out rows are judged: before the first step, after the last, and in between."""
-    return 2 + (plan.total_steps // config.train.eval_every if config.train.eval_every else 0)
 
 
 def scored_samples(config: Config, plan: RunPlan) -> int:

@@ -16,7 +16,7 @@ class TrainResult:
         adapter: the adapter in it, of the last step or the best (``train.keep``); ``peft.PeftModel.from_pretrained``
             opens it.
         metrics: of that adapter on the held-out set; empty without one.
-        metrics_before: the same before the first step.
+        metrics_before: the same before the first step; empty without ``train.eval_on_start``, too.
         ranks: of every adapted layer in that adapter.
         seconds: wall seconds by phase.
         record: all that ``result.json`` holds.

@@ -29,6 +29,7 @@ MAY_CHANGE = {
     "train.checkpoint_every": "which checkpoints there are",
     "train.checkpoint_keep": "the same",
     "train.eval_every": "when it is evaluated, and so which checkpoint can be the best",
+    "train.eval_on_start": "nothing: only a start does it",
     "train.keep": "what adapter/ holds at the end",
     "train.patience": "when it ends early; a larger one lets a run that has go on",
     "train.max_nonfinite": "when the run is given up",

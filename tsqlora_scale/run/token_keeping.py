@@ -67,6 +67,5 @@ def _reads(config: Config, plan: RunPlan, held_out: list[str]) -> list[tuple[str
         looks = 1 + events * config.scoring.refresh_fraction
     reads = {("train", longest): trained}
     reads["train", scored] = reads.get(("train", scored), 0.0) + looks
-    evaluated = 2 + (plan.total_steps // config.train.eval_every if config.train.eval_every else 0)
-    reads |= {(split, longest): evaluated for split in held_out}
+    reads |= {(split, longest): config.train.evaluations(plan.total_steps) for split in held_out}
     return [(split, limit, times) for (split, limit), times in reads.items() if times]

@@ -246,6 +246,11 @@ class Run:
         """Metrics of what the run has come to; those of the evaluation that has ended it, if one has. A collective."""
         return self.evaluate() if self.early_stop is None else dict(self.early_stop["metrics"])
 
+    def evaluate_on_start(self) -> None:
+        """``metrics_before``, if they are asked for and not there. A collective."""
+        if self.config.train.eval_on_start and not self.metrics_before:
+            self.metrics_before = self.evaluate()
+
     def evaluate(self, *, key: str = "eval") -> dict[str, float]:
         """Metrics on every development set; empty without one.
 

@@ -56,6 +56,12 @@ def test_rate_and_step_are_of_the_best_mean_over_the_tuning_seeds() -> None:
     assert choose(runs, seeds=[7], judged_by="tune", most=50) is None
 
 
+def test_without_tuning_it_is_what_was_run() -> None:
+    runs = [trial({0: 0.9, 60: 0.6}, seed=seed, lr=2e-3) for seed in (0, 1)]
+    assert choose(runs, seeds=[], judged_by="tune", most=60) == Choice(2e-3, 60)
+    assert choose([], seeds=[], judged_by="tune", most=60) is None
+
+
 def test_less_loss_is_better_and_ties_go_to_less() -> None:
     runs = [trial({25: 2.0, 50: 1.0, 75: 1.0}, lr=lr, metric="loss") for lr in (2e-3, 1e-3)]
     assert choose(runs, seeds=[0], judged_by="tune", most=75) == Choice(1e-3, 50)

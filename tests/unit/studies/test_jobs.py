@@ -41,6 +41,12 @@ def test_tuning_first_seeds_outermost_and_the_chosen_rate_alone() -> None:
     assert queue.unfinished() == 0
 
 
+def test_without_tuning_there_is_one_rate_for_all() -> None:
+    queue = Queue("query", {"mixed": ("uniform", "query")}, [1e-3], [], [0, 1], 50, {})
+    assert [(job.key.seed, job.key.lr) for job in run_all(queue)] == [(0, 1e-3)] * 2 + [(1, 1e-3)] * 2
+    assert queue.unfinished() == 0
+
+
 def test_what_is_finished_is_not_run_again() -> None:
     queue, other = a_queue(), a_queue()
     order = run_all(queue)
