@@ -147,7 +147,7 @@ def test_the_choice_is_the_selectors_own(tmp_path: Path, models_dir: Path) -> No
     run = build_run(preflight.check(config), writes=False)
     sample = look_at_sample(run, 2000)
     pool, query = sample.numbers[:160], sample.numbers[160:]
-    ratio = PoolRatio.fit(sample.shape, pool, query, seed=1, classes=2)
+    ratio = PoolRatio.fit(sample.shape, pool, query, copies=sample.copies, seed=1, classes=2)
     assert ratio.standing.is_evident and ratio.standing.by_mixture
     assert 0.2 < ratio.standing.share < 0.45, "50 of 160"
     answers = sample.answers

@@ -14,11 +14,15 @@ def weighted_ridge(x: np.ndarray, y: np.ndarray, weights: np.ndarray, strength: 
     return both[:-1], both[-1]
 
 
-def weighted_left_out(features: np.ndarray, targets: np.ndarray, weights: np.ndarray, strength: float) -> np.ndarray:
-    """Mean over the layers of every row's prediction by a fit to all other rows, (n, C); one fit a row and layer."""
+def weighted_left_out(
+    features: np.ndarray, targets: np.ndarray, weights: np.ndarray, strength: float, copies: np.ndarray | None = None
+) -> np.ndarray:
+    """Mean over the layers of every row's prediction by a fit to all other rows (n, C), but its copies; one fit a row
+    and layer."""
     found = np.zeros_like(targets)
+    groups = np.arange(len(targets)) if copies is None else copies
     for row in range(len(targets)):
-        others = np.arange(len(targets)) != row
+        others = groups != groups[row]
         for layer in range(features.shape[1]):
             slopes, bias = weighted_ridge(features[others, layer], targets[others], weights[others], strength)
             found[row] += (features[row, layer] @ slopes + bias) / features.shape[1]

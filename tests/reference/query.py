@@ -21,11 +21,15 @@ def ridge(x: np.ndarray, y: np.ndarray, strength: float) -> tuple[np.ndarray, np
     return both[:-1], both[-1]
 
 
-def left_out(features: np.ndarray, targets: np.ndarray, strength: float) -> np.ndarray:
-    """Mean over the layers of every row's prediction by a fit to all other rows, (n, C); one fit a row and layer."""
+def left_out(
+    features: np.ndarray, targets: np.ndarray, strength: float, copies: np.ndarray | None = None
+) -> np.ndarray:
+    """Mean over the layers of every row's prediction by a fit to all other rows (n, C), but its copies; one fit a row
+    and layer."""
     found = np.zeros_like(targets)
+    groups = np.arange(len(targets)) if copies is None else copies
     for row in range(len(targets)):
-        others = np.arange(len(targets)) != row
+        others = groups != groups[row]
         for layer in range(features.shape[1]):
             weights, bias = ridge(features[others, layer], targets[others], strength)
             found[row] += (features[row, layer] @ weights + bias) / features.shape[1]

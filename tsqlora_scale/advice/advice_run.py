@@ -105,7 +105,8 @@ def pool_findings(run: Run, sample: PoolSample, *, classes: int) -> PoolFindings
         return PoolFindings(shares, {}, 0.0)
     start = time.perf_counter()
     labelled = classes if sample.shape.kind == "classes" else 0
-    ratio = PoolRatio.fit(sample.shape, sample.numbers[:count], sample.numbers[count:], seed=seed, classes=labelled)
+    pool, query = sample.numbers[:count], sample.numbers[count:]
+    ratio = PoolRatio.fit(sample.shape, pool, query, copies=sample.copies, seed=seed, classes=labelled)
     seconds = time.perf_counter() - start
     shares["off target"] = off_target(ratio, seed=seed)
     evidence = {

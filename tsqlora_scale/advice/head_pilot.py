@@ -65,7 +65,8 @@ def _judged(
         y = np.concatenate([targets["pool"][used], targets["rest"]])
         weights = np.concatenate([of_pool[way][used], sample.weights[count:][~out] if way == ALONE else own])
         place = np.arange(int(used.sum()), len(x))
-        heads, left_out = fit_heads(x, y, weights=_of_effect(weights), judged=place)
+        copies = sample.copies[np.append(used, ~out)]
+        heads, left_out = fit_heads(x, y, weights=_of_effect(weights), judged=place, copies=copies)
         told = heads.scores(features["out"])
         judge = _classes_judged if labelled else _numbers_judged
         judged[way] = judge(left_out[place], targets["rest"], told, targets["out"])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tsqlora_scale.audit.passes import StateLook
+from tsqlora_scale.common.copies import text_groups
 from tsqlora_scale.common.disk_arrays import positions
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.random_streams import philox, uniform
@@ -34,6 +35,7 @@ class PoolSample:
         states: hidden states of some layers of the base, (n + m, width) float32.
         numbers: features and answers as a choice by the query takes them, (n + m, ...) float32.
         shape: of ``numbers``.
+        copies: the number of every row's group of same texts, (n + m,).
         weights: of the rows in even draws, (n + m,): each of the sample stands for as many as it was drawn from.
         seconds: of the look.
     """
@@ -44,6 +46,7 @@ class PoolSample:
     states: np.ndarray
     numbers: np.ndarray
     shape: Shape
+    copies: np.ndarray
     weights: np.ndarray
     seconds: float
 
@@ -76,6 +79,7 @@ def look_at_sample(run: Run, count: int) -> PoolSample:
         if count < size:
             rows = positions(smallest(uniform(philox(seed, "advice rows"), size), count))
         weights = task.draw_weights()
+        copies = text_groups(task.texts(np.append(rows, np.arange(size, len(task)))))
     query = np.arange(size, len(task))
     both = np.concatenate([rows, query])
     see = _BothLooks(StateLook(seed), FeatureLook(task, seed=seed))
@@ -97,7 +101,7 @@ def look_at_sample(run: Run, count: int) -> PoolSample:
             )
     own = np.ones(len(both)) if weights is None else np.asarray(weights[both], dtype=np.float64)
     own[: len(rows)] *= size / len(rows)
-    return PoolSample(size, rows, query, seen[:, :width], seen[:, width:], shape, own, seconds)
+    return PoolSample(size, rows, query, seen[:, :width], seen[:, width:], shape, copies, own, seconds)
 
 
 class _BothLooks:

@@ -11,10 +11,10 @@ from tsqlora_scale.advice.pool_sample import PoolSample
 from tsqlora_scale.advice.query_choice import PoolRatio
 from tsqlora_scale.audit.auditor import nearly_same, texts_of_pool
 from tsqlora_scale.audit.findings import WEAK_EXPLAINED, WEAK_GAIN
-from tsqlora_scale.audit.fold_plan import copy_groups, text_key
 from tsqlora_scale.audit.label_noise import judge_labels
 from tsqlora_scale.audit.number_noise import judge_numbers
 from tsqlora_scale.audit.ridge import left_out_predictions
+from tsqlora_scale.common.copies import copy_groups, text_groups
 from tsqlora_scale.run.training_run import Run
 
 #: Cosine of two samples' features from which on they are nearly the same.
@@ -79,15 +79,11 @@ def near_copies(run: Run, sample: PoolSample) -> tuple[np.ndarray, np.ndarray]:
     """Groups of copies and near-copies among the rows looked at, and how often each row's text is in the pool, (n,)
     both. On one rank."""
     if sample.size <= COMPARED:
-        texts = enumerate(texts_of_pool(run))
-        keys = [int.from_bytes(text_key(text)[:8], "little") for place, text in texts if place < sample.size]
-        _, member, sizes = np.unique(np.array(keys, dtype=np.uint64), return_inverse=True, return_counts=True)
-        member, times = member[sample.rows], sizes[member][sample.rows]
+        member = text_groups([text] for place, text in enumerate(texts_of_pool(run)) if place < sample.size)
+        member, times = member[sample.rows], np.bincount(member)[member[sample.rows]]
     else:
-        joined = ["\x1f".join(texts) for texts in run.task.texts(sample.rows)]
-        keys = [int.from_bytes(text_key(text)[:8], "little") for text in joined]
-        _, member, sizes = np.unique(np.array(keys, dtype=np.uint64), return_inverse=True, return_counts=True)
-        times = sizes[member]
+        member = text_groups(run.task.texts(sample.rows))
+        times = np.bincount(member)[member]
     _, first, own = np.unique(member, return_index=True, return_inverse=True)
     exact = np.column_stack([first[own], np.arange(sample.count)])
     near = nearly_same(sample.states[: sample.count], SIMILARITY, seed=run.config.run.seed)

@@ -41,9 +41,12 @@ class PoolRatio:
     likeness: Likeness | None = None
 
     @classmethod
-    def fit(cls, shape: Shape, pool: np.ndarray, query: np.ndarray, *, seed: int, classes: int) -> PoolRatio:
-        """As :class:`~tsqlora_scale.quality.query.query_rater.QueryRater` does, of numbers (n, ...) and (m, ...)."""
-        rating = RowRating.fit(shape, pool, query, seed=seed, classes=classes)
+    def fit(
+        cls, shape: Shape, pool: np.ndarray, query: np.ndarray, *, copies: np.ndarray, seed: int, classes: int
+    ) -> PoolRatio:
+        """As :class:`~tsqlora_scale.quality.query.query_rater.QueryRater` does, of numbers (n, ...) and (m, ...), and
+        of groups of copies among both (n + m,)."""
+        rating = RowRating.fit(shape, pool, query, copies=copies, seed=seed, classes=classes)
         pool_agrees, query_agrees = (rating.agrees(side) for side in (rating.of_pool, rating.of_query))
         return cls(
             of_pool=rating.log_ratio(rating.of_pool),
@@ -101,7 +104,10 @@ def choice_by_others(
     """
     count, labelled, answers = sample.count, sample.shape.kind == "classes", sample.answers
     pool, rest = sample.numbers[:count], sample.numbers[count:][~out]
-    ratio = PoolRatio.fit(sample.shape, pool, rest, seed=config.run.seed, classes=classes if labelled else 0)
+    known = np.append(np.ones(count, dtype=bool), ~out)
+    ratio = PoolRatio.fit(
+        sample.shape, pool, rest, copies=sample.copies[known], seed=config.run.seed, classes=classes if labelled else 0
+    )
     chosen = chosen_weights(
         ratio,
         config.sampling,

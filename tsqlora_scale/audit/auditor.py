@@ -10,11 +10,12 @@ import numpy as np
 
 from tsqlora_scale.audit.cross_fit import cross_fitted_scores
 from tsqlora_scale.audit.findings import WEAK_EXPLAINED, WEAK_GAIN, Findings
-from tsqlora_scale.audit.fold_plan import copy_groups, plan_folds, same_texts
+from tsqlora_scale.audit.fold_plan import plan_folds
 from tsqlora_scale.audit.label_noise import judge_labels
 from tsqlora_scale.audit.number_noise import judge_numbers
 from tsqlora_scale.audit.passes import frozen_states, off_query
 from tsqlora_scale.audit.ridge import left_out_predictions
+from tsqlora_scale.common.copies import copy_groups, same_texts
 from tsqlora_scale.common.disk_arrays import blocks
 from tsqlora_scale.common.random_streams import philox
 from tsqlora_scale.quality.draws.redundancy import similar_pairs

@@ -2,46 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable
-
 import numpy as np
 
 from tsqlora_scale.common.random_streams import philox
-
-
-def copy_groups(pairs: np.ndarray, size: int) -> np.ndarray:
-    """The first sample of each sample's group, (size,) int64: samples that a chain of ``pairs`` (m, 2) links.
-
-    A sample without a pair is its own group's first.
-    """
-    first = np.arange(size)
-
-    def root(sample: int) -> int:
-        while first[sample] != sample:
-            first[sample] = first[first[sample]]
-            sample = int(first[sample])
-        return sample
-
-    for one, other in pairs.tolist():
-        low, high = sorted((root(one), root(other)))
-        first[high] = low
-    return np.array([root(sample) for sample in range(size)], dtype=np.int64)
-
-
-def same_texts(texts: Iterable[str]) -> np.ndarray:
-    """Pairs (m, 2) of samples, i < j, whose texts are the same but for case and spaces: each with the first of them."""
-    first: dict[bytes, int] = {}
-    pairs = []
-    for number, text in enumerate(texts):
-        if (before := first.setdefault(text_key(text), number)) != number:
-            pairs.append((before, number))
-    return np.array(pairs, dtype=np.int64).reshape(-1, 2)
-
-
-def text_key(text: str) -> bytes:
-    """What texts have in common that are the same but for case and spaces, 32 bytes."""
-    return hashlib.sha256(" ".join(text.casefold().split()).encode("utf-8", "surrogatepass")).digest()
 
 
 def plan_folds(groups: np.ndarray, strata: np.ndarray | None, folds: int, *, seed: int) -> np.ndarray:
@@ -51,7 +14,7 @@ def plan_folds(groups: np.ndarray, strata: np.ndarray | None, folds: int, *, see
     sample's stratum, and of those to one with the fewest samples.
 
     Args:
-        groups: the group of every sample, (n,): what belongs into one fold. See :func:`copy_groups`.
+        groups: the group of every sample, (n,): what belongs into one fold. See :func:`.copy_groups`.
         strata: the class of every sample, (n,) numbers from 0; None: all alike.
         folds: 2 or more.
     """

@@ -28,6 +28,17 @@ def test_a_row_is_predicted_by_the_weighted_fit_to_all_others(seed: int, rows: i
     np.testing.assert_allclose(heads.scores(features), expected, atol=1e-6)
 
 
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 1000), rows=st.integers(5, 12), width=st.integers(1, 14), kinds=st.integers(3, 4))
+def test_weighted_copies_are_left_out_together(seed: int, rows: int, width: int, kinds: int) -> None:
+    features, targets, weights = drawn(seed, rows, width)
+    copies = np.arange(rows) % kinds
+    features = features[copies]
+    heads, left_out = fit_heads(features, targets, weights=weights, copies=copies)
+    expected = weighted_left_out(features, targets, weights, heads.ridge, copies)
+    np.testing.assert_allclose(left_out, expected, atol=1e-6)
+
+
 def test_equal_weights_are_none() -> None:
     features, targets, _ = drawn(0, 20, 5)
     heads, left_out = fit_heads(features, targets)

@@ -6,7 +6,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tsqlora_scale.audit.fold_plan import copy_groups, plan_folds, same_texts
+from tsqlora_scale.audit.fold_plan import plan_folds
+from tsqlora_scale.common.copies import copy_groups, same_texts, text_groups
 
 
 @settings(max_examples=60, deadline=None)
@@ -46,3 +47,8 @@ def test_texts_that_are_the_same() -> None:
     texts = ["A film.", "other", "a  film.", "A FILM.\n", "\ud800 lone", "Other!"]
     assert same_texts(texts).tolist() == [[0, 2], [0, 3]]
     assert same_texts([]).shape == (0, 2)
+    groups = text_groups([[text] for text in texts])
+    assert [groups.tolist().index(group) for group in groups] == [0, 1, 0, 0, 4, 5]
+    pairs = text_groups([["a", "b"], ["a b", ""], ["A", " b"]])
+    assert pairs[0] == pairs[2] != pairs[1]
+    assert text_groups([]).shape == (0,)

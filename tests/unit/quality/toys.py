@@ -87,6 +87,10 @@ class RandomPool:
     def draw_weights(self) -> np.ndarray | None:
         return None
 
+    def texts(self, rows: np.ndarray) -> list[tuple[str, ...]]:
+        said = [self.tokens, self.targets] if self.seq2seq else [self.tokens]
+        return [tuple(" ".join(map(str, part[row])) for part in said) for row in rows]
+
     def batch(self, indices: np.ndarray, *, max_length: int | None = None) -> Batch:
         tokens = _pad([self.tokens[i] for i in indices], 0)
         mask = _pad([np.ones_like(self.tokens[i]) for i in indices], 0)

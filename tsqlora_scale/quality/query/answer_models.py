@@ -31,7 +31,14 @@ class ClassModel:
 
     @classmethod
     def fit(
-        cls, features: np.ndarray, answers: np.ndarray, weights: np.ndarray, *, judged: np.ndarray | None, classes: int
+        cls,
+        features: np.ndarray,
+        answers: np.ndarray,
+        weights: np.ndarray,
+        *,
+        judged: np.ndarray | None,
+        copies: np.ndarray | None = None,
+        classes: int,
     ) -> tuple[ClassModel, np.ndarray]:
         """The model; and the log-likelihoods of its rows (n,), each by heads that have not seen it.
 
@@ -39,9 +46,9 @@ class ClassModel:
             features: (n, L, d) float64.
             answers: class ids (n,) int64.
             weights: of the rows, (n,), above 0.
-            judged: places of the rows whose error, left out, chooses the ridge; None: all.
+            judged, copies: see :func:`fit_heads`.
         """
-        heads, held_out = fit_heads(features, np.eye(classes)[answers], weights=weights, judged=judged)
+        heads, held_out = fit_heads(features, np.eye(classes)[answers], weights=weights, judged=judged, copies=copies)
         scale = float(held_out.std()) + 1e-9
         y, part = torch.from_numpy(answers), torch.from_numpy(weights / weights.sum())
         scores = torch.from_numpy(held_out / scale)[:, :, None]
@@ -68,10 +75,16 @@ class NumberModel:
 
     @classmethod
     def fit(
-        cls, features: np.ndarray, answers: np.ndarray, weights: np.ndarray, *, judged: np.ndarray | None
+        cls,
+        features: np.ndarray,
+        answers: np.ndarray,
+        weights: np.ndarray,
+        *,
+        judged: np.ndarray | None,
+        copies: np.ndarray | None = None,
     ) -> tuple[NumberModel, np.ndarray]:
         """As :meth:`ClassModel.fit`, of numbers (n,) float64."""
-        heads, held_out = fit_heads(features, answers[:, None], weights=weights, judged=judged)
+        heads, held_out = fit_heads(features, answers[:, None], weights=weights, judged=judged, copies=copies)
         errors = answers - held_out[:, 0]
         deviation = float(np.sqrt(weights @ np.square(errors) / weights.sum())) + 1e-9
         return cls(heads, deviation), normal_density(errors, deviation)
@@ -87,12 +100,13 @@ def fit_answers(
     weights: np.ndarray,
     *,
     judged: np.ndarray | None = None,
+    copies: np.ndarray | None = None,
     classes: int | None,
 ) -> tuple[AnswerModel, np.ndarray]:
     """A model of ``answers`` (n,), and their log-likelihoods left out (n,); ``classes`` is None for numbers."""
     if classes is None:
-        return NumberModel.fit(features, answers, weights, judged=judged)
-    return ClassModel.fit(features, answers, weights, judged=judged, classes=classes)
+        return NumberModel.fit(features, answers, weights, judged=judged, copies=copies)
+    return ClassModel.fit(features, answers, weights, judged=judged, copies=copies, classes=classes)
 
 
 def normal_density(errors: np.ndarray, deviation: float) -> np.ndarray:

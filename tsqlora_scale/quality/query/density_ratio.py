@@ -75,12 +75,21 @@ def separation(of_pool: np.ndarray, of_query: np.ndarray) -> tuple[float, float]
 
 
 def held_out_separation(
-    of_pool: np.ndarray, of_query: np.ndarray, *, rising: Sequence[bool], seed: int
+    of_pool: np.ndarray,
+    of_query: np.ndarray,
+    *,
+    rising: Sequence[bool],
+    copies: np.ndarray | None = None,
+    seed: int,
 ) -> tuple[float, float]:
     """The same of terms (N, m) and (n, m), each row's ratio by a regression that has not seen it: with few rows of the
     query the coefficients, too, can be those of chance (of six, a pool that is as the query stood out in three of ten).
 
     Means over :data:`FOLDS` folds; an area of one half where there are too few rows to fold.
+
+    Args:
+        copies: see :func:`.fit_terms`. Rows with copies say less than as many others: a side counts as the number of
+            rows that are worth as much, ``N^2 / sum_g m_g^2`` of groups of m rows (Kish's effective sample size).
     """
     count = min(FOLDS, len(of_pool), len(of_query))
     if count < 2:
@@ -93,10 +102,19 @@ def held_out_separation(
         outside = (inside.log_ratio(rows) for rows in (of_pool[pool_folds == fold], of_query[query_folds == fold]))
         areas.append(separation(*outside)[0])
     area = float(np.mean(areas))
-    return area, (area - 0.5) / _level_error(len(of_pool), len(of_query))
+    worth = [_worth(len(of_pool), copies), _worth(len(of_query), copies, len(of_pool))]
+    return area, (area - 0.5) / _level_error(*worth)
 
 
-def _level_error(pool: int, query: int) -> float:
+def _worth(rows: int, copies: np.ndarray | None, start: int = 0) -> float:
+    """As how many rows without copies the ``rows`` from ``start`` count."""
+    if copies is None:
+        return float(rows)
+    sizes = np.unique(copies[start : start + rows], return_counts=True)[1]
+    return float(rows**2 / np.square(sizes).sum())
+
+
+def _level_error(pool: float, query: float) -> float:
     """Standard error of the area, were there no difference."""
     return math.sqrt((pool + query + 1) / (12 * pool * query))
 
@@ -126,11 +144,16 @@ class Standing:
 
 
 def stand(
-    of_pool: np.ndarray, of_query: np.ndarray, *, rising: Sequence[bool], seed: int
+    of_pool: np.ndarray,
+    of_query: np.ndarray,
+    *,
+    rising: Sequence[bool],
+    copies: np.ndarray | None = None,
+    seed: int,
 ) -> tuple[DensityRatio, Standing]:
-    """The regression of terms (N, m) and (n, m), and what it says of the two."""
+    """The regression of terms (N, m) and (n, m), and what it says of the two; ``copies`` as :func:`.fit_terms`."""
     ratio = DensityRatio.fit(of_pool, of_query, rising=rising)
-    area, evidence = held_out_separation(of_pool, of_query, rising=rising, seed=seed)
+    area, evidence = held_out_separation(of_pool, of_query, rising=rising, copies=copies, seed=seed)
     share, most = wanted_share(ratio.log_ratio(of_pool), ratio.log_ratio(of_query))
     return ratio, Standing(share, most, area, evidence)
 

@@ -37,7 +37,12 @@ class Heads:
 
 
 def fit_heads(
-    features: np.ndarray, targets: np.ndarray, *, weights: np.ndarray | None = None, judged: np.ndarray | None = None
+    features: np.ndarray,
+    targets: np.ndarray,
+    *,
+    weights: np.ndarray | None = None,
+    judged: np.ndarray | None = None,
+    copies: np.ndarray | None = None,
 ) -> tuple[Heads, np.ndarray]:
     """Heads that explain ``targets``, and every row's scores by heads fitted to all other rows, (n, C).
 
@@ -46,8 +51,13 @@ def fit_heads(
         targets: (n, C) float64: classes one-hot, or a number (C = 1).
         weights: of the rows' squared errors, (n,), above 0; None: 1 each.
         judged: places of the rows whose error, left out, chooses the ridge; None: all.
+        copies: numbers of groups of rows whose features are the same, (n,): heads that have seen a row's copy have
+            seen the row, so that a group is left out as a whole. None: there are none.
     """
-    layers = [_layer(features[:, layer], targets, weights) for layer in range(features.shape[1])]
+    if copies is not None:
+        count, copies = len(copies), np.unique(copies, return_inverse=True)[1]
+        copies = None if int(copies.max()) + 1 == count else copies
+    layers = [_layer(features[:, layer], targets, weights, copies) for layer in range(features.shape[1])]
     held_out = np.mean([left_out for left_out, _, _ in layers], axis=0)  # (ridges, n, C)
     errors = np.square(held_out - targets)
     best = int(np.argmin((errors if judged is None else errors[:, judged]).mean((1, 2))))
@@ -56,7 +66,9 @@ def fit_heads(
     return Heads(slopes, bias, RIDGES[best]), held_out[best]
 
 
-def _layer(x: np.ndarray, y: np.ndarray, weights: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _layer(
+    x: np.ndarray, y: np.ndarray, weights: np.ndarray | None, copies: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of every ridge: scores of the rows left out (k, n, C), weights (k, d, C), biases (k, C)."""
     if weights is None:
         center, level = x.mean(0), y.mean(0)
@@ -77,8 +89,19 @@ def _layer(x: np.ndarray, y: np.ndarray, weights: np.ndarray | None) -> tuple[np
     for ridge in RIDGES:
         shrunk = squares / (squares + ridge)
         fitted = (left * shrunk) @ of_targets / root + level
-        leverage = np.minimum(np.square(left) @ shrunk + part, 1 - 1e-9)
-        held_out.append(y - (y - fitted) / (1 - leverage)[:, None])
+        held_out.append(_without(y, fitted, np.square(left) @ shrunk + part, copies))
         slopes.append(right @ ((np.sqrt(squares) / (squares + ridge))[:, None] * of_targets))
         biases.append(level - center @ slopes[-1])
     return np.stack(held_out), np.stack(slopes), np.stack(biases)
+
+
+def _without(y: np.ndarray, fitted: np.ndarray, leverage: np.ndarray, copies: np.ndarray | None) -> np.ndarray:
+    """Scores (n, C) by the fits without a row, or without its group: what these have added is taken out again."""
+    if copies is None:
+        alone: np.ndarray = y - (y - fitted) / (1 - np.minimum(leverage, 1 - 1e-9))[:, None]
+        return alone
+    own = np.zeros((int(copies.max()) + 1, y.shape[1]))
+    np.add.at(own, copies, leverage[:, None] * y)
+    of_group = np.minimum(np.bincount(copies, leverage)[copies], 1 - 1e-9)
+    found: np.ndarray = (fitted - own[copies]) / (1 - of_group)[:, None]
+    return found

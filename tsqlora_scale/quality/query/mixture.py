@@ -16,7 +16,7 @@ import numpy as np
 from tsqlora_scale.quality.query.answer_models import AnswerModel, fit_answers, normal_density
 from tsqlora_scale.quality.query.density_ratio import DensityRatio
 from tsqlora_scale.quality.query.fits import probability
-from tsqlora_scale.quality.query.terms import Likeness
+from tsqlora_scale.quality.query.terms import Likeness, sides
 
 #: Fits of both parts. On pools of 2,000 rows eight change what four have found by less than the draw of the query does.
 ROUNDS = 5
@@ -64,6 +64,7 @@ class Mixture:
         first: tuple[np.ndarray, np.ndarray],
         wanted: np.ndarray,
         *,
+        copies: np.ndarray | None = None,
         classes: int | None,
     ) -> tuple[Mixture, np.ndarray, np.ndarray]:
         """The mixture; and the values of :attr:`names` for the pool's rows (N, 3) and the query's (n, 3), no row by
@@ -78,6 +79,7 @@ class Mixture:
             answers: the same, (N,) and (n,): class ids int64, or numbers float64.
             first: values of the first look's terms, of which the first is the text's and the third ``log p(y|x)``.
             wanted: the probability that a row of the pool is wanted (N,), by the first look.
+            copies: see :func:`.fit_terms`.
             classes: None for numbers.
         """
         scaled = [likeness.standardised(part)[:, :, 0] for part in features]
@@ -88,12 +90,13 @@ class Mixture:
         text = by_text.log_ratio(of_pool[:, :1])
         everything, y = np.concatenate([x, z]), np.concatenate(answers)
         queried = np.arange(len(x), len(everything))
+        of_pool_copies, _ = sides(copies, len(x))
         sure = np.clip(wanted, DOUBT, 1 - DOUBT)
         for _ in range(ROUNDS):
             share = float(sure.mean())
             weights = np.concatenate([sure, np.ones(len(z))])
-            model, log_wanted = fit_answers(everything, y, weights, judged=queried, classes=classes)
-            rest, log_rest = fit_answers(x, answers[0], 1 - sure, classes=classes)
+            model, log_wanted = fit_answers(everything, y, weights, judged=queried, copies=copies, classes=classes)
+            rest, log_rest = fit_answers(x, answers[0], 1 - sure, copies=of_pool_copies, classes=classes)
             of_rest = rest.log_likelihood(z, answers[1])
             handicap = max(float((of_rest - log_wanted[len(x) :]).mean()), 0.0)
             odds = prior_odds(text, share) + log_wanted[: len(x)] + handicap - log_rest

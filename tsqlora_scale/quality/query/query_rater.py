@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tsqlora_scale.common.copies import text_groups
 from tsqlora_scale.common.disk_arrays import blocks, filled, new_array, positions
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.random_streams import philox, uniform
@@ -102,7 +103,9 @@ class QueryRater:
         wanted = passes.run(query, np.arange(len(query)), look, name=name)
         numbers = passes.run(self.pool, rows, look, name=name)
         shape = look.agreed_shape(module, self.world, max_length=scoring.max_length)
-        rating = self._fit(shape, numbers, wanted)
+        with self.world.together():
+            copies = text_groups([*self.pool.texts(rows), *query.texts(np.arange(len(query)))])
+        rating = self._fit(shape, numbers, wanted, copies)
         columns = len(rating.names)
         with self.world.together():
             values = new_array(len(self.pool) * columns, np.float32).reshape(len(self.pool), columns)
@@ -126,14 +129,14 @@ class QueryRater:
             return np.arange(size)
         return positions(smallest(uniform(philox(self.seed, "fitted to the pool"), size), FITTED))
 
-    def _fit(self, shape: Shape, numbers: np.ndarray, wanted: np.ndarray) -> RowRating:
+    def _fit(self, shape: Shape, numbers: np.ndarray, wanted: np.ndarray, copies: np.ndarray) -> RowRating:
         def fit() -> RowRating:
             if not (np.isfinite(numbers).all() and np.isfinite(wanted).all()):
                 raise UserError(
                     "the hidden states of the base are not finite, and a choice by task.query needs them; its weights "
                     "are damaged, or it computes in too coarse a type: use model.dtype=fp32"
                 )
-            return RowRating.fit(shape, numbers, wanted, seed=self.seed, classes=self._classes())
+            return RowRating.fit(shape, numbers, wanted, copies=copies, seed=self.seed, classes=self._classes())
 
         return self.world.from_main(fit)
 

@@ -13,6 +13,9 @@ from tsqlora_scale.quality.query.looks import Shape
 from tsqlora_scale.quality.query.mixture import Mixture
 from tsqlora_scale.quality.query.terms import LabelTerms, NumberTerms, Terms, fit_terms
 
+#: Rows of a pool without which there is nothing to fit.
+LEAST = 2
+
 
 @dataclass(frozen=True)
 class RowRating:
@@ -34,14 +37,57 @@ class RowRating:
     of_query: np.ndarray
 
     @classmethod
-    def fit(cls, shape: Shape, pool: np.ndarray, query: np.ndarray, *, seed: int, classes: int = 0) -> RowRating:
+    def fit(
+        cls,
+        shape: Shape,
+        pool: np.ndarray,
+        query: np.ndarray,
+        *,
+        copies: np.ndarray | None = None,
+        seed: int,
+        classes: int = 0,
+    ) -> RowRating:
         """From numbers of the pool's rows (N, ...) and of the query's (n, ...), as :class:`.FeatureLook` gives them.
 
         Args:
+            copies: see :func:`.fit_terms`.
             classes: how many there are at least; rows that are not among these may have others.
         """
-        terms, of_pool, of_query = fit_terms(shape, pool, query, seed=seed, classes=classes)
-        ratio, standing = stand(of_pool, of_query, rising=terms.rising, seed=seed)
+        fitted = np.ones(len(pool), dtype=bool)
+        if copies is not None:
+            # copies of the query's rows would teach the pool's models what the query's answers are
+            fitted = ~np.isin(copies[: len(pool)], copies[len(pool) :])
+        if copies is None or fitted.all():
+            return cls._fit(shape, pool, query, copies=copies, seed=seed, classes=classes)
+        if fitted.sum() < LEAST:  # there is nothing else
+            found = cls._fit(shape, pool, query, copies=copies, seed=seed, classes=classes)
+            first, standing = len(found.terms.names), Standing(share=1.0, most=1.0, area=0.5, evidence=0.0)
+            sides = (side[:, :first] for side in (found.of_pool, found.of_query))
+            return cls(shape, found.terms, found.ratio, None, standing, *sides)
+        found = cls._fit(
+            shape, pool[fitted], query, copies=copies[np.append(fitted, np.ones(len(query), dtype=bool))], seed=seed,
+            classes=classes,
+        )  # fmt: skip
+        of_pool = np.empty((len(pool), found.of_pool.shape[1]), dtype=found.of_pool.dtype)
+        of_pool[fitted], of_pool[~fitted] = found.of_pool, found.values(pool[~fitted].astype(np.float64))
+        part, standing = float(fitted.mean()), found.standing
+        share, most = (1 - part + part * value for value in (standing.share, standing.most))
+        return replace(found, standing=replace(standing, share=share, most=most), of_pool=of_pool)
+
+    @classmethod
+    def _fit(
+        cls,
+        shape: Shape,
+        pool: np.ndarray,
+        query: np.ndarray,
+        *,
+        copies: np.ndarray | None,
+        seed: int,
+        classes: int,
+    ) -> RowRating:
+        """Where no row of the pool is one of the query's."""
+        terms, of_pool, of_query = fit_terms(shape, pool, query, copies=copies, seed=seed, classes=classes)
+        ratio, standing = stand(of_pool, of_query, rising=terms.rising, copies=copies, seed=seed)
         first = cls(shape, terms, ratio, None, standing, of_pool, of_query)
         if not standing.is_evident or not isinstance(terms, LabelTerms | NumberTerms):
             return first
@@ -56,6 +102,7 @@ class RowRating:
             known,
             (of_pool, of_query),
             first.wanted(of_pool),
+            copies=copies,
             classes=count,
         )
         return replace(

@@ -64,13 +64,21 @@ class Likeness:
     direction: np.ndarray
 
     @classmethod
-    def fit(cls, pool: np.ndarray, query: np.ndarray) -> tuple[Likeness, np.ndarray, np.ndarray]:
-        """The term; and its values for the pool's rows, (N, R), and the query's, each left out of the mean, (n, R)."""
+    def fit(
+        cls, pool: np.ndarray, query: np.ndarray, *, copies: np.ndarray | None = None
+    ) -> tuple[Likeness, np.ndarray, np.ndarray]:
+        """The term; and its values for the pool's rows, (N, R), and the query's, each left out of the mean, (n, R).
+
+        Args:
+            copies: numbers of groups of the query's rows that are the same, (n,), left out together; None: all differ.
+        """
         both = np.concatenate([pool, query])
         means, deviations = both.mean(0, dtype=np.float64), both.std(0, dtype=np.float64) + 1e-6
         likeness = cls(means, deviations, _unit((query - means) / deviations).mean(0))
         of_query, count = likeness.cosines(query), len(query)
-        return likeness, likeness.cosines(pool), (count * of_query - 1) / (count - 1)
+        times = np.ones(count) if copies is None else np.bincount(copies)[copies]
+        out = np.minimum(times, count - 1)[:, None]
+        return likeness, likeness.cosines(pool), (count * of_query - out) / (count - out)
 
     def standardised(self, features: np.ndarray) -> np.ndarray:
         """Features (n, L, R, d) in units of the deviations."""
@@ -108,20 +116,30 @@ class LabelTerms:
 
     @classmethod
     def fit(
-        cls, pool: np.ndarray, query: np.ndarray, labels: np.ndarray, wanted: np.ndarray, *, seed: int, classes: int = 0
+        cls,
+        pool: np.ndarray,
+        query: np.ndarray,
+        labels: np.ndarray,
+        wanted: np.ndarray,
+        *,
+        copies: np.ndarray | None = None,
+        seed: int,
+        classes: int = 0,
     ) -> tuple[LabelTerms, np.ndarray, np.ndarray]:
         """The terms; and their values for the pool's rows (N, 3) and the query's (n, 3), no row by what has seen it.
 
         Args:
             pool, query: features (N, L, 1, d) and (n, L, 1, d).
             labels, wanted: their class ids, (N,) and (n,) int64.
+            copies: see :func:`fit_terms`.
             classes: how many there are at least; rows that are not among these may have others.
         """
-        likeness, pool_text, query_text = Likeness.fit(pool, query)
+        own = sides(copies, len(pool))
+        likeness, pool_text, query_text = Likeness.fit(pool, query, copies=own[1])
         x, z = likeness.standardised(pool)[:, :, 0], likeness.standardised(query)[:, :, 0]
         one_hot = np.eye(max(classes, int(labels.max()) + 1, int(wanted.max()) + 1))
-        pool_heads, pool_by_pool = fit_heads(x, one_hot[labels])
-        query_heads, query_by_query = fit_heads(z, one_hot[wanted])
+        pool_heads, pool_by_pool = fit_heads(x, one_hot[labels], copies=own[0])
+        query_heads, query_by_query = fit_heads(z, one_hot[wanted], copies=own[1])
         scales = (float(query_by_query.std()) + 1e-9, float(pool_by_pool.std()) + 1e-9)
         both = _logits(query_by_query, pool_heads.scores(z), scales)
         y = torch.from_numpy(wanted)
@@ -180,13 +198,20 @@ class NumberTerms:
 
     @classmethod
     def fit(
-        cls, pool: np.ndarray, query: np.ndarray, numbers: np.ndarray, wanted: np.ndarray
+        cls,
+        pool: np.ndarray,
+        query: np.ndarray,
+        numbers: np.ndarray,
+        wanted: np.ndarray,
+        *,
+        copies: np.ndarray | None = None,
     ) -> tuple[NumberTerms, np.ndarray, np.ndarray]:
         """As :meth:`LabelTerms.fit`, of numbers (N,) and (n,) float64."""
-        likeness, pool_text, query_text = Likeness.fit(pool, query)
+        own = sides(copies, len(pool))
+        likeness, pool_text, query_text = Likeness.fit(pool, query, copies=own[1])
         x, z = likeness.standardised(pool)[:, :, 0], likeness.standardised(query)[:, :, 0]
-        pool_heads, pool_by_pool = fit_heads(x, numbers[:, None])
-        query_heads, query_by_query = fit_heads(z, wanted[:, None])
+        pool_heads, pool_by_pool = fit_heads(x, numbers[:, None], copies=own[0])
+        query_heads, query_by_query = fit_heads(z, wanted[:, None], copies=own[1])
         both = _design(query_by_query, pool_heads.scores(z))
         # as in every fit here, a row's own value is left out in closed form
         ridge = 1e-2 * np.trace(both.T @ both) / 3 * np.diag([1.0, 1.0, 0.0]) + 1e-9 * np.eye(3)
@@ -232,10 +257,17 @@ class TextTerms:
 
     @classmethod
     def fit(
-        cls, pool: np.ndarray, query: np.ndarray, losses: np.ndarray, wanted: np.ndarray
+        cls,
+        pool: np.ndarray,
+        query: np.ndarray,
+        losses: np.ndarray,
+        wanted: np.ndarray,
+        *,
+        copies: np.ndarray | None = None,
     ) -> tuple[TextTerms, np.ndarray, np.ndarray]:
         """As :meth:`LabelTerms.fit`, of features (N, L, 2, d) and losses (N,)."""
-        likeness, pool_text, query_text = Likeness.fit(pool, query)
+        own = sides(copies, len(pool))
+        likeness, pool_text, query_text = Likeness.fit(pool, query, copies=own[1])
         values = _pairs(likeness, query, wanted)
         terms = cls(likeness, values.mean(0))
         off = -np.square((values - terms.usual) * len(query) / (len(query) - 1))
@@ -260,20 +292,27 @@ def _pairs(likeness: Likeness, features: np.ndarray, losses: np.ndarray) -> np.n
     return np.column_stack([(unit[:, :, 0] * unit[:, :, 1]).sum(-1).mean(1), losses])
 
 
+def sides(copies: np.ndarray | None, pool: int) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Groups of copies of a pool's rows, and of a query's behind them."""
+    return (None, None) if copies is None else (copies[:pool], copies[pool:])
+
+
 def fit_terms(
-    shape: Shape, pool: np.ndarray, query: np.ndarray, *, seed: int, classes: int = 0
+    shape: Shape, pool: np.ndarray, query: np.ndarray, *, copies: np.ndarray | None = None, seed: int, classes: int = 0
 ) -> tuple[Terms, np.ndarray, np.ndarray]:
     """The terms that suit the task; and their values for the pool's rows (N, m) and the query's (n, m).
 
     Args:
         pool, query: numbers of the rows, as :class:`.FeatureLook` gives them.
+        copies: numbers of groups of rows that are the same but for their answers, of the pool's and then the query's,
+            (N + n,): what has seen a row's copy has seen the row. None: all differ.
         classes: see :meth:`LabelTerms.fit`.
     """
     (features, last), (wanted, answers) = shape.split(pool), shape.split(query)
     if shape.kind == "classes":
         return LabelTerms.fit(
-            features, wanted, last.astype(np.int64), answers.astype(np.int64), seed=seed, classes=classes
+            features, wanted, last.astype(np.int64), answers.astype(np.int64), copies=copies, seed=seed, classes=classes
         )
     if shape.kind == "number":
-        return NumberTerms.fit(features, wanted, last.astype(np.float64), answers.astype(np.float64))
-    return TextTerms.fit(features, wanted, last, answers)
+        return NumberTerms.fit(features, wanted, last.astype(np.float64), answers.astype(np.float64), copies=copies)
+    return TextTerms.fit(features, wanted, last, answers, copies=copies)

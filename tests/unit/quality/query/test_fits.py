@@ -41,6 +41,30 @@ def test_a_row_is_predicted_by_the_fit_to_all_others(
     np.testing.assert_allclose(heads.scores(new), wanted, atol=1e-9)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_copies_are_left_out_together(shape: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feature_heads, "RIDGES", (0.3, 3.0, 30.0, 300.0))
+    features, targets = problem(shape)
+    copies = np.arange(len(features)) % (len(features) - 3) + 40
+    features = features[copies - 40]
+    heads, held_out = fit_heads(features, targets, copies=copies)
+    np.testing.assert_allclose(held_out, slow.left_out(features, targets, heads.ridge, copies), atol=1e-9)
+    plain, alone = fit_heads(features, targets)
+    assert np.abs(alone - held_out)[:3].max() > 1e-3, "a copy tells"
+    if plain.ridge == heads.ridge:
+        np.testing.assert_array_equal(plain.weights, heads.weights)
+        np.testing.assert_allclose(alone[3:-3], held_out[3:-3], atol=1e-9)
+    none, as_plain = fit_heads(features, targets, copies=np.arange(len(features)))
+    assert none.ridge == plain.ridge
+    np.testing.assert_array_equal(as_plain, alone)
+
+
+def test_where_all_are_copies_the_features_say_nothing() -> None:
+    _, targets = problem((9, 1, 3, 2))
+    _, held_out = fit_heads(np.full((9, 2, 3), 7.0), targets, copies=np.zeros(9, dtype=np.int64))
+    assert np.isfinite(held_out).all()
+
+
 def test_features_that_say_nothing_give_the_mean() -> None:
     _, targets = problem((9, 1, 3, 2))
     heads, held_out = fit_heads(np.full((9, 2, 3), 7.0), targets)

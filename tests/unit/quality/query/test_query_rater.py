@@ -107,6 +107,29 @@ def test_a_large_pool_is_fitted_to_a_part(kind: str, models_dir: Path, monkeypat
     np.testing.assert_allclose(found.wanted[rest], alone.wanted(of_rest), atol=1e-2)
 
 
+@pytest.mark.parametrize("fitted", [100, 25])
+def test_copies_are_known_by_their_texts(fitted: int, models_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one another, and of the query's rows."""
+    monkeypatch.setattr(query_rater, "FITTED", fitted)
+    model, pool = lora_model("bert", models_dir), mixed(40)
+    assert pool.query is not None
+    for place, source in ((7, 1), (20, 1), (33, 6)):
+        pool.tokens[place] = pool.tokens[source]
+    pool.tokens[12], pool.labels[12] = pool.query.tokens[3], pool.query.labels[3]
+    rows = QueryRater(ScoringConfig(), pool=pool, world=World(), seed=0)._fitted(40)
+    look, numbers, wanted = looked_at(model, pool, 40)
+    assert look.shape is not None
+    copies = np.arange(40 + len(wanted))
+    copies[[7, 20]], copies[33], copies[12] = 1, 6, 43
+    known = copies[np.concatenate([rows, 40 + np.arange(len(wanted))])]
+    alone = RowRating.fit(look.shape, numbers[rows], wanted, copies=known, seed=0)
+    other = RowRating.fit(look.shape, numbers[rows], wanted, seed=0)
+    found = rated(model, pool)
+    for place, name in enumerate(alone.names):
+        np.testing.assert_allclose(found.terms[name][rows], alone.of_pool[:, place], atol=5e-3)
+    assert np.abs(other.of_pool[:, 1:3] - alone.of_pool[:, 1:3]).max() > 2e-2
+
+
 def test_a_class_outside_the_fitted_part_is_rated(models_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(query_rater, "FITTED", 20)
     model, pool = lora_model("bert", models_dir), Wanted("bert", 30)

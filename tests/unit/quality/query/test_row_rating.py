@@ -231,3 +231,60 @@ def test_a_share_does_not_shrink_where_both_parts_follow_one_rule(kind: str, lea
         assert rating.mixture is not None
         shares.append(rating.standing.share)
     assert min(shares) > least
+
+
+def test_copies_do_not_make_a_pool_another() -> None:
+    """Of a pool that is as the query is, half of it five times: what has seen a copy expects its answer."""
+    evident = {"told": 0, "not told": 0}
+    for seed in range(6):
+        made = Made("classes", seed)
+        pool, query = made.rows(zeros(100), zeros(100)), made.rows(zeros(64), zeros(64))
+        numbers = np.concatenate([np.arange(100), *[np.arange(50)] * 4, 100 + np.arange(64)])
+        for name, copies in (("told", numbers), ("not told", None)):
+            rating = RowRating.fit(made.shape, pool[numbers[:-64]], query, copies=copies, seed=0, classes=2)
+            evident[name] += rating.standing.is_evident
+    assert evident["told"] == 0
+    assert evident["not told"] >= 3
+
+
+@pytest.mark.parametrize("kind", ["classes", "number"])
+def test_a_copied_row_is_rated_as_if_it_were_alone(kind: str) -> None:
+    """By the mixture, too: the pool's rule is the other one, and copies of wanted rows are found as before."""
+    looked = Looked.of(kind, 0)
+    numbers = np.concatenate([np.arange(1000), *[np.arange(0, 1000, 5)] * 3, 2000 + np.arange(100)])
+    places, classes = numbers[:-100], 2 if kind == "classes" else 0
+    rating = RowRating.fit(
+        looked.made.shape, looked.pool[places], looked.query, copies=numbers, seed=0, classes=classes
+    )
+    sure, wanted, copied = (
+        rating.wanted(rating.of_pool),
+        looked.is_wanted[places],
+        np.isin(places, np.arange(0, 1000, 5)),
+    )
+    alone = looked.rating.wanted(looked.rating.of_pool)
+    for part in (copied, ~copied):
+        before = alone[places[part]]
+        found = [area(values[~wanted[part]], values[wanted[part]]) for values in (sure[part], before)]
+        assert found[0] > found[1] - 0.03
+    groups = [sure[places == place] for place in range(0, 1000, 5)]
+    assert max(float(np.ptp(group)) for group in groups) < 1e-9, "copies with one answer are rated alike"
+
+
+@pytest.mark.parametrize("kind", ["classes", "number", "text"])
+def test_rows_of_the_query_in_the_pool_are_no_part_of_the_fit(kind: str) -> None:
+    made = Made(kind, 1)
+    topic = (np.arange(300) % 4 > 0).astype(np.int64)
+    pool, query = made.rows(topic, topic), made.rows(zeros(40), zeros(40))
+    classes = 2 if kind == "classes" else 0
+    alone = RowRating.fit(made.shape, pool, query, seed=0, classes=classes)
+    more = np.concatenate([pool[:100], query[:10], pool[100:]])
+    copies = np.concatenate([np.arange(100), 300 + np.arange(10), np.arange(100, 300), 300 + np.arange(40)])
+    found = RowRating.fit(made.shape, more, query, copies=copies, seed=0, classes=classes)
+    is_own = np.arange(310) // 10 == 10
+    np.testing.assert_array_equal(found.of_pool[~is_own], alone.of_pool)
+    np.testing.assert_array_equal(found.of_query, alone.of_query)
+    np.testing.assert_array_equal(found.of_pool[is_own], alone.values(query[:10].astype(np.float64)))
+    assert found.standing.share == pytest.approx((300 * alone.standing.share + 10) / 310)
+    assert found.wanted(found.of_pool)[is_own].mean() > 0.6
+    whole = RowRating.fit(made.shape, query, query, copies=np.tile(np.arange(40), 2), seed=0, classes=classes)
+    assert np.isfinite(whole.log_ratio(whole.of_pool)).all() and not whole.standing.is_evident
