@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tsqlora_scale.common.copies import text_groups
+from tsqlora_scale.common.copies import text_groups, text_key
 from tsqlora_scale.common.disk_arrays import blocks, filled, new_array, positions
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.random_streams import philox, uniform
@@ -115,7 +115,7 @@ class QueryRater:
             places = positions(rest)
         if len(rows) < size:
             kind = f"terms of {name}: {' '.join(rating.names)}"
-            seen = passes.run(self.pool, places, _TermLook(look, rating), name=kind)
+            seen = passes.run(self.pool, places, _TermLook(look, rating, self.pool, rows, numbers), name=kind)
             for block in blocks(len(places)):
                 values[places[block]] = seen[block]
         if self.pool.query_rows:
@@ -171,11 +171,30 @@ def _told(rating: RowRating, values: np.ndarray) -> QueryRating:
 
 
 class _TermLook:
-    """The values of the samples of a batch, by one forward."""
+    """The values of the samples of a batch, by one forward; of one whose text and answer have been rated in the fitted
+    part, those of its copy there, which the models have not seen when they judged it.
 
-    def __init__(self, look: FeatureLook, rating: RowRating) -> None:
-        self._look, self._rating = look, rating
+    Args:
+        fitted: rows of the pool that the rating is fitted to, (n,), and their ``numbers``, (n, ...).
+    """
+
+    def __init__(
+        self, look: FeatureLook, rating: RowRating, pool: Pool[Any], fitted: np.ndarray, numbers: np.ndarray
+    ) -> None:
+        self._look, self._rating, self._pool = look, rating, pool
+        self._rated: dict[tuple[bytes, float], np.ndarray] = {}
+        if rating.shape.kind != "text":  # of texts no model of the pool's answers is fitted
+            self._rated = dict(zip(self._keys(fitted, numbers), rating.of_pool, strict=True))
 
     def __call__(self, module: nn.Module, batch: Any) -> Tensor:
         """(B, m) float32."""
-        return torch.from_numpy(self._rating.values(self._look(module, batch).double().cpu().numpy()))
+        numbers = self._look(module, batch).double().cpu().numpy()
+        values = self._rating.values(numbers)
+        if self._rated:
+            for place, key in enumerate(self._keys(batch.indices, numbers)):
+                values[place] = self._rated.get(key, values[place])
+        return torch.from_numpy(values)
+
+    def _keys(self, rows: np.ndarray, numbers: np.ndarray) -> list[tuple[bytes, float]]:
+        _, answers = self._rating.shape.split(numbers)
+        return [(text_key(*texts), said) for texts, said in zip(self._pool.texts(rows), answers.tolist(), strict=True)]

@@ -130,6 +130,22 @@ def test_copies_are_known_by_their_texts(fitted: int, models_dir: Path, monkeypa
     assert np.abs(other.of_pool[:, 1:3] - alone.of_pool[:, 1:3]).max() > 2e-2
 
 
+def test_a_copy_outside_the_fitted_part_is_rated_as_the_one_in_it(
+    models_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(query_rater, "FITTED", 25)
+    model, pool = lora_model("bert", models_dir), mixed(40)
+    fitted = QueryRater(ScoringConfig(), pool=pool, world=World(), seed=0)._fitted(40)
+    (same, other, *_), (source, *_) = np.setdiff1d(np.arange(40), fitted).tolist(), fitted.tolist()
+    for place, label in ((same, pool.labels[source]), (other, 1 - pool.labels[source])):
+        pool.tokens[place], pool.labels[place] = pool.tokens[source], label
+    found = rated(model, pool)
+    for name, values in found.terms.items():
+        assert values[same] == values[source]
+        if name != "text_term":
+            assert values[other] != values[source]
+
+
 def test_a_class_outside_the_fitted_part_is_rated(models_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(query_rater, "FITTED", 20)
     model, pool = lora_model("bert", models_dir), Wanted("bert", 30)
