@@ -142,7 +142,7 @@ def choose(trials: Iterable[Trial], *, seeds: Sequence[int], judged_by: str, mos
     """
     if not seeds:
         rates = sorted({trial.key.lr for trial in trials})
-        return Choice(rates[0], most) if rates else None
+        return Choice(rates[0], most if judged_by == "tune" else None) if rates else None
     by_rate: dict[float, list[Trial]] = {}
     for trial in trials:
         if trial.key.seed in seeds:

@@ -248,6 +248,8 @@ def parsed() -> argparse.Namespace:
     options.arms = options.arms or list(STUDIES[options.study].arms)
     if not options.tuning_seeds and len(options.lrs) > 1:
         parser.error("--lrs: several, and no --tuning-seeds to choose by")
+    if not options.tuning_seeds and options.steps % options.every:
+        parser.error("--steps: no multiple of --every, and no --tuning-seeds to choose another step by")
     return options
 
 

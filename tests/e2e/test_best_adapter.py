@@ -106,7 +106,7 @@ def test_an_evaluation_on_start_changes_nothing_of_the_run(
     assert found["metrics"] == result_of(folders["with"])["metrics"]
     assert found["metrics_before"] == {}
     print_result(found)
-    assert f"before -> after │ {found['metrics']['accuracy']:.4f}" in " ".join(capsys.readouterr().out.split())
+    assert f"accuracy │ {found['metrics']['accuracy']:.4f}" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("changes", [{}, {"adapter": {"method": "dora", "r": 2}}, {"adapter": {"method": "rslora"}}])

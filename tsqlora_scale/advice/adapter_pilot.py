@@ -49,15 +49,17 @@ def adapter_pilot(run: Run, config: Config, sample: PoolSample, *, steps: int, c
 
 
 def draw_weights(config: Config, sample: PoolSample, out: np.ndarray, *, classes: int) -> dict[str, np.ndarray]:
-    """How often every row of the sample and of the query is drawn, (n + m,), by way; those ``out`` (m,) never."""
+    """How often every row of the sample and of the query is drawn, (n + m,), by way; those ``out`` (m,), and their
+    copies, never."""
     count = sample.count
-    _, chosen = choice_by_others(config, sample, out, classes=classes)
-    own = np.where(out, 0.0, sample.weights[count:])
+    known = sample.without(out)
+    _, chosen = choice_by_others(config, sample, ~known[count:], classes=classes)
+    drawn, own = np.split(np.where(known, sample.weights, 0.0), [count])
     joined = own * float(config.task.train_on_query)
     return {
-        EVEN: np.concatenate([sample.weights[:count], joined]),
+        EVEN: np.concatenate([drawn, joined]),
         ALONE: np.concatenate([np.zeros(count), own]),
-        QUERY: np.concatenate([sample.weights[:count] * chosen, joined]),
+        QUERY: np.concatenate([drawn * chosen, joined]),
     }
 
 

@@ -46,9 +46,10 @@ def _judged(
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Log-likelihoods and hits of the query's rows ``out`` (m,) bool by heads that the others have chosen."""
     count = sample.count
-    pool, rest, held_out = sample.numbers[:count], sample.numbers[count:][~out], sample.numbers[count:][out]
+    known, others = np.split(sample.without(out), [count])
+    pool, rest, held_out = sample.numbers[:count], sample.numbers[count:][others], sample.numbers[count:][out]
     labelled = sample.shape.kind == "classes"
-    ratio, chosen = choice_by_others(config, sample, out, classes=classes)
+    ratio, chosen = choice_by_others(config, sample, ~others, classes=classes)
     likeness = ratio.likeness
     assert likeness is not None
     features, targets = {}, {}
@@ -56,16 +57,17 @@ def _judged(
         seen, found = sample.shape.split(numbers)
         features[name] = likeness.standardised(seen)[:, :, 0].astype(np.float64)
         targets[name] = np.eye(classes)[found.astype(np.int64)] if labelled else found.astype(np.float64)[:, None]
-    own = sample.weights[count:][~out] * (1.0 if config.task.train_on_query else LEAST)
-    of_pool = {EVEN: sample.weights[:count], ALONE: np.zeros(count), QUERY: sample.weights[:count] * chosen}
+    own = sample.weights[count:][others] * (1.0 if config.task.train_on_query else LEAST)
+    drawn = sample.weights[:count] * known
+    of_pool = {EVEN: drawn, ALONE: np.zeros(count), QUERY: drawn * chosen}
     judged = {}
     for way in WAYS:
         used = of_pool[way] > 0
         x = np.concatenate([features["pool"][used], features["rest"]])
         y = np.concatenate([targets["pool"][used], targets["rest"]])
-        weights = np.concatenate([of_pool[way][used], sample.weights[count:][~out] if way == ALONE else own])
+        weights = np.concatenate([of_pool[way][used], sample.weights[count:][others] if way == ALONE else own])
         place = np.arange(int(used.sum()), len(x))
-        copies = sample.copies[np.append(used, ~out)]
+        copies = sample.copies[np.append(used, others)]
         heads, left_out = fit_heads(x, y, weights=_of_effect(weights), judged=place, copies=copies)
         told = heads.scores(features["out"])
         judge = _classes_judged if labelled else _numbers_judged

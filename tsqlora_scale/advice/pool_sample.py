@@ -60,6 +60,16 @@ class PoolSample:
         """Whether nothing of the pool was left out."""
         return self.count == self.size
 
+    def without(self, out: np.ndarray) -> np.ndarray:
+        """Which rows (n + m,) bool are neither the query's ``out`` (m,) nor copies of these; of the query, or of the
+        pool, all others where there would be none."""
+        known = ~np.isin(self.copies, self.copies[self.count :][out])
+        if not known[self.count :].any():
+            known[self.count :] = ~out
+        if not known[: self.count].any():
+            known[: self.count] = True
+        return known
+
     @property
     def answers(self) -> np.ndarray:
         """Classes or numbers of all rows, (n + m,); losses of the base where answers are texts."""
@@ -79,7 +89,7 @@ def look_at_sample(run: Run, count: int) -> PoolSample:
         if count < size:
             rows = positions(smallest(uniform(philox(seed, "advice rows"), size), count))
         weights = task.draw_weights()
-        copies = text_groups(task.texts(np.append(rows, np.arange(size, len(task)))))
+        copies = text_groups(task.texts(np.append(rows, np.arange(size, len(task)))), exact=True)
     query = np.arange(size, len(task))
     both = np.concatenate([rows, query])
     see = _BothLooks(StateLook(seed), FeatureLook(task, seed=seed))

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 
-def text_groups(texts: Iterable[Sequence[str]]) -> np.ndarray:
+def text_groups(texts: Iterable[Sequence[str]], *, exact: bool = False) -> np.ndarray:
     """The number of every sample's group, (n,) int64: of samples, each of one text or more, that are the same but for
-    case and spaces."""
-    keys = [int.from_bytes(text_key(*parts)[:8], "little") for parts in texts]
+    case and spaces; ``exact``: to the letter, so that a model makes the same of them."""
+    keys = [int.from_bytes(text_key(*parts, exact=exact)[:8], "little") for parts in texts]
     groups: np.ndarray = np.unique(np.array(keys, dtype=np.uint64), return_inverse=True)[1]
     return groups
 
@@ -45,7 +45,8 @@ def same_texts(texts: Iterable[str]) -> np.ndarray:
     return np.array(pairs, dtype=np.int64).reshape(-1, 2)
 
 
-def text_key(*parts: str) -> bytes:
-    """What samples of one text or more have in common that are the same but for case and spaces, 32 bytes."""
-    text = "\0".join(" ".join(part.casefold().split()) for part in parts)
+def text_key(*parts: str, exact: bool = False) -> bytes:
+    """What samples of one text or more have in common that are the same but for case and spaces, 32 bytes; ``exact``:
+    to the letter."""
+    text = "\0".join(part if exact else " ".join(part.casefold().split()) for part in parts)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()

@@ -40,9 +40,10 @@ def print_result(result: dict[str, Any]) -> None:
     for name, value in result["metrics"].items():
         before = result["metrics_before"].get(name)
         title = result.get("metric_titles", {}).get(name, name)
-        table.add_row(
-            plain(f"{title} {first} -> after"), f"{before:.4f} -> {value:.4f}" if before is not None else f"{value:.4f}"
-        )
+        if before is None:
+            table.add_row(plain(title), f"{value:.4f}")
+        else:
+            table.add_row(plain(f"{title} {first} -> after"), f"{before:.4f} -> {value:.4f}")
     if prompt is not None:
         words = ", ".join(f"{name} -> {word}" for name, word in prompt["label_words"].items())
         table.add_row("prompt", plain(f"{prompt['template']} ({words})"))

@@ -71,6 +71,7 @@ class Task:
         self.sets = MixedSets.in_pool(cfg, self.train)
         self._data = {"train": self.train, QUERY: data.query}
         self._digests: dict[SplitName, str] = {}
+        self._texts: dict[SplitName, datasets.Dataset] = {}
         self._views: dict[SplitName, datasets.Dataset] = {"train": self.train.select_columns(objective.columns)}
         if data.query is not None:
             self._views[QUERY] = data.query.select_columns(objective.columns)
@@ -331,7 +332,9 @@ class Task:
         """The texts of some rows as they are in the data: one or two, or source and target; of a conversation all that
         is said before its last answer, and that answer."""
         names = list(text_columns(self._cfg).values())
-        cells = self._data[split].select_columns(names)[np.asarray(rows, dtype=np.int64).tolist()]
+        if split not in self._texts:  # a selection of columns goes through all parts of a large table
+            self._texts[split] = self._data[split].select_columns(names)
+        cells = self._texts[split][np.asarray(rows, dtype=np.int64).tolist()]
         if isinstance(self._objective, ChatObjective):
             return self._objective.texts(cells)
         return list(zip(*([text or "" for text in cells[name]] for name in names), strict=True))

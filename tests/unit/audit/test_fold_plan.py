@@ -52,3 +52,6 @@ def test_texts_that_are_the_same() -> None:
     pairs = text_groups([["a", "b"], ["a b", ""], ["A", " b"]])
     assert pairs[0] == pairs[2] != pairs[1]
     assert text_groups([]).shape == (0,)
+    exact = text_groups([["a", "b"], ["A", "b"], ["a", "b"], ["a", "b "], ["ab", ""]], exact=True)
+    assert exact[0] == exact[2]
+    assert len(set(exact.tolist())) == 4

@@ -59,6 +59,7 @@ def test_rate_and_step_are_of_the_best_mean_over_the_tuning_seeds() -> None:
 def test_without_tuning_it_is_what_was_run() -> None:
     runs = [trial({0: 0.9, 60: 0.6}, seed=seed, lr=2e-3) for seed in (0, 1)]
     assert choose(runs, seeds=[], judged_by="tune", most=60) == Choice(2e-3, 60)
+    assert choose(runs, seeds=[], judged_by="own", most=60) == Choice(2e-3, None)
     assert choose([], seeds=[], judged_by="tune", most=60) is None
 
 

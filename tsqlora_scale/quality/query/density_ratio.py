@@ -88,8 +88,7 @@ def held_out_separation(
     Means over :data:`FOLDS` folds; an area of one half where there are too few rows to fold.
 
     Args:
-        copies: see :func:`.fit_terms`. Rows with copies say less than as many others: a side counts as the number of
-            rows that are worth as much, ``N^2 / sum_g m_g^2`` of groups of m rows (Kish's effective sample size).
+        copies: see :func:`.fit_terms`. A row and its copies say no more than the row: they count once.
     """
     count = min(FOLDS, len(of_pool), len(of_query))
     if count < 2:
@@ -102,19 +101,13 @@ def held_out_separation(
         outside = (inside.log_ratio(rows) for rows in (of_pool[pool_folds == fold], of_query[query_folds == fold]))
         areas.append(separation(*outside)[0])
     area = float(np.mean(areas))
-    worth = [_worth(len(of_pool), copies), _worth(len(of_query), copies, len(of_pool))]
-    return area, (area - 0.5) / _level_error(*worth)
+    sides = (len(of_pool), len(of_query))
+    if copies is not None:
+        sides = (len(np.unique(copies[: len(of_pool)])), len(np.unique(copies[len(of_pool) :])))
+    return area, (area - 0.5) / _level_error(*sides)
 
 
-def _worth(rows: int, copies: np.ndarray | None, start: int = 0) -> float:
-    """As how many rows without copies the ``rows`` from ``start`` count."""
-    if copies is None:
-        return float(rows)
-    sizes = np.unique(copies[start : start + rows], return_counts=True)[1]
-    return float(rows**2 / np.square(sizes).sum())
-
-
-def _level_error(pool: float, query: float) -> float:
+def _level_error(pool: int, query: int) -> float:
     """Standard error of the area, were there no difference."""
     return math.sqrt((pool + query + 1) / (12 * pool * query))
 

@@ -100,8 +100,7 @@ def _without(y: np.ndarray, fitted: np.ndarray, leverage: np.ndarray, copies: np
     if copies is None:
         alone: np.ndarray = y - (y - fitted) / (1 - np.minimum(leverage, 1 - 1e-9))[:, None]
         return alone
-    own = np.zeros((int(copies.max()) + 1, y.shape[1]))
-    np.add.at(own, copies, leverage[:, None] * y)
+    own = np.stack([np.bincount(copies, leverage * column) for column in y.T], 1)
     of_group = np.minimum(np.bincount(copies, leverage)[copies], 1 - 1e-9)
     found: np.ndarray = (fitted - own[copies]) / (1 - of_group)[:, None]
     return found

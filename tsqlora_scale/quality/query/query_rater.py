@@ -104,7 +104,7 @@ class QueryRater:
         numbers = passes.run(self.pool, rows, look, name=name)
         shape = look.agreed_shape(module, self.world, max_length=scoring.max_length)
         with self.world.together():
-            copies = text_groups([*self.pool.texts(rows), *query.texts(np.arange(len(query)))])
+            copies = text_groups([*self.pool.texts(rows), *query.texts(np.arange(len(query)))], exact=True)
         rating = self._fit(shape, numbers, wanted, copies)
         columns = len(rating.names)
         with self.world.together():
@@ -114,7 +114,7 @@ class QueryRater:
             rest[rows] = False
             places = positions(rest)
         if len(rows) < size:
-            kind = f"terms of {name}: {' '.join(rating.names)}"
+            kind = f"terms, copies known, of {name}: {' '.join(rating.names)}"
             seen = passes.run(self.pool, places, _TermLook(look, rating, self.pool, rows, numbers), name=kind)
             for block in blocks(len(places)):
                 values[places[block]] = seen[block]
@@ -172,7 +172,8 @@ def _told(rating: RowRating, values: np.ndarray) -> QueryRating:
 
 class _TermLook:
     """The values of the samples of a batch, by one forward; of one whose text and answer have been rated in the fitted
-    part, those of its copy there, which the models have not seen when they judged it.
+    part, those of its copy there, which the models have not seen when they judged it. (One whose text has another
+    answer there is judged by models that have seen the text.)
 
     Args:
         fitted: rows of the pool that the rating is fitted to, (n,), and their ``numbers``, (n, ...).
@@ -197,4 +198,7 @@ class _TermLook:
 
     def _keys(self, rows: np.ndarray, numbers: np.ndarray) -> list[tuple[bytes, float]]:
         _, answers = self._rating.shape.split(numbers)
-        return [(text_key(*texts), said) for texts, said in zip(self._pool.texts(rows), answers.tolist(), strict=True)]
+        return [
+            (text_key(*texts, exact=True), said)
+            for texts, said in zip(self._pool.texts(rows), answers.tolist(), strict=True)
+        ]

@@ -25,7 +25,8 @@ class RowRating:
         terms: of the first look, and ``ratio``, what they come to.
         mixture: the second look; None where the answers are texts, or the query does not stand out of the pool.
         standing: of the query to the pool.
-        of_pool, of_query: values of :attr:`names`, (N, m) and (n, m), no row by what has seen it.
+        of_pool, of_query: values of :attr:`names`, (N, m) and (n, m), no row by what has seen it; but what the pool's
+            rows that are copies of the query's are to the query, its models know from the latter.
     """
 
     shape: Shape
@@ -70,8 +71,8 @@ class RowRating:
         )  # fmt: skip
         of_pool = np.empty((len(pool), found.of_pool.shape[1]), dtype=found.of_pool.dtype)
         of_pool[fitted], of_pool[~fitted] = found.of_pool, found.values(pool[~fitted].astype(np.float64))
-        part, standing = float(fitted.mean()), found.standing
-        share, most = (1 - part + part * value for value in (standing.share, standing.most))
+        part, standing, likely = float(fitted.mean()), found.standing, float(found.wanted(of_pool[~fitted]).mean())
+        share, most = (part * value + (1 - part) * likely for value in (standing.share, standing.most))
         return replace(found, standing=replace(standing, share=share, most=most), of_pool=of_pool)
 
     @classmethod

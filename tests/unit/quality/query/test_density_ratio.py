@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -113,6 +115,17 @@ def test_evidence_held_out_is_there_where_there_is_a_difference() -> None:
     area, evidence = held_out_separation(pool, query, rising=(True, True), seed=0)
     assert 0.75 < area < 0.95
     assert evidence > EVIDENCE
+
+
+def test_rows_and_their_copies_count_once() -> None:
+    rng = np.random.default_rng(0)
+    pool, query = rng.normal(0, 1, (50, 2)), rng.normal((1, 0), 1, (20, 2))
+    pool, copies = np.repeat(pool, 4, axis=0), np.append(np.repeat(np.arange(50), 4), 50 + np.arange(20))
+    area, evidence = held_out_separation(pool, query, rising=(True, True), copies=copies, seed=0)
+    unaware = held_out_separation(pool, query, rising=(True, True), seed=0)
+    assert area == unaware[0]
+    assert evidence == pytest.approx((area - 0.5) * math.sqrt(12 * 50 * 20 / 71))
+    assert unaware[1] == pytest.approx((area - 0.5) * math.sqrt(12 * 200 * 20 / 221))
 
 
 def test_a_row_alone_is_no_evidence() -> None:

@@ -197,16 +197,28 @@ def test_hidden_states_that_are_not_finite_are_a_mistake(models_dir: Path) -> No
     assert "model.dtype" in str(raised.value)
 
 
-def of_world(world: World, folder: Path, fitted: int) -> QueryRating:
+def of_world(world: World, folder: Path, fitted: int, copied: bool) -> QueryRating:
     query_rater.FITTED = fitted
-    return rated(lora_model("bert", folder), mixed(31), world)
+    return rated(lora_model("bert", folder), with_copies() if copied else mixed(31), world)
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_rate_alike(ranks: int, models_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def with_copies() -> Wanted:
+    """Of rows with their answers, of rows without, and of a row of the query's."""
+    pool = mixed(31)
+    assert pool.query is not None
+    for place, source in zip(range(16, 30), [*range(7), *range(7)], strict=True):
+        pool.tokens[place] = pool.tokens[source]
+        pool.labels[place] = pool.labels[source] if place < 26 else 1 - pool.labels[source]
+    pool.tokens[30], pool.labels[30] = pool.query.tokens[3], pool.query.labels[3]
+    return pool
+
+
+@pytest.mark.parametrize(("ranks", "copied"), [(2, False), (3, False), (3, True)])
+def test_ranks_rate_alike(ranks: int, copied: bool, models_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both looks, and rows beyond those that these have seen."""
     monkeypatch.setattr(query_rater, "FITTED", 20)
-    alone = rated(lora_model("bert", models_dir), mixed(31))
-    assert alone.standing.by_mixture and 0.05 < alone.standing.share < 0.95
-    for found in run_on_ranks(of_world, ranks, models_dir, 20):
+    alone = rated(lora_model("bert", models_dir), with_copies() if copied else mixed(31))
+    if not copied:
+        assert alone.standing.by_mixture and 0.05 < alone.standing.share < 0.95
+    for found in run_on_ranks(of_world, ranks, models_dir, 20, copied):
         same(found, alone)

@@ -49,6 +49,23 @@ def test_likeness_is_a_mean_of_cosines(regions: int) -> None:
     np.testing.assert_allclose(likeness.cosines(pool[3:5]), wanted[3:5], atol=1e-9)
 
 
+def test_copies_in_the_query_are_left_out_of_the_mean_together() -> None:
+    rng = np.random.default_rng(0)
+    pool, query = (rng.normal(1, 2, (n, 3, 1, 5)) for n in (9, 4))
+    query, copies = query[[0, 1, 1, 2, 3, 1]], np.array([7, 2, 2, 9, 4, 2])
+    _, of_pool, of_query = Likeness.fit(pool, query, copies=copies)
+    both = np.concatenate([pool, query])
+    unit = (both - both.mean(0)) / (both.std(0) + 1e-6)
+    unit /= np.linalg.norm(unit, axis=-1, keepdims=True)
+    for row in range(6):
+        others = unit[9:][copies != copies[row]]
+        expected = np.mean([(unit[9 + row] * other).sum(-1).mean() for other in others])
+        assert of_query[row, 0] == pytest.approx(expected, abs=1e-9)
+    np.testing.assert_allclose(of_pool, slow.likeness(pool, query)[0], atol=1e-9)
+    alike = Likeness.fit(pool, query[[1, 1, 1]], copies=np.zeros(3, dtype=np.int64))[2]
+    assert np.isfinite(alike).all()
+
+
 @given(seed=st.integers(0, 2**32 - 1), rows=st.integers(2, 12), wanted=st.integers(2, 6))
 @settings(max_examples=25)
 def test_likeness_is_bounded_and_goes_with_its_rows(seed: int, rows: int, wanted: int) -> None:
