@@ -52,10 +52,10 @@ CASES = [
     deepspeed("clipping", "gradient_clipping=0.5", "train.max_grad_norm=1.0", '"auto"', gradient_clipping=0.5),
     deepspeed("the global batch", "train_batch_size=64", "train.batch_size=12", '"auto"', train_batch_size=64),
     deepspeed(
-        "the micro batch", "train_micro_batch_size_per_gpu=8", "train.micro_batch_size", "2",
+        "the micro batch", "train_micro_batch_size_per_gpu=8", "train.micro_batch_size", "comes to 6",
         train_micro_batch_size_per_gpu=8,
     ),
-    deepspeed("accumulation", "gradient_accumulation_steps=4", "ranks) = 6", gradient_accumulation_steps=4),
+    deepspeed("accumulation", "gradient_accumulation_steps=4", "ranks) = 2", gradient_accumulation_steps=4),
     deepspeed("a batch that is a text", "train_batch_size='12'", "train.batch_size=12", train_batch_size="12"),
     deepspeed(
         "checkpointing", "activation_checkpointing.partition_activations=true", "model.gradient_checkpointing",
