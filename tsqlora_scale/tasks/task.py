@@ -71,7 +71,6 @@ class Task:
         self.sets = MixedSets.in_pool(cfg, self.train)
         self._data = {"train": self.train, QUERY: data.query}
         self._digests: dict[SplitName, str] = {}
-        self._texts: dict[SplitName, datasets.Dataset] = {}
         self._views: dict[SplitName, datasets.Dataset] = {"train": self.train.select_columns(objective.columns)}
         if data.query is not None:
             self._views[QUERY] = data.query.select_columns(objective.columns)
@@ -329,12 +328,11 @@ class Task:
         return weights
 
     def texts(self, rows: Indices, *, split: SplitName = "train") -> list[tuple[str, ...]]:
-        """The texts of some rows as they are in the data: one or two, or source and target; of a conversation all that
-        is said before its last answer, and that answer."""
+        """Texts of rows as in the data: one or two, source and target, or a conversation and its last answer."""
         names = list(text_columns(self._cfg).values())
-        if split not in self._texts:  # a selection of columns goes through all parts of a large table
-            self._texts[split] = self._data[split].select_columns(names)
-        cells = self._texts[split][np.asarray(rows, dtype=np.int64).tolist()]
+        if (key := f"texts of {split}") not in self._views:  # a selection goes through all of a large table
+            self._views[key] = self._data[split].select_columns(names)
+        cells = self._views[key][np.asarray(rows, dtype=np.int64).tolist()]
         if isinstance(self._objective, ChatObjective):
             return self._objective.texts(cells)
         return list(zip(*([text or "" for text in cells[name]] for name in names), strict=True))

@@ -199,6 +199,6 @@ class _TermLook:
     def _keys(self, rows: np.ndarray, numbers: np.ndarray) -> list[tuple[bytes, float]]:
         _, answers = self._rating.shape.split(numbers)
         return [
-            (text_key(*texts, exact=True), said)
-            for texts, said in zip(self._pool.texts(rows), answers.tolist(), strict=True)
+            (text_key(*texts, exact=True), answer)
+            for texts, answer in zip(self._pool.texts(rows), answers.tolist(), strict=True)
         ]
