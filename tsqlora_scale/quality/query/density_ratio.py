@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from tsqlora_scale.quality.query.fits import folds_of, logistic
+from tsqlora_scale.quality.query.fits import folds_of, logistic, sides
 
 #: Ridge of the regression on standardised terms, beside the mean loss.
 RIDGE = 1e-2
@@ -101,10 +101,9 @@ def held_out_separation(
         outside = (inside.log_ratio(rows) for rows in (of_pool[pool_folds == fold], of_query[query_folds == fold]))
         areas.append(separation(*outside)[0])
     area = float(np.mean(areas))
-    sides = (len(of_pool), len(of_query))
-    if copies is not None:
-        sides = (len(np.unique(copies[: len(of_pool)])), len(np.unique(copies[len(of_pool) :])))
-    return area, (area - 0.5) / _level_error(*sides)
+    groups = zip(sides(copies, len(of_pool)), (of_pool, of_query), strict=True)
+    counts = [len(rows) if own is None else len(np.unique(own)) for own, rows in groups]
+    return area, (area - 0.5) / _level_error(*counts)
 
 
 def _level_error(pool: int, query: int) -> float:

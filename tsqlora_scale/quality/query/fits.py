@@ -97,3 +97,8 @@ def folds_of(strata: np.ndarray | None, size: int, count: int, *, seed: int, pur
     folds = np.empty(size, dtype=np.int64)
     folds[order] = np.arange(size) % count
     return folds
+
+
+def sides(copies: np.ndarray | None, pool: int) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Groups of copies of a pool's rows, and of a query's behind them."""
+    return (None, None) if copies is None else (copies[:pool], copies[pool:])

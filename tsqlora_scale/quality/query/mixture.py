@@ -15,8 +15,8 @@ import numpy as np
 
 from tsqlora_scale.quality.query.answer_models import AnswerModel, fit_answers, normal_density
 from tsqlora_scale.quality.query.density_ratio import DensityRatio
-from tsqlora_scale.quality.query.fits import probability
-from tsqlora_scale.quality.query.terms import Likeness, sides
+from tsqlora_scale.quality.query.fits import probability, sides
+from tsqlora_scale.quality.query.terms import Likeness
 
 #: Fits of both parts. On pools of 2,000 rows eight change what four have found by less than the draw of the query does.
 ROUNDS = 5

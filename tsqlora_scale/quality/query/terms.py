@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tsqlora_scale.quality.query.answer_models import normal_density
 from tsqlora_scale.quality.query.feature_heads import Heads, fit_heads
-from tsqlora_scale.quality.query.fits import folds_of, log_linear
+from tsqlora_scale.quality.query.fits import folds_of, log_linear, sides
 from tsqlora_scale.quality.query.looks import Shape
 
 #: Parts that the query is cut into, so that the mixture of its heads and the pool's is judged on rows it has not seen.
@@ -290,11 +290,6 @@ def _pairs(likeness: Likeness, features: np.ndarray, losses: np.ndarray) -> np.n
     """(n, 2): cosine of source and target, mean over the layers, and the loss."""
     unit = _unit(likeness.standardised(features))
     return np.column_stack([(unit[:, :, 0] * unit[:, :, 1]).sum(-1).mean(1), losses])
-
-
-def sides(copies: np.ndarray | None, pool: int) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Groups of copies of a pool's rows, and of a query's behind them."""
-    return (None, None) if copies is None else (copies[:pool], copies[pool:])
 
 
 def fit_terms(
