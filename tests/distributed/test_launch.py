@@ -33,7 +33,7 @@ CHAIN = [
     ("ddp-2", (after(optimizer_step), 3, "1"), 4),
     ("zero2-2", (within(save_file), 2, "0"), 4),
     ("fsdp2-2", (after(optimizer_step), 3, "1"), 6),
-    ("zero3-3", (after(ZeroEngine.backward), 5, "0,1,2"), 8),
+    ("zero3-3", (after(ZeroEngine.backward), 3, "0,1,2"), 8),
     ("fsdp2-2", (after(optimizer_step), 3, "0"), 10),
     ("ddp-2", None, 13),
 ]
