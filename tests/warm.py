@@ -118,6 +118,7 @@ def serve() -> None:
 
     torch.set_num_threads(1)
     gc.freeze()  # or every collection in a child copies all that this process holds
+    gc.unfreeze = lambda: None
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:

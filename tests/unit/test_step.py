@@ -42,6 +42,18 @@ def test_masks_are_a_function_of_seed_step_and_place() -> None:
     assert [mask(*place) for place in reversed(places)] == masks[::-1]
 
 
+def test_every_generator_is_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of all accelerators of the kind that there is, with the seed that the CPU's has."""
+    seeds: list[int] = []
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    seed_dropout(1, 2, 3)
+    assert seeds == [torch.initial_seed()]
+    seed_dropout(1, 2, 4)
+    assert seeds[1] == torch.initial_seed() != seeds[0]
+
+
 def test_weights_of_the_losses_are_normalised_over_the_step(tmp_path: Path, models_dir: Path) -> None:
     """Two micro-batches, weighted: the loss and the gradient are those of the weighted mean over the step."""
     tree = run_tree("bert", tmp_path, models_dir, "run", train={"micro_batch_size": 6, "max_grad_norm": None})

@@ -104,7 +104,7 @@ def layer_generator(seed: int, step: int, layer: str) -> torch.Generator:
 
 
 def seed_dropout(seed: int, step: int, micro_batch: int) -> None:
-    """Seed the global generator, from which dropout draws.
+    """Seed the global generators, from which dropout draws: the CPU's, and those of the accelerators there are.
 
     Masks are a function of the step and the micro-batch's place in the global batch: a resumed run repeats them, and
     so does any number of ranks with the same micro_batch_size.
@@ -112,7 +112,12 @@ def seed_dropout(seed: int, step: int, micro_batch: int) -> None:
     import torch
 
     digest = hashlib.sha256(f"{seed}/dropout/{step}/{micro_batch}".encode()).digest()
-    torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    value = int.from_bytes(digest[:8], "little") >> 1
+    # Not torch.manual_seed: for every kind of accelerator that is absent it formats a stack, up to milliseconds a call.
+    torch.default_generator.manual_seed(value)
+    if torch.accelerator.is_available():
+        kind = torch.get_device_module(torch.accelerator.current_accelerator())
+        getattr(kind, "manual_seed_all", kind.manual_seed)(value)  # an Apple GPU is alone, and has no ..._all
 
 
 def seed_libraries(seed: int) -> None:
