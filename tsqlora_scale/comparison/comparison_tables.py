@@ -64,7 +64,7 @@ def overview(found: Found) -> list[str]:
     titles = [comparison.tasks[task].title or task for task in tasks]
     lines = ["| method | parameters | " + " | ".join(titles) + " | mean |", "|---" * (len(tasks) + 3) + "|"]
     for method in comparison.methods:
-        cells, means = [], []
+        cells, means, scales = [], [], set()
         parameters: float | None = None
         for task in tasks:
             mixed = len(by_task.get(task, [])) > 1  # then the tables below tell them apart
@@ -74,11 +74,15 @@ def overview(found: Found) -> list[str]:
                 continue
             parameters = parameters or runs[0].median("trainable_parameters")
             table = by_task[task][0]
-            times = 100 if table.identity["task"]["higher_is_better"] else 1  # a fraction, or a loss
-            values = [times * float(np.mean(runs[0].values(name))) for name in table.metrics]
+            times = [_times(name, table) for name in table.metrics]
+            values = [
+                scale * float(np.mean(runs[0].values(name))) for scale, name in zip(times, table.metrics, strict=True)
+            ]
             means.append(values[0])
+            scales.add(times[0])
             cells.append(" / ".join(f"{value:.2f}" for value in values))
-        whole = f"{float(np.mean(means)):.2f}" if len(means) == len(tasks) else "-"
+        # percents and losses have no mean
+        whole = f"{float(np.mean(means)):.2f}" if len(means) == len(tasks) and len(scales) == 1 else "-"
         lines.append(f"| {method} | {_count(parameters)} | {' | '.join(cells)} | {whole} |")
         if method in comparison.published:
             told = comparison.published[method]
@@ -94,6 +98,16 @@ def overview(found: Found) -> list[str]:
             ]
             lines.append(f"| *{method}, published* | {' | '.join(row)} |")
     return [*lines, ""]
+
+
+def _times(metric: str, table: TaskTable) -> int:
+    """100 for a fraction, of which more is better, and 1 for a loss. A task's own metric, which is not ours, is as the
+    one that decides."""
+    from tsqlora_scale.tasks.metrics import METRICS
+
+    known = METRICS.get(metric.rpartition("/")[2])
+    is_fraction: bool = table.identity["task"]["higher_is_better"] if known is None else known.higher_is_better
+    return 100 if is_fraction else 1
 
 
 def detailed(found: Found, table: TaskTable) -> list[str]:

@@ -56,6 +56,7 @@ class Crew:
             Stopped: SIGTERM, SIGUSR1 or Ctrl-C has come; runs under way have been asked for a checkpoint.
             UserError: a run's log cannot be written.
         """
+        self._queue.failed.clear()
         before: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
             before = {number: signal.signal(number, self._ask) for number in SIGNALS}

@@ -126,6 +126,7 @@ def gather(queue: TrialQueue) -> Found:
 
 def _of_cell(queue: TrialQueue, cell: Cell, failures: dict[str, str], missing: list[str]) -> list[Outcome]:
     """A cell's finished runs; what else there is to say goes into the other two."""
+    queue.give_up(cell)
     for trial in queue.of_cell(cell):
         outcome = queue.outcome(trial)
         if outcome.result is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ class TrialQueue:
         self._mean_tokens = mean_tokens
         self._tokens: dict[str, float] = {}
         self.outcomes: dict[Trial, Outcome] = {}
-        #: Runs that have failed since this process has begun.
+        #: Runs that have failed and are not tried again.
         self.failed: dict[Trial, str] = {}
         self.running: set[Trial] = set()
 
@@ -68,6 +69,14 @@ class TrialQueue:
     def is_finished(self, trial: Trial) -> bool:
         """Whether it has a result."""
         return self.outcome(trial).result is not None
+
+    def give_up(self, cell: Cell) -> None:
+        """Count tuning runs whose last try has failed, in whatever process, as over: the rate is chosen without them."""
+        with contextlib.suppress(LookupError):
+            for trial in self.tuning(cell):
+                failure = self.outcome(trial).failure
+                if failure is not None:
+                    self.failed.setdefault(trial, failure)
 
     def steps(self, cell: Cell) -> int | None:
         """Optimizer steps that the budget is worth; None: the config's own length.

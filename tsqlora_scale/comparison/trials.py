@@ -15,6 +15,9 @@ from tsqlora_scale.config.schema import Config
 
 Purpose = Literal["pilot", "tuning", "report"]
 
+#: Keys of ``task`` that a run fills in where they have these values.
+FILLED_IN: dict[str, Any] = {"labels": None, "prompt_base": None, "label_words": "auto", "demonstrated": []}
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -194,14 +197,13 @@ def _named(cells: Sequence[Cell]) -> str:
 def same_config(config: Config, written: Config) -> str | None:
     """What makes a run that is there another one than what is asked for, or None.
 
-    Folders may have moved, and classes that the data alone names are filled in by the run.
+    Folders may have moved, and what is left to the run is filled in by it (:data:`FILLED_IN`).
     """
     ours, theirs = config.model_dump(mode="json"), written.model_dump(mode="json")
     for section, values in ours.items():
         for key, value in values.items():
             other = theirs[section][key]
-            if key == "output_dir" or (key == "labels" and value is None):
-                continue
-            if value != other:
+            is_left_open = section == "task" and key in FILLED_IN and value == FILLED_IN[key]
+            if key != "output_dir" and not is_left_open and value != other:
                 return f"{section}.{key}={json.dumps(other)}, and it is now {json.dumps(value)}"
     return None

@@ -101,7 +101,7 @@ class FakeLaunch(Launch):
         result = self.results(config)
         if result is None:
             return ["sh", "-c", "echo 'error: adapter.r=8: too much'; exit 2"]
-        made = self.scratch / name
+        made = self.scratch / Path(config.run.output_dir).parent.name / name
         write_run(made, config, result)
         target = shlex.quote(str(config.run_dir))
         return ["sh", "-c", f"mkdir -p {target} && cp -r {shlex.quote(str(made))}/. {target}"]

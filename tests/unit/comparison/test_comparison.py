@@ -16,11 +16,13 @@ from typing import Any
 
 import pytest
 
-from tests.unit.comparison.fakes import FakeLaunch, accuracy_of, comparison, result_of
+from tests.unit.comparison.fakes import FakeLaunch, accuracy_of, comparison, result_of, write_comparison
 from tsqlora_scale.common.errors import Stopped, UserError
 from tsqlora_scale.comparison.comparison_run import ComparisonRun
 from tsqlora_scale.comparison.processes import Launch, share_of_devices
 from tsqlora_scale.comparison.trial_queue import Shard
+from tsqlora_scale.comparison.trials import same_config
+from tsqlora_scale.config.load import load_config
 from tsqlora_scale.config.schema import Config
 from tsqlora_scale.run.run_lock import FolderLock
 
@@ -74,11 +76,18 @@ def test_a_rate_that_lacks_a_run_is_no_candidate(launch: FakeLaunch, tmp_path: P
         fails = config.train.lr == 2e-3 and config.run.seed == 101
         return None if fails else result_of(config, accuracy_of(config))
 
-    found = comparison(tmp_path, lrs=[1e-3, 2e-3], arms={"lora": {"adapter.method": "lora"}})
+    changes: dict[str, Any] = {"lrs": [1e-3, 2e-3], "arms": {"lora": {"adapter.method": "lora"}}}
+    found = comparison(tmp_path, **changes)
     found.run(replace(launch, results=results))
-    result = found.report()
-    assert "| 0.001 |" in result.text
-    assert list(result.failed) == ["lora on words, lr 0.002, seed 101, tuning"]
+    elsewhere = comparison(tmp_path, **changes)
+    for result in (found.report(), elsewhere.report()):  # another process knows, too
+        assert "| 0.001 |" in result.text
+        assert list(result.failed) == ["lora on words, lr 0.002, seed 101, tuning"]
+        assert result.missing == []
+    launch.started.clear()
+    elsewhere.run(launch)
+    assert launch.started[0] == "lora/tuning-lr0.002-seed101", "what has failed is tried again where runs are made"
+    assert "| 0.002 |" in elsewhere.report().text
 
 
 def test_a_run_that_fails_is_named_and_ends_nothing(launch: FakeLaunch, tmp_path: Path) -> None:
@@ -107,6 +116,44 @@ def test_arms_that_are_refused_can_be_left_out(launch: FakeLaunch, tmp_path: Pat
     report = found.report()
     assert len(launch.started) == 3
     assert list(report.failed) == ["tsqlora on words"] and "'x'" in report.failed["tsqlora on words"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "written"),
+    [
+        ({"labels": None}, {"labels": ["no", "yes"]}),
+        ({"prompt_base": None}, {"prompt_base": "masked"}),
+        ({"label_words": "auto"}, {"label_words": ["bad", "good"]}),
+        ({"demonstrations": 1, "demonstrated": []}, {"demonstrations": 1, "demonstrated": [["fine", "yes"]]}),
+    ],
+)
+def test_what_a_run_fills_in_makes_it_no_other_run(
+    tmp_path: Path, asked: dict[str, Any], written: dict[str, Any]
+) -> None:
+    config = load_config(write_comparison(tmp_path).with_name("words.yaml"))
+    ours, theirs = config.with_task(**asked), config.with_task(**written)
+    assert same_config(ours, theirs) is None
+    differs = same_config(theirs, ours)
+    assert differs is not None and differs.startswith(f"task.{next(reversed(written))}="), differs
+
+
+def test_each_metric_has_its_own_unit(launch: FakeLaunch, tmp_path: Path) -> None:
+    """Percents of fractions, losses as they are; of both there is no mean."""
+
+    def results(config: Config) -> dict[str, Any]:
+        metrics = {"accuracy": 0.875, "loss": 0.3521, "own": 0.5}
+        if "losses" in config.run.output_dir:
+            task = result_of(config, 0.9)["task"] | {"decides": "loss", "higher_is_better": False}
+            return result_of(config, 0.9, metrics=dict(reversed(metrics.items())) | {"own": 7.0}, task=task)
+        return result_of(config, 0.9, metrics=metrics)
+
+    found = comparison(tmp_path, tasks={"words": {}, "losses": {}}, arms={"lora": {"adapter.method": "lora"}})
+    found.run(replace(launch, results=results))
+    line = next(line for line in found.report().text.splitlines() if line.startswith("| lora |"))
+    assert "| 87.50 / 35.21" not in line
+    assert sorted(line.split(" | ")[2].split(" / ")) == ["0.35", "50.00", "87.50"]
+    assert sorted(line.split(" | ")[3].split(" / ")) == ["0.35", "7.00", "87.50"]
+    assert line.endswith("| - |")
 
 
 def test_tables(launch: FakeLaunch, tmp_path: Path) -> None:
