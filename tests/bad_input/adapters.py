@@ -125,6 +125,13 @@ CASES = [
         "llama", "biases of a model without", "a llama model has no biases", "choose adapter.type=lora",
         method="bitfit",
     ),
+    *(
+        _on(
+            "llama", f"{init} of layers narrower than r", f"adapter.r=20: adapter.init='{init}'", "k_proj has 16",
+            "lower it, or leave such layers out", method="lora", init=init, r=20,
+        )
+        for init in ("pissa", "olora")
+    ),
     _on(
         "gpt2", "values that have no layer of their own", "adapter.target_modules='loratrf'",
         "GPT2ForSequenceClassification has no layer for the values alone", "name the layers, or set auto",

@@ -71,7 +71,7 @@ class TrialQueue:
         return self.outcome(trial).result is not None
 
     def give_up(self, cell: Cell) -> None:
-        """Count tuning runs whose last try has failed, in whatever process, as over: the rate is chosen without them."""
+        """Count tuning runs whose last try has failed, in whatever process, as over: rates are chosen without them."""
         with contextlib.suppress(LookupError):
             for trial in self.tuning(cell):
                 failure = self.outcome(trial).failure

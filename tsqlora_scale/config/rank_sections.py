@@ -10,6 +10,8 @@ from tsqlora_scale.config.fields import Below1, PositiveFloat, PositiveInt, Sect
 
 #: Policies that say themselves which components stay.
 COMPONENT_POLICIES = ("adalora", "elalora")
+#: AdaLoRA begins with so many times the rank that it ends with.
+INITIAL_FACTOR = 1.5
 
 
 class SensitivityConfig(Section):
@@ -86,6 +88,10 @@ class AllocationConfig(Section):
     phi_max: PositiveFloat = 1.5
     #: What the budget counts: ranks, or parameters, of which a rank of a layer takes d_in + d_out.
     budget_unit: Literal["rank", "params"] = "rank"
+
+    def adalora_target(self, r: float) -> int:
+        """The mean rank that ``adalora`` ends with, of ``r`` at the start."""
+        return self.target_r or max(round(r / INITIAL_FACTOR), 1)
 
     @model_validator(mode="after")
     def _bounds_in_order(self) -> AllocationConfig:

@@ -209,6 +209,13 @@ def _check_adapter_type(config: Config, bare: Any) -> None:
             f"adapter.r={adapter.r}: no layer that is adapted has a rank above {widest}; lower it, "
             "or choose other adapter.target_modules"
         )
+    narrowest = min(targets, key=lambda name: min(layers[name].weight.shape))
+    if adapter.starts_in_base and adapter.r > min(layers[narrowest].weight.shape):
+        raise UserError(
+            f"adapter.r={adapter.r}: adapter.init={adapter.init!r} takes as many parts out of the weight of every "
+            f"layer, and {narrowest} has {min(layers[narrowest].weight.shape)}; lower it, or leave such layers out of "
+            "adapter.target_modules"
+        )
     tied = {name for names in ties_of(bare) for name in names}
     shared = [name for name in targets if f"{name}.weight" in tied]
     if adapter.starts_in_base and shared:

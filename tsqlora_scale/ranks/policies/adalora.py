@@ -10,9 +10,6 @@ from tsqlora_scale.config.schema import AllocationConfig
 from tsqlora_scale.ranks.policies.policy import Plan, Statistics
 from tsqlora_scale.ranks.policies.tsqlora import normalised
 
-#: Ranks at the start over those at the end, where ``allocation.target_r`` is not set.
-INITIAL_FACTOR = 1.5
-
 
 @dataclass(frozen=True)
 class AdaLoraPolicy:
@@ -38,7 +35,7 @@ class AdaLoraPolicy:
     def plan(self, stats: Statistics) -> Plan:
         """See the class."""
         start = stats.initial_rank
-        target = self.config.target_r or max(round(start / INITIAL_FACTOR), 1)
+        target = self.config.adalora_target(start)
         budget = cubic_budget(start * len(stats.ranks), target * len(stats.ranks), stats.progress)
         keep = most_important_of_all(stats.components, budget, r_min=self.config.r_min)
         ranks = {name: len(keep[name]) for name in stats.ranks}
