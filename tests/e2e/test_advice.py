@@ -14,7 +14,7 @@ import pytest
 from tests.queried import queried
 from tests.runs import go, read_lines, run_tree, write_config
 from tests.tiny import WORDS
-from tsqlora_scale.advice import advice_run
+from tsqlora_scale.advice import advice_run, pool_shares
 from tsqlora_scale.advice.pool_sample import look_at_sample
 from tsqlora_scale.advice.query_choice import PoolRatio, chosen_weights
 from tsqlora_scale.api import advise
@@ -136,6 +136,22 @@ def test_without_a_query(tmp_path: Path, models_dir: Path) -> None:
     assert shares["redundant rows"]["share"] >= 24 / 144 - 1e-3
     assert "off target" not in shares and "trials" not in result.summary
     assert "audit" in " ".join(result.reasons)
+
+
+@pytest.mark.parametrize("compared", [10**6, 10])
+def test_a_text_with_several_answers_is_not_redundant(
+    tmp_path: Path, models_dir: Path, monkeypatch: pytest.MonkeyPatch, compared: int
+) -> None:
+    monkeypatch.setattr(pool_shares, "COMPARED", compared)
+    tree = run_tree("bart", tmp_path, models_dir, "answers")
+    path = Path(tree["task"]["dataset"]["path"]) / "train.jsonl"
+    rows = read_lines(path)[:20]
+    rows += [row | {"summary": f"{word} {row['summary']}"} for row in rows for word in ("good", "bad", "fine")]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert advise(parse_config(tree)).summary["shares"]["redundant rows"]["share"] == 0
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows + rows[:20]), encoding="utf-8")
+    tree["run"]["name"] = "copies"
+    assert advise(parse_config(tree)).summary["shares"]["redundant rows"]["share"] == pytest.approx(0.2, abs=1e-4)
 
 
 def test_the_choice_is_the_selectors_own(tmp_path: Path, models_dir: Path) -> None:

@@ -164,6 +164,51 @@ def test_answers_that_are_texts_are_ordered_by_loss(tmp_path: Path, models_dir: 
     assert "no probability" in result.page.read_text(encoding="utf-8")
 
 
+def test_texts_with_several_answers_are_no_copies(tmp_path: Path, models_dir: Path) -> None:
+    """Four of a source with answers of their own, and one row five times."""
+    tree = run_tree("llama", tmp_path, models_dir, "answers", scoring={"folds": 2})
+    tree["train"]["max_steps"] = 4
+    path = tmp_path / "data-causal" / "train.jsonl"
+    rows = read_lines(path)[:12]
+    rows += [rows[0] | {"summary": word} for word in ("good", "bad", "fine")] + [rows[1]] * 4
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    result = audit(parse_config(tree))
+    with result.fixes.open(encoding="utf-8", newline="") as file:
+        copies = [row["id"] for row in csv.DictReader(file) if "copy of" in row["reason"]]
+    assert len(copies) == 4
+    assert set(copies) < {"1", "15", "16", "17", "18"}
+    others = pq.read_table(result.table).column("audit_copies").to_pylist()
+    assert others == [4 if i in (1, 15, 16, 17, 18) else 0 for i in range(19)]
+
+
+@pytest.mark.parametrize("sources", ["features", "both"])
+def test_rows_of_the_query_are_not_listed(tmp_path: Path, models_dir: Path, sources: str) -> None:
+    """They are no rows of the pool's file, which the lists are taken back by."""
+    tree, _ = planted(tmp_path, models_dir, "queried", scoring={"audit": sources, "folds": 2})
+    tree["train"]["max_steps"] = 4
+    data = tmp_path / "data-classification"
+    rows = read_lines(data / "train.jsonl")
+    rng = random.Random(9)
+    query = [
+        {"text": " ".join(rng.choices(FIELDS[truth], k=5) + rng.choices(WORDS[:9], k=3)), "label": truth}
+        for truth in [*FIELDS] * 6
+    ]
+    query += [rows[33] | {"label": "sound"}, rows[36] | {"label": "text"}]  # copies of the pool's, labelled wrongly
+    (data / "query.jsonl").write_text("".join(json.dumps(row) + "\n" for row in query), encoding="utf-8")
+    tree["task"]["query"] = "query.jsonl"
+    result = audit(parse_config(tree))
+    table = pq.read_table(result.table)
+    assert table.column("sample_id").to_pylist() == [str(i) for i in range(240)]
+    assert result.summary["samples"] == 240
+    with result.fixes.open(encoding="utf-8", newline="") as file:
+        fixes = list(csv.DictReader(file))
+    assert fixes and all(row["id"].isdigit() for row in fixes)
+    assert "query-" not in result.page.read_text(encoding="utf-8")
+    tree |= PLAIN | {"run": tree["run"] | {"name": "without"}}
+    tree["task"]["dataset"]["exclude"] = str(result.fixes)
+    assert len(go(tree).task) == 240 - len(fixes) + len(query)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

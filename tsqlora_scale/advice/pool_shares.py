@@ -79,7 +79,8 @@ def near_copies(run: Run, sample: PoolSample) -> tuple[np.ndarray, np.ndarray]:
     """Groups of copies and near-copies among the rows looked at, and how often each row's text is in the pool, (n,)
     both. On one rank."""
     if sample.size <= COMPARED:
-        member = text_groups([text] for place, text in enumerate(texts_of_pool(run)) if place < sample.size)
+        texts = texts_of_pool(run, answered=True)
+        member = text_groups([text] for place, text in enumerate(texts) if place < sample.size)
         member, times = member[sample.rows], np.bincount(member)[member[sample.rows]]
     else:
         member = text_groups(run.task.texts(sample.rows))
@@ -87,6 +88,9 @@ def near_copies(run: Run, sample: PoolSample) -> tuple[np.ndarray, np.ndarray]:
     _, first, own = np.unique(member, return_index=True, return_inverse=True)
     exact = np.column_stack([first[own], np.arange(sample.count)])
     near = nearly_same(sample.states[: sample.count], SIMILARITY, seed=run.config.run.seed)
+    if sample.shape.kind == "text":  # features are of what is asked: with another answer it is another row
+        answers = text_groups([texts[-1]] for texts in run.task.texts(sample.rows))
+        near = near[answers[near[:, 0]] == answers[near[:, 1]]]
     return copy_groups(np.concatenate([exact, near]), sample.count), times
 
 

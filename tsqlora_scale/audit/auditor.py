@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from tsqlora_scale.audit.label_noise import judge_labels
 from tsqlora_scale.audit.number_noise import judge_numbers
 from tsqlora_scale.audit.passes import frozen_states, off_query
 from tsqlora_scale.audit.ridge import left_out_predictions
-from tsqlora_scale.common.copies import copy_groups, same_texts
+from tsqlora_scale.common.copies import copy_groups, same_texts, text_groups
 from tsqlora_scale.common.disk_arrays import blocks
 from tsqlora_scale.common.random_streams import philox
 from tsqlora_scale.quality.draws.redundancy import similar_pairs
@@ -30,6 +30,8 @@ ROWS = 2**14
 
 def audit_pool(run: Run, *, similarity: float, parts: Path) -> Findings | None:
     """Judge every sample of a run's pool by what has not seen it. On rank 0; None elsewhere. A collective.
+
+    Rows of the query that are trained on, too, help to judge and are not judged: their labels are taken for right.
 
     Args:
         run: fresh: its adapter has learned nothing yet.
@@ -71,25 +73,49 @@ def audit_pool(run: Run, *, similarity: float, parts: Path) -> Findings | None:
             sources["adapters"] = scores.astype(np.float64)
         if groups is None:
             return None
+        size = len(run.task) - run.task.query_rows
         with run.record.phase("judging"):
-            judged = judge(run, sources)
+            judged = judge(run, {name: scores[:size] for name, scores in sources.items()})
+            first, same = copies_of_pool(run, exact, near)
     return Findings(
         ids=run.task.sample_ids,
-        first=groups,
-        same=copy_groups(exact, len(run.task)),
-        off_query=off,
+        first=first[:size],
+        same=same[:size],
+        off_query=None if off is None else off[:size],
         seconds=dict(run.record.seconds),
         **judged,
     )
 
 
-def texts_of_pool(run: Run) -> Iterator[str]:
-    """What is read of every sample of the pool but its answer, in order."""
-    names = [name for key, name in text_columns(run.config.task).items() if key != "task.target"]
+def texts_of_pool(run: Run, *, answered: bool = False) -> Iterator[str]:
+    """What is read of every sample of the pool, in order; ``answered``: with the answer, where it is a text."""
+    named = text_columns(run.config.task)
+    return _cells(run, [name for key, name in named.items() if answered or key != "task.target"])
+
+
+def _cells(run: Run, names: Sequence[str]) -> Iterator[str]:
+    """The cells of some columns, joined, of every sample of the pool, in order."""
     for block in blocks(len(run.task), ROWS):
         table = run.task.given(block)
         for cells in zip(*(table.column(name).to_pylist() for name in names), strict=True):
             yield "\x1f".join("" if cell is None else str(cell) for cell in cells)
+
+
+def copies_of_pool(run: Run, exact: np.ndarray, near: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The first sample of each one's group of copies and near-copies, and of copies, (n,) both.
+
+    A text that is to be answered by another text is no copy of itself with another answer.
+
+    Args:
+        exact: pairs (m, 2) of samples of which the same is read.
+        near: likewise of nearly the same, the former among them.
+    """
+    size, answer = len(run.task), text_columns(run.config.task).get("task.target")
+    if answer is not None:
+        answers = text_groups([cell] for cell in _cells(run, [answer]))
+        exact = same_texts(texts_of_pool(run, answered=True))
+        near = np.concatenate([exact, near[answers[near[:, 0]] == answers[near[:, 1]]]])
+    return copy_groups(np.concatenate([exact, near]), size), copy_groups(exact, size)
 
 
 def nearly_same(states: np.ndarray, similarity: float, *, seed: int) -> np.ndarray:
@@ -113,7 +139,7 @@ def by_features(run: Run, states: np.ndarray, groups: np.ndarray) -> np.ndarray:
 
 
 def judge(run: Run, sources: dict[str, np.ndarray]) -> dict[str, Any]:
-    """The fields of :class:`.Findings` that follow from the sources' scores, (n, width) each."""
+    """The fields of :class:`.Findings` that follow from the sources' scores of the first n samples, (n, width) each."""
     task = run.config.task
     scores, names = np.stack(list(sources.values())), list(sources)
     if task.type not in ("classification", "regression"):
@@ -126,7 +152,7 @@ def judge(run: Run, sources: dict[str, np.ndarray]) -> dict[str, Any]:
             "strength": {"loss": float(losses.mean())},
             "sources": dict.fromkeys(names, 1.0),
         }
-    answers = np.asarray(run.task.references(np.arange(len(run.task))))
+    answers = np.asarray(run.task.references(np.arange(scores.shape[1])))
     if task.type == "regression":
         numbers = judge_numbers(scores[:, :, 0], answers)
         return {

@@ -22,18 +22,18 @@ FAR = 0.9
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
-    """One entry a sample, in the pool's order. On rank 0.
+    """One entry a sample, in the pool's order, without rows of the query. On rank 0.
 
     Attributes:
         kind: ``task.type``.
-        ids: names of the samples.
+        ids: names of the samples, and, behind them, of the query's.
         labels: class ids (n,), or numbers; None where the answers are texts.
         names: of the classes.
         suspicion: by which samples are ordered, (n,), larger is more suspect.
         wrong: probability that the label is wrong, (n,); None where it cannot be told.
         suggested: the likeliest other class (n,), or the predicted number; None where there is none.
         first: the first sample of each one's group of copies and near-copies, (n,).
-        same: the first sample with the same text, (n,).
+        same: the first sample with the same text, (n,), and the same answer where that is a text.
         share: of wrong labels; None where it cannot be told.
         flows: expected samples that have class k and are of class c, (C, C); None without classes.
         strength: how well the sources tell labels, and whether that is weak.
