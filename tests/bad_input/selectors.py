@@ -123,6 +123,16 @@ CONTENTS = [
     ),
     _file("a share of a list", "1\n2\n", "sampling.keep_fraction=0.5", "'list.txt'", "auto", file="list.txt"),
     _file(
+        "shares of labels in a list",
+        "1\n2\n",
+        "sampling.stratify=true",
+        "'list.txt' lists what S is",
+        "leave sampling.stratify at auto",
+        file="list.txt",
+        keep_fraction="auto",
+        stratify=True,
+    ),
+    _file(
         "a list of unknown samples",
         "1\nx\ny\n",
         "sampling.file='list.txt'",

@@ -16,6 +16,7 @@ from tsqlora_scale.quality.selectors.by_quality import QualitySelector
 from tsqlora_scale.quality.selectors.full import FullSelector
 from tsqlora_scale.quality.selectors.random_subset import RandomSelector
 from tsqlora_scale.quality.selectors.selector import SelectorContext
+from tsqlora_scale.tasks.rows.mixed_sets import MixedSets
 
 SIZE, STEPS, BATCH = 8, 400, 50
 WEIGHTS = np.array([1.0, 2.0, 4.0, 1.0, 1.0, 0.5, 1.0, 8.0])
@@ -23,14 +24,15 @@ WEIGHTS = np.array([1.0, 2.0, 4.0, 1.0, 1.0, 0.5, 1.0, 8.0])
 
 class WeightedPool(RandomPool):
     weights: np.ndarray | None = WEIGHTS
+    sets: MixedSets | None = None
 
     def draw_weights(self) -> np.ndarray | None:
         return self.weights
 
 
-def context(weights: np.ndarray | None = WEIGHTS, **sampling: Any) -> SelectorContext:
+def context(weights: np.ndarray | None = WEIGHTS, sets: MixedSets | None = None, **sampling: Any) -> SelectorContext:
     pool = WeightedPool("bert", SIZE)
-    pool.weights = weights
+    pool.weights, pool.sets = weights, sets
     config = parse_config(tree(sampling=sampling, train={"max_steps": STEPS, "batch_size": BATCH}))
     return SelectorContext(config=config, pool=pool, theta=lambda *_: {}, world=World.current(), scoring_step=0)
 
@@ -89,6 +91,23 @@ def test_an_unbiased_objective_is_the_weighted_mean() -> None:
         np.add.at(share, rows, weights)
     expected = WEIGHTS * np.array([0, 1, 1, 1, 1, 1, 1, 1])
     assert share / share.sum() == pytest.approx(expected / expected.sum(), abs=0.02)
+
+
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_sets_keep_their_shares_whatever_is_in_s(unbiased: bool) -> None:
+    """Of the draws, or, where losses are weighed by 1 / p, of the objective, in which the rows' weights decide."""
+    sets = MixedSets(("one", "other"), np.array([0, 0, 0, 0, 0, 1, 1, 1], dtype=np.int16), np.array([0.25, 0.75]))
+    quality = np.array([1, 1, 2, 3, 4, 5, 6, 1]) / 23
+    selector = scored(QualitySelector(context(sets=sets, stratify=False, unbiased=unbiased)), quality)
+    share = np.zeros(SIZE)
+    for step in range(STEPS):
+        rows = selector.draw(step)
+        weights = selector.weights(rows)
+        np.add.at(share, rows, 1.0 if weights is None else weights)
+    within = WEIGHTS * (1.0 if unbiased else quality) * np.array([0, 1, 1, 1, 1, 1, 1, 1])
+    within[:5] *= 0.25 / within[:5].sum()
+    within[5:] *= 0.75 / within[5:].sum()
+    assert share / share.sum() == pytest.approx(within, abs=0.02)
 
 
 def test_without_replacement_each_once_an_epoch_heavy_ones_early() -> None:

@@ -349,6 +349,10 @@ def test_ranked_quotas_and_weights(site: Site) -> None:
     share = even.table.probability * even.table.selected.sum()
     inside = even.table.selected
     np.testing.assert_allclose(of_losses[inside], np.minimum(share[inside], 1.2))
+    unbiased = site.scored(name, unbiased=True, max_weight=1.5)
+    drawn = np.bincount(np.concatenate([unbiased.draw(step) for step in range(600)]), minlength=ROWS + QUERY)
+    np.testing.assert_allclose(drawn / drawn.sum(), weights / weights.sum(), atol=0.02)
+    np.testing.assert_allclose(unbiased.weights(np.arange(ROWS + QUERY))[inside], np.minimum(1 / share[inside], 1.5))
     with pytest.raises(UserError, match=r"sampling\.\*"):
         site.selector(name).load_state_dict(even.state_dict())
     resumed = site.selector(name, use="weight", max_weight=1.2)

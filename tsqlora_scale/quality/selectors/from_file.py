@@ -32,7 +32,7 @@ def read_file(config: Config, pool: Pool[Any]) -> RatedIds:
     """What the file says of the pool's samples, checked.
 
     Raises:
-        UserError: naming the file, and what is wrong with it or with ``sampling.keep_fraction`` beside it.
+        UserError: naming the file, and what is wrong with it or with the keys beside it.
     """
     value, fraction = config.sampling.file, config.sampling.keep_fraction
     assert value is not None, "needs a file"
@@ -41,6 +41,11 @@ def read_file(config: Config, pool: Pool[Any]) -> RatedIds:
         raise UserError(
             f"sampling.keep_fraction={fraction} cuts by scores, and sampling.file={value!r} has none: it lists what is "
             "kept; leave sampling.keep_fraction at auto, or give the file a column 'score'"
+        )
+    if found.is_list and config.sampling.stratify is True:
+        raise UserError(
+            f"sampling.stratify=true gives every label its share of S, and sampling.file={value!r} lists what S is; "
+            "leave sampling.stratify at auto, or give the file a column 'score'"
         )
     if not found.is_list and fraction == "auto":
         raise UserError(

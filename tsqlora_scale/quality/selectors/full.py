@@ -33,8 +33,8 @@ class FullSelector:
         self.pool = context.pool
         with context.world.together():
             self._draw_weights = context.pool.draw_weights()
-            #: Of a pool that is a mixture. Unbiased draws may be uneven: their losses are weighed against it.
-            self._sets = None if self.config.sampling.unbiased else getattr(context.pool, "sets", None)
+            #: Of a pool that is a mixture.
+            self._sets = getattr(context.pool, "sets", None)
             self._sampler = self._make_sampler(self.subset(), None, start=0)
 
     def subset(self) -> np.ndarray:
@@ -56,18 +56,26 @@ class FullSelector:
     def _weighted(self, rows: np.ndarray, probabilities: np.ndarray | None) -> np.ndarray | None:
         """``probabilities`` (n,) of ``rows`` times their weights, up to a constant; None: all alike.
 
-        The sets of a mixture have the shares that are asked for, whatever ``probabilities`` would make of them.
+        The sets of a mixture have the shares that are asked for, whatever ``probabilities`` would make of them: of the
+        draws, or, where losses are weighed against ``probabilities``, of the objective.
         """
         if self._draw_weights is None:
             return probabilities
         weighted = new_array(len(rows), np.float64)
         for block in blocks(len(rows)):
             weighted[block] = self._draw_weights[rows[block]]
-            if probabilities is not None:
+        if self.config.sampling.unbiased:
+            self._balance(rows, weighted)
+        if probabilities is not None:
+            for block in blocks(len(rows)):
                 weighted[block] *= probabilities[block]
+        if not self.config.sampling.unbiased:
+            self._balance(rows, weighted)
+        return weighted
+
+    def _balance(self, rows: np.ndarray, weighted: np.ndarray) -> None:
         if self._sets is not None:
             self._sets.balance(rows, weighted)
-        return weighted
 
     @property
     def table(self) -> ScoreTable | None:
