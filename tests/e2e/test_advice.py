@@ -199,6 +199,18 @@ def test_other_answers(kind: str, tmp_path: Path, models_dir: Path) -> None:
     assert ("accuracy" in (result.summary["expected gain over even draws"] or {})) is False
 
 
+def test_numbers_that_are_all_alike_in_the_query(tmp_path: Path, models_dir: Path) -> None:
+    """Differences are in units of the pool's and the query's spread together, not of a half of the query."""
+    tree = planted("bert", tmp_path, models_dir, on_target=50, query=10)
+    for path in Path(tree["task"]["dataset"]["path"]).glob("*.jsonl"):
+        rows = [row | {"label": 5.0 if path.stem == "query" else float(row["label"] == "yes")} for row in read_lines(path)]  # noqa: E501  # fmt: skip
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    tree["task"] |= {"type": "regression", "metrics": ["mse"]}
+    del tree["task"]["labels"]
+    result = advise(parse_config(tree), pilot="adapters", steps=2)
+    assert np.abs([*result.summary["trials"]["nats a row"].values()]).max() < 50
+
+
 def test_a_part_of_the_pool_is_looked_at(tmp_path: Path, models_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tree = planted("bert", tmp_path, models_dir, on_target=150, size=400)
     samples = []

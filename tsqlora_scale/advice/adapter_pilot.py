@@ -34,6 +34,7 @@ def adapter_pilot(run: Run, config: Config, sample: PoolSample, *, steps: int, c
     halves = folds_of(strata, rows, 2, seed=run.config.run.seed, purpose="advice folds")
     fits = {way: np.zeros(rows) for way in WAYS}
     hits = {way: np.zeros(rows) for way in WAYS}
+    spread = 1.0 if labelled else float(answers.std()) or 1.0  # one for all: a half of the query may be all alike
     initial = run.engine.gather()
     for half in range(2):
         out = halves == half
@@ -44,7 +45,7 @@ def adapter_pilot(run: Run, config: Config, sample: PoolSample, *, steps: int, c
         for way, weights in world.from_main(choose).items():
             name = f"half {half + 1} of 2, {way}"
             scores = train_way(run, sample, weights, initial, held_out=sample.query[out], steps=steps, name=name)
-            fits[way][out], hits[way][out] = judge(run, sample.query[out], scores)
+            fits[way][out], hits[way][out] = judge(run, sample.query[out], scores, spread=spread)
     return Pilot("adapters", fits, hits if labelled else None, {"steps": steps})
 
 
@@ -98,14 +99,14 @@ def train_way(
     return scores
 
 
-def judge(run: Run, rows: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Log-likelihoods (k,), of numbers in units of their variance, and hits, of the pool's rows by ``scores``."""
+def judge(run: Run, rows: np.ndarray, scores: np.ndarray, *, spread: float) -> tuple[np.ndarray, np.ndarray]:
+    """Log-likelihoods (k,), of numbers with ``spread`` as their standard deviation, and hits, of the pool's ``rows`` by
+    ``scores``."""
     if run.task.gives_probabilities:
         labels = np.asarray(run.task.references(rows), dtype=np.int64)
         hits = (scores.argmax(1) == labels).astype(np.float64)
         return scores[np.arange(len(rows)), labels].astype(np.float64), hits
     if run.config.task.type == "regression":
         numbers = np.asarray(run.task.references(rows), dtype=np.float64)
-        spread = float(numbers.std()) + 1e-9
         return -0.5 * np.square((scores[:, 0] - numbers) / spread), np.zeros(len(rows))
     return -scores[:, 0].astype(np.float64), np.zeros(len(rows))

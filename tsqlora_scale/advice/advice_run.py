@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from tsqlora_scale.advice.adapter_pilot import adapter_pilot
 from tsqlora_scale.advice.advice_result import AdviceResult
-from tsqlora_scale.advice.advised_config import config_lines
+from tsqlora_scale.advice.advised_config import config_lines, loses_held_out
 from tsqlora_scale.advice.head_pilot import head_pilot
 from tsqlora_scale.advice.paired import LEVEL
 from tsqlora_scale.advice.pilot import ALONE, EVEN, QUERY, Pilot
@@ -77,7 +77,10 @@ def look_and_judge(run: Run, config: Config, *, rows: int, steps: int | None) ->
         wrong=found.shares["wrong labels"],
         redundant=found.shares["redundant rows"],
     )
-    lines = config_lines(config, verdict.way, steps=run.plan.total_steps)
+    lines = config_lines(config, verdict.way, steps=run.plan.total_steps, labels=run.config.task.labels)
+    if verdict.way == ALONE and loses_held_out(config):
+        gone = "the held-out rows come with the pool; give task.dataset.dev_file a file of such rows to evaluate on"
+        verdict = replace(verdict, reasons=(*verdict.reasons, gone))
     looked = cost(sample, found, step_seconds=step_seconds, steps=run.plan.total_steps)
     looked["seconds of this advice"] = round(world.broadcast(time.perf_counter() - started), 2)
     summary = summarise(verdict, lines, sample, found, pilot, looked, seed=seed)

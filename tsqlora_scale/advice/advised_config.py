@@ -15,28 +15,42 @@ def config_of_look(config: Config) -> Config:
     return config.model_copy(update={"task": task})
 
 
-def config_lines(config: Config, way: str, *, steps: int) -> dict[str, Any]:
+def config_lines(config: Config, way: str, *, steps: int, labels: list[str] | int | None = None) -> dict[str, Any]:
     """What of a run's config is to be set, and no more.
 
     Args:
         way: of the verdict.
         steps: of an even run as the config says.
+        labels: the classes of the pool, where the config leaves them to the data; None: there are none.
     """
-    if way == QUERY:
-        chosen: dict[str, Any] = {"sampling": {"selector": "query", "keep_fraction": "auto"}}
-        if config.train.epochs is not None:  # passes over S, whose size is found in the run
-            chosen["train"] = {"epochs": None, "max_steps": steps}
-        return chosen
-    even: dict[str, Any] = {"selector": "full", "keep_fraction": "auto"}
+    lines: dict[str, Any] = {"sampling": {"selector": QUERY if way == QUERY else "full", "keep_fraction": "auto"}}
     if config.sampling.file is not None:
-        even["file"] = None
+        lines["sampling"]["file"] = None
+    if way in (QUERY, ALONE) and config.train.epochs is not None:  # passes over what is not the pool any more
+        lines["train"] = {"epochs": None, "max_steps": steps}
     if way != ALONE:
-        return {"sampling": even}
+        return lines
     dataset: dict[str, Any] = {"train_file": config.task.query}
+    lines = {"task": {"dataset": dataset, "query": None}, **lines}
     if config.task.mixture:
-        alone: dict[str, Any] = {"dataset": dataset, "mixture": [], "temperature": None, "query": None}
-        return {"task": alone, "sampling": even}
-    for key in ("name", "subset", "exclude", "weight", "id_column", "max_train_samples"):
-        if getattr(config.task.dataset, key) is not None:  # of the pool, and not of the query's file
-            dataset[key] = None
-    return {"task": {"dataset": dataset, "query": None}, "sampling": even}
+        lines["task"] |= {"mixture": [], "temperature": None}
+    else:
+        for key in ("name", "subset", "exclude", "weight", "id_column", "max_train_samples"):
+            if getattr(config.task.dataset, key) is not None:  # of the pool, and not of the query's file
+                dataset[key] = None
+    if config.task.labels is None and labels is not None:  # a query may lack some
+        lines["task"]["labels"] = labels
+    if loses_held_out(config):
+        usual = {"eval_every": None, "patience": None, "keep": "last"}
+        changed = {key: value for key, value in usual.items() if getattr(config.train, key) != value}
+        if config.train.keep == "average":  # needs no evaluation
+            changed.pop("keep")
+        if changed:
+            lines["train"] = lines.get("train", {}) | changed
+    return lines
+
+
+def loses_held_out(config: Config) -> bool:
+    """Whether a config that trains on the query's file has no more use for the held-out rows: a hub's splits, and the
+    sets of a mixture, come with the pool."""
+    return config.task.has_dev and (bool(config.task.mixture) or config.task.dataset.name is not None)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.runs import run_tree
-from tsqlora_scale.advice.advised_config import config_lines
+from tsqlora_scale.advice.advised_config import config_lines, loses_held_out
 from tsqlora_scale.advice.paired import Difference, Gain
 from tsqlora_scale.advice.pool_shares import PoolShare
 from tsqlora_scale.advice.verdict import Trials, decide
@@ -89,7 +89,11 @@ CASES: list[tuple[dict[str, dict[str, Any]], str]] = [
     ({}, "even"),
     ({"train": {"epochs": 3, "max_steps": None}, "sampling": {"selector": "full"}}, "query"),
     ({"sampling": {"selector": "file", "file": "scores.csv", "keep_fraction": 0.5}}, "even"),
+    ({"sampling": {"selector": "file", "file": "scores.csv", "keep_fraction": 0.5}}, "query"),
+    ({"sampling": {"selector": "file", "file": "scores.csv", "keep_fraction": 0.5}}, "query alone"),
     ({"sampling": {"selector": "dsir", "keep_fraction": 0.5}}, "query alone"),
+    ({"train": {"epochs": 3, "max_steps": None}}, "query alone"),
+    ({"task": {"labels": None}}, "query alone"),
 ]
 
 
@@ -98,7 +102,8 @@ def test_the_lines_are_a_config(sections: dict[str, dict[str, Any]], way: str, t
     tree = run_tree("bert", tmp_path, models_dir, "run", **sections)
     tree["task"]["query"] = "query.jsonl"
     tree["task"]["dataset"] |= {"weight": "w", "max_train_samples": 20}
-    lines = config_lines(parse_config(tree), way, steps=77)
+    asked = parse_config(tree)
+    lines = config_lines(asked, way, steps=77, labels=["no", "yes"])
     for section, values in lines.items():
         dataset = values.pop("dataset", {})
         tree[section] |= values
@@ -109,5 +114,26 @@ def test_the_lines_are_a_config(sections: dict[str, dict[str, Any]], way: str, t
     if way == "query alone":
         assert config.task.dataset.train_file == "query.jsonl"
         assert config.task.query is config.task.dataset.weight is config.task.dataset.max_train_samples is None
-    elif way == "query" and sections:
+        assert config.task.labels == ["no", "yes"]
+    if way != "even" and asked.train.epochs is not None:
         assert (config.train.max_steps, config.train.epochs) == (77, None)
+
+
+@pytest.mark.parametrize("source", ["hub", "mixture"])
+def test_held_out_rows_that_go_with_the_pool(source: str, tmp_path: Any, models_dir: Any) -> None:
+    """What needs them is taken out of the config, and they are said to be lost."""
+    tree = run_tree("bert", tmp_path, models_dir, "run", train={"eval_every": 5, "keep": "best", "patience": 2})
+    tree["task"] |= {"query": "query.jsonl"}
+    if source == "hub":
+        tree["task"]["dataset"] = {"name": "glue", "subset": "sst2"}
+    else:
+        files = tree["task"].pop("dataset")
+        tree["task"] |= {"mixture": [{"name": "a", "dataset": files}, {"name": "b", "dataset": files}]}
+    config = parse_config(tree)
+    assert loses_held_out(config)
+    lines = config_lines(config, "query alone", steps=77)
+    assert lines["train"] == {"eval_every": None, "patience": None, "keep": "last"}
+    dataset = lines["task"].pop("dataset")
+    tree["task"] |= lines["task"] | {"dataset": tree["task"].get("dataset", {}) | dataset}
+    tree["train"] |= lines["train"]
+    assert not parse_config(tree).task.has_dev
