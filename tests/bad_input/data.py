@@ -111,6 +111,9 @@ TEXT_FILES = [
     training_file("NUL in a csv", "x.csv", CSV + "a\0b,no\n", "x.csv, line 18", "NUL"),
     training_file("NUL in a jsonl", "x.jsonl", JSONL + '{"text": "a\0b"}', "x.jsonl, line 17", "NUL"),
     training_file("ends of an old Mac", "x.tsv", TSV.replace("\n", "\r"), "x.tsv", "line end"),
+    training_file(
+        "a carriage return in a csv", "x.csv", CSV + "a\rb,no\n", "x.csv, line 18", "line end", "quote the field"
+    ),
     training_file("ragged tsv", "x.tsv", TSV + "a film\tno\tmore\n", "x.tsv, row 17", "3 fields", "header has 2"),
     training_file("ragged csv", "x.csv", CSV + "a film\n", "x.csv, row 17", "1 fields", "header has 2"),
     training_file("a comma in a csv", "x.csv", CSV + "good, bad,no\n", "x.csv, row 17", "3 fields"),
@@ -165,6 +168,15 @@ TEXT_FILES = [
         "'text' holds an object",
     ),
     training_file("a nested label", "x.jsonl", JSONL + '{"text": "a", "label": ["no"]}', "x.jsonl, row 17", "label"),
+    training_file(
+        "several labels of a text, found in the data",
+        "x.jsonl",
+        "".join(f'{{"text": "a", "label": [{i % 2}]}}\n' for i in range(16)),
+        "x.jsonl, row 1",
+        "'label' holds a list",
+        "text or a number",
+        labels=None,
+    ),
     training_file("deep JSON", "x.jsonl", JSONL + '{"text": ' + "[" * 10**5, "x.jsonl, row 17", "nested"),
     training_file(
         "a number of many digits",

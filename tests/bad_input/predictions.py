@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from tests.bad_input.place import Case, Place
 
@@ -29,6 +33,14 @@ def rows(file: str, content: str | bytes) -> Callable[[Place], Any]:
     """Another content of a file."""
     data = content.encode() if isinstance(content, str) else content
     return lambda place: (place.folder / file).write_bytes(data)
+
+
+def _twice() -> bytes:
+    """A parquet file with a column that is there twice, as joins make them."""
+    table = pa.Table.from_arrays([pa.array([text]) for text in ("a", "b", "c")], names=["text", "x", "x"])
+    file = io.BytesIO()
+    pq.write_table(table, file)
+    return file.getvalue()
 
 
 def nothing(_: Place) -> None:
@@ -56,6 +68,8 @@ CASES = [
     request("what is there", rows("o.csv", "mine"), "--out", "is there already", "--overwrite"),
     request("the data itself", nothing, "--out", "--data itself", out="new.jsonl"),
     request("an answer's name", rows("new.jsonl", '{"text": "a", "prediction": 1}'), "'prediction'", "rename it"),
+    request("a column twice", rows("x.parquet", _twice()), "the column 'x' is there twice", "rename", data="x.parquet"),
+    request("half a surrogate pair", rows("new.jsonl", '{"text": "a", "note": "\\ud83d"}'), "row 1", "surrogate"),
     request("no such run", lambda place: of_run(place, place.folder / "no"), "--run", "no folder"),
     request("a run without an adapter", lambda place: of_run(place, place.data), "--run", "holds no adapter/"),
     request("an adapter that is none", lambda place: (place.folder / "adapter" / "adapter_config.json").unlink(),

@@ -298,6 +298,16 @@ def test_a_write_that_fails_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["new.jsonl"]
 
 
+def test_half_a_surrogate_pair_in_a_column_that_nobody_reads(runs: Callable[..., Finished], tmp_path: Path) -> None:
+    """An emoji that was cut in two is written as it came."""
+    line = '{"text": "a fine film", "note": "cut \\ud83d", "more": "é"}\n{"text": "a dull film", "note": "é"}\n'
+    (tmp_path / "new.jsonl").write_text(line, encoding="utf-8")
+    predict(tmp_path / "new.jsonl", tmp_path / "out.jsonl", run=runs("bert").folder)
+    rows = read_jsonl(tmp_path / "out.jsonl")
+    assert [row["note"] for row in rows] == ["cut \ud83d", "é"]
+    assert {row["prediction"] for row in rows} <= {"no", "yes"}
+
+
 @pytest.mark.parametrize("name", ["new.jsonl", "new.json"])
 @pytest.mark.parametrize("written", ["csv", "jsonl", "parquet"])
 def test_a_key_may_first_appear_late(

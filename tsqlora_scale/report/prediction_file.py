@@ -104,7 +104,10 @@ class _Lines:
 
     def write(self, answers: pa.Table) -> None:
         for record, own in zip(itertools.islice(self._rows, len(answers)), _plain(answers).to_pylist(), strict=True):
-            self._file.write(json.dumps(record | own, ensure_ascii=False, default=str) + "\n")
+            try:
+                self._file.write(json.dumps(record | own, ensure_ascii=False, default=str) + "\n")
+            except UnicodeEncodeError:  # half of a surrogate pair, in a column that nobody reads: as it was written
+                self._file.write(json.dumps(record | own, default=str) + "\n")
 
 
 class _Commas:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import logging
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from tsqlora_scale.report.progress import Progress
 from tsqlora_scale.run.build import load_adapted, started
 from tsqlora_scale.run.preflight import Described, check_machine, describe, with_labels_of
 from tsqlora_scale.tasks.prediction import Answers, predict_windows
-from tsqlora_scale.tasks.rows.given_rows import given_names
+from tsqlora_scale.tasks.rows.given_rows import given_names, given_tables
 from tsqlora_scale.tasks.rows.unlabelled import load_unlabelled
 
 log = logging.getLogger("tsqlora_scale")
@@ -54,9 +55,15 @@ def check_prediction(config: Config, adapter: Path, data: Path, out: Path) -> Pr
     described = describe(config, rows.data)
     check_adapter_fits(described.config, described.model_config, adapter)
     names = answer_names(config.task.labels, probabilities=described.task.gives_probabilities)
-    twice = next((name for name in given_names(data, config.task) if name in names), None)
+    given = given_names(data, config.task)
+    taken = next((name for name in given if name in names), None)
+    if taken is not None:
+        raise UserError(f"--data {str(data)!r}: has a column {taken!r}, the name of an answer's; rename it")
+    twice = next((name for name in given if given.count(name) > 1), None)
     if twice is not None:
-        raise UserError(f"--data {str(data)!r}: has a column {twice!r}, the name of an answer's; rename it")
+        raise UserError(f"--data {str(data)!r}: the column {twice!r} is there twice; rename one")
+    if out.suffix.lower() != ".jsonl":  # what no table holds is said before there are answers
+        collections.deque(given_tables(data, config.task), maxlen=0)
     return Prediction(described=described, adapter=adapter, data=data, out=out, filled=rows.filled)
 
 

@@ -137,8 +137,10 @@ class SampleLosses:
 
 
 def mean_loss(losses: SampleLosses) -> float:
-    """Mean over samples of a sample's own loss: cross-entropy, squared error, or the mean over its target tokens."""
-    return float(np.mean(losses.sums.astype(np.float64) / losses.terms))
+    """Mean over samples of a sample's own loss: cross-entropy, squared error, or the mean over its target tokens. A
+    text of which nothing is to be told, of unknown characters alone, has none."""
+    told = losses.terms > 0
+    return float(np.mean(losses.sums[told].astype(np.float64) / losses.terms[told])) if told.any() else float("nan")
 
 
 def perplexity(losses: SampleLosses) -> float:

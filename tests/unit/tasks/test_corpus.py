@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from tests.tiny import WORDS, tiny_model, tiny_tokenizer
 from tsqlora_scale.common.errors import UserError
@@ -16,6 +16,8 @@ from tsqlora_scale.common.random_streams import philox
 from tsqlora_scale.config.pretrain_section import PretrainConfig
 from tsqlora_scale.config.task_section import TaskConfig
 from tsqlora_scale.tasks.batch import IGNORED
+from tsqlora_scale.tasks.losses import loss_terms
+from tsqlora_scale.tasks.metrics import SampleLosses, mean_loss
 from tsqlora_scale.tasks.objectives.corpus import CorruptedText, MaskedText, PlainText, hidden_spans
 
 TEXTS = [" ".join(WORDS[start : start + 30]) for start in range(0, 5)] + ["film"]
@@ -98,8 +100,27 @@ def test_every_token_of_plain_text_is_learned(models_dir: Path) -> None:
     objective = PlainText(task("causal"), tokenizer, config_of("llama", models_dir))  # type: ignore[arg-type]
     inputs, targets = objective.collate(ROWS, 40)
     ids = tokenizer(TEXTS[-1])["input_ids"]
-    assert targets[-1].tolist() == ids + [IGNORED] * (targets.shape[1] - len(ids))
-    assert inputs["attention_mask"].sum(1).tolist() == (targets != IGNORED).sum(1).tolist()
+    assert targets[-1].tolist() == [IGNORED, *ids[1:]] + [IGNORED] * (targets.shape[1] - len(ids))
+    assert (inputs["attention_mask"].sum(1) - 1).tolist() == (targets != IGNORED).sum(1).tolist()
+
+
+def test_the_loss_of_plain_text_is_the_mean_over_its_tokens(models_dir: Path) -> None:
+    """Of all but the first, as Transformers has it."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model("llama", models_dir))
+    objective = PlainText(task("causal"), tiny_tokenizer(), model.config)
+    inputs, targets = objective.collate({"text": TEXTS[:1], "mask_stream": [0]}, 40)
+    sums, terms = objective.losses(model(**inputs).logits, targets)
+    wanted = model(**inputs, labels=inputs["input_ids"]).loss
+    assert float((sums / terms).detach()) == pytest.approx(float(wanted.detach()), rel=1e-5)
+    assert loss_terms(targets).tolist() == terms.tolist(), "as a step counts them"
+
+
+def test_a_text_of_unknown_characters_alone_has_no_loss(models_dir: Path) -> None:
+    objective = MaskedText(task("mlm"), tiny_tokenizer(), config_of("bert", models_dir))  # type: ignore[arg-type]
+    _, targets = objective.collate({"text": ["\U0001f602", TEXTS[0]], "mask_stream": [0, 1]}, 40)
+    terms = (targets != IGNORED).sum(1).numpy()
+    assert terms[0] == 0 < terms[1]
+    assert mean_loss(SampleLosses(np.array([0.0, 3.0 * terms[1]]), terms)) == pytest.approx(3.0)
 
 
 def test_tokenizers_without_a_mask(models_dir: Path) -> None:

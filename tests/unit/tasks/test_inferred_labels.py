@@ -50,6 +50,14 @@ def test_are_those_of_the_pool_sorted(tmp_path: Path, cells: list[Any], labels: 
     assert set(data.train["label"]) == set(range(len(labels)))
 
 
+def test_are_not_those_of_rows_without_a_text(tmp_path: Path) -> None:
+    """Which task.dataset.drop_empty leaves out."""
+    rows = [{"text": "a film", "label": label} for label in ("neg", "pos")] + [{"text": " ", "label": "unknown"}]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = load_data(task_config(tmp_path, KIND, train_file="train.jsonl", drop_empty=True), seed=0)
+    assert (data.labels, len(data.train)) == (["neg", "pos"], 2)
+
+
 def test_do_not_depend_on_the_part_that_is_used(tmp_path: Path) -> None:
     assert load(tmp_path, ["a"] * 40 + ["b"], max_train_samples=2).labels == ["a", "b"]
 

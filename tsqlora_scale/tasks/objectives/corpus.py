@@ -171,7 +171,8 @@ class PlainText(_OfText):
         self._end = tokenizer.eos_token_id
 
     def collate(self, rows: Rows, max_length: int) -> tuple[dict[str, Tensor], Tensor]:
-        """The text and its end, padded on the right (B, T), and the same as targets."""
+        """The text and its end, padded on the right (B, T), and the same as targets, but for the first token: nothing
+        before it says what it should be."""
         texts = []
         for ids in self._encoded(rows, max_length)["input_ids"]:
             adds_end = self._end is not None and (not ids or ids[-1] != self._end) and len(ids) < max_length
@@ -180,13 +181,13 @@ class PlainText(_OfText):
             "input_ids": pad_rows(texts, self._pad),
             "attention_mask": pad_rows([[1] * len(ids) for ids in texts], 0),
         }
-        return inputs, pad_rows(texts, IGNORED)
+        return inputs, pad_rows([[IGNORED, *ids[1:]] for ids in texts], IGNORED)
 
     def predict(self, module: Any, batch: Batch, *, synced: bool) -> list[Any]:
         """The likeliest next token of every place, as text. One forward."""
         with torch.no_grad():
             found = module(**batch.inputs).logits.argmax(dim=-1)
-        read = batch.targets != IGNORED
+        read = batch.inputs["attention_mask"].bool()
         return [self._tokenizer.decode(row[places]) for row, places in zip(found, read, strict=True)]
 
 

@@ -50,6 +50,11 @@ def _quoted(lines: Iterator[str], path: Path, separator: str) -> Iterator[list[s
     try:
         yield from (row for row in reader if row)
     except csv.Error as error:
+        if "new-line" in str(error):
+            raise UserError(
+                f"{path}, line {reader.line_num}: a carriage return in a field without quotes; save the file with \\n "
+                "as line end, or quote the field"
+            ) from None
         other = "or save the file as tsv, where quotes have no meaning, " if separator == "," else ""
         raise UserError(
             f"{path}, line {reader.line_num}: {error}; quote fields that hold a quote and double the quote inside, "

@@ -43,7 +43,7 @@ def json_rows(
     names = wanted.among(present, where=path)
     if wanted.others:
         names = present
-    known, texts = set(present), wanted.texts()
+    known, plain = set(present), wanted.plain()
 
     def rows() -> Iterator[Row]:
         for number, record in enumerate(itertools.chain(head, (record for record, _ in records)), 1):
@@ -53,10 +53,12 @@ def json_rows(
                     f"{path}, row {number}: key {new!r} is in none of the first {len(head)} rows, whose keys are the "
                     "columns; put it into the first row (null where there is no value), or leave it out"
                 )
-            for name in texts:
+            for name in plain:
                 if isinstance(record.get(name), list | dict):
                     kind = "a list" if isinstance(record[name], list) else "an object"
-                    raise UserError(f"{path}, row {number}: column {name!r} holds {kind}; it must hold plain text")
+                    raise UserError(
+                        f"{path}, row {number}: column {name!r} holds {kind}; it must hold text or a number"
+                    )
             yield [_json_text(record.get(name)) for name in names]
 
     return names, rows()

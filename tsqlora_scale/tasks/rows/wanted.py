@@ -57,9 +57,9 @@ class Wanted:
         """Name of a column -> the key that names it."""
         return {name: key for key, name in [*self.optional.items(), *self.required.items()]}
 
-    def texts(self) -> list[str]:
-        """Names of the columns of text."""
-        return [name for name, key in self.keys().items() if key not in (*VALUE_KEYS, *STRUCTURED_KEYS)]
+    def plain(self) -> list[str]:
+        """Names of the columns of which every cell is a text, a number or a truth value."""
+        return [name for name, key in self.keys().items() if key not in STRUCTURED_KEYS]
 
     def among(self, present: Sequence[str], *, where: object) -> list[str]:
         """The wanted columns of a file, in its order.
