@@ -234,6 +234,27 @@ def test_a_best_that_could_not_be_kept(
     assert "adapter/ holds the last step" in caplog.text
 
 
+def test_a_best_that_a_later_one_has_replaced_before_the_run_went_back(
+    tmp_path: Path, models_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The run ends with the last step, and says so."""
+    train = {"eval_every": 3, "checkpoint_every": 3, "checkpoint_keep": 2, "keep": "best", "max_steps": 9}
+    tree = run_tree("bert", tmp_path, models_dir, "run", train=train)
+    run_dir = tmp_path / "runs" / "run"
+    with monkeypatch.context() as patch:
+        given_metrics({0: 0.1, 3: 0.8, 6: 0.5, 9: 0.9}, patch)
+        go(tree)
+    assert result_of(run_dir)["kept"]["which"] == "best"
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["step-00000006", "step-00000009"]
+    with monkeypatch.context() as patch:
+        given_metrics({9: 0.4}, patch)
+        go(tree, resume=str(run_dir / "checkpoints" / "step-00000006"))
+    found = result_of(run_dir)
+    assert (found["kept"]["which"], found["kept"]["step"], found["metrics"]) == ("last", 9, {"accuracy": 0.4})
+    assert found["best"]["step"] == 3 and found["best"]["checkpoint"] is None
+    assert "adapter/ holds the last step" in caplog.text
+
+
 @pytest.mark.parametrize("change", [{"keep": "best"}, {"patience": 2}])
 def test_what_needs_evaluations(tmp_path: Path, models_dir: Path, change: dict[str, Any]) -> None:
     key = next(iter(change))

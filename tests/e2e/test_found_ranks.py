@@ -101,6 +101,15 @@ def test_files_that_hold_no_ranks(tmp_path: Path, models_dir: Path, text: str, w
     assert words in str(caught.value)
 
 
+def test_no_rank_beside_a_magnitude(tmp_path: Path, models_dir: Path) -> None:
+    """DoRA's, which would get no gradient."""
+    (tmp_path / "ranks.yaml").write_text("{query: 0}")
+    tree = tree_of(tmp_path, models_dir, "run", policy="file", file=str(tmp_path / "ranks.yaml"))
+    tree["adapter"] |= {"method": "dora"}
+    with pytest.raises(UserError, match=r"query rank 0, and adapter\.type='dora' trains a magnitude"):
+        preflight.check(parse_config(tree))
+
+
 @pytest.mark.parametrize(
     ("sections", "words"),
     [

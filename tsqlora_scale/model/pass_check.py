@@ -17,9 +17,17 @@ from tsqlora_scale.config.schema import Config
 from tsqlora_scale.engine.arithmetic import unit_roundoff
 from tsqlora_scale.engine.collectives import World
 from tsqlora_scale.model.base_model import DTYPES, skeleton
-from tsqlora_scale.model.linear_layers import kinds_of, note_on_weights, read_past, resolve_targets
+from tsqlora_scale.model.linear_layers import kinds_of, linear_layers, note_on_weights, read_past, resolve_targets
 from tsqlora_scale.model.placed_trial import fault_of
-from tsqlora_scale.model.probe import Probe, keeps_apart, packed_texts, padded_rows, probe_inputs, run_probe
+from tsqlora_scale.model.probe import (
+    Probe,
+    expert_kind,
+    keeps_apart,
+    packed_texts,
+    padded_rows,
+    probe_inputs,
+    run_probe,
+)
 from tsqlora_scale.tasks.evaluation import evaluating
 from tsqlora_scale.tasks.objectives.model_inputs import model_class
 from tsqlora_scale.tasks.packing import Packer
@@ -44,12 +52,16 @@ class PassFindings:
         without_batch: linear layers that never get the batch as their first dimension.
         idle: parameters that no logit depends on, where ``adapter.type`` asks for them.
         reads_past: whether modules read the weights of others without calling them, as Mamba's mixers do.
+        experts: linear layers of single experts: which of them are called, a rank's own texts decide.
+        trains_experts: whether anything in them is trained.
     """
 
     unreached: frozenset[str] = frozenset()
     without_batch: frozenset[str] = frozenset()
     reads_past: bool = False
     idle: frozenset[str] = frozenset()
+    experts: frozenset[str] = frozenset()
+    trains_experts: bool = False
 
 
 def check_pass(config: Config, model_config: Any, task: Task) -> PassFindings:
@@ -90,12 +102,14 @@ def check_pass(config: Config, model_config: Any, task: Task) -> PassFindings:
     bare = skeleton(task.auto_class, model_config, trust_remote_code=trust)
     _check_placed(config, model_config, task, probe)
     _check_beams(config, bare)
+    experts = frozenset(name for name in linear_layers(bare) if expert_kind(name) != name)
     targets, layers, idle = config.adapter.target_modules, config.adapter.layers, set[str]()
+    trains_experts = bool(experts) and config.adapter.type in ("bitfit", "full")
     if ADAPTER_TRAITS[config.adapter.type].layers:
         chosen, all_of_them = (
             set(resolve_targets(bare, targets, unreached=u, layers=layers)) for u in (probe.unreached, ())
         )
-        idle = all_of_them - chosen
+        idle, trains_experts = all_of_them - chosen, bool(experts & chosen)
     if launched_rank() == 0:
         if idle:
             log.warning("%d linear layers get no gradient from text and no adapter: %s", len(idle), kinds_of(idle))
@@ -113,7 +127,9 @@ def check_pass(config: Config, model_config: Any, task: Task) -> PassFindings:
         bytes_each = 4 if config.model.dtype == "fp32" else 2
         if note := note_on_weights(bare, is_4_bit=config.model.quantization == "nf4", bytes_each=bytes_each):
             log.warning("%s", note)
-    return PassFindings(probe.unreached, probe.without_batch, bool(read_past(bare)), probe.idle)
+    return PassFindings(
+        probe.unreached, probe.without_batch, bool(read_past(bare)), probe.idle, experts, trains_experts
+    )
 
 
 def _check_placed(config: Config, model_config: Any, task: Task, probe: Probe) -> None:

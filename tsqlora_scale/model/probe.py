@@ -318,8 +318,8 @@ def _unreached(model: nn.Module, inputs: Mapping[str, Tensor]) -> frozenset[str]
     with _anchored(layers, anchors):
         logits = model(**inputs).logits
     found = torch.autograd.grad(logits.float().sum(), list(anchors.values()), allow_unused=True)
-    reached = {_expert_kind(name) for name, gradient in zip(anchors, found, strict=True) if gradient is not None}
-    return frozenset(name for name in layers if _expert_kind(name) not in reached)
+    reached = {expert_kind(name) for name, gradient in zip(anchors, found, strict=True) if gradient is not None}
+    return frozenset(name for name in layers if expert_kind(name) not in reached)
 
 
 def _idle(model: nn.Module, inputs: Mapping[str, Tensor]) -> frozenset[str]:
@@ -340,8 +340,8 @@ def _idle(model: nn.Module, inputs: Mapping[str, Tensor]) -> frozenset[str]:
     finally:
         for param in params.values():
             param.requires_grad_(False)
-    kinds = {_expert_kind(name) for name, param in params.items() if id(param) in reached}
-    return frozenset(name for name in params if _expert_kind(name) not in kinds)
+    kinds = {expert_kind(name) for name, param in params.items() if id(param) in reached}
+    return frozenset(name for name in params if expert_kind(name) not in kinds)
 
 
 def _without_batch(model: nn.Module, inputs: Mapping[str, Tensor]) -> frozenset[str]:
@@ -353,7 +353,7 @@ def _without_batch(model: nn.Module, inputs: Mapping[str, Tensor]) -> frozenset[
     found: dict[bool, set[str]] = {True: set(), False: set()}
 
     def listener(name: str) -> Callable[..., None]:
-        return lambda _, args, __: found[args[0].dim() > 1 and args[0].shape[0] == rows].add(_expert_kind(name))
+        return lambda _, args, __: found[args[0].dim() > 1 and args[0].shape[0] == rows].add(expert_kind(name))
 
     handles = [module.register_forward_hook(listener(name)) for name, module in layers.items()]
     try:
@@ -362,12 +362,12 @@ def _without_batch(model: nn.Module, inputs: Mapping[str, Tensor]) -> frozenset[
     finally:
         for handle in handles:
             handle.remove()
-    return frozenset(name for name in layers if _expert_kind(name) in found[False] - found[True])
+    return frozenset(name for name in layers if expert_kind(name) in found[False] - found[True])
 
 
-def _expert_kind(name: str) -> str:
+def expert_kind(name: str) -> str:
     """The same for all experts of a block: a few tokens do not visit them all."""
-    return re.sub(r"(experts?)\.\d+\.", r"\1.N.", name)
+    return re.sub(r"(experts?)\.(expert_)?\d+\.", r"\1.N.", name)
 
 
 @contextmanager

@@ -89,8 +89,7 @@ def build_run(
     accelerator = started(
         config, accumulation=plan.accumulation, mixed_precision="fp16" if config.model.dtype == "fp16" else "no"
     )
-    if shards_parameters(accelerator):
-        check_sharding(preflight)
+    check_engine(preflight, sharded=shards_parameters(accelerator), processes=accelerator.num_processes)
     world = World.current(accelerator.device)
     if lock is not None:
         lock.take(world)
@@ -130,6 +129,29 @@ def build_run(
         if writes:
             open_folder(run, tree, resume)
     return run
+
+
+def check_engine(preflight: Preflight, *, sharded: bool, processes: int) -> None:
+    """What several processes, and ZeRO-3 and FSDP2, do not go with.
+
+    Raises:
+        UserError: naming the key.
+    """
+    config, findings = preflight.config, preflight.findings
+    if processes > 1 and findings.experts and (sharded or findings.trains_experts):
+        what = (
+            "ZeRO-3 and FSDP2 gather a layer where it is called"
+            if sharded
+            else f"what adapter.type={config.adapter.type!r} trains in them needs a gradient on every rank"
+        )
+        remedy = "use DDP or ZeRO-2, and " if sharded else "run one process, or "
+        raise UserError(
+            f"model.name_or_path={config.model.name_or_path!r} is a {preflight.model_config.model_type} model of "
+            f"experts that are layers of their own ({min(findings.experts)}): a rank calls those that its texts are "
+            f"sent to, and {what}; {remedy}leave the experts out of adapter.target_modules"
+        )
+    if sharded:
+        check_sharding(preflight)
 
 
 def check_sharding(preflight: Preflight) -> None:

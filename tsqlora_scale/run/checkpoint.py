@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -22,6 +23,8 @@ log = logging.getLogger("tsqlora_scale")
 
 MANIFEST = "manifest.json"
 FILES = {"parameters.safetensors", "state.safetensors", "state.json"}
+#: Behind the name of a checkpoint in whose place a new one of the same step is just put.
+REPLACED = ".replaced.partial"
 #: Key of a reference to a tensor in ``state.safetensors``.
 TENSOR = "tensor"
 
@@ -113,6 +116,7 @@ def newest_checkpoint(root: Path) -> Path | None:
         UserError: when there are checkpoints, and all of them are damaged.
     """
     problem: UserError | None = None
+    _restore(root)
     for folder in reversed(complete_checkpoints(root)):
         try:
             verify_checkpoint(folder)
@@ -166,6 +170,11 @@ def complete_checkpoints(root: Path) -> list[Path]:
     return sorted(p for p in root.glob("step-*") if p.is_dir() and not p.name.endswith(".partial"))
 
 
+def has_checkpoints(root: Path) -> bool:
+    """Whether there is any, damaged or not."""
+    return bool(complete_checkpoints(root)) or any(root.glob(f"step-*{REPLACED}"))
+
+
 def drop_after(root: Path, step: int) -> None:
     """Delete checkpoints of later steps: a run that goes on from ``step`` will not pass through them."""
     for path in complete_checkpoints(root):
@@ -185,12 +194,21 @@ def prune(root: Path, *, keep: int, protect: set[str]) -> None:
 
 def _remove(folder: Path) -> None:
     """Delete a checkpoint; renamed first, so that a deletion cut short leaves nothing that looks complete."""
-    shutil.rmtree(_doomed(folder))
+    shutil.rmtree(_renamed(folder, ".deleted.partial"))
+
+
+def _restore(root: Path) -> None:
+    """Give checkpoints their name back whose replacement was cut short. Every rank may do so, one will."""
+    for path in root.glob(f"step-*{REPLACED}"):
+        folder = path.with_name(path.name.removesuffix(REPLACED))
+        if not folder.exists():
+            with contextlib.suppress(OSError):
+                path.rename(folder)
 
 
 def _replace(folder: Path, partial: Path) -> Path | None:
     """Let ``partial`` be the checkpoint; where one of that name was, its new name, under which to delete it."""
-    old = _doomed(folder) if folder.exists() else None
+    old = _renamed(folder, REPLACED) if folder.exists() else None
     try:
         partial.rename(folder)
     except OSError:
@@ -200,10 +218,10 @@ def _replace(folder: Path, partial: Path) -> Path | None:
     return old
 
 
-def _doomed(folder: Path) -> Path:
-    doomed = folder.with_name(folder.name + ".deleted.partial")
-    shutil.rmtree(doomed, ignore_errors=True)
-    return folder.rename(doomed)
+def _renamed(folder: Path, suffix: str) -> Path:
+    other = folder.with_name(folder.name + suffix)
+    shutil.rmtree(other, ignore_errors=True)
+    return folder.rename(other)
 
 
 def _without_tensors(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:

@@ -30,7 +30,8 @@ def start_from_samples(model: nn.Module, config: Config, task: Task, *, device: 
     model.to(device).eval()
 
     def one_pass() -> None:
-        with torch.no_grad():
+        # a head trains in float32: the engine, which casts for it, is not there yet
+        with torch.no_grad(), torch.autocast(device.type, torch.float16, enabled=config.model.dtype == "fp16"):
             for row in rows.tolist():
                 model(**task.batch([row]).to(device).inputs)
 

@@ -41,6 +41,12 @@ def check_rank_file(config: Config, model_config: Any, *, unreached: Collection[
         widest = min(weight_shape(layers[name]))
         if rank > widest:
             raise UserError(f"{key}: {name} has rank {rank}, and no matrix of it can have more than {widest}; lower it")
+    without = [name for name, rank in ranks.items() if not rank]
+    if without and adapter.type == "dora":
+        raise UserError(
+            f"{key}: gives {without[0]} rank 0, and adapter.type='dora' trains a magnitude beside the ranks of every "
+            "layer; leave such layers out of adapter.target_modules, or use adapter.type=lora"
+        )
     if not any(ranks.values()):
         raise UserError(f"{key}: leaves every layer without a rank; give one to some")
 

@@ -9,7 +9,7 @@ from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.fields import as_steps
 from tsqlora_scale.config.schema import Config, TrainConfig
 from tsqlora_scale.engine.collectives import World
-from tsqlora_scale.run.checkpoint import complete_checkpoints, newest_checkpoint
+from tsqlora_scale.run.checkpoint import has_checkpoints, newest_checkpoint
 from tsqlora_scale.run.lr_schedule import learning_rate
 from tsqlora_scale.run.plan import RunPlan, total_steps
 
@@ -57,7 +57,7 @@ def has_checkpoint(run_dir: Path, resume: str) -> bool:
         UserError: when a folder was named and is none.
     """
     if resume == "auto":
-        return bool(complete_checkpoints(run_dir / "checkpoints"))
+        return has_checkpoints(run_dir / "checkpoints")
     return find_checkpoint(run_dir, resume) is not None
 
 

@@ -56,6 +56,10 @@ class RunCheckpoints:
         complete = complete_checkpoints(self.root)
         self.newest = complete[-1].name if complete else None
 
+    def resume(self, best: str | None) -> None:
+        """Go on from a checkpoint whose best one was ``best``: a later best one may have been kept in its place."""
+        self.best = best if best is not None and (self.root / best).is_dir() else None
+
     def _prune(self) -> None:
         try:
             prune(self.root, keep=self._keep, protect={self.best} if self.best else set())

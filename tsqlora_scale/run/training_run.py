@@ -366,7 +366,8 @@ class Run:
         self.draws.load_state_dict(tree.get("draws", []))
         self.selector.load_state_dict(tree["selector"])
         self.ranks.load_state_dict(tree["controller"])
-        self.step, self.best, self.checkpoints.best = tree["step"], tree["best"], tree["best_kept"]
+        self.step, self.best = tree["step"], tree["best"]
+        self.checkpoints.resume(tree["best_kept"])
         self.nonfinite.count = tree["nonfinite"]
         self.average.load_state_dict(tree.get("average", {}))
         self.pretraining = tree.get("pretraining")

@@ -19,6 +19,7 @@ from tsqlora_scale.run.checkpoint import (
     checkpoint_dir,
     complete_checkpoints,
     drop_after,
+    has_checkpoints,
     newest_checkpoint,
     prune,
     read_checkpoint,
@@ -76,13 +77,29 @@ def test_a_checkpoint_appears_at_once_and_on_disk(tmp_path: Path, monkeypatch: p
     assert list(flushed)[-1] == tmp_path.name, "the new name is flushed last"
 
 
-def test_an_overwrite_that_dies_leaves_the_old_the_new_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("dies", "kept"), [("rmtree", 2.0), ("second rename", 1.0)])
+def test_an_overwrite_that_dies_leaves_the_old_or_the_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies: str, kept: float
+) -> None:
+    rename = Path.rename
+
+    def dying(path: Path, target: Path) -> Path:
+        if path.name == "step-00000001.partial":
+            raise Killed
+        return rename(path, target)
+
     write(tmp_path / "step-00000001", 1.0)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.shutil, "rmtree", rmtree_dies)
+        if dies == "rmtree":
+            patch.setattr(checkpoint.shutil, "rmtree", rmtree_dies)
+        else:
+            patch.setattr(Path, "rename", dying)
         with pytest.raises(Killed):
             write(tmp_path / "step-00000001", 2.0)
     assert_all_readable(tmp_path)
+    assert has_checkpoints(tmp_path)
+    assert newest_checkpoint(tmp_path) == tmp_path / "step-00000001"
+    assert read_checkpoint(tmp_path / "step-00000001")[1]["value"] == kept
     write(tmp_path / "step-00000001", 3.0)
     _, tree = read_checkpoint(tmp_path / "step-00000001")
     assert tree["value"] == 3.0
