@@ -17,9 +17,9 @@ from tsqlora_scale.run import preflight
 from tsqlora_scale.run.build import build_run, check_engine
 
 SIZES: dict[str, Any] = {
-    "vocab_size": zoo.DECODER["vocab_size"], "d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "num_layers": 2, "num_decoder_layers": 2,
+    "vocab_size": zoo.DECODER["vocab_size"], "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0,
+    "d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "num_layers": 2, "num_decoder_layers": 2,
     "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, "num_experts": 16, "expert_capacity": 64,
-    "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0,
 }  # fmt: skip
 
 
