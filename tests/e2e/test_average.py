@@ -20,6 +20,7 @@ from tsqlora_scale.config.load import parse_config
 from tsqlora_scale.model.adapters.adapter_files import DIAGONALS
 from tsqlora_scale.ranks.controller import FixedRanks
 from tsqlora_scale.ranks.install import diagonal_name, factor_names
+from tsqlora_scale.report.result_table import print_result
 from tsqlora_scale.run import preflight
 from tsqlora_scale.run.build import build_run
 from tsqlora_scale.run.checkpoint import read_checkpoint
@@ -30,7 +31,9 @@ from tsqlora_scale.tasks.logit_gaps import squared_gaps
 AVERAGE = {"average_last": 3, "average_every": 2, "keep": "average"}
 
 
-def test_adapter_holds_the_average_through_rank_events(tmp_path: Path, models_dir: Path) -> None:
+def test_adapter_holds_the_average_through_rank_events(
+    tmp_path: Path, models_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Steps 8, 10 and 12, the event of step 8 before the first of them; checkpoints hold the parts."""
     train = {**AVERAGE, "checkpoint_every": 2, "checkpoint_keep": 20}
     made = run_tree("bert", tmp_path, models_dir, "run", train=train)
@@ -38,6 +41,10 @@ def test_adapter_holds_the_average_through_rank_events(tmp_path: Path, models_di
     result = result_of(run.record.folder)
     assert result["average"]["steps"] == [8, 10, 12]
     assert result["kept"]["which"] == "average" and result["metrics"] == result["average"]["metrics"]
+    print_result(result)
+    table = " ".join(capsys.readouterr().out.split())
+    assert f"(the average of the last snapshots, to step {result['steps']})" in table
+    assert f"of the last step │ {result['metrics_last']['accuracy']:.4f}" in table
     kept = load_file(run.record.folder / "adapter" / "adapter_model.safetensors")
     states = [read_checkpoint(run.record.folder / "checkpoints" / f"step-{s:08d}")[0].params for s in (8, 10, 12)]
     for layer, rank in run.kept["ranks"].items():

@@ -81,6 +81,7 @@ def test_the_best_is_kept_with_its_ranks(tmp_path: Path, models_dir: Path, capsy
     assert not same(kept, tensors(folders["last"] / "adapter"))
     files = [sorted(path.name for path in (folder / "adapter").iterdir()) for folder in folders.values()]
     assert files[0] == files[1]
+    assert "12 of rank 4;" in (folders["best"] / "adapter" / "README.md").read_text(encoding="utf-8").replace("\n", " ")
     print_result(found["best"])
     table = " ".join(capsys.readouterr().out.split())
     assert "accuracy of the last step │ 0.7000" in table

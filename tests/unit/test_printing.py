@@ -49,6 +49,15 @@ def test_a_users_mistake_is_one_line(text: str) -> None:
     assert len(line) <= 2000
 
 
+def test_what_is_not_finite_is_a_dash(capsys: pytest.CaptureFixture[str]) -> None:
+    numbers = {"quality": 1.0, "convergence": None, "loss": None}
+    entry: dict[str, Any] = {"sample_id": "s", "text": "t", "answer": "a", **numbers}
+    score_tables.Console().print(score_tables._samples("worst", [entry], ("quality", "convergence", "loss")))
+    assert ["s", "1.000", "-", "-", "a", "t"] in [
+        [cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines()
+    ]
+
+
 def test_samples_are_printed_as_they_are(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """On a terminal, where rich would write colours and links."""
     out = io.StringIO()

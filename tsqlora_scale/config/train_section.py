@@ -107,7 +107,7 @@ class TrainConfig(Section):
 
     def evaluations(self, steps: int) -> int:
         """How often held-out rows are judged in a run of so many steps: on its start, after its last step, between."""
-        return int(self.eval_on_start) + 1 + (steps // self.eval_every if self.eval_every else 0)
+        return int(self.eval_on_start) + 1 + ((steps - 1) // self.eval_every if self.eval_every else 0)
 
     @model_validator(mode="before")
     @classmethod

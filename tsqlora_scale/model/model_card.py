@@ -153,7 +153,7 @@ def _metrics(result: Mapping[str, Any]) -> list[str]:
 
 
 def _ranks(result: Mapping[str, Any]) -> list[str]:
-    ranks = result.get("ranks_end", {})
+    ranks = result.get("kept", {}).get("ranks") or result.get("ranks_end", {})  # of what is kept
     if not ranks:
         return []
     counts = ", ".join(f"{count} of rank {rank}" for rank, count in sorted(Counter(ranks.values()).items()))

@@ -152,6 +152,8 @@ def engines_for(config: Config, devices: int) -> list[str]:
     refused = set()
     if config.model.dtype == "fp16":
         refused |= {"zero2", "zero3", "fsdp2"}
+    if config.adapter.init == "eva":  # looks at samples with the base whole
+        refused |= {"zero3", "fsdp2"}
     integers = config.model.quantization == "nf4" and config.model.quant_storage == "uint8"
     if integers or not ADAPTER_TRAITS[config.adapter.type].fsdp:
         refused.add("fsdp2")

@@ -15,6 +15,7 @@ from tsqlora_scale.config.schema import Config
 from tsqlora_scale.model.describe import describe_model
 from tsqlora_scale.model.dropouts import set_layer_drop, set_no_rescaling
 from tsqlora_scale.model.probe import run_probe
+from tsqlora_scale.planning.data_sizes import DataSizes
 from tsqlora_scale.planning.engine_memory import EngineMemory, engine_memory, engines_for
 from tsqlora_scale.planning.exchange import received_bytes
 from tsqlora_scale.planning.held_bytes import HeldWeights, held_weights
@@ -124,8 +125,7 @@ class Forecast:
 def forecast(
     config: Config,
     *,
-    pool_size: int,
-    dev_size: int = 0,
+    sizes: DataSizes,
     devices: int = 1,
     memory: int | None = None,
     tokens_per_second: float | None = None,
@@ -135,8 +135,7 @@ def forecast(
     """Plan a run.
 
     Args:
-        pool_size: samples of the pool.
-        dev_size: held-out rows.
+        sizes: of the data.
         devices: ranks, one on each.
         memory: bytes of one of them.
         tokens_per_second: that all of them train on, the base whole on each.
@@ -147,7 +146,7 @@ def forecast(
         UserError: a model that cannot be described or tried, batch sizes that do not divide, a schedule that never
             fires.
     """
-    plan = plan_run(config, pool_size, devices)
+    plan = plan_run(config, sizes.pool, devices, query_rows=sizes.query)
     forecaster = Forecaster(config, plan, memory=memory, machine=machine)
     engines = [forecaster.memory_of(name, plan.micro_batch_size) for name in engines_for(config, devices)]
     checkpointing = config.model.gradient_checkpointing
@@ -159,7 +158,7 @@ def forecast(
         step=forecaster.step(plan.micro_batch_size, checkpointing),
         scoring=(forecaster.scoring_of(scored, checkpointing), scored),
         evaluation=forecaster.passes.evaluation(),
-        dev_size=dev_size,
+        dev_size=sizes.held_out,
     )
     proposal, least, remedies = forecaster.proposal(), None, []
     if memory is not None and proposal is None:
@@ -169,7 +168,7 @@ def forecast(
             devices=devices,
             memory=memory,
             least=least,
-            plans=_Replanned(forecaster, pool_size=pool_size, memory=memory, machine=machine),
+            plans=_Replanned(forecaster, sizes=sizes, memory=memory, machine=machine),
         )
     return Forecast(
         config=config,
@@ -181,7 +180,7 @@ def forecast(
         memory=memory,
         times=times,
         hours=None if tokens_per_second is None else times.hours(tokens_per_second),
-        received={one.engine: forecaster.received(one.engine, scored, dev_size) for one in engines},
+        received={one.engine: forecaster.received(one.engine, scored, sizes.held_out) for one in engines},
         link=link,
         trained=forecaster.weights.trained_elements,
         base_elements=sum(weight.elements for weight in forecaster.weights.frozen),
@@ -316,8 +315,9 @@ class Forecaster:
         return None
 
     def least(self) -> EngineMemory:
-        """The candidate that needs least: one sample at once, with checkpointing."""
-        found = [self.memory_of(engine, 1, True) for engine in engines_for(self.config, self.plan.world_size)]
+        """The candidate that needs least: as few samples at once as may be, with checkpointing."""
+        micro = micro_batch_sizes(self.config, self.plan)[-1]
+        found = [self.memory_of(engine, micro, True) for engine in engines_for(self.config, self.plan.world_size)]
         return min(found, key=lambda memory: memory.total)
 
     def _candidates(self) -> Iterator[tuple[bool, str, int]]:
@@ -331,9 +331,9 @@ class Forecaster:
 class _Replanned:
     """Plans under changed configs, and on other numbers of devices, whose passes are those of the same config."""
 
-    def __init__(self, first: Forecaster, *, pool_size: int, memory: int, machine: Machine) -> None:
+    def __init__(self, first: Forecaster, *, sizes: DataSizes, memory: int, machine: Machine) -> None:
         self._passes = {first.config.model_dump_json(): first.passes}
-        self._pool_size, self._memory, self._machine = pool_size, memory, machine
+        self._sizes, self._memory, self._machine = sizes, memory, machine
 
     def least(self, config: Config, devices: int) -> EngineMemory:
         """See :class:`.Plans`."""
@@ -344,7 +344,8 @@ class _Replanned:
         return self._forecaster(config, devices).proposal()
 
     def _forecaster(self, config: Config, devices: int) -> Forecaster:
-        key, plan = config.model_dump_json(), plan_run(config, self._pool_size, devices)
+        key = config.model_dump_json()
+        plan = plan_run(config, self._sizes.pool, devices, query_rows=self._sizes.query)
         known = self._passes.get(key)
         forecaster = Forecaster(config, plan, memory=self._memory, machine=self._machine, passes=known)
         self._passes[key] = forecaster.passes
@@ -352,9 +353,11 @@ class _Replanned:
 
 
 def micro_batch_sizes(config: Config, plan: RunPlan) -> list[int]:
-    """The config's, and smaller ones that divide a rank's share of the batch, the largest first."""
-    share = config.train.batch_size // plan.world_size
-    return [size for size in range(plan.micro_batch_size, 0, -1) if share % size == 0]
+    """The config's, and smaller ones that divide a rank's share of the batch, the largest first; where groups of
+    samples are listened to, of whole groups."""
+    share, group = config.train.batch_size // plan.world_size, config.sensitivity.group_size
+    whole = group if config.adapts_ranks and isinstance(group, int) else 1
+    return [size for size in range(plan.micro_batch_size, 0, -1) if share % size == 0 and size % whole == 0]
 
 
 def unreached_layers(config: Config, model_config: Any) -> Collection[str]:

@@ -176,7 +176,7 @@ class PhantomPasses:
         return PassNeeds(held, passing=live.peak - held, flops=live.flops)
 
     def _evaluation(self) -> PassNeeds:
-        if not self.config.task.dataset.has_dev:
+        if not self.config.task.has_dev:
             return PassNeeds()
         config, metrics = self.config, self.config.task.metrics
         writes = config.task.type in ("causal", "seq2seq")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.quiet import prepare_environment
 from tsqlora_scale.config.schema import Config
+from tsqlora_scale.planning.data_sizes import DataSizes
 
 if TYPE_CHECKING:
     from tsqlora_scale.planning.forecast import Forecast
@@ -43,13 +44,12 @@ def plan(
     if machine not in ("gpu", "cpu"):
         raise UserError(f"--on {machine!r} (machine): choose 'gpu' or 'cpu'")
     prepare_environment()
-    config, pool_size, dev_size = with_sizes(config, pool=pool, dev=dev)
+    config, sizes = with_sizes(config, pool=pool, dev=dev)
     from tsqlora_scale.planning.forecast import forecast
 
     return forecast(
         config,
-        pool_size=pool_size,
-        dev_size=dev_size,
+        sizes=sizes,
         devices=devices,
         memory=None if memory is None else int(memory * 2**30),
         tokens_per_second=tokens_per_second,
@@ -74,7 +74,7 @@ def check_machine_size(devices: int, memory: float | None, tokens_per_second: fl
         )
 
 
-def with_sizes(config: Config, *, pool: int | None, dev: int | None) -> tuple[Config, int, int]:
+def with_sizes(config: Config, *, pool: int | None, dev: int | None) -> tuple[Config, DataSizes]:
     """The config with the classes of the data, and the sizes of pool and held-out sets.
 
     Raises:
@@ -84,7 +84,7 @@ def with_sizes(config: Config, *, pool: int | None, dev: int | None) -> tuple[Co
         for name, size, least in (("pool", pool, 1), ("dev", dev or 0, 0)):
             if size < least:
                 raise UserError(f"--{name} {size} ({name}): give a number of rows")
-        return config, pool, dev or 0
+        return config, DataSizes(pool, held_out=dev or 0)
     if dev is not None:
         raise UserError(f"--dev {dev} (dev) goes with --pool (pool); without both the data are read")
     from tsqlora_scale.tasks import load_data
@@ -94,5 +94,6 @@ def with_sizes(config: Config, *, pool: int | None, dev: int | None) -> tuple[Co
     except UserError as error:
         raise UserError(f"{error}; or give --pool N (pool), and no data are read") from None
     held_out = [data.dev, *data.more_dev.values()]
-    sizes = [len(rows) for rows in held_out if rows is not None]
-    return config.with_labels(data.labels), len(data.pool(with_query=config.task.train_on_query)), sum(sizes)
+    whole = len(data.pool(with_query=config.task.train_on_query))
+    judged = sum(len(rows) for rows in held_out if rows is not None)
+    return config.with_labels(data.labels), DataSizes(whole, query=whole - len(data.train), held_out=judged)

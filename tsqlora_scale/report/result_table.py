@@ -8,6 +8,8 @@ from typing import Any
 
 from tsqlora_scale.report.score_tables import findings_told, plain
 
+#: What the adapter's folder holds, by ``train.keep``.
+HELD = {"last": "last step,", "best": "best evaluation,", "average": "average of the last snapshots, to step"}
 LIBRARIES = ("tsqlora-scale", "torch", "transformers", "accelerate", "peft", "deepspeed", "bitsandbytes", "datasets")
 
 
@@ -53,7 +55,7 @@ def print_result(result: dict[str, Any]) -> None:
             f"best {best['metric']}", f"{best['value']:.4f} at step {best['step']} ({best['checkpoint'] or 'not kept'})"
         )
     kept, early = result["kept"], result["stopped_early"]
-    if kept["step"] != result["steps"]:
+    if kept["step"] != result["steps"] or kept.get("which") == "average":
         for name, value in result["metrics_last"].items():
             table.add_row(plain(f"{result.get('metric_titles', {}).get(name, name)} of the last step"), f"{value:.4f}")
     if early:
@@ -75,7 +77,7 @@ def print_result(result: dict[str, Any]) -> None:
         table.add_row(f"{name} cost", f"{100 * share:.1f} % of the run's {result['wall_seconds']:.0f} s")
     if result["samples_per_second"]:
         table.add_row("training speed", f"{result['samples_per_second']:.1f} samples/s")
-    holds = f"the {'best evaluation' if kept['step'] != result['steps'] else 'last step'}, {kept['step']}"
+    holds = f"the {HELD[kept.get('which', 'last')]} {kept['step']}"
     table.add_row("adapter", f"{plain(result['adapter'])} ({holds})")
     console.print(table)
     if result["ranks_start"] != result["ranks_end"]:

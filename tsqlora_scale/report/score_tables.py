@@ -68,6 +68,6 @@ def _samples(title: str, entries: list[dict[str, Any]], columns: Sequence[str]) 
         text = " ".join(entry["text"].split())
         text = text if len(text) <= WIDTH else text[: WIDTH - 1] + "…"
         answer = entry["answer"][:WIDTH]
-        numbers = [f"{entry[name]:.3f}" for name in columns]
+        numbers = ["-" if entry[name] is None else f"{entry[name]:.3f}" for name in columns]  # not finite
         table.add_row(plain(entry["sample_id"][:WIDTH]), *numbers, plain(answer), plain(text))
     return table

@@ -15,10 +15,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.queried import QUERY, queried
 from tests.runs import run_tree, write_config
 from tsqlora_scale.commands.main import main
 from tsqlora_scale.config.load import parse_config
 from tsqlora_scale.config.schema import Config
+from tsqlora_scale.planning.data_sizes import DataSizes
 from tsqlora_scale.planning.engine_memory import (
     ENGINES,
     GIB,
@@ -28,12 +30,14 @@ from tsqlora_scale.planning.engine_memory import (
     engines_for,
 )
 from tsqlora_scale.planning.exchange import received_bytes
-from tsqlora_scale.planning.forecast import Forecast, forecast
+from tsqlora_scale.planning.forecast import Forecast, forecast, micro_batch_sizes
 from tsqlora_scale.planning.forecast_tables import print_forecast, proposal_told, remedies_told
 from tsqlora_scale.planning.held_bytes import WHOLE, FrozenWeight, HeldWeights
 from tsqlora_scale.planning.phantom_passes import PassNeeds
+from tsqlora_scale.planning.planner import plan
 from tsqlora_scale.planning.remedies import find_remedies
 from tsqlora_scale.planning.run_times import scored_samples
+from tsqlora_scale.run import preflight
 from tsqlora_scale.run.plan import plan_run
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -84,6 +88,40 @@ def test_engines_go_with_devices_and_config(tree: dict[str, Any]) -> None:
     packed = tree | {"model": tree["model"] | {"quantization": "nf4"}}
     assert engines_for(parse_config(packed), 4) == ["ddp", "zero2", "zero3"]
     assert "fsdp2" in engines_for(parse_config(packed | {"model": packed["model"] | {"quant_storage": "fp32"}}), 4)
+    looks = {"allocation": {"policy": "fixed"}, "adapter": {"method": "lora", "init": "eva"}}
+    assert engines_for(parse_config(tree | looks), 4) == ["ddp", "zero2"]
+
+
+def test_micro_batches_hold_whole_groups(tree: dict[str, Any]) -> None:
+    tree["train"] |= {"batch_size": 12, "micro_batch_size": 6}
+    config = parse_config(tree | {"sensitivity": {"window": 3, "group_size": 3}})
+    assert micro_batch_sizes(config, plan_run(config, 48, 1)) == [6, 3]
+    config = parse_config(tree | {"sensitivity": {"window": 3, "group_size": "auto"}})
+    assert micro_batch_sizes(config, plan_run(config, 48, 1)) == [6, 4, 3, 2, 1]
+
+
+def test_a_mixture_is_evaluated_too(tree: dict[str, Any]) -> None:
+    task = {key: value for key, value in tree["task"].items() if key != "dataset"}
+    sets = [{"name": name, "dataset": tree["task"]["dataset"]} for name in ("a", "b")]
+    mixed, plain = planned(tree | {"task": task | {"mixture": sets}}, machine="cpu"), planned(tree, machine="cpu")
+    assert mixed.times.steps["evaluation"] == plain.times.steps["evaluation"] > 0
+
+
+def test_rows_of_the_query_are_in_every_choice(tmp_path: Path, models_dir: Path) -> None:
+    """The plan of a run says what the run will do, and the run is not refused by other numbers."""
+    changes: dict[str, Any] = {"sampling": {"selector": "less", "keep_fraction": 0.05}}
+    changes |= {"scoring": {"warmup_steps": 4}, "train": {"max_steps": None, "epochs": 6}}
+    config = parse_config(queried("bert", tmp_path, models_dir, **changes))
+    run = preflight.check(config).plan
+    assert (run.query_rows, run.total_steps) == (QUERY, 8)
+    found = plan(config, machine="cpu").plan
+    assert (found.query_rows, found.total_steps, found.subset_size) == (QUERY, 8, run.subset_size)
+
+
+def test_evaluations_of_a_run(tree: dict[str, Any]) -> None:
+    """On its start, every four steps, and after the last."""
+    train = parse_config(tree | {"train": tree["train"] | {"eval_every": 4}}).train
+    assert [train.evaluations(steps) for steps in (11, 12, 13)] == [4, 4, 5]
 
 
 @given(st.integers(1, 400), st.integers(300, 600), st.integers(2, 9))
@@ -111,7 +149,7 @@ def test_phases_are_sums_of_parts(tree: dict[str, Any]) -> None:
 
 
 def planned(tree: dict[str, Any], **options: Any) -> Forecast:
-    return forecast(parse_config(tree), pool_size=48, dev_size=8, **options)
+    return forecast(parse_config(tree), sizes=DataSizes(48, held_out=8), **options)
 
 
 def test_what_is_proposed_fits_and_is_the_first_that_does(

@@ -33,6 +33,13 @@ def test_pairs_are_all_pairs(size, seed, threshold):
     assert counts.sum() == size + 2 * len(pairs)
 
 
+def test_a_threshold_of_one_finds_all_copies():
+    """The cosine of a vector with itself is a rounding below 1 every other time."""
+    rows = np.random.default_rng(0).standard_normal((200, 64)).astype(np.float32)
+    pairs = similar_pairs(np.concatenate([rows, rows]), 1.0)
+    assert pairs.tolist() == [[i, i + 200] for i in range(200)]
+
+
 @pytest.mark.parametrize("block", [1, 7, 10**6])
 def test_blocks_change_nothing(block, monkeypatch):
     sketches = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)

@@ -13,6 +13,8 @@ ALL_PAIRS = 20_000
 TABLES = 8
 #: rows of one block of the product of all pairs
 BLOCK = 2048
+#: By which the cosine of a vector with itself may miss 1, in float32.
+ROUNDING = 1e-6
 
 
 def similar_pairs(sketches: np.ndarray, threshold: float, *, seed: int = 0) -> np.ndarray:
@@ -28,6 +30,7 @@ def similar_pairs(sketches: np.ndarray, threshold: float, *, seed: int = 0) -> n
     lengths = np.linalg.norm(sketches, axis=1)
     usable = np.flatnonzero(np.isfinite(lengths) & (lengths > 0))
     units = (sketches[usable] / lengths[usable, None]).astype(np.float32)
+    threshold = min(threshold, 1 - ROUNDING)
     found = [np.empty((0, 2), np.int64)]
     for bucket in _buckets(units, seed):
         for start in range(0, len(bucket), BLOCK):
