@@ -107,6 +107,7 @@ def score(
     prepare_environment()
     config = _for_scoring(config, adapter)
     _check_options(top, similarity)
+    from tsqlora_scale.model.adapters.adapter_type import check_sizes
     from tsqlora_scale.model.describe import check_adapter_fits
     from tsqlora_scale.run import preflight
 
@@ -127,6 +128,7 @@ def score(
         if adapter is not None:
             start = str(stack.enter_context(adapter_folder(adapter)))
             check_adapter_fits(checked.config, checked.model_config, start)
+            check_sizes(Path(start), checked.config.adapter)
         stop = stack.enter_context(StopRequest())
         lock = stack.enter_context(_only_writer(config, overwrite=overwrite, resume=place))
         run = build_run(checked, resume=place, adapter=start, stop=stop, lock=lock)

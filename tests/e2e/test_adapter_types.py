@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from tests.runs import go, losses_of, read_lines, result_of, run_tree
+from tests.tiny import tiny_model
 from tsqlora_scale.api import evaluate, export, predict, score
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.load import parse_config
@@ -187,6 +188,12 @@ def test_a_saved_adapter_that_does_not_fit(tmp_path: Path, models_dir: Path, sav
         preflight.check(parse_config(tree("prompt", prompt_tokens=9, init_from=str(saved["prompt"]))))
     with pytest.raises(UserError, match=r"adapter\.init_from=.*is a pfeiffer adapter, adapter\.type is 'houlsby'"):
         preflight.check(parse_config(tree("houlsby", init_from=str(saved["pfeiffer"]))))
+    with pytest.raises(
+        UserError, match=r"its filters have rank 4, adapter\.filter_rank .* is 2; set adapter\.filter_rank=4"
+    ):
+        preflight.check(parse_config(tree("loratrf", filter_rank=2, init_from=str(saved["loratrf"]))))
+    with pytest.raises(UserError, match=r"is of width 4, adapter\.r is 2; set adapter\.r=4"):
+        score(parse_config(tree("pfeiffer", r=2) | {"sampling": {"selector": "quality"}}), adapter=saved["pfeiffer"])
     copy = tmp_path / "copy"
     shutil.copytree(saved["pfeiffer"], copy)
     described = json.loads((copy / "adapter_config.json").read_text(encoding="utf-8"))
@@ -201,6 +208,18 @@ def test_a_saved_adapter_that_does_not_fit(tmp_path: Path, models_dir: Path, sav
     described = json.loads((copy / "adapter_config.json").read_text(encoding="utf-8"))
     (copy / "adapter_config.json").write_text(json.dumps(described | {"filter_rank": 3}), encoding="utf-8")
     assert "task_filter.down.weight is (4, 32), for this model it is (3, 32)" in refusal(tree("loratrf"), copy)
+
+
+def test_a_base_of_another_shape_or_type(models_dir: Path, saved: dict[str, Path]) -> None:
+    """Of other labels it is refused; of 16 bits it computes as a run on it does."""
+    path, auto = tiny_model("bert", models_dir), AutoModelForSequenceClassification
+    with pytest.raises(
+        UserError, match=r"classifier.bias is \(2,\), the model's is \(3,\); give the base .* as many labels"
+    ):
+        load_adapter(auto.from_pretrained(path, num_labels=3), saved["pfeiffer"])
+    whole = logits_of(load_adapter(auto.from_pretrained(path), saved["pfeiffer"]), "bert")
+    narrow = logits_of(load_adapter(auto.from_pretrained(path, dtype=torch.bfloat16), saved["pfeiffer"]), "bert")
+    torch.testing.assert_close(narrow.float(), whole, atol=0.05, rtol=0.05)
 
 
 @pytest.mark.parametrize("kind", ["t5", "bart"])

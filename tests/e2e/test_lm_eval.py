@@ -119,8 +119,10 @@ def written_by(model: Any, tokenizer: Any, texts: list[str], width: int) -> list
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["prompt", "full"])
-def test_what_peft_has_none_of(method: str, tmp_path: Path, models_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("method", ["prompt", "full", "lora"])
+def test_what_peft_has_none_of_and_a_tied_head(
+    method: str, tmp_path: Path, models_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Before: the base's own file, whatever has become of it since. Texts are longer than the base has positions."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     torch.manual_seed(0)
@@ -130,7 +132,8 @@ def test_what_peft_has_none_of(method: str, tmp_path: Path, models_dir: Path, mo
     random.save_pretrained(tmp_path / "base")
     byte_level(LLAMA3).save_pretrained(tmp_path / "base")
     tree = run_tree("llama", tmp_path, models_dir, "run", train={"lr": 0.3, "max_steps": 4})
-    tree |= {"adapter": {"method": method}, "model": {"name_or_path": str(tmp_path / "base")}}
+    adapted = {"target_modules": ["c_attn", "lm_head"]} if method == "lora" else {}
+    tree |= {"adapter": {"method": method} | adapted, "model": {"name_or_path": str(tmp_path / "base")}}
     tree = {key: values for key, values in tree.items() if key not in OF_THE_METHOD}
     adapter = go(tree).record.folder / "adapter"
     base: Any = t.AutoModelForCausalLM.from_pretrained(tree["model"]["name_or_path"])

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    FunnelBaseModel,
+    FunnelConfig,
+)
 
 from tests.runs import go, losses_of, run_tree
 from tests.steps import take_step
@@ -22,6 +29,7 @@ from tsqlora_scale.engine.base_engine import lr_groups
 from tsqlora_scale.model.adapters.lora import lora_layers, short_name
 from tsqlora_scale.model.base_model import skeleton
 from tsqlora_scale.model.block_depths import block_of, blocks_of, check_depth, lr_scales
+from tsqlora_scale.model.blocks import block_names
 from tsqlora_scale.model.linear_layers import resolve_targets
 from tsqlora_scale.run import preflight
 from tsqlora_scale.run.build import build_run
@@ -50,6 +58,13 @@ def test_blocks_from_the_bottom_to_the_top(kind: str) -> None:
 
 def test_several_numbers_in_a_row_are_one_block() -> None:
     assert block_of("funnel.encoder.blocks.0.3.attention.q_head") == "funnel.encoder.blocks.0.3"
+
+
+def test_blocks_that_are_numbered_within_their_size() -> None:
+    """Each is a block of its own, behind which a filter stands."""
+    sizes: dict[str, Any] = {"d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 64, "vocab_size": 40}
+    model = FunnelBaseModel(FunnelConfig(block_sizes=[2, 1], **sizes))
+    assert block_names(model) == ["encoder.blocks.0.0", "encoder.blocks.0.1", "encoder.blocks.1.0"]
     assert block_of("base_model.model.model.layers.3.mlp.experts.7.up.lora_A.default.weight") == "model.layers.3"
     assert block_of("base_model.model.classifier.modules_to_save.default.0.weight") is None
     assert block_of("bert.embeddings.word_embeddings.weight") is None

@@ -21,6 +21,7 @@ def write_parameter(param: nn.Parameter, value: torch.Tensor) -> None:
     Args:
         value: the full tensor, of the parameter's whole shape.
     """
+    assert value.shape == whole_shape(param), (value.shape, whole_shape(param))  # copy_ would spread a smaller one
     if fsdp_internals.is_sharded(param):
         fsdp_internals.write(param, value)
         return

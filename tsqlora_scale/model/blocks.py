@@ -18,8 +18,9 @@ GATES = ("gate_proj", "gate", "w1_gate")
 
 
 def block_names(model: nn.Module) -> list[str]:
-    """The outermost repeated blocks with linear layers in them, in the model's order: ``bert.encoder.layer.0``."""
-    found = (re.match(r"(.*?\.\d+)\.", name) for name in linear_layers(model))
+    """The outermost repeated blocks with linear layers in them, in the model's order: ``bert.encoder.layer.0``. Those
+    of Funnel are numbered within their size, ``funnel.encoder.blocks.0.3``."""
+    found = (re.match(r"(.*?\.\d+(?:\.\d+)*)\.", name) for name in linear_layers(model))
     return list(dict.fromkeys(match[1] for match in found if match))
 
 

@@ -151,6 +151,7 @@ def _measure(model: Any, tokenizer: Any, config: Config, options: dict[str, Any]
 
     own = own_type(config.adapter.type)
     ahead = 0 if own is None else own.tokens_ahead(config.adapter)
+    model.tie_weights = lambda *_, **__: None  # the harness ties again, and an adapter may sit on a head that is tied
     keys = {"pretrained": model, "tokenizer": tokenizer, "batch_size": config.train.eval_batch_size}
     try:
         wrapped = HFLM(**keys)

@@ -15,7 +15,7 @@ from tsqlora_scale.config.locations import resolve
 from tsqlora_scale.config.model_section import ADAPTER_TRAITS
 from tsqlora_scale.config.schema import Config
 from tsqlora_scale.engine.sharded import whole_shape, write_parameter
-from tsqlora_scale.model.adapters.adapter_type import adapter_type, own_type
+from tsqlora_scale.model.adapters.adapter_type import adapter_type, check_sizes, own_type
 from tsqlora_scale.model.adapters.loratrf import check_filters
 from tsqlora_scale.model.base_model import skeleton
 from tsqlora_scale.model.linear_layers import resolve_targets
@@ -58,13 +58,14 @@ def check_initial(config: Config, model_config: Any, *, unreached: Collection[st
             own = own_type(config.adapter.type)
             if own is not None:
                 own.check_fits(folder, bare, heads=False)
-                own.check_width(folder, config.adapter)
+                check_sizes(folder, config.adapter)
                 _check_base(config, description, key)
                 return
             check_adapter(folder)
             check_layers(folder, bare)
             if config.adapter.type == "loratrf":
                 check_filters(folder, bare)
+                check_sizes(folder, config.adapter)
         except UserError as error:
             told = str(error).removeprefix(f"{key}: ").replace(str(folder), place)
             raise UserError(f"{key}: {told}") from None

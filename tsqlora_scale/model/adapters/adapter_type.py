@@ -10,18 +10,20 @@ import torch
 from torch import nn
 
 from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.config.schema import AdapterConfig
 from tsqlora_scale.model.adapters.bitfit import BitFitAdapter
 from tsqlora_scale.model.adapters.bottleneck import HoulsbyAdapter, PfeifferAdapter
 from tsqlora_scale.model.adapters.dora import DoraAdapter
 from tsqlora_scale.model.adapters.full_tuning import FullTuning
 from tsqlora_scale.model.adapters.lora import LoraAdapter
-from tsqlora_scale.model.adapters.loratrf import LoraTrfAdapter, check_filters
+from tsqlora_scale.model.adapters.loratrf import LoraTrfAdapter, check_filter_rank, check_filters
 from tsqlora_scale.model.adapters.own_type import OwnAdapter
 from tsqlora_scale.model.adapters.placement import Placement
 from tsqlora_scale.model.adapters.prefix_tuning import PrefixTuning
 from tsqlora_scale.model.adapters.prompt_tuning import PromptTuning
 from tsqlora_scale.model.adapters.rslora import RsLoraAdapter
 from tsqlora_scale.model.adapters.svd import SvdAdapter
+from tsqlora_scale.model.base_model import DTYPES
 from tsqlora_scale.model.weight_files import DESCRIPTION, check_fits, kind_of, read_json, require_adapter
 
 
@@ -134,6 +136,19 @@ def check_saved(folder: Path, bare: nn.Module, *, kind: str) -> None:
         check_filters(folder, bare)
 
 
+def check_sizes(folder: Path, adapter: AdapterConfig) -> None:
+    """Check that a saved adapter that is to go on has the sizes of the config's, ranks of layers aside.
+
+    Raises:
+        UserError: naming the key.
+    """
+    own = own_type(adapter.type)
+    if own is not None:
+        own.check_width(folder, adapter)
+    elif adapter.type == "loratrf":
+        check_filter_rank(folder, adapter)
+
+
 def saved_kind(folder: Path) -> str:
     """The ``adapter.type`` of a saved adapter.
 
@@ -149,18 +164,22 @@ def saved_kind(folder: Path) -> str:
     return kind
 
 
-def load_adapter(base: nn.Module, folder: str | Path, *, dtype: str = "fp32") -> Any:
+def load_adapter(base: nn.Module, folder: str | Path, *, dtype: str | None = None) -> Any:
     """Put a saved adapter of any type on a fresh base model of Transformers, for evaluation.
 
     Args:
         base: as ``from_pretrained`` gives it, with as many labels as the adapter was trained for.
         folder: of the adapter, as a run writes it.
-        dtype: ``bf16``: the forward pass runs under autocast, as in a run of ``model.dtype: bf16``.
+        dtype: ``bf16`` or ``fp16``: the forward pass runs under autocast, as in a run of that ``model.dtype``; None: as
+            the base's own type asks for.
 
     Raises:
         UserError: no adapter there, or one that does not fit.
     """
     place = Path(folder)
+    if dtype is None:
+        kinds = {param.dtype for param in base.parameters()}
+        dtype = next((name for name, kind in DTYPES.items() if name != "fp32" and kind in kinds), "fp32")
     return adapter_type(saved_kind(place)).load(base, place, dtype=dtype).eval()
 
 

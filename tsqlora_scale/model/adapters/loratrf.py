@@ -12,6 +12,7 @@ from peft import PeftModel
 from torch import nn
 
 from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.config.schema import AdapterConfig
 from tsqlora_scale.engine.sharded import whole_shape
 from tsqlora_scale.model.adapters.lora import LoraAdapter, lora_config_of
 from tsqlora_scale.model.adapters.placement import Placement
@@ -51,6 +52,18 @@ def check_filters(folder: Path, bare: nn.Module) -> None:
                 f"adapter {str(folder)!r}: {name.removeprefix(PREFIX)} is {found.get(name, 'missing')}, for this model "
                 f"it is {wanted.get(name, 'none')}; {ADVICE}"
             )
+
+
+def check_filter_rank(folder: Path, adapter: AdapterConfig) -> None:
+    """Raises:
+    UserError: a saved adapter's filters have another rank than the config's.
+    """
+    rank, wanted = read_json(folder / DESCRIPTION)["filter_rank"], adapter.filter_rank or adapter.r
+    if rank != wanted:
+        raise UserError(
+            f"adapter {str(folder)!r}: its filters have rank {rank}, adapter.filter_rank (adapter.r where it is not "
+            f"set) is {wanted}; set adapter.filter_rank={rank}"
+        )
 
 
 class LoraTrfAdapter(LoraAdapter):

@@ -14,7 +14,7 @@ from torch import nn
 
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.schema import AdapterConfig
-from tsqlora_scale.engine.sharded import write_parameter
+from tsqlora_scale.engine.sharded import whole_shape, write_parameter
 from tsqlora_scale.model.adapters.adapter_files import write_adapter
 from tsqlora_scale.model.adapters.placed_model import PlacedModel, in_whole_module, make_float32
 from tsqlora_scale.model.adapters.placement import Placement
@@ -157,6 +157,11 @@ class OwnAdapter(ABC):
         make_float32(model)
         params = dict(model.named_parameters())
         for name, value in sorted(tensors.items()):
+            if value.shape != (shape := whole_shape(params[name])):
+                raise UserError(
+                    f"adapter {str(folder)!r}: {name.removeprefix(PREFIX)} is {tuple(value.shape)}, the model's is "
+                    f"{tuple(shape)}; give the base that it was trained on, with as many labels"
+                )
             write_parameter(params[name], value)
         base.requires_grad_(False)
         use_autocast(model, dtype, fp16=True)

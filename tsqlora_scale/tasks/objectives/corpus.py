@@ -131,12 +131,19 @@ class CorruptedText(Seq2SeqObjective):
             self._corrupt(ids, stream) for ids, stream in zip(encoded["input_ids"], rows[MASK_STREAM], strict=True)
         ]
         sources = [source for source, _ in pairs]
+        written = [target for _, target in pairs]
+        if not self._sentinels:  # of what is read, whatever the tokenizer puts around a target
+            lengths = [len(ids) for ids in encoded["input_ids"]]
+            written = [
+                self._targets.rows([text], length)[0] for text, length in zip(rows[self._source], lengths, strict=True)
+            ]
         inputs = self._inputs.tensors({"input_ids": sources, "attention_mask": [[1] * len(ids) for ids in sources]})
-        targets = [target[: self._cfg.max_target_length] for _, target in pairs]
+        targets = [target[: self._cfg.max_target_length] for target in written]
         inputs["decoder_input_ids"] = pad_rows([[self._targets.start, *ids[:-1]] for ids in targets], self._pad)
         return inputs, pad_rows(targets, IGNORED)
 
     def _corrupt(self, ids: list[int], stream: int) -> tuple[list[int], list[int]]:
+        """What is read, and the spans behind their marks."""
         free = np.flatnonzero(~np.isin(ids, self._special))
         noise = np.zeros(len(ids), dtype=bool)
         most = len(self._sentinels) or len(ids)
@@ -150,10 +157,10 @@ class CorruptedText(Seq2SeqObjective):
                 mark = self._sentinels[spans] if self._sentinels else int(self._mask)
                 spans += 1
                 source.append(mark)
-                target += [mark] if self._sentinels else []
+                target.append(mark)
             if not noise[place]:
                 source.append(token)
-            if noise[place] or (not self._sentinels and token not in self._special):
+            if noise[place]:
                 target.append(token)
         return source, [*target, self._targets.end]
 
