@@ -230,25 +230,6 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"train__micro_batch_size": 5}, "train: 'batch_size' (32) must be a multiple of 'micro_batch_size' (5)"),
     ({"allocation__r_min": 9}, "'adapter.r' (8) must lie between 'allocation.r_min' (9)"),
     ({"allocation__r_max": 7}, "'adapter.r' (8) must lie between 'allocation.r_min' (1) and 'allocation.r_max' (7)"),
-    *(
-        (
-            {"allocation__policy": policy, "allocation__r_min": 8, "sampling__selector": "full"},
-            f"'allocation.policy: {policy}' moves ranks from one layer to another, and none can leave 'adapter.r' (8) "
-            "with 'allocation.r_min' (8)",
-        )
-        for policy in ("tsqlora", "gain", "elalora")
-    ),
-    (
-        {"allocation__policy": "elalora", "allocation__r_max": 8},
-        "none can leave 'adapter.r' (8) with 'allocation.r_max' (8)",
-    ),
-    ({"allocation__policy": "adalora", "allocation__target_r": 8}, "of 'adapter.r' (8) none is left over"),
-    ({"allocation__policy": "adalora", "allocation__r_min": 8}, "with 'allocation.r_min' (8) at the least"),
-    ({"allocation__policy": "adalora", "adapter__r": 1}, "of 'adapter.r' (1) none is left over"),
-    (
-        {"allocation__policy": "gain", "sensitivity__every": 10},
-        "'sensitivity.window' (10) has one at 'sensitivity.every: 10'",
-    ),
     (
         {"resize__grow_init": "gradient", "sensitivity__estimator": "adapter"},
         "'resize.grow_init: gradient' needs the gradients of the base's weights",
@@ -261,9 +242,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
 def test_contradictions(changes: dict[str, Any], words: str) -> None:
     text = message(tree(**changes))
     assert words in text
-    for remedy in (
-        "needs scores; to switch", "does not see; choose", "; lower it", "; raise", "by alternate steps; ",
-    ):  # fmt: skip
+    for remedy in ("needs scores; to switch", "does not see; choose"):
         text = text.replace(remedy, "")
     assert ";" not in text  # one fault, one message
 
@@ -271,14 +250,6 @@ def test_contradictions(changes: dict[str, Any], words: str) -> None:
 def test_bounds_do_not_bind_methods_of_fixed_rank() -> None:
     assert parse_config(tree(adapter__method="lora", allocation__r_max=4)).adapter.r == 8
     assert parse_config(tree(adapter__method="lora", scoring__enabled=False)).scores_data is False
-
-
-def test_ranks_that_the_quality_of_the_data_moves_need_no_room() -> None:
-    """phi scales the budget, and what is found anew, or begins with other ranks, has room of its own."""
-    assert parse_config(tree(allocation__r_min=8, sampling__selector="quality"))
-    assert parse_config(tree(allocation__r_min=8, allocation__policy="gain", allocation__budget="auto"))
-    assert parse_config(tree(allocation__r_min=8, sampling__selector="full", adapter__init_from="run"))
-    assert parse_config(tree(allocation__policy="gain", sensitivity__every=10, sensitivity__window=11))
 
 
 def test_several_faults_are_all_named() -> None:

@@ -61,15 +61,6 @@ def test_epochs(
     assert (plan.subset_size, plan.total_steps) == (subset, steps)
 
 
-def test_one_event_is_the_last_at_which_elalora_moves_nothing(tmp_path: Path, models_dir: Path) -> None:
-    changes = {"adapter": {"method": "elalora"}}
-    with pytest.raises(UserError, match=r"schedule\.every=9: puts one event inside the run, after step 4"):
-        plan_run(config_of(tmp_path, models_dir, **changes, schedule={"every": 9}), 48, 1)
-    plan = plan_run(config_of(tmp_path, models_dir, **changes, schedule={"every": 4}), 48, 1)
-    assert plan.schedule is not None
-    assert plan.schedule.events == (4, 8)
-
-
 def test_what_needs_a_development_file(tmp_path: Path, models_dir: Path) -> None:
     tree = run_tree("bert", tmp_path, models_dir, "run", train={"eval_every": 4})
     del tree["task"]["dataset"]["dev_file"]

@@ -45,6 +45,8 @@ def config_lines(config: Config, way: str, *, steps: int, labels: list[str] | in
         changed = {key: value for key, value in usual.items() if getattr(config.train, key) != value}
         if config.train.keep == "average":  # needs no evaluation
             changed.pop("keep")
+        if "eval_every" in changed and config.train.average_last:  # which snapshots else follow
+            changed["average_every"] = config.train.average_every
         if changed:
             lines["train"] = lines.get("train", {}) | changed
     return lines

@@ -117,40 +117,11 @@ def ranks_agree(config: Config) -> None:
             "'allocation.policy: gain' needs the gradients of the base's weights, which 'sensitivity.estimator: "
             "adapter' does not see; choose another of either"
         )
-    heard = config.sensitivity
-    if config.allocation.policy == "gain" and heard.window is not None and heard.window <= heard.every:
+    if config.allocation.policy == "gain" and config.sensitivity.window == 1:
         raise ValueError(
-            f"'allocation.policy: gain' tells signal from noise by alternate steps, and 'sensitivity.window' "
-            f"({heard.window}) has one at 'sensitivity.every: {heard.every}'; raise the first above the second"
+            "'allocation.policy: gain' tells signal from noise by alternate steps, and 'sensitivity.window' is 1; "
+            "set it to 2 or more"
         )
-    if config.adapter.init_from is None:  # whose layers have ranks of their own
-        ranks_can_move(config)
-
-
-def ranks_can_move(config: Config) -> None:
-    """Room between the ranks that layers begin with and the bounds of the policy."""
-    allocation, r = config.allocation, config.adapter.r
-    if allocation.policy == "adalora":
-        if max(allocation.adalora_target(r), allocation.r_min) >= r:
-            raise ValueError(
-                f"'allocation.policy: adalora' drops components, and of 'adapter.r' ({r}) none is left over: it ends "
-                f"with 'allocation.target_r' ({allocation.adalora_target(r)}), and with 'allocation.r_min' "
-                f"({allocation.r_min}) at the least; raise 'adapter.r' or lower these"
-            )
-        return
-    is_known = allocation.policy in ("tsqlora", "gain", "elalora")
-    may_scale = config.scores_data and allocation.policy != "elalora"  # the budget, by the quality of S
-    if not is_known or may_scale or allocation.budget == "auto":
-        return
-    for key, bound, remedy in (
-        ("r_min", allocation.r_min, "lower it (0 lets a layer go without)"),
-        ("r_max", allocation.r_max, "raise it"),
-    ):
-        if bound == r:
-            raise ValueError(
-                f"'allocation.policy: {allocation.policy}' moves ranks from one layer to another, and none can leave "
-                f"'adapter.r' ({r}) with 'allocation.{key}' ({bound}); {remedy}, or change 'adapter.r'"
-            )
 
 
 def triplets_fit(config: Config) -> None:

@@ -177,6 +177,8 @@ def has_checkpoints(root: Path) -> bool:
 
 def drop_after(root: Path, step: int) -> None:
     """Delete checkpoints of later steps: a run that goes on from ``step`` will not pass through them."""
+    for path in root.glob(f"step-*{REPLACED}"):
+        shutil.rmtree(path)
     for path in complete_checkpoints(root):
         if path.name > checkpoint_dir(root, step).name:
             _remove(path)

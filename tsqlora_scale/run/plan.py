@@ -79,11 +79,6 @@ def plan_run(config: Config, pool_size: int, world_size: int, *, query_rows: int
         raise UserError(f"train.average_every={every} takes no snapshot in a run of {total} steps; lower it")
     moves = config.adapts_ranks or config.refreshes_scores
     schedule = Schedule.from_config(config.schedule, total) if moves else None
-    if config.allocation.policy == "elalora" and schedule is not None and len(schedule.events) == 1:
-        raise UserError(
-            f"schedule.every={config.schedule.every}: puts one event inside the run, after step {schedule.events[0]}, "
-            "and at its last event allocation.policy=elalora moves nothing; lower it"
-        )
     return RunPlan(
         pool_size=pool_size,
         subset_size=subset,

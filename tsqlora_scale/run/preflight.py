@@ -26,6 +26,7 @@ from tsqlora_scale.model.describe import (
     load_descriptions,
 )
 from tsqlora_scale.model.dropouts import set_layer_drop, set_no_rescaling
+from tsqlora_scale.run.rank_room import check_ranks_can_move
 from tsqlora_scale.run.temporary_space import check_space
 
 if TYPE_CHECKING:
@@ -90,6 +91,8 @@ def check(config: Config, *, data: Data | None = None, starts: bool = True) -> P
     config = described.config
     task = described.task  # of fewer rows, where some gave no tokens
     plan = plan_run(config, len(task), launched_size(), query_rows=task.query_rows)
+    if starts:
+        check_ranks_can_move(config)
     check_scoring(config, described.task)
     dropped = set_layer_drop(described.model_config)
     if dropped and launched_rank() == 0:

@@ -137,3 +137,15 @@ def test_held_out_rows_that_go_with_the_pool(source: str, tmp_path: Any, models_
     tree["task"] |= lines["task"] | {"dataset": tree["task"].get("dataset", {}) | dataset}
     tree["train"] |= lines["train"]
     assert not parse_config(tree).task.has_dev
+
+
+def test_snapshots_that_followed_the_evaluations(tmp_path: Any, models_dir: Any) -> None:
+    train = {"eval_every": 5, "average_last": 2, "keep": "average"}
+    tree = run_tree("bert", tmp_path, models_dir, "run", train=train)
+    tree["task"] |= {"query": "query.jsonl", "dataset": {"name": "glue", "subset": "sst2"}}
+    lines = config_lines(parse_config(tree), "query alone", steps=77)
+    assert lines["train"] == {"eval_every": None, "average_every": 5}
+    tree["task"]["dataset"] |= lines["task"].pop("dataset")
+    tree["task"] |= lines["task"]
+    tree["train"] |= lines["train"]
+    assert parse_config(tree).train.average_every == 5

@@ -353,6 +353,7 @@ def test_ranked_quotas_and_weights(site: Site) -> None:
     drawn = np.bincount(np.concatenate([unbiased.draw(step) for step in range(600)]), minlength=ROWS + QUERY)
     np.testing.assert_allclose(drawn / drawn.sum(), weights / weights.sum(), atol=0.02)
     np.testing.assert_allclose(unbiased.weights(np.arange(ROWS + QUERY))[inside], np.minimum(1 / share[inside], 1.5))
+    assert site.scored(name, unbiased=True, replacement=False).weights(np.arange(3)) is None, "each once an epoch"
     with pytest.raises(UserError, match=r"sampling\.\*"):
         site.selector(name).load_state_dict(even.state_dict())
     resumed = site.selector(name, use="weight", max_weight=1.2)

@@ -75,7 +75,7 @@ class ScoredSelector(FullSelector):
             sampling = self.config.sampling
             weighs = sampling.use == "weight"
             self._sampler = self._make_sampler(chosen, None if weighs else probabilities, start=step)
-            if weighs or sampling.unbiased:
+            if weighs or (sampling.unbiased and sampling.replacement):  # without, each is drawn once an epoch anyway
                 of_loss = loss_weights if weighs else importance_weights
                 self._importance = filled(len(self.pool), np.float64, 1.0)
                 self._importance[chosen] = of_loss(probabilities, sampling.max_weight)

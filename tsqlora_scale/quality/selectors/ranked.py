@@ -156,9 +156,9 @@ class RankedSelector(FullSelector):
             rows = positions(self._table.selected)
             weights = self._table.probability[rows]
             sampling, even = self.config.sampling, bool(weights.min() == weights.max())
-            weighs = sampling.use == "weight"
+            weighs, corrects = sampling.use == "weight", sampling.unbiased and sampling.replacement
             self._of_losses = None
-            if (weighs or sampling.unbiased) and not even:
+            if (weighs or corrects) and not even:
                 even = weighs
                 of_loss = loss_weights if weighs else importance_weights
                 self._of_losses = filled(len(self.pool), np.float64, 1.0)

@@ -133,7 +133,7 @@ class CorruptedText(Seq2SeqObjective):
         sources = [source for source, _ in pairs]
         written = [target for _, target in pairs]
         if not self._sentinels:  # of what is read, whatever the tokenizer puts around a target
-            lengths = [len(ids) for ids in encoded["input_ids"]]
+            lengths = [len(ids) + (self._targets.end not in ids) for ids in encoded["input_ids"]]
             written = [
                 self._targets.rows([text], length)[0] for text, length in zip(rows[self._source], lengths, strict=True)
             ]
