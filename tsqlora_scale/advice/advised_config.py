@@ -41,8 +41,8 @@ def config_lines(config: Config, way: str, *, steps: int, labels: list[str] | in
     if config.task.labels is None and labels is not None:  # a query may lack some
         lines["task"]["labels"] = labels
     if loses_held_out(config):
-        usual = {"eval_every": None, "patience": None, "keep": "last"}
-        changed = {key: value for key, value in usual.items() if getattr(config.train, key) != value}
+        usual: dict[str, Any] = {"eval_every": None, "patience": None, "keep": "last"}
+        changed: dict[str, Any] = {key: value for key, value in usual.items() if getattr(config.train, key) != value}
         if config.train.keep == "average":  # needs no evaluation
             changed.pop("keep")
         if "eval_every" in changed and config.train.average_last:  # which snapshots else follow
