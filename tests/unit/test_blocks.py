@@ -58,6 +58,9 @@ def test_blocks_from_the_bottom_to_the_top(kind: str) -> None:
 
 def test_several_numbers_in_a_row_are_one_block() -> None:
     assert block_of("funnel.encoder.blocks.0.3.attention.q_head") == "funnel.encoder.blocks.0.3"
+    assert block_of("base_model.model.model.layers.3.mlp.experts.7.up.lora_A.default.weight") == "model.layers.3"
+    assert block_of("base_model.model.classifier.modules_to_save.default.0.weight") is None
+    assert block_of("bert.embeddings.word_embeddings.weight") is None
 
 
 def test_blocks_that_are_numbered_within_their_size() -> None:
@@ -65,9 +68,6 @@ def test_blocks_that_are_numbered_within_their_size() -> None:
     sizes: dict[str, Any] = {"d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 64, "vocab_size": 40}
     model = FunnelBaseModel(FunnelConfig(block_sizes=[2, 1], **sizes))
     assert block_names(model) == ["encoder.blocks.0.0", "encoder.blocks.0.1", "encoder.blocks.1.0"]
-    assert block_of("base_model.model.model.layers.3.mlp.experts.7.up.lora_A.default.weight") == "model.layers.3"
-    assert block_of("base_model.model.classifier.modules_to_save.default.0.weight") is None
-    assert block_of("bert.embeddings.word_embeddings.weight") is None
 
 
 @pytest.mark.parametrize("kind", BLOCKS)

@@ -20,7 +20,7 @@ from tsqlora_scale.common.disk_arrays import blocks
 from tsqlora_scale.common.random_streams import philox
 from tsqlora_scale.quality.draws.redundancy import similar_pairs
 from tsqlora_scale.run.training_run import Run
-from tsqlora_scale.tasks.rows.wanted import text_columns
+from tsqlora_scale.tasks.rows.wanted import TARGET_KEY, text_columns
 
 #: samples that a regression on features learns from, as a bound of its work; all are predicted
 LEARNED = 10_000
@@ -76,10 +76,12 @@ def audit_pool(run: Run, *, similarity: float, parts: Path) -> Findings | None:
         size = len(run.task) - run.task.query_rows
         with run.record.phase("judging"):
             judged = judge(run, {name: scores[:size] for name, scores in sources.items()})
-            first, same = copies_of_pool(run, exact, near)
+            same = copy_groups(exact, len(run.task))
+            if TARGET_KEY in text_columns(run.config.task):
+                groups, same = with_same_answer(run, same, near)
     return Findings(
         ids=run.task.sample_ids,
-        first=first[:size],
+        first=groups[:size],
         same=same[:size],
         off_query=None if off is None else off[:size],
         seconds=dict(run.record.seconds),
@@ -90,7 +92,7 @@ def audit_pool(run: Run, *, similarity: float, parts: Path) -> Findings | None:
 def texts_of_pool(run: Run, *, answered: bool = False) -> Iterator[str]:
     """What is read of every sample of the pool, in order; ``answered``: with the answer, where it is a text."""
     named = text_columns(run.config.task)
-    return _cells(run, [name for key, name in named.items() if answered or key != "task.target"])
+    return _cells(run, [name for key, name in named.items() if answered or key != TARGET_KEY])
 
 
 def _cells(run: Run, names: Sequence[str]) -> Iterator[str]:
@@ -101,21 +103,19 @@ def _cells(run: Run, names: Sequence[str]) -> Iterator[str]:
             yield "\x1f".join("" if cell is None else str(cell) for cell in cells)
 
 
-def copies_of_pool(run: Run, exact: np.ndarray, near: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The first sample of each one's group of copies and near-copies, and of copies, (n,) both.
-
-    A text that is to be answered by another text is no copy of itself with another answer.
+def with_same_answer(run: Run, same: np.ndarray, near: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The first sample of each one's group of copies and near-copies, and of copies, (n,) both, of a task whose answers
+    are texts: one that is asked for another answer is no copy.
 
     Args:
-        exact: pairs (m, 2) of samples of which the same is read.
-        near: likewise of nearly the same, the former among them.
+        same: the first sample of which the same is read, (n,).
+        near: pairs (m, 2) of samples of which nearly the same is read.
     """
-    size, answer = len(run.task), text_columns(run.config.task).get("task.target")
-    if answer is not None:
-        answers = text_groups([cell] for cell in _cells(run, [answer]))
-        exact = same_texts(texts_of_pool(run, answered=True))
-        near = np.concatenate([exact, near[answers[near[:, 0]] == answers[near[:, 1]]]])
-    return copy_groups(np.concatenate([exact, near]), size), copy_groups(exact, size)
+    answers = text_groups([cell] for cell in _cells(run, [text_columns(run.config.task)[TARGET_KEY]]))
+    _, first, member = np.unique(np.column_stack([same, answers]), axis=0, return_index=True, return_inverse=True)
+    same = first[member.reshape(-1)]
+    pairs = [np.column_stack([same, np.arange(len(same))]), near[answers[near[:, 0]] == answers[near[:, 1]]]]
+    return copy_groups(np.concatenate(pairs), len(same)), same
 
 
 def nearly_same(states: np.ndarray, similarity: float, *, seed: int) -> np.ndarray:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.model.block_depths import block_of
 from tsqlora_scale.model.linear_layers import linear_layers, outside_linear_layers
 
 #: Last parts of the names of layers that make the values of attention, where these have a layer of their own.
@@ -18,10 +19,9 @@ GATES = ("gate_proj", "gate", "w1_gate")
 
 
 def block_names(model: nn.Module) -> list[str]:
-    """The outermost repeated blocks with linear layers in them, in the model's order: ``bert.encoder.layer.0``. Those
-    of Funnel are numbered within their size, ``funnel.encoder.blocks.0.3``."""
-    found = (re.match(r"(.*?\.\d+(?:\.\d+)*)\.", name) for name in linear_layers(model))
-    return list(dict.fromkeys(match[1] for match in found if match))
+    """The outermost repeated blocks with linear layers in them, in the model's order: ``bert.encoder.layer.0``."""
+    found = (block_of(name) for name in linear_layers(model))
+    return list(dict.fromkeys(name for name in found if name is not None))
 
 
 def hidden_size(model: Any) -> int:

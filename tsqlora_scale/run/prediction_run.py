@@ -21,6 +21,7 @@ from tsqlora_scale.run.build import load_adapted, started
 from tsqlora_scale.run.preflight import Described, check_machine, describe, with_labels_of
 from tsqlora_scale.tasks.prediction import Answers, predict_windows
 from tsqlora_scale.tasks.rows.given_rows import given_names, given_tables
+from tsqlora_scale.tasks.rows.readers import file_format
 from tsqlora_scale.tasks.rows.unlabelled import load_unlabelled
 
 log = logging.getLogger("tsqlora_scale")
@@ -62,7 +63,7 @@ def check_prediction(config: Config, adapter: Path, data: Path, out: Path) -> Pr
     twice = next((name for name in given if given.count(name) > 1), None)
     if twice is not None:
         raise UserError(f"--data {str(data)!r}: the column {twice!r} is there twice; rename one")
-    if out.suffix.lower() != ".jsonl":  # what no table holds is said before there are answers
+    if file_format(data) == "json" and out.suffix.lower() != ".jsonl":  # texts that no table holds: said now, not later
         collections.deque(given_tables(data, config.task), maxlen=0)
     return Prediction(described=described, adapter=adapter, data=data, out=out, filled=rows.filled)
 

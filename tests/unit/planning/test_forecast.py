@@ -15,7 +15,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.queried import QUERY, queried
 from tests.runs import run_tree, write_config
 from tsqlora_scale.commands.main import main
 from tsqlora_scale.config.load import parse_config
@@ -34,10 +33,8 @@ from tsqlora_scale.planning.forecast import Forecast, forecast, micro_batch_size
 from tsqlora_scale.planning.forecast_tables import print_forecast, proposal_told, remedies_told
 from tsqlora_scale.planning.held_bytes import WHOLE, FrozenWeight, HeldWeights
 from tsqlora_scale.planning.phantom_passes import PassNeeds
-from tsqlora_scale.planning.planner import plan
 from tsqlora_scale.planning.remedies import find_remedies
 from tsqlora_scale.planning.run_times import scored_samples
-from tsqlora_scale.run import preflight
 from tsqlora_scale.run.plan import plan_run
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -98,30 +95,6 @@ def test_micro_batches_hold_whole_groups(tree: dict[str, Any]) -> None:
     assert micro_batch_sizes(config, plan_run(config, 48, 1)) == [6, 3]
     config = parse_config(tree | {"sensitivity": {"window": 3, "group_size": "auto"}})
     assert micro_batch_sizes(config, plan_run(config, 48, 1)) == [6, 4, 3, 2, 1]
-
-
-def test_a_mixture_is_evaluated_too(tree: dict[str, Any]) -> None:
-    task = {key: value for key, value in tree["task"].items() if key != "dataset"}
-    sets = [{"name": name, "dataset": tree["task"]["dataset"]} for name in ("a", "b")]
-    mixed, plain = planned(tree | {"task": task | {"mixture": sets}}, machine="cpu"), planned(tree, machine="cpu")
-    assert mixed.times.steps["evaluation"] == plain.times.steps["evaluation"] > 0
-
-
-def test_rows_of_the_query_are_in_every_choice(tmp_path: Path, models_dir: Path) -> None:
-    """The plan of a run says what the run will do, and the run is not refused by other numbers."""
-    changes: dict[str, Any] = {"sampling": {"selector": "less", "keep_fraction": 0.05}}
-    changes |= {"scoring": {"warmup_steps": 4}, "train": {"max_steps": None, "epochs": 6}}
-    config = parse_config(queried("bert", tmp_path, models_dir, **changes))
-    run = preflight.check(config).plan
-    assert (run.query_rows, run.total_steps) == (QUERY, 8)
-    found = plan(config, machine="cpu").plan
-    assert (found.query_rows, found.total_steps, found.subset_size) == (QUERY, 8, run.subset_size)
-
-
-def test_evaluations_of_a_run(tree: dict[str, Any]) -> None:
-    """On its start, every four steps, and after the last."""
-    train = parse_config(tree | {"train": tree["train"] | {"eval_every": 4}}).train
-    assert [train.evaluations(steps) for steps in (11, 12, 13)] == [4, 4, 5]
 
 
 @given(st.integers(1, 400), st.integers(300, 600), st.integers(2, 9))

@@ -6,8 +6,6 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from tsqlora_scale.common.disk_arrays import filled
-from tsqlora_scale.quality.draws.subset import importance_weights, loss_weights
 from tsqlora_scale.quality.scores.score_table import ScoreTable
 from tsqlora_scale.quality.selectors.full import FullSelector
 from tsqlora_scale.quality.selectors.selector import SelectorContext
@@ -50,7 +48,7 @@ class ScoredSelector(FullSelector):
         return self._scores.table
 
     def weights(self, rows: np.ndarray) -> np.ndarray | None:
-        """``1 / (|S| p)`` under ``sampling.unbiased``, ``|S| p`` under ``sampling.use: weight``."""
+        """See :meth:`_loss_weights`."""
         return None if self._importance is None else self._importance[rows]
 
     def quality(self) -> float | None:
@@ -72,10 +70,6 @@ class ScoredSelector(FullSelector):
             del self._sampler  # large pools have room on disk for one
             self._importance = None
             chosen, probabilities = self._scores.draws()
-            sampling = self.config.sampling
-            weighs = sampling.use == "weight"
-            self._sampler = self._make_sampler(chosen, None if weighs else probabilities, start=step)
-            if weighs or (sampling.unbiased and sampling.replacement):  # without, each is drawn once an epoch anyway
-                of_loss = loss_weights if weighs else importance_weights
-                self._importance = filled(len(self.pool), np.float64, 1.0)
-                self._importance[chosen] = of_loss(probabilities, sampling.max_weight)
+            draws_evenly = self.config.sampling.use == "weight"
+            self._sampler = self._make_sampler(chosen, None if draws_evenly else probabilities, start=step)
+            self._importance = self._loss_weights(chosen, probabilities)

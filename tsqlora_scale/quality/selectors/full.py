@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from tsqlora_scale.common.disk_arrays import blocks, counted, new_array
+from tsqlora_scale.common.disk_arrays import blocks, counted, filled, new_array
 from tsqlora_scale.quality.draws.batch_sampler import BatchSampler
+from tsqlora_scale.quality.draws.subset import importance_weights, loss_weights
 from tsqlora_scale.quality.online.sample_listener import DeafListener, SampleListener
 from tsqlora_scale.quality.scores.score_table import ScoreTable
 from tsqlora_scale.quality.selectors.selector import SelectorContext
@@ -72,6 +73,28 @@ class FullSelector:
         if not self.config.sampling.unbiased:
             self._balance(rows, weighted)
         return weighted
+
+    def _loss_weights(self, rows: np.ndarray, probabilities: np.ndarray) -> np.ndarray | None:
+        """What losses are multiplied by, of every sample of the pool, (N,): ``|S| p`` under ``sampling.use: weight``,
+        ``1 / (|S| p)`` under ``sampling.unbiased``; None: nothing.
+
+        Without replacement every sample is drawn once an epoch, whatever its probability, and there is nothing to
+        correct.
+
+        Args:
+            rows: S, (n,).
+            probabilities: of these, (n,), of sum 1.
+        """
+        sampling = self.config.sampling
+        if sampling.use == "weight":
+            weigh = loss_weights
+        elif sampling.unbiased and sampling.replacement:
+            weigh = importance_weights
+        else:
+            return None
+        found = filled(len(self.pool), np.float64, 1.0)
+        found[rows] = weigh(probabilities, sampling.max_weight)
+        return found
 
     def _balance(self, rows: np.ndarray, weighted: np.ndarray) -> None:
         if self._sets is not None:

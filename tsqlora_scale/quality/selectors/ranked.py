@@ -11,7 +11,7 @@ from torch import nn
 from tsqlora_scale.common.disk_arrays import blocks, copied, counts, filled, positions
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.quality.draws.key_order import largest
-from tsqlora_scale.quality.draws.subset import importance_weights, loss_weights, quotas, share_of
+from tsqlora_scale.quality.draws.subset import quotas, share_of
 from tsqlora_scale.quality.scores.score_table import ScoreTable
 from tsqlora_scale.quality.selectors.full import FullSelector
 from tsqlora_scale.quality.selectors.selector import SelectorContext
@@ -88,8 +88,7 @@ class RankedSelector(FullSelector):
         self._draw_from(step)
 
     def weights(self, rows: np.ndarray) -> np.ndarray | None:
-        """``|S| p`` under ``sampling.use: weight``, ``1 / (|S| p)`` under ``sampling.unbiased``, where samples of S are
-        not all alike."""
+        """See :meth:`_loss_weights`; none where samples of S are all alike."""
         return None if self._of_losses is None else self._of_losses[rows]
 
     def state_dict(self) -> dict[str, Any]:
@@ -155,15 +154,10 @@ class RankedSelector(FullSelector):
         with self.context.world.together():
             rows = positions(self._table.selected)
             weights = self._table.probability[rows]
-            sampling, even = self.config.sampling, bool(weights.min() == weights.max())
-            weighs, corrects = sampling.use == "weight", sampling.unbiased and sampling.replacement
-            self._of_losses = None
-            if (weighs or corrects) and not even:
-                even = weighs
-                of_loss = loss_weights if weighs else importance_weights
-                self._of_losses = filled(len(self.pool), np.float64, 1.0)
-                self._of_losses[rows] = of_loss(weights, sampling.max_weight)
-            self._sampler = self._make_sampler(rows, None if even else weights, start=step)
+            are_alike = bool(weights.min() == weights.max())
+            self._of_losses = None if are_alike else self._loss_weights(rows, weights)
+            draws_evenly = are_alike or self.config.sampling.use == "weight"
+            self._sampler = self._make_sampler(rows, None if draws_evenly else weights, start=step)
 
 
 def quota_of(sizes: np.ndarray, total: int, shares: np.ndarray | None) -> np.ndarray:

@@ -141,9 +141,8 @@ def load_pool(
     if cfg.type == "classification" and labels is None:
         assert cfg.label is not None
         column = raw.data.column(cfg.label)
-        labels = infer_labels(
-            column, where=where, name=cfg.label, names=opened.classes, kept=_with_text(cfg, opened, kept)
-        )
+        counted = _with_text(cfg, opened, kept) if cfg.dataset.drop_empty else kept
+        labels = infer_labels(column, where=where, name=cfg.label, names=opened.classes, kept=counted)
     cfg = cfg.model_copy(update={"labels": labels})
     dataset = _checked(cfg, opened, ids, kept, weights, identity=digest_of(excluded), part=part)
     split = "train" if part is None else f"train {part.name}"
@@ -269,11 +268,10 @@ def _checked(
 
 
 def _with_text(cfg: TaskConfig, opened: Opened, kept: np.ndarray) -> np.ndarray:
-    """Which of the rows that are ``kept`` (N,) are not left out for want of a text."""
+    """Which of the rows that are ``kept`` (N,) have a text."""
     filled = copied(kept)
     for key, name in text_columns(cfg).items():
-        if cfg.dataset.drop_empty:
-            filled &= _filled(cfg, key, _text_of(opened.rows, name, key, opened.where), opened.where, kept)
+        filled &= _filled(cfg, key, _text_of(opened.rows, name, key, opened.where), opened.where, kept)
     return filled
 
 

@@ -10,8 +10,6 @@ from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.schema import TaskConfig
 
 ID_KEY, LABEL_KEY, WEIGHT_KEY = "task.dataset.id_column", "task.label", "task.dataset.weight"
-#: Keys of columns that hold no text to learn from.
-VALUE_KEYS = (ID_KEY, LABEL_KEY, WEIGHT_KEY)
 MESSAGES_KEY, TOOLS_KEY, INPUT_KEY = "task.messages", "task.tools", "task.input"
 COMPLETION_KEY, SYSTEM_KEY = "task.completion", "task.system"
 SOURCE_KEY, TARGET_KEY = "task.source", "task.target"
