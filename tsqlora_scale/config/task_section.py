@@ -230,6 +230,10 @@ class TaskConfig(Section):
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise ValueError(f"'mixture' has two sets called {twice!r}; give each its own name")
+        titles = [_title(each, name) for each in self.mixture for name in each.dataset.dev_sets]
+        twice = next((title for title in titles if titles.count(title) > 1), None)
+        if twice is not None:
+            raise ValueError(f"'mixture' has two held-out sets that would be called {twice!r}; rename one")
         weighted = [each.name for each in self.mixture if each.weight is not None]
         if weighted and self.temperature is not None:
             raise ValueError("'temperature' and the 'weight' of sets both say what is drawn; remove one")
@@ -280,11 +284,7 @@ class TaskConfig(Section):
         one comes first."""
         if not self.mixture:
             return {name: (None, name) for name in self.dataset.dev_sets}
-        return {
-            f"{each.name}.{name}" if name else each.name: (each, name)
-            for each in self.mixture
-            for name in each.dataset.dev_sets
-        }
+        return {_title(each, name): (each, name) for each in self.mixture for name in each.dataset.dev_sets}
 
     @property
     def datasets(self) -> list[DatasetConfig]:
@@ -314,6 +314,11 @@ class TaskConfig(Section):
         if self.labels is None:
             return 0
         return self.labels if isinstance(self.labels, int) else len(self.labels)
+
+
+def _title(each: MixedSetConfig, name: str) -> str:
+    """Of a held-out set of a set of a mixture."""
+    return f"{each.name}.{name}" if name else each.name
 
 
 def _with_columns_of_sets(tree: dict[str, Any]) -> dict[str, Any]:

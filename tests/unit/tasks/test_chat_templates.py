@@ -14,7 +14,7 @@ from tests.tiny import tiny_tokenizer
 from tests.unit.tasks.cases import ANSWERS, task_config
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.tasks import Task
-from tsqlora_scale.tasks.objectives.chat_template import chat_marks, with_date
+from tsqlora_scale.tasks.objectives.chat_template import chat_marks, read_template, with_date
 from tsqlora_scale.tasks.objectives.prompts import PromptFormat
 
 TURNS = "{% for m in messages %}<mask>{{ m.role }} CONTENT</s>\n{% endfor %}"
@@ -123,3 +123,9 @@ def test_the_configs_date_is_told(make_task: Callable[..., Task], tmp_path: Path
         task_config(tmp_path, ANSWERS | {"chat_date": "2025-01-01", "type": "seq2seq"})
     task = make_task("llama", ANSWERS | {"chat_date": "2025-12-01"}, tsv)
     assert re.match(r"<s> the film", task.tokenizer.decode(task.batch([0]).inputs["input_ids"][0]))
+
+
+def test_a_template_file_that_begins_with_a_mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "chat.jinja").write_bytes("\ufeff{{ messages }}".encode())
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert read_template("~/chat.jinja") == "{{ messages }}"

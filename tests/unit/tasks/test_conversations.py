@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from tests.unit.tasks.cases import ANSWERS, LENGTHS, task_config
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.report.input_preview import input_preview
 from tsqlora_scale.tasks import IGNORED, Task, build_task, load_data, with_tokens
+from tsqlora_scale.tasks.objectives.turn_spans import TurnTemplate
+from tsqlora_scale.tasks.rows.cells import json_of
 from tsqlora_scale.tasks.rows.conversations import MalformedCell, read_conversation, read_tools
 from tsqlora_scale.tasks.rows.unlabelled import load_unlabelled
 
@@ -279,3 +282,81 @@ def test_alpacas_input_follows_the_instruction(make_task: Make, tmp_path: Path) 
     (tmp_path / "new.jsonl").write_text('{"instruction": "the film"}\n{"instruction": "a", "input": "b"}\n')
     found = load_unlabelled(task_config(tmp_path, ANSWERS | keys), tmp_path / "new.jsonl")
     assert found.filled.tolist() == [True, True]
+
+
+CALLED = [
+    {"role": "user", "content": "the film", "tool_calls": None},
+    {
+        "role": "assistant",
+        "content": "very good",
+        "tool_calls": [{"type": "function", "function": {"name": "find", "arguments": {"city": "Rome", "n": 1}}}],
+    },
+]
+CALLING = (
+    "{% for m in messages %}<mask> {{ m.role }} {{ m.content }}{% for c in m.tool_calls or [] %} "
+    "ARGS {% endfor %} </s>\n{% endfor %}{% if add_generation_prompt %}<mask> assistant {% endif %}"
+)
+
+
+@pytest.mark.parametrize("wants_text", [False, True])
+@pytest.mark.parametrize("as_text", [False, True])
+def test_arguments_of_a_call_are_in_the_templates_form(
+    wants_text: bool, as_text: bool, models: Callable[[str], Path]
+) -> None:
+    """Most templates write an object as JSON; some put a text there, the form in which OpenAI's files have it."""
+    arguments = "c.function.arguments"
+    written = (
+        f"{{{{ '{{}}' if {arguments} is none else '>' + {arguments} }}}}"
+        if wants_text
+        else f"{{{{ {arguments} | tojson }}}}"
+    )
+    tokenizer = AutoTokenizer.from_pretrained(models("llama"))
+    tokenizer.chat_template = CALLING.replace("ARGS", written)
+    given: Any = json.loads(json.dumps(CALLED))
+    function = given[1]["tool_calls"][0]["function"]
+    if as_text:
+        function["arguments"] = json.dumps(function["arguments"])
+    text = TurnTemplate(tokenizer).write(read_conversation(json.dumps(given)))
+    assert '{"city": "Rome", "n": 1}' in text
+    assert '\\"' not in text
+
+
+def test_objects_that_a_data_set_keeps_as_json(tmp_path: Path) -> None:
+    """``datasets`` does so where keys differ from row to row, which those of tools always do."""
+    schemas = [
+        [{"name": "find", "parameters": {"properties": {"city": {"type": "string"}}}}],
+        [{"name": "count", "parameters": {"properties": {"n": {"type": "integer"}, "m": {"type": "integer"}}}}],
+    ]
+    path = tmp_path / "train.jsonl"
+    differing = [[TURNS[0], TURNS[1] | {"weight": 1}], CALLED]
+    path.write_text(
+        "".join(json.dumps({"messages": m, "tools": s}) + "\n" for m, s in zip(differing, schemas, strict=True))
+    )
+    dataset = {"name": str(tmp_path), "dev_split": None, "train_file": None, "path": None}
+    data = load_data(task_config(tmp_path, CHAT | {"tools": "tools"}, **dataset), seed=0)
+    assert [read_tools(cell) for cell in data.train["tools"]] == schemas
+    found = [read_conversation(cell) for cell in data.train["messages"]]
+    assert found[0][1]["weight"] == 1
+    assert found[1][1]["tool_calls"][0]["function"]["arguments"] == {"city": "Rome", "n": 1}
+
+
+def test_dates_categories_and_views(tmp_path: Path, chat_task: Make) -> None:
+    """A turn with a time of its own, and lists that are kept by number."""
+    moment = datetime(2025, 3, 1, 12)
+    turns = [turn | {"at": moment} for turn in TURNS]
+    tools = pa.array([json.dumps([{"name": "find"}])] * 2).dictionary_encode()
+    table = pa.table({"messages": [turns, turns[:2]], "tools": tools})
+    pq.write_table(table, tmp_path / "train.parquet")
+    task = chat_task(None, "train.parquet", tools="tools")
+    assert learned(task) == "very good </s> bad and dull </s>"
+    view = json_of(pa.array(["[1]", None]).cast(pa.string_view()))
+    assert view is not None
+    assert view.to_pylist() == ["[1]", None]
+
+
+def test_half_a_character_is_named(chat_task: Make) -> None:
+    broken = json.dumps([{"role": "user", "content": "cut \ud83d"}, TURNS[1]])
+    whole = json.dumps([{"role": "user", "content": "all \U0001f600"}, TURNS[1]])
+    assert read_conversation(whole)[0]["content"] == "all \U0001f600"
+    with pytest.raises(UserError, match=r"row 2: column 'messages' holds .* with half of a surrogate pair"):
+        chat_task([{"messages": whole}, {"messages": broken}])

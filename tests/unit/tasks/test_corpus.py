@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,6 +20,7 @@ from tsqlora_scale.tasks.batch import IGNORED
 from tsqlora_scale.tasks.losses import loss_terms
 from tsqlora_scale.tasks.metrics import SampleLosses, mean_loss
 from tsqlora_scale.tasks.objectives.corpus import CorruptedText, MaskedText, PlainText, hidden_spans
+from tsqlora_scale.tasks.rows.corpus_rows import _without
 
 TEXTS = [" ".join(WORDS[start : start + 30]) for start in range(0, 5)] + ["film"]
 STREAMS = list(range(len(TEXTS)))
@@ -130,3 +132,13 @@ def test_tokenizers_without_a_mask(models_dir: Path) -> None:
     for cls, objective, kind in ((MaskedText, "mlm", "bert"), (CorruptedText, "span", "t5")):
         with pytest.raises(UserError, match="mask token"):
             cls(task(objective), tokenizer, config_of(kind, models_dir))  # type: ignore[arg-type]
+
+
+@given(st.integers(1, 60), st.data())
+def test_a_table_without_some_rows_is_parts_of_it(size: int, data: st.DataObject) -> None:
+    apart = np.array(sorted(data.draw(st.sets(st.integers(0, size - 1), max_size=size - 1))), dtype=np.int64)
+    table = pa.table({"text": [f"text {i}" for i in range(size)]})
+    found = _without(table, apart)
+    assert found["text"].to_pylist() == [f"text {i}" for i in range(size) if i not in set(apart.tolist())]
+    addresses = {table["text"].chunk(0).buffers()[2].address}
+    assert {chunk.buffers()[2].address for chunk in found["text"].chunks} == addresses, "nothing is copied"

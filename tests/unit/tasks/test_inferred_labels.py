@@ -103,3 +103,18 @@ def test_what_are_no_classes(tmp_path: Path, cells: list[Any], message: str) -> 
 def test_declared_labels_are_left_as_they_are(tmp_path: Path, write: Write) -> None:
     write("train.tsv", "text\tlabel\na\tgood\n")
     assert load_data(task_config(tmp_path, CLASSES), seed=0).labels == ["bad", "good"]
+
+
+@pytest.mark.parametrize(
+    ("cells", "labels"),
+    [
+        (["1.1", "1.10", "1.2"], ["1.1", "1.10", "1.2"]),
+        (["0110", "0210", "0110"], ["0110", "0210"]),
+        (["1.50", "2.50"], ["1.5", "2.5"]),
+        (["0", "0.5"], ["0", "0.5"]),
+    ],
+)
+def test_codes_are_texts(tmp_path: Path, cells: list[str], labels: list[str]) -> None:
+    data = load(tmp_path, cells)
+    assert data.labels == labels
+    assert [labels[i] for i in data.train["label"]] == [cell if cell in labels else cell.rstrip("0") for cell in cells]

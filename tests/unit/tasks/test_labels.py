@@ -156,3 +156,11 @@ def test_a_datasets_own_class_names_decide() -> None:
     assert class_ids(column, 2, **kwargs).tolist() == [0, 1, 0]
     with pytest.raises(UserError, match="label '-1'"):  # how hubs mark unlabelled test sets
         class_ids(pa.chunked_array([[0, -1]]), ["not_entailment", "entailment"], **kwargs)
+
+
+def test_a_column_of_texts_is_not_read_whole_for_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All cells of a text column differ."""
+    cells = pa.chunked_array([[f"text {i}" for i in range(5000)]])
+    with pytest.raises(UserError, match="the column holds more than 1000 distinct") as caught:
+        class_ids(cells, ["a", "b"], where=Origin("train.csv"), name="text")
+    assert len(str(caught.value)) < 500

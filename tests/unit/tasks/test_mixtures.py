@@ -296,3 +296,16 @@ def test_optional_columns_are_those_of_their_sets() -> None:
     cfg = TaskConfig.model_validate(tree | {"mixture": [sets[0] | {"input": "more"}, sets[1]]})
     assert [cfg.of_set(each).input for each in cfg.mixture] == ["more", None]
     assert TaskConfig.model_validate(cfg.model_dump()) == cfg
+
+
+def test_two_held_out_sets_of_one_name_are_refused() -> None:
+    from tests.unit.config_trees import message
+
+    files = {"train_file": "a.csv", "dev_file": {"mnli": "b.csv"}}
+    sets = [
+        {"name": "glue", "dataset": files},
+        {"name": "glue.mnli", "dataset": {"train_file": "c.csv", "dev_file": "d.csv"}},
+    ]
+    task = {"type": "classification", "text": ["text"], "label": "label", "labels": 2, "mixture": sets}
+    found = message({"model": {"name_or_path": "x"}, "task": task, "train": {"max_steps": 1}})
+    assert "two held-out sets that would be called 'glue.mnli'" in found

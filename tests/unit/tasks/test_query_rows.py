@@ -269,3 +269,22 @@ def test_the_digest_is_the_content(make: Callable[..., Task], write: Write) -> N
     assert other.query is not None
     assert other.query.digest() != first.query.digest()
     assert other.digest() != first.digest()
+
+
+def test_the_same_conversation_otherwise_written_is_found(tmp_path: Path) -> None:
+    def turns(number: int, **more: Any) -> list[dict[str, Any]]:
+        return [{"role": "user", "content": f"ask {number}", **more}, {"role": "assistant", "content": f"say {number}"}]
+
+    for name, numbers in (("train", range(40, 50)), ("query", range(10)), ("dev", range(20, 24))):
+        (tmp_path / f"{name}.jsonl").write_text(jsonl([{"messages": turns(i)} for i in numbers]))
+    chats = {"type": "causal", "messages": "messages", "query": "query.jsonl"}
+    files = {"train_file": "train.jsonl", "dev_file": "dev.jsonl"}
+
+    def loaded() -> Data:
+        return load_data(task_config(tmp_path, ANSWERS | {"source": None, "target": None} | chats, **files), seed=0)
+
+    assert loaded().query is not None
+    other = [{"value": "ask  3", "from": "human", "weight": None}, {"value": "Say 3", "from": "gpt", "id": 7}]
+    (tmp_path / "dev.jsonl").write_text(jsonl([{"messages": turns(20)}, {"messages": json.dumps(other, indent=1)}]))
+    with pytest.raises(UserError, match=r"sample 3, is in the held-out set, too \(sample 1\)"):
+        loaded()

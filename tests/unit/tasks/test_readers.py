@@ -299,3 +299,17 @@ def test_what_an_unread_column_of_json_holds(write: Write, monkeypatch: pytest.M
     path = write("x.jsonl", '{"text": "a", "n": [1]}\n{"text": "b", "late": {"x": "\\ud800"}}\n')
     tables = list(read_tables(path, Wanted({"task.text[0]": "text"})))
     assert [row for table in tables for row in table.to_pylist()] == [{"text": "a"}, {"text": "b"}]
+
+
+def test_a_column_that_may_be_empty_comes_in_any_row(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also behind the rows by which the columns are told; one that never comes is named."""
+    monkeypatch.setattr(file_limits, "CHUNK_ROWS", 3)
+    rows = [{"ask": "a", "say": "b"} for _ in range(5)] + [{"ask": "a", "say": "b", "more": "c"}]
+    path = write("x.jsonl", "\n".join(map(json.dumps, rows)))
+    required = {"task.source": "ask", "task.target": "say", "task.input": "more"}
+    found = pa.concat_tables(read_tables(path, Wanted(required))).to_pylist()
+    assert [row["more"] for row in found] == [None] * 5 + ["c"]
+    with pytest.raises(UserError, match=r"task\.input='nore': no such column in .*x.jsonl; .* has: ask, say"):
+        list(read_tables(path, Wanted(required | {"task.input": "nore"})))
+    with pytest.raises(UserError, match=r"task\.target='more': no such column"):
+        list(read_tables(path, Wanted({"task.source": "ask", "task.target": "more"})))

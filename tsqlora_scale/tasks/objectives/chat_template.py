@@ -95,9 +95,10 @@ def read_template(place: str) -> str:
     """
     key = f"task.chat_template={shown(place)}"
     try:
-        text = Path(place).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror or error
+        text = Path(place).expanduser().read_text(encoding="utf-8-sig")
+    except (OSError, RuntimeError, UnicodeDecodeError) as error:  # RuntimeError: a home that is nobody's
+        reason_given = getattr(error, "strerror", None) or error
+        reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else reason_given
         raise UserError(f"{key}: cannot be read ({reason}); give a file with a jinja template") from None
     if not text.strip():
         raise UserError(f"{key}: holds nothing; write a template into it, or leave the key out")

@@ -8,6 +8,7 @@ is found by what changes when its content does. A place that none of this finds 
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
@@ -45,11 +46,13 @@ class TurnTemplate:
                 "task.messages needs a chat template, and this tokenizer has none; put one into the model's folder "
                 "(chat_template.jinja), or give texts by task.source and task.target"
             )
+        self._calls_as_text = False
         self._tokenizer, self._template = tokenizer, with_date(template, today or USUAL_DATE)
         failures = []
         for self._as_parts in (False, True):
             try:
                 self._look()
+                self._calls_as_text = self._wants_text()
                 return
             except UnwrittenTurn as error:
                 failures.append(error)
@@ -64,7 +67,14 @@ class TurnTemplate:
         Raises:
             UnwrittenTurn: the template fails.
         """
-        turns: Any = [{key: message[key] for key in message if key != WEIGHT} for message in messages]
+        turns: Any = [
+            {
+                key: self._called(message[key]) if key == "tool_calls" else message[key]
+                for key in message
+                if key != WEIGHT
+            }
+            for message in messages
+        ]
         if self._as_parts:
             turns = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
         try:
@@ -169,6 +179,39 @@ class TurnTemplate:
             return self.write(messages, tools, asks=asks) if messages else None
         except UnwrittenTurn:
             return None
+
+    def _wants_text(self) -> bool:
+        """Whether the template takes a call's arguments for a text that it writes as it is (DeepSeek's, and the form in
+        which OpenAI gives them), and not for an object that it writes as JSON, as most do."""
+        found: dict[bool, str] = {}
+        for as_text in (False, True):
+            self._calls_as_text = as_text
+            call = {"type": "function", "id": "a12345678", "function": {"name": _ANSWER, "arguments": {_SECOND: 1}}}
+            asked = {"role": "user", "content": _FIRST}
+            with contextlib.suppress(UnwrittenTurn):
+                found[as_text] = self.write([asked, {"role": ASSISTANT, "content": "", "tool_calls": [call]}])
+        as_python = str({_SECOND: 1})
+        return True in found and (False not in found or as_python in found[False])
+
+    def _called(self, calls: Any) -> Any:
+        """Calls of tools with their arguments in the template's form, however the file gives them."""
+        if not isinstance(calls, list):
+            return calls
+        return [
+            {**call, "function": self._argued(call["function"])} if isinstance(call.get("function"), dict) else call
+            for call in calls
+            if isinstance(call, dict)
+        ]
+
+    def _argued(self, function: dict[str, Any]) -> dict[str, Any]:
+        given = function.get("arguments")
+        if self._calls_as_text and isinstance(given, dict | list):
+            return {**function, "arguments": json.dumps(given, ensure_ascii=False)}
+        if not self._calls_as_text and isinstance(given, str):
+            with contextlib.suppress(ValueError, RecursionError):
+                read = json.loads(given)
+                return {**function, "arguments": read} if isinstance(read, dict) else function
+        return function
 
     def _look(self) -> None:
         """What the template puts around an answer, by examples."""

@@ -74,17 +74,39 @@ def json_of(array: pa.Array) -> pa.Array | None:
     A struct has every key in every row: one without a value is left out, for the row's own object did not have it.
     """
     kind = array.type
-    if is_text(kind) or pa.types.is_null(kind):
+    if pa.types.is_dictionary(kind):
+        return json_of(array.dictionary_decode())
+    if isinstance(kind, pa.BaseExtensionType):  # arrow.json, too: texts
+        return json_of(array.storage)
+    if is_text(kind) or pa.types.is_null(kind) or kind == pa.string_view():
         return pc.cast(array, pa.string())
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
+    if not _is_list(kind):
         return None
-    cells = [
-        None if cell is None else json.dumps(_without_nulls(cell), ensure_ascii=False) for cell in array.to_pylist()
-    ]
-    return pa.array(cells, pa.string())
+    cells = (None if cell is None else _plain(cell, kind) for cell in array.to_pylist())
+    # what JSON has no form for, as dates and bytes, as Python writes it
+    return pa.array(
+        [None if cell is None else json.dumps(cell, ensure_ascii=False, default=str) for cell in cells], pa.string()
+    )
 
 
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
+def _plain(value: Any, kind: pa.DataType) -> Any:
+    """A value of a type as JSON has it: without the keys that only other rows have, and what lies in it as JSON read.
+
+    Data sets keep objects whose keys differ from row to row as JSON (``arrow.json``).
+    """
+    if value is None:
+        return None
+    if pa.types.is_struct(kind):
+        inner = {kind.field(place).name: kind.field(place).type for place in range(kind.num_fields)}
+        return {key: _plain(each, inner[key]) for key, each in value.items() if each is not None}
+    if _is_list(kind):
+        return [_plain(each, kind.value_type) for each in value]
+    if pa.types.is_map(kind):
+        return {str(key): _plain(each, kind.item_type) for key, each in value}
+    if getattr(kind, "extension_name", "") == "arrow.json":
+        return json.loads(value)
+    return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -33,6 +34,7 @@ _ROLES = {
 }
 #: Turns of these hold something; a system's may be empty, and so may what a tool gives.
 _FILLED = ("user", ASSISTANT)
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 #: What an assistant's turn can hold beside its content.
 _BESIDE_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 
@@ -189,10 +191,16 @@ def read_cells(
 
 def _json(cell: str) -> Any:
     try:
-        return json.loads(cell)
+        found = json.loads(cell)
     except (ValueError, RecursionError) as error:
         reason = "nested too deep" if isinstance(error, RecursionError) else error
         raise MalformedCell(f"holds {shown(cell, 40)}, which is no JSON ({reason}); write a list of objects") from None
+    if _SURROGATE.search(cell):  # a pair is one character, half of one is none
+        try:
+            json.dumps(found, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise MalformedCell(f"holds {shown(cell, 40)}, with half of a surrogate pair; mend the text") from None
+    return found
 
 
 def _message(number: int, turn: Any) -> Message:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from math import ceil
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from tsqlora_scale.config.schema import Config
 from tsqlora_scale.tasks.rows.column_checks import SAMPLE_ID
 from tsqlora_scale.tasks.rows.data import Data
 from tsqlora_scale.tasks.rows.loading import load_data
+from tsqlora_scale.tasks.rows.row_ids import made_column
 
 if TYPE_CHECKING:
     from tsqlora_scale.tasks.task import Task
@@ -47,7 +49,8 @@ def corpus_data(config: Config, own: Task | None) -> Data:
         raise UserError(f"a corpus of {len(table)} texts is none; give pretrain.file more, or leave pretraining out")
     order = philox(seed, "corpus").permutation(len(table))
     count = max(1, min(MOST_HELD_OUT, int(HELD_OUT * len(table))))
-    held_out, learned = table.take(np.sort(order[:count])), table.take(np.sort(order[count:]))
+    apart = np.sort(order[:count])
+    held_out, learned = table.take(apart), _without(table, apart)
     copies = max(1, min(COPIES, ceil((train.max_steps or 1) * train.batch_size / len(learned))))
     return Data(_masked(learned, seed, "masks", copies), _masked(held_out, seed, "held-out masks", 1))
 
@@ -59,11 +62,21 @@ def _of_file(config: Config, column: str) -> pa.Table:
 
 
 def _of_task(own: Task, column: str) -> pa.Table:
-    texts: list[str] = []
-    for start in range(0, len(own), ROWS):
-        rows = range(start, min(start + ROWS, len(own)))
-        texts += ["\n".join(text for text in parts if text.strip()) for parts in own.texts(rows)]
-    return pa.table({column: texts, SAMPLE_ID: list(own.sample_ids)})
+    def texts() -> Iterator[pa.Array]:
+        for start in range(0, len(own), ROWS):
+            rows = range(start, min(start + ROWS, len(own)))
+            lines = ("\n".join(text for text in parts if text.strip()) for parts in own.texts(rows))
+            yield pa.array(lines, pa.string())
+
+    found = made_column(texts(), own.train.data.nbytes)
+    return pa.table({column: found, SAMPLE_ID: list(own.sample_ids)})
+
+
+def _without(table: pa.Table, apart: np.ndarray) -> pa.Table:
+    """The table but for some rows, in order, as parts of it: a file's texts stay where they lie on disk."""
+    begins, ends = [0, *(apart + 1).tolist()], [*apart.tolist(), len(table)]
+    parts = [table.slice(begin, end - begin) for begin, end in zip(begins, ends, strict=True) if begin < end]
+    return pa.concat_tables(parts)
 
 
 def _masked(table: pa.Table, seed: int, stream: str, copies: int) -> datasets.Dataset:

@@ -13,7 +13,7 @@ from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.printing import shown
 from tsqlora_scale.tasks.rows import file_limits
 from tsqlora_scale.tasks.rows.delimited_files import Row
-from tsqlora_scale.tasks.rows.wanted import Wanted, check_names
+from tsqlora_scale.tasks.rows.wanted import Wanted, check_names, require_columns
 
 
 def json_rows(
@@ -30,23 +30,28 @@ def json_rows(
     """
     records = _json_records(lines, path)
     head: list[dict[str, Any]] = []
-    characters = 0
+    characters, is_cut = 0, False
     for record, length in records:
         head.append(record)
         characters += length
         if len(head) >= file_limits.CHUNK_ROWS or characters >= file_limits.CHUNK_CHARACTERS:
+            is_cut = True
             break
     if not head:
         raise UserError(f"{path}: the file is empty; it needs at least one row")
     present = list(dict.fromkeys(key for record in head for key in record)) if keys is None else list(keys)
     check_names(present, where=path)
-    names = wanted.among(present, where=path)
+    late = wanted.may_come_late(present) if is_cut and keys is None and not wanted.others else {}
+    names = wanted.among([*present, *late.values()], where=path)
     if wanted.others:
         names = present
     known, plain = set(present), wanted.plain()
+    unseen = set(late.values())
 
     def rows() -> Iterator[Row]:
         for number, record in enumerate(itertools.chain(head, (record for record, _ in records)), 1):
+            if unseen:
+                unseen.difference_update(record)
             if wanted.others and not record.keys() <= known:
                 new = next(key for key in record if key not in known)
                 raise UserError(
@@ -60,6 +65,8 @@ def json_rows(
                         f"{path}, row {number}: column {name!r} holds {kind}; it must hold text or a number"
                     )
             yield [_json_text(record.get(name)) for name in names]
+        if unseen:
+            require_columns(present, {key: name for key, name in late.items() if name in unseen}, where=path)
 
     return names, rows()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from typing import TypeVar
 
@@ -28,6 +28,7 @@ N = TypeVar("N", int, float)
 MOST_CLASSES = 1000
 _WHOLE = re.compile(r"[+-]?[0-9]{1,18}(\.0*)?")
 _NUMBER = re.compile(r"[+-]?([0-9]{1,18}(\.[0-9]{0,18})?|\.[0-9]{1,18})([eE][+-]?[0-9]{1,2})?")
+_LEADING_ZERO = re.compile(r"[+-]?0[0-9]")
 _TRUTH = {"true": True, "false": False}
 #: Names of classes that a truth value means.
 _NAMED_TRUTH = _TRUTH | {"yes": True, "no": False}
@@ -132,7 +133,8 @@ def class_ids(
         return class_id(cell if vocabulary is None or place is None else vocabulary[place], labels)
 
     def problem(cell: Cell, distinct: list[Cell]) -> str:
-        found = f"the column holds {len(distinct)} distinct: {_few(distinct)}"
+        count = f"more than {MOST_CLASSES}" if len(distinct) > MOST_CLASSES else len(distinct)
+        found = f"the column holds {count} distinct: {_few(distinct)}"
         if vocabulary is not None:
             found += f"; numbers are those of the data's own classes ({_few(vocabulary)})"
         if isinstance(labels, int):
@@ -232,13 +234,24 @@ def infer_labels(
 
 
 def _sorted(found: set[str]) -> list[str]:
-    """One name for each meaning: ``1`` and ``1.0`` are one class, as are ``true`` and ``True``."""
+    """One name for each meaning: ``1`` and ``1.0`` are one class, as are ``true`` and ``True``.
+
+    Codes are texts: ``0110`` and ``1.10``, where there is ``1.1``, too.
+    """
     numbers = {text: number for text in found if (number := _number(text)) is not None}
-    if len(numbers) == len(found):
+    if len(numbers) == len(found) and not _are_codes(numbers):
         return [_plain(number) for number in sorted(set(numbers.values()))]
     if all(_truth(text) is not None for text in found):
         return sorted({text.lower() for text in found})
     return sorted(found)
+
+
+def _are_codes(numbers: Mapping[str, Decimal]) -> bool:
+    """Whether texts that read as numbers, none of which is empty, are written as no number is."""
+    if any(_LEADING_ZERO.match(text) for text in numbers):
+        return True
+    parts = [number for number in numbers.values() if number % 1]
+    return len(set(parts)) < len(parts)
 
 
 def _plain(number: Decimal) -> str:
@@ -288,7 +301,9 @@ def _parsed(
                 raise UserError(f"{place}: column {name!r} is empty or nan; give every row a value or drop the row")
             known: dict[Cell, None] = {}
             for _, texts in _text_blocks(column, name, where):
-                known |= dict.fromkeys(pc.unique(texts).drop_null().to_pylist())
+                known |= dict.fromkeys(pc.unique(texts).drop_null()[: MOST_CLASSES + 1].to_pylist())
+                if len(known) > MOST_CLASSES:  # of a column of numbers or texts all may differ
+                    break
             raise UserError(f"{place}: {problem(cell, list(known))}")
         parsed[block] = np.array([0 if value is None else value for value in values])[codes]
     return parsed

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from tsqlora_scale.common.disk_arrays import blocks
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.tasks.rows.column_checks import SAMPLE_ID
+from tsqlora_scale.tasks.rows.conversations import MalformedCell, read_conversation
 from tsqlora_scale.tasks.rows.origin import Origin
 
 KEY = "task.query"
@@ -123,4 +124,13 @@ def _texts(rows: datasets.Dataset, columns: Sequence[str]) -> Iterator[tuple[str
     for block in blocks(len(view), _ROWS):
         table = view[block]
         for cells in zip(*(table[name] for name in columns), strict=True):
-            yield tuple(" ".join((cell or "").split()).casefold() for cell in cells)
+            yield tuple(_alike(cell or "") for cell in cells)
+
+
+def _alike(text: str) -> str:
+    """A text, or what is said in a conversation, however its JSON is written."""
+    if text.lstrip().startswith("["):
+        with contextlib.suppress(MalformedCell):
+            turns = read_conversation(text)
+            text = "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+    return " ".join(text.split()).casefold()

@@ -17,6 +17,8 @@ SOURCE_KEY, TARGET_KEY = "task.source", "task.target"
 STRUCTURED_KEYS = (MESSAGES_KEY, TOOLS_KEY, COMPLETION_KEY)
 #: Keys of columns that may be empty in any row.
 EMPTY_KEYS = (TOOLS_KEY, INPUT_KEY)
+#: Keys of columns that a file's first rows need not have.
+LATE_KEYS = (*EMPTY_KEYS, SYSTEM_KEY)
 
 
 def text_columns(cfg: TaskConfig) -> dict[str, str]:
@@ -58,6 +60,10 @@ class Wanted:
     def plain(self) -> list[str]:
         """Names of the columns of which every cell is a text, a number or a truth value."""
         return [name for name, key in self.keys().items() if key not in STRUCTURED_KEYS]
+
+    def may_come_late(self, present: Sequence[str]) -> dict[str, str]:
+        """Config key -> name of the required columns that a file's first rows lack and any row may leave empty."""
+        return {key: name for key, name in self.required.items() if key in LATE_KEYS and name not in present}
 
     def among(self, present: Sequence[str], *, where: object) -> list[str]:
         """The wanted columns of a file, in its order.
