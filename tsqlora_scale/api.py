@@ -110,12 +110,14 @@ def score(
     from tsqlora_scale.model.adapters.adapter_type import check_sizes
     from tsqlora_scale.model.describe import check_adapter_fits
     from tsqlora_scale.run import preflight
+    from tsqlora_scale.run.resume import has_checkpoint
 
     place = "auto" if resume else None
     preflight.check_run_dir(config, overwrite=overwrite, resume=place)
     if adapter is not None:
         config = preflight.with_labels_of(config, Path(adapter))
-    checked = preflight.check(config, starts=adapter is None and not resume)
+    starts = adapter is None and not (resume and has_checkpoint(config.run_dir, "auto"))
+    checked = preflight.check(config, starts=starts)
     from tsqlora_scale.report.score_summary import summarise_selector, write_summary
     from tsqlora_scale.run.build import build_run
     from tsqlora_scale.run.preemption import StopRequest

@@ -87,7 +87,7 @@ def warm_up_and_score(run: Run, *, warm_up: bool = True) -> None:
 def finish(run: Run) -> dict[str, Any]:
     """Evaluate, and write the adapter and the result."""
     metrics = run.final_metrics()
-    run.note_best(metrics)
+    run.judge(metrics)
     run.save_checkpoint()
     evaluate_average(run)
     adapter = run.save_adapter(metrics)

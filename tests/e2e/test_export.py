@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
 from tests.runs import go, run_tree, write_config
+from tsqlora_scale.api import truncate
 from tsqlora_scale.commands import main as cli
 from tsqlora_scale.run.training_run import Run
 
@@ -170,3 +171,52 @@ def test_mistakes(tmp_path: Path, models_dir: Path, capsys: pytest.CaptureFixtur
     assert cli.main(["export", *there, "padded", "--out", str(out), "--overwrite"]) == 0
     assert not (out / "precious").exists()
     assert config.exists()
+
+
+@pytest.mark.parametrize("out", ["run", ".", "run/checkpoints"])
+def test_what_is_exported_is_not_replaced_by_the_export(
+    out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder that the adapter, or its run, or the process itself is in."""
+    runs = tmp_path / "runs"
+    adapter = runs / "run" / ("checkpoints/step-00000001" if "check" in out else "adapter")
+    adapter.mkdir(parents=True)
+    (adapter / "kept").touch()
+    monkeypatch.chdir(runs)
+    for given in (adapter, Path("run")):
+        arguments = ["--adapter", str(given), "--format", "peft", "--out", out, "--overwrite"]
+        assert cli.main(["export", *arguments]) == 2 or given == Path("run")
+        assert (adapter / "kept").exists()
+        assert "--out" in capsys.readouterr().err or given == Path("run")
+
+
+def test_cuts_of_triplets_leave_their_diagonals_behind(tmp_path: Path, models_dir: Path) -> None:
+    """Which are of other ranks, and would be in the way of a run that starts from the cut."""
+    tree = run_tree("bert", tmp_path, models_dir, "run", adapter={"method": "adalora", "r": 6}, train={"max_steps": 3})
+    del tree["scoring"], tree["schedule"]
+    go(tree | {"schedule": {"start": 1, "end": 2, "every": 1}})
+    adapter = tmp_path / "runs" / "run" / "adapter"
+    assert (adapter / "diagonals.json").is_file()
+    rows = truncate(adapter, [2, 2], tmp_path / "cuts")
+    assert [row["rank"] for row in rows] == [None, 2], "a rank that is named twice is one"
+    assert not (tmp_path / "cuts" / "rank-2" / "diagonals.json").exists()
+    assert not (export(adapter, "padded") / "diagonals.json").exists()
+    again = run_tree("bert", tmp_path, models_dir, "again", train={"max_steps": 2})
+    del again["scoring"]
+    again |= {"adapter": tree["adapter"] | {"init_from": str(tmp_path / "cuts" / "rank-2")}}
+    again["allocation"] = {"policy": "fixed"}
+    assert go(again).step == 2
+
+
+def test_a_merge_into_its_base_and_on_a_machine_that_cannot_unpack(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, models_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, config, adapter = trained("bert", tmp_path, models_dir)
+    base = run.config.model.name_or_path
+    replacing = ["--adapter", str(adapter), "--format", "merged", "--out", base, "--overwrite"]
+    assert cli.main(["export", *replacing, "--config", str(config)]) == 2
+    assert "is the base itself" in capsys.readouterr().err
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    arguments = ["--adapter", str(adapter), "--format", "merged", "--out", str(tmp_path / "out")]
+    assert cli.main(["export", *arguments, "--config", str(config), "model.quantization=nf4"]) == 2
+    assert "needs bitsandbytes" in capsys.readouterr().err

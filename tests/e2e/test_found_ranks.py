@@ -10,9 +10,10 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from tests.runs import go, losses_of, ranks_of, read_lines, result_of, run_tree
+from tests.runs import go, losses_of, ranks_of, read_lines, result_of, run_tree, write_config
 from tests.steps import Killed, killed_in_step
 from tsqlora_scale import training as loop
+from tsqlora_scale.commands import main as cli
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.load import parse_config
 from tsqlora_scale.ranks import current_ranks
@@ -125,3 +126,15 @@ def test_keys_that_contradict_one_another(tmp_path: Path, models_dir: Path, sect
     with pytest.raises(UserError) as caught:
         parse_config(run_tree("bert", tmp_path, models_dir, "run", **sections))
     assert words in str(caught.value)
+
+
+def test_such_a_run_goes_on_without_the_file(tmp_path: Path, models_dir: Path) -> None:
+    """Its checkpoints have the ranks."""
+    (tmp_path / "ranks.yaml").write_text("{query: 2}")
+    tree = tree_of(tmp_path, models_dir, "run", policy="file", file=str(tmp_path / "ranks.yaml"))
+    tree["train"]["max_steps"] = 4
+    config = write_config(tmp_path / "config.yaml", tree)
+    assert cli.main(["train", "--config", str(config)]) == 0
+    (tmp_path / "ranks.yaml").unlink()
+    assert cli.main(["train", "--config", str(config), "--resume", "auto", "train.max_steps=6"]) == 0
+    assert result_of(tmp_path / "runs" / "run")["steps"] == 6

@@ -176,3 +176,12 @@ def test_a_damaged_adapter(tmp_path: Path, models_dir: Path, source: Path, damag
     tree = run_tree("bert", tmp_path, models_dir, "second", adapter={"init_from": str(copy)})
     with pytest.raises(UserError, match=r"adapter\.init_from=.*adapter_model\.safetensors"):
         preflight.check(parse_config(tree))
+
+
+def test_a_first_pass_with_resume_is_checked_like_any_start(
+    tmp_path: Path, models_dir: Path, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = run_tree("deberta", tmp_path, models_dir, "scored", adapter={"init_from": str(source)})
+    config = write_config(tmp_path / "config.yaml", tree)
+    assert cli.main(["score", "--config", str(config), "--resume"]) == 2
+    assert "adapter.init_from" in capsys.readouterr().err

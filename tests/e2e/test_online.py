@@ -253,6 +253,21 @@ def test_weights_of_the_pool_leave_no_sample_out_of_the_first_epoch(tmp_path: Pa
     assert sorted(drawn.tolist()) == list(range(48))
 
 
+def test_weights_of_the_pool_count_where_losses_are_weighed(tmp_path: Path, models_dir: Path) -> None:
+    """Once there are scores, as under a pass's: each sample as often as its weight says, and not once an epoch."""
+    tree = online_tree("bert", tmp_path, models_dir, sampling={"use": "weight", "keep_fraction": 1.0})
+    folder = Path(tree["task"]["dataset"]["path"])
+    lines = (folder / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    weighted = [f'{line[:-1]}, "weight": {1 + 9 * (i % 2)}}}' for i, line in enumerate(lines)]
+    (folder / "train.jsonl").write_text("\n".join(weighted) + "\n", encoding="utf-8")
+    tree["task"]["dataset"]["weight"] = "weight"
+    run = build_run(preflight.check(parse_config(tree)))
+    with run.record:
+        loop.take_steps(run, until=5)
+    drawn = np.concatenate([run.selector.draw(step) for step in range(5, 105)])
+    assert np.mean(drawn % 2) == pytest.approx(10 / 11, abs=0.03)
+
+
 def test_a_model_whose_layers_see_no_batch_is_refused(tmp_path: Path, models_dir: Path) -> None:
     run = build_run(preflight.check(parse_config(online_tree("bert", tmp_path, models_dir))))
     scorer = scores_of(run).scorer

@@ -94,9 +94,10 @@ def test_words_of_the_base_are_found_once_and_kept(
 
 
 def test_the_exported_model_answers_as_the_adapter_does(tmp_path: Path, models_dir: Path) -> None:
-    folder = go(prompted_tree("masked", tmp_path, models_dir)).record.folder
+    tree = prompted_tree("masked", tmp_path, models_dir)
+    folder = go(tree).record.folder
     out = tmp_path / "merged"
-    export(folder / "adapter", "merged", out, config=load_config(folder / "config.yaml"))
+    export(folder / "adapter", "merged", out, config=parse_config(tree))  # which leaves open what the base is
     merged = AutoModelForMaskedLM.from_pretrained(out).eval()
     base = AutoModelForMaskedLM.from_pretrained(masked_model(models_dir))
     adapted: Any = PeftModel.from_pretrained(base, str(folder / "adapter")).eval()

@@ -51,7 +51,9 @@ def test_a_proxy_scores_the_pool(tmp_path: Path, models_dir: Path) -> None:
     shutil.rmtree(tmp_path / "runs" / "run-proxy")
     for step in (10, 13):
         shutil.rmtree(run_dir / "checkpoints" / f"step-{step:08d}")
+    moved = Path(tree["scoring"]["proxy_model"]).rename(tmp_path / "moved")
     assert cli.main(["train", "--config", str(config), "--resume", "auto"]) == 0
+    moved.rename(tree["scoring"]["proxy_model"])
     assert not (tmp_path / "runs" / "run-proxy").exists()
     assert (losses_of(run_dir), ranks_of(run_dir)) == (losses, ranks)
 

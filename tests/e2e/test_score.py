@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pandas as pd
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.runs import go, read_lines, run_tree, write_config
 from tsqlora_scale.api import score
@@ -163,6 +165,17 @@ def test_scoring_by_a_trained_adapter(tmp_path: Path, models_dir: Path, capsys: 
     expected = run.selector.scorer.score(run.engine.module)
     np.testing.assert_allclose(table.loss, expected.loss, atol=1e-6)
     np.testing.assert_allclose(table.grad_norm, expected.grad_norm, rtol=1e-4)
+    # scores of one adapter are not gone on with by another, or by none
+    again = ["score", "--config", str(config), "--resume"]
+    assert cli.main([*again, "--adapter", str(adapter)]) == 0
+    other = tmp_path / "other"
+    shutil.copytree(adapter, other)
+    values = load_file(other / "adapter_model.safetensors")
+    save_file({name: value * 2 for name, value in values.items()}, other / "adapter_model.safetensors")
+    capsys.readouterr()
+    for arguments, words in (([], "with an --adapter"), (["--adapter", str(other)], "with another --adapter")):
+        assert cli.main([*again, *arguments]) == 2
+        assert words in capsys.readouterr().err
     tree["run"]["name"], tree["adapter"]["alpha"] = "other", 9
     config = write_config(tmp_path / "config.yaml", tree)
     assert cli.main(["score", "--config", str(config), "--adapter", str(adapter)]) == 2

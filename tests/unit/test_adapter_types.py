@@ -11,18 +11,25 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification, ModernBertConfig
 
+from tests import zoo
 from tests.placed import base_of, built, some_inputs
 from tests.reference import adapters as reference
+from tests.runs import go
 from tests.tiny import AUTO, tiny_model
 from tests.unit.quality.toys import RandomPool
+from tsqlora_scale.api import evaluate
+from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.config.load import parse_config
 from tsqlora_scale.config.schema import AdapterConfig
 from tsqlora_scale.model.adapters.adapter_type import adapter_type, own_type
 from tsqlora_scale.model.adapters.bottleneck import Bottleneck
 from tsqlora_scale.model.adapters.data_start import LeadingInputs
 from tsqlora_scale.model.adapters.lora import lora_layers
+from tsqlora_scale.model.adapters.loratrf import check_filters
 from tsqlora_scale.model.adapters.placement import Placement
 from tsqlora_scale.model.adapters.task_filter import TaskFilter
 from tsqlora_scale.model.base_model import skeleton
@@ -294,3 +301,31 @@ def test_directions_of_inputs_are_the_leading_ones(models_dir: Path) -> None:
         energy = (x @ vectors.double().T).square().sum(0)
         assert energy.sum() >= 0.999 * best.sum(), name
         assert energy[0] >= 0.999 * best[0], name
+
+
+def test_bitfit_of_a_model_whose_head_alone_has_biases(tmp_path: Path) -> None:
+    config = ModernBertConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0
+    )
+    bare = skeleton(AutoModelForSequenceClassification, config)
+    assert any(name.endswith("bias") for name, _ in bare.named_parameters())
+    with pytest.raises(UserError, match="a modernbert model has no biases"):
+        adapter_type("bitfit").check(bare)  # type: ignore[attr-defined]
+
+
+def test_a_filter_stands_behind_blocks_that_texts_pass_through(tmp_path: Path, models_dir: Path) -> None:
+    """Not behind those of a tower for pictures, whose parameters would never have a gradient."""
+    tree = zoo.tree_of("gemma3", tmp_path, models_dir, adapter={"method": "loratrf", "target_modules": "auto"})
+    run = go(tree)
+    names = [name for name, part in run.engine.module.named_modules() if isinstance(part, TaskFilter)]
+    assert len(names) == 2
+    assert not any("vision" in name for name in names)
+    folder = tmp_path / "runs" / "run" / "adapter"
+    expected = run.evaluate()
+    assert evaluate(parse_config(tree), folder) == expected
+    check_filters(folder, run.engine.module.get_base_model())
+    values = load_file(folder / "adapter_model.safetensors")
+    cut = {name: value for name, value in values.items() if ".layers.1." not in name}
+    save_file(cut, folder / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="is missing, for this model it is"):
+        check_filters(folder, run.engine.module.get_base_model())

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
-from tests.runs import run_tree
+from tests.runs import go, run_tree
 from tests.tiny import tiny_model
+from tsqlora_scale.api import export
 from tsqlora_scale.config.load import parse_config
 from tsqlora_scale.engine.collectives import World
 from tsqlora_scale.model.generation_files import settings_that_load
@@ -79,3 +81,24 @@ def test_what_loads_is_left_to_the_library(tmp_path: Path, models_dir: Path) -> 
     (tmp_path / "generation_config.json").write_text(json.dumps(settings))
     found = settings_that_load(str(tmp_path))["generation_config"]
     assert (found.num_return_sequences, found.forced_bos_token_id) == (None, 7)
+
+
+@pytest.mark.parametrize("form", ["merged", "whole"])
+def test_a_base_that_loads_with_a_warning_is_exported_too(form: str, tmp_path: Path, models_dir: Path) -> None:
+    """``temperature`` without ``do_sample``, and another pad token than is used, as old bases have them."""
+    tree = run_tree("llama", tmp_path, models_dir, "run", train={"max_steps": 1}, adapter={"method": "lora"})
+    del tree["scoring"]
+    if form == "whole":
+        tree["adapter"] = {"method": "full"}
+    folder = tmp_path / "own"
+    shutil.copytree(tiny_model("llama", models_dir), folder)
+    path = folder / "generation_config.json"
+    own = json.loads(path.read_text()) | {"temperature": 0.9, "top_p": 0.6, "pad_token_id": None}
+    path.write_text(json.dumps(own))
+    tree["model"]["name_or_path"] = str(folder)
+    go(tree)
+    export(tmp_path / "runs" / "run", "merged", tmp_path / "out", config=parse_config(tree))
+    found = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert (found["temperature"], found["top_p"], found.get("do_sample", False)) == (0.9, 0.6, False)
+    assert found["pad_token_id"] is not None
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")

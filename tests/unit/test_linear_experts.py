@@ -15,6 +15,7 @@ from tsqlora_scale.config.load import parse_config
 from tsqlora_scale.model.adapters.lora import lora_layers
 from tsqlora_scale.run import preflight
 from tsqlora_scale.run.build import build_run, check_engine
+from tsqlora_scale.training import train_to_the_end
 
 SIZES: dict[str, Any] = {
     "vocab_size": zoo.DECODER["vocab_size"], "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0,
@@ -58,3 +59,19 @@ def test_several_processes(switch: dict[str, Any]) -> None:
         with pytest.raises(UserError, match=r"experts that are layers of their own \(.*experts.expert_") as caught:
             check_engine(found, sharded=sharded, processes=2)
         assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("method", ["houlsby", "pfeiffer"])
+def test_no_bottleneck_stands_behind_one_of_many_experts(method: str, switch: dict[str, Any]) -> None:
+    switch["adapter"] = {"method": method}
+    with pytest.raises(UserError, match="feed-forward blocks of a switch_transformers model are experts"):
+        preflight.check(parse_config(switch))
+
+
+def test_every_expert_counts_the_same_steps(switch: dict[str, Any]) -> None:
+    """An expert that no text was sent to has no gradient, and one step count goes into a checkpoint for all."""
+    run = build_run(checked(switch, target_modules=["wi", "wo"]))
+    train_to_the_end(run)
+    optimizer: Any = run.engine._optimizer.optimizer  # type: ignore[attr-defined]
+    trained = [param for param in run.engine.module.parameters() if param.requires_grad]
+    assert {int(optimizer.state[param]["step"]) for param in trained} == {2}

@@ -68,12 +68,12 @@ def _evaluate_tasks(options: argparse.Namespace) -> None:
 
 
 def _check_file(path: str | None) -> None:
-    """Before anything is loaded.
+    """Before anything is loaded, on the rank that writes.
 
     Raises:
         UserError: there is no folder for the file.
     """
-    if path is not None and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
+    if launched_rank() == 0 and path is not None and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
         raise UserError(f"--json {path!r} cannot be written: give a file in a folder that is there")
 
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.printing import shown
-from tsqlora_scale.config.presets import RESETS
+from tsqlora_scale.config.presets import taken_out
 from tsqlora_scale.config.schema import Config
 from tsqlora_scale.config.yaml_tree import check_strings, read_tree
 
@@ -25,7 +25,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         Path(path),
         overrides or [],
         sections=list(Config.model_fields),
-        resets=RESETS,
+        resets=taken_out,
     )
     return parse_config(tree, where=str(path))
 

@@ -35,13 +35,27 @@ POLICY_VALUES: dict[str, dict[str, Any]] = {
 }
 #: AdaLoRA's γ, the one of most of its GLUE tasks.
 ORTHOGONALITY = 0.1
-#: What a method that is given on the command line takes out of a file, as it has values of its own for it.
-RESETS: dict[str, tuple[str, ...]] = {
-    "adapter.method": (*PRESET_KEYS, "adapter.orthogonality"),
-    **{f"adapter.method={name}": tuple(POLICY_VALUES.get(values[2], ())) for name, values in PRESETS.items()},
-}
 #: What a method says of other keys.
 MORE_OF_PRESETS = {"loratrf": {"adapter.target_modules": "loratrf"}}
+
+
+def taken_out(tree: Mapping[str, Any], key: str, value: str) -> list[str]:
+    """What a method that is given on the command line takes out of a file: what it has values of its own for, and, in
+    a config that is spelled out, those that the file's own method has given.
+
+    Args:
+        tree: the file's mappings.
+        key, value: of an override.
+    """
+    if key != "adapter.method":
+        return []
+    found = [*PRESET_KEYS, "adapter.orthogonality", *POLICY_VALUES.get(PRESETS.get(value, ("",) * 3)[2], ())]
+    before = str(_get(tree, "adapter.method", "tsqlora"))
+    policy = _get(tree, "allocation.policy") or PRESETS.get(before, ("",) * 3)[2]
+    given = POLICY_VALUES.get(str(policy), {}) | MORE_OF_PRESETS.get(before, {})
+    found += [name for name, its in given.items() if _is_set(tree, name) and _get(tree, name) == its]
+    usual = {"adapter.target_modules": "auto"}  # which a config that is spelled out says of every method
+    return found + [name for name in MORE_OF_PRESETS.get(value, {}) if _get(tree, name) == usual[name]]
 
 
 #: Keys that only scores have a use for. Not the technical ones, nor those of an audit.
@@ -59,7 +73,9 @@ def with_preset(tree: Mapping[str, Any]) -> dict[str, Any]:
 
     ``tsqlora`` chooses by the query where there is one, and by quality where the config says how to score or to draw.
     """
-    method = _get(tree, "adapter.method", "tsqlora")
+    method = _get(tree, "adapter.method")
+    if not _is_set(tree, "adapter.method"):  # of none no key follows
+        method = "tsqlora"
     values = PRESETS.get(method) if isinstance(method, str) else None
     out = dict(tree)
     if method == "tsqlora" and _get(out, "sampling.selector") is None:

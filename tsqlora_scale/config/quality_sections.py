@@ -173,9 +173,10 @@ class SamplingConfig(Section):
     redundancy: NonNegativeFloat = 0.0
     #: Cosine of two samples' gradients from which on they teach the same.
     similarity: UnitInterval = 0.98
-    #: Weigh the losses of drawn samples by 1 / (|S| p_i), normalised within the step: the objective is then the mean
-    #: loss over S, as with uniform draws, and p decides only which gradients estimate it. Without ``replacement`` each
-    #: is drawn once an epoch, and nothing is weighed.
+    #: Weigh the losses of drawn samples by 1 / (|S| p_i), divided by the weights of the step's own samples: the
+    #: objective is then about the mean loss over S, as with uniform draws, the more so the larger ``train.batch_size``
+    #: is, and p decides which gradients estimate it. Without ``replacement`` S is drawn from evenly, and nothing is
+    #: weighed.
     unbiased: bool = False
     #: Largest such weight; 1 is that of a sample drawn as often as by uniform draws.
     max_weight: PositiveFloat = 10.0

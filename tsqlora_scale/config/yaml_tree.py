@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,18 @@ MOST_NODES = 20_000
 MOST_LEVELS = 30
 
 
+#: The mappings of a file, an override's key and its value -> keys, as ``section.name``.
+Resets = Callable[[Mapping[str, Any], str, str], Sequence[str]]
+
+
 def read_tree(
-    path: Path, overrides: Sequence[str], *, sections: Sequence[str], resets: Mapping[str, Sequence[str]] | None = None
+    path: Path, overrides: Sequence[str], *, sections: Sequence[str], resets: Resets | None = None
 ) -> dict[str, Any]:
     """The file's mappings with the overrides in them, interpolations resolved.
 
     Args:
         sections: names of the top-level mappings, for messages.
-        resets: keys of the file that an override of the given key, or the given ``key=value``, takes out, as it
-            stands for them.
+        resets: the keys of a file's mappings that an override, a key and its value, takes out, as it stands for them.
 
     Raises:
         UserError: naming the file or the override, the place, and the remedy.
@@ -49,10 +52,9 @@ def read_tree(
         if not _is_text(override):
             raise UserError(f"{where}: not UTF-8 text; check the terminal's encoding")
         _check_size(value, where)
-        meant = (key.strip(), f"{key.strip()}={value.strip()}")
-        for reset in [name for one in meant for name in (resets or {}).get(one, ())]:
-            _remove(tree, reset, kept=overrides)
         try:
+            for reset in () if resets is None else resets(tree, key.strip(), value.strip()):
+                _remove(tree, reset, kept=overrides)
             tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([override]))
         except Exception as error:
             raise UserError(f"{where}: {_reason(error)}") from None

@@ -63,6 +63,9 @@ class DdpEngine(BaseEngine):
         """See :class:`~tsqlora_scale.engine.engine.Engine`."""
         assert self.accelerator.sync_gradients, "the last micro-batch of a step must be an accumulation boundary"
         self._set_lr(lr)
+        for param in self._trained:
+            if param.grad is None:  # of an expert that no text was sent to: Adam would not count the step for it alone
+                param.grad = torch.zeros_like(param)
         self.accelerator.unscale_gradients(self._optimizer)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self._trained if p.grad is not None])
         if self._train.max_grad_norm is not None:  # of a gradient that is not finite, too: nothing uses that one

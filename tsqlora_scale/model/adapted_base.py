@@ -13,6 +13,7 @@ from tsqlora_scale.config.locations import resolve
 from tsqlora_scale.config.schema import Config
 from tsqlora_scale.model.base_model import load_base
 from tsqlora_scale.model.describe import check_adapter_fits, check_architecture, check_weights, load_descriptions
+from tsqlora_scale.model.stored_quantization import check_can_unpack
 from tsqlora_scale.tasks import auto_class_of, objective_class
 from tsqlora_scale.tasks.objectives.prompted import prompt_base
 
@@ -40,6 +41,7 @@ class AdaptedBase:
         Raises:
             UserError: naming the key or the file.
         """
+        check_can_unpack(config.model)
         path = resolve(config.model.name_or_path, key="model.name_or_path")
         check_weights(config, path)
         model_config, tokenizer = load_descriptions(config, path)

@@ -10,7 +10,7 @@ from torch import nn
 
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.model.block_depths import block_of
-from tsqlora_scale.model.linear_layers import linear_layers, outside_linear_layers
+from tsqlora_scale.model.linear_layers import expert_kind, linear_layers, outside_linear_layers
 
 #: Last parts of the names of layers that make the values of attention, where these have a layer of their own.
 VALUES = ("value", "value_proj", "v_proj", "v_lin", "v")
@@ -60,14 +60,15 @@ def outputs(model: Any) -> tuple[list[str], list[str]]:
         UserError: some block has none that can be told.
     """
     width, layers = hidden_size(model), linear_layers(model)
-    if outside_linear_layers(model):
+    blocks = block_names(model)
+    inner = (name for name in layers if any(name.startswith(f"{block}.") for block in blocks))
+    if outside_linear_layers(model) or any(expert_kind(name) != name for name in inner):
         raise UserError(
-            f"the feed-forward blocks of a {model.config.model_type} model are experts without linear layers, after "
-            "which no bottleneck fits; choose adapter.type=lora"
+            f"the feed-forward blocks of a {model.config.model_type} model are experts, after which no bottleneck "
+            "fits; choose adapter.type=lora"
         )
     attention: dict[str, str] = {}
     feed_forward: dict[str, str] = {}
-    blocks = block_names(model)
     for block in blocks:
         for name in (name for name in layers if name.startswith(f"{block}.")):
             if out_features(layers[name]) == width:

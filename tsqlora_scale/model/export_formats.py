@@ -15,6 +15,7 @@ from tsqlora_scale.config.model_section import ADAPTER_TRAITS
 from tsqlora_scale.config.schema import Config
 from tsqlora_scale.model.adapted_base import AdaptedBase
 from tsqlora_scale.model.adapters.adapter_type import own_type, saved_kind
+from tsqlora_scale.model.generation_files import save_model
 from tsqlora_scale.model.linear_layers import transpose_again, transposed_layers
 from tsqlora_scale.model.model_card import result_beside, write_card
 from tsqlora_scale.model.padded_adapter import check_for_vllm, copy_adapter, write_for_vllm, write_padded
@@ -91,14 +92,22 @@ def check_form(adapter: Path, form: str) -> str:
     return kind
 
 
-def check_out(out: Path, adapter: Path, *, overwrite: bool) -> None:
+def check_out(out: Path, adapter: Path, *, overwrite: bool, what: str = "the adapter") -> None:
     """See that a folder may be written to.
 
+    Args:
+        adapter: what is read: its folder, that of its run or a checkpoint; or another folder.
+        what: what that is.
+
     Raises:
-        UserError: it is the adapter, or is there and may not be replaced.
+        UserError: that or this process is in it, or it is there and may not be replaced.
     """
-    if out.resolve() == adapter.resolve():
-        raise UserError(f"--out {str(out)!r} is the adapter itself; choose another folder")
+    whole = out.resolve()
+    if whole == adapter.resolve():
+        raise UserError(f"--out {str(out)!r} is {what} itself; choose another folder")
+    for name, place in ((what, adapter.resolve()), ("the current folder", Path.cwd())):
+        if place.is_relative_to(whole):
+            raise UserError(f"--out {str(out)!r} would replace {name}, which is in it; choose another folder")
     if out.exists() and not overwrite:
         raise UserError(f"--out {str(out)!r} exists; choose another folder, or give --overwrite")
 
@@ -127,23 +136,31 @@ def written_folder(out: Path) -> Iterator[Path]:
 def _with_base(adapter: Path, out: Path, config: Config, gguf_type: GgufType | None) -> list[str]:
     """The forms that hold the base, too: a folder of Transformers, or a GGUF file, for which such a folder is made."""
     file = None
+    base = _described(adapter, config)
     if gguf_type is None:
-        notes = merge(adapter, out, config)
+        notes = [*_merge(adapter, out, base), "a plain Transformers model: from_pretrained opens it, without PEFT"]
     else:
         from tsqlora_scale.model.gguf_model import check_gguf, write_gguf
 
         check_gguf(config)
         whole = out / "merged"
         whole.mkdir()
-        notes = merge(adapter, whole, config, says=False)
+        notes = _merge(adapter, whole, base)
         file = f"model-{gguf_type}.gguf"
         notes += write_gguf(whole, out / file, config, gguf_type=gguf_type)
         shutil.rmtree(whole)
+    config = config.with_task(prompt_base=base.config.task.prompt_base)
     write_card(out, config, result_beside(adapter), merged=True, gguf_file=file)
     return notes
 
 
-def merge(adapter: Path, out: Path, config: Config, *, says: bool = True) -> list[str]:
+def _described(adapter: Path, config: Config) -> AdaptedBase:
+    """The base without what is for training alone, and would get into the file."""
+    as_it_was = config.model.model_copy(update={"dropout": None, "gradient_checkpointing": False})
+    return AdaptedBase.checked(config.model_copy(update={"model": as_it_was}), adapter)
+
+
+def _merge(adapter: Path, out: Path, base: AdaptedBase) -> list[str]:
     """Write a plain Transformers model. A 4-bit base is dequantised, to the values that the adapter was trained on.
 
     Layer by layer where the base's files allow it, so that models larger than memory are merged, too; otherwise in
@@ -151,15 +168,11 @@ def merge(adapter: Path, out: Path, config: Config, *, says: bool = True) -> lis
 
     Args:
         out: an empty folder.
-        says: whether the notes tell how the result is opened.
 
     Raises:
-        UserError: the adapter is not one of the config's model.
+        UserError: the adapter is not one of the base's.
     """
-    as_it_was = config.model.model_copy(update={"dropout": None, "gradient_checkpointing": False})
-    config = config.model_copy(update={"model": as_it_was})  # these are for training, and would get into the file
-    base = AdaptedBase.checked(config, adapter)
-    notes = []
+    config, notes = base.config, []
     if config.model.quantization != "none":
         notes.append(f"the base was dequantised to {config.model.dtype}; the file is as large as that, not 4-bit")
     try:
@@ -178,7 +191,7 @@ def merge(adapter: Path, out: Path, config: Config, *, says: bool = True) -> lis
             f"--adapter {str(adapter)!r} does not fit model.name_or_path={base.path!r} ({reason_given})"
         ) from None
     base.tokenizer.save_pretrained(str(out))
-    return [*notes, *(["a plain Transformers model: from_pretrained opens it, without PEFT"] if says else [])]
+    return notes
 
 
 def _merge_as_a_whole(adapter: Path, out: Path, described: AdaptedBase) -> list[str]:
@@ -187,7 +200,7 @@ def _merge_as_a_whole(adapter: Path, out: Path, described: AdaptedBase) -> list[
     if own is not None:
         whole = own.merged(base, adapter)
         whole.config.use_cache = True
-        whole.save_pretrained(str(out), max_shard_size=SHARD_BYTES)
+        save_model(whole, out, max_shard_size=SHARD_BYTES)
         return []
     ties, transposed = ties_of(base), transposed_layers(base)
     if config.model.quantization != "none":
@@ -201,5 +214,5 @@ def _merge_as_a_whole(adapter: Path, out: Path, described: AdaptedBase) -> list[
         key = f"--adapter {str(adapter)!r}"
         save_untied(merged, ties, out, auto_class=auto_class_of(config.task), key=key)
         return ["embeddings and output layer share their weights no longer (tie_word_embeddings: false)"]
-    merged.save_pretrained(str(out), max_shard_size=SHARD_BYTES)
+    save_model(merged, out, max_shard_size=SHARD_BYTES)
     return []

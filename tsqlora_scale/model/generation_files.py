@@ -75,3 +75,27 @@ def settings_that_load(name_or_path: str, revision: str | None = None) -> dict[s
             return {"generation_config": GenerationConfig(**kept)}
         return {}
     return {}
+
+
+def write_settings(given: Any, folder: Path) -> None:
+    """Write settings as ``save_pretrained`` does, without its refusal of what loading a base only warns of."""
+    given.to_json_file(str(folder / FILE), use_diff=True, keys_to_pop=["compile_config"])
+
+
+def save_model(model: Any, folder: Path, **options: Any) -> None:
+    """``save_pretrained`` of a model, whatever its base's generation settings are.
+
+    Args:
+        options: of ``save_pretrained``.
+    """
+    given = getattr(model, "generation_config", None)
+    if given is None:
+        model.save_pretrained(str(folder), **options)
+        return
+    model.generation_config = type(given)()
+    try:
+        model.save_pretrained(str(folder), **options)
+    finally:
+        model.generation_config = given
+    if (folder / FILE).exists():
+        write_settings(given, folder)

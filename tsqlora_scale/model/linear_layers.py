@@ -43,6 +43,11 @@ def transpose_again(model: nn.Module, names: Collection[str]) -> None:
         model.set_submodule(name, layer)
 
 
+def expert_kind(name: str) -> str:
+    """The same for all experts of a block: a few tokens do not visit them all."""
+    return re.sub(r"(experts?)\.(expert_)?\d+\.", r"\1.N.", name)
+
+
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The linear layers of a model by name, in the model's order."""
     return {name: module for name, module in model.named_modules() if is_linear(module)}

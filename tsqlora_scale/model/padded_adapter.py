@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.printing import shown
+from tsqlora_scale.model.adapters.adapter_files import DIAGONALS
 from tsqlora_scale.model.model_card import NAME
 from tsqlora_scale.model.weight_files import DESCRIPTION, PREFIX, WEIGHTS, layer_ranks, layer_scalings, read_json
 
@@ -95,6 +96,7 @@ def _pad_to(rank: int, adapter: Path, out: Path, *, form: str) -> None:
         others = "merged or peft" if form == "padded" else "merged"
         raise UserError(f"--format {form}: {embedding} adapts an embedding, which is not padded; choose {others}")
     copy_adapter(adapter, out)
+    (out / DIAGONALS).unlink(missing_ok=True)  # of other ranks
     scalings = layer_scalings(adapter)
     common = next(iter(scalings.values()))
     for layer, scaling in scalings.items():

@@ -17,11 +17,17 @@ from tsqlora_scale.config.schema import Config
 from tsqlora_scale.engine.arithmetic import unit_roundoff
 from tsqlora_scale.engine.collectives import World
 from tsqlora_scale.model.base_model import DTYPES, skeleton
-from tsqlora_scale.model.linear_layers import kinds_of, linear_layers, note_on_weights, read_past, resolve_targets
+from tsqlora_scale.model.linear_layers import (
+    expert_kind,
+    kinds_of,
+    linear_layers,
+    note_on_weights,
+    read_past,
+    resolve_targets,
+)
 from tsqlora_scale.model.placed_trial import fault_of
 from tsqlora_scale.model.probe import (
     Probe,
-    expert_kind,
     keeps_apart,
     packed_texts,
     padded_rows,

@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -25,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.quiet import quiet_libraries
 from tsqlora_scale.model.dropouts import set_dropout
-from tsqlora_scale.model.linear_layers import linear_layers
+from tsqlora_scale.model.linear_layers import expert_kind, linear_layers
 from tsqlora_scale.tasks.packing import Packing, known_samples
 
 if TYPE_CHECKING:
@@ -363,11 +362,6 @@ def _without_batch(model: nn.Module, inputs: Mapping[str, Tensor]) -> frozenset[
         for handle in handles:
             handle.remove()
     return frozenset(name for name in layers if expert_kind(name) in found[False] - found[True])
-
-
-def expert_kind(name: str) -> str:
-    """The same for all experts of a block: a few tokens do not visit them all."""
-    return re.sub(r"(experts?)\.(expert_)?\d+\.", r"\1.N.", name)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import nn
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.printing import shown
 from tsqlora_scale.config.schema import ModelConfig
+from tsqlora_scale.model.base_tensors import names_in_model
 from tsqlora_scale.model.weight_files import read_json, tensor_shapes
 
 _MARK = ".weight.quant_state.bitsandbytes__"
@@ -26,6 +28,14 @@ def stored_quantization(model_config: Any) -> dict[str, Any] | None:
             if found:
                 return dict(found) if isinstance(found, dict) else {"quant_method": found}
     return None
+
+
+def check_can_unpack(model: ModelConfig) -> None:
+    """Raises:
+    UserError: 4-bit weights, and nothing here that computes with them.
+    """
+    if model.quantization == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("model.quantization='nf4' needs bitsandbytes; pip install 'tsqlora-scale[nf4]'")
 
 
 def check_stored(model: ModelConfig, model_config: Any, *, key: str) -> None:
@@ -79,11 +89,10 @@ def kept_in_floating_point(model: nn.Module, names: Iterable[str]) -> list[str]:
 
     Args:
         model: without weights.
-        names: of the tensors in the files, which may be the body's own, without its prefix.
+        names: of the tensors in the files, which may be the body's own, without its prefix, or older ones.
     """
-    packed = {name.split(_MARK)[0] for name in names if _MARK in name}
-    body = f"{getattr(model, 'base_model_prefix', '')}."
-    packed |= {body + name for name in packed} | {name.removeprefix(body) for name in packed}
+    weights = {f"{name.split(_MARK)[0]}.weight": None for name in names if _MARK in name}
+    packed = {each.model.removesuffix(".weight") for each in names_in_model(weights, model).values()}
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in packed]
 
 

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from tsqlora_scale.config.schema import Config
 from tsqlora_scale.model.base_model import DTYPES, nf4_config, skeleton
 from tsqlora_scale.model.base_tensors import NameInModel, StoredTensor, names_in_model, stored_tensors
-from tsqlora_scale.model.generation_files import settings_that_load
+from tsqlora_scale.model.generation_files import settings_that_load, write_settings
 from tsqlora_scale.model.heads import has_head, head_modules
 from tsqlora_scale.model.layer_merge import LayerMerger, through_nf4, unpacked
 from tsqlora_scale.model.stored_quantization import stored_quantization
@@ -184,7 +184,7 @@ class StreamedMerge:
                 options |= {"config_file_name": "config.json", "_from_model_config": True}
                 given = GenerationConfig.from_pretrained(self._path, **options)
         given.pad_token_id = bare.config.get_text_config().pad_token_id
-        given.save_pretrained(out)
+        write_settings(given, out)
 
 
 def _is_special(name: str) -> bool:

@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.model.generation_files import save_model
 
 Ties = list[list[str]]
 
@@ -76,7 +77,7 @@ def save_untied(model: Any, ties: Ties, out: Path, *, auto_class: Any, key: str)
         head = model.get_output_embeddings()
         if factor != 1 and head is not None:
             head.weight.data.mul_(factor)
-        model.save_pretrained(str(out))
+        save_model(model, out)
         opened = auto_class.from_pretrained(str(out), dtype=model.dtype).to(model.device)
         found = _logits(opened)
         del opened

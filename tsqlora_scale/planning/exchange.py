@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import ceil
 
 from tsqlora_scale.config.schema import Config
-from tsqlora_scale.planning.held_bytes import HeldWeights
+from tsqlora_scale.planning.held_bytes import WHOLE, HeldWeights
 from tsqlora_scale.planning.phantom_passes import Look
 from tsqlora_scale.planning.run_times import scored_samples
 from tsqlora_scale.run.plan import RunPlan
@@ -32,6 +32,8 @@ def received_bytes(
     ranks = plan.world_size
     of_others = (ranks - 1) / ranks
     base = sum(weight.whole - _held(engine, weights, at, ranks) for at, weight in enumerate(weights.frozen))
+    if engine == "zero3":  # shares what trains like all else, where it is large
+        base += sum(int(4 * size * of_others) for size in weights.trained if size > WHOLE)
     gathers = 3 if config.model.gradient_checkpointing else 2
     adapter = int(2 * of_others * 4 * weights.trained_elements)
     scored = ceil(scored_samples(config, plan) / max(scoring_rows * ranks, 1))

@@ -254,6 +254,7 @@ class AdaptiveRanks(_Listening):
             quality=quality or 1.0,
             first_quality=self._first_quality or 1.0,
             progress=self._schedule.progress(step),
+            is_first=step == self._schedule.events[0],
             components=self._components(engine, ranks),
             worths=self._worths(engine) if self._needs_worths else {},
         )

@@ -30,6 +30,8 @@ class GradientSketches:
         self.rows = rows
         #: (k, d_in) float32 by layer, on the CPU; zeros as long as nothing was heard.
         self.values: dict[str, Tensor] = {}
+        #: Of the steps in the average, below 1 where these are few.
+        self.weight = 0.0
 
     def projection(self, layer: str, d_out: int) -> Tensor:
         """Omega, (k, d_out), on the CPU: the same on every process, at every time."""
@@ -39,8 +41,12 @@ class GradientSketches:
         """Start with a sketch of zeros, unless there is one."""
         self.values.setdefault(layer, torch.zeros(self.rows, d_in))
 
+    def count(self) -> None:
+        """A step is taken in, of all layers."""
+        self.weight = self._beta * self.weight + (1 - self._beta)
+
     def update(self, layer: str, step: Tensor) -> None:
-        """Take in the sketch of a step's gradient. Its length does not matter: no bias correction."""
+        """Take in the sketch of a step's gradient, without bias correction."""
         self.values[layer] = self._beta * self.values[layer] + (1 - self._beta) * step.cpu()
 
     def flat(self) -> Tensor:

@@ -222,6 +222,7 @@ class SensitivityTracker:
         self._pending.append(torch.tensor([values, counts], dtype=torch.float64))
         share = self._scale / self._samples
         for kept in (*self._kept[:1], *self._kept[1 + self._turn : 2 + self._turn]):
+            kept.count()
             for site in sites:
                 if site.sketch is not None and site.layer in usable:
                     kept.update(site.layer, share * site.sketch)
@@ -291,11 +292,13 @@ class SensitivityTracker:
 
     def halves(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Omega G of every layer, (k, d_in) each, of every second listened step and of the others, as of the last
-        :meth:`reduce`; empty where they are not taken."""
+        :meth:`reduce`: means, so that both have one scale, whatever the number of their steps; empty where they are not
+        taken."""
         if not self._kept[1:]:
             return {}
         first, second = self._kept[1:]
-        return {name: (first.values[name], second.values[name]) for name in first.values}
+        one, other = (kept.weight or 1.0 for kept in (first, second))
+        return {name: (first.values[name] / one, second.values[name] / other) for name in first.values}
 
     def projection(self, layer: str, d_out: int) -> Tensor:
         """Omega of a layer, (k, d_out)."""
@@ -312,6 +315,7 @@ class SensitivityTracker:
             "heard": dict(self._heard),
             "whole_micro_batch": self._listener.whole_micro_batch,
             "sketches": self.sketches(),
+            "sketch_weights": [kept.weight for kept in self._kept],
             "alternate_sketches": {str(turn): dict(kept.values) for turn, kept in enumerate(self._kept[1:])},
         }
 
@@ -325,6 +329,8 @@ class SensitivityTracker:
                 self._kept, (state["sketches"], *state.get("alternate_sketches", {}).values()), strict=True
             ):
                 kept.values = dict(values)
+            for kept, weight in zip(self._kept, state.get("sketch_weights", [1.0] * len(self._kept)), strict=True):
+                kept.weight = weight
         self._pending = []
         self._listener.whole_micro_batch = state["whole_micro_batch"]
 

@@ -126,7 +126,8 @@ class RunRecord:
                     for text, line in found
                     if line is not None
                     and line["step"] <= step
-                    and not (line["step"] == last_step and {"eval", "eval_average"} & line.keys())
+                    and not (line["step"] == last_step and "eval" in line)
+                    and not (line["step"] == step and "eval_average" in line)  # which the end writes
                 ]
                 with written_whole(path) as partial:
                     partial.write_text("".join(f"{text}\n" for text in lines), encoding="utf-8")

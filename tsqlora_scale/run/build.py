@@ -56,6 +56,7 @@ from tsqlora_scale.run.resume import (
 )
 from tsqlora_scale.run.run_lock import RunLock
 from tsqlora_scale.run.token_keeping import keep_tokens
+from tsqlora_scale.run.trained_adapter import digest_of
 from tsqlora_scale.run.training_run import Run
 from tsqlora_scale.tasks.evaluation import evaluate_all
 from tsqlora_scale.tasks.task import Task
@@ -125,6 +126,7 @@ def build_run(
             stop=stop,
             watchdog=watchdog,
             pretraining=None if pretrained is None else pretrained.summary,
+            given_adapter=None if adapter is None else digest_of(Path(adapter)),
         )
         if writes:
             open_folder(run, tree, resume)
@@ -249,7 +251,7 @@ def open_folder(run: Run, tree: dict[str, Any] | None, resume: str | None) -> No
 def note_length(run: Run, before: int, *, goes_on_here: bool) -> None:
     """Say and write down that a resumed run is longer or shorter than it was. A collective."""
     total = run.plan.total_steps
-    if total == before:
+    if total == before or run.early_stop is not None:  # which has ended it, whatever its length
         return
     run.lengths.append({"step": run.step, "before": before, "after": total})
     if run.is_main:

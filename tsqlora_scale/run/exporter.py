@@ -50,7 +50,7 @@ def export(
         return []
     from tsqlora_scale.common.quiet import quiet_libraries
     from tsqlora_scale.model import hub_push
-    from tsqlora_scale.model.export_formats import FORMATS, GGUF_TYPES
+    from tsqlora_scale.model.export_formats import FORMATS, GGUF_TYPES, check_out
     from tsqlora_scale.model.export_formats import export as write
 
     if form not in FORMATS:
@@ -65,8 +65,12 @@ def export(
         from tsqlora_scale.run.preflight import with_labels_of
 
         config = with_labels_of(config, Path(adapter))
+        base = Path(config.model.name_or_path)
+        if base.is_dir():
+            check_out(Path(out), base, overwrite=overwrite, what="the base")
     from tsqlora_scale.run.trained_adapter import adapter_folder
 
+    check_out(Path(out), Path(adapter), overwrite=overwrite)  # of a checkpoint a copy is read
     with adapter_folder(adapter) as folder, quiet_libraries():
         notes = write(folder, form, Path(out), config=config, overwrite=overwrite, gguf_type=gguf_type)
         return notes if push is None else [*notes, *hub_push.push(Path(out), push, public=public)]
@@ -110,9 +114,11 @@ def truncate(
 
     if by not in ("uniform", "total"):
         raise UserError(f"by={by!r}: is neither 'uniform' nor 'total'")
+    ranks = list(dict.fromkeys(ranks))
     with adapter_folder(adapter) as folder:
         check_ranks(folder, ranks)
-        check_out(Path(out), folder, overwrite=overwrite)
+        for place in (folder, Path(adapter)):  # of a checkpoint a copy is read
+            check_out(Path(out), place, overwrite=overwrite)
         checked = None
         if config is not None:
             from tsqlora_scale.model.adapters.adapter_type import saved_kind

@@ -118,11 +118,13 @@ def _before_and_after(config: Config, adapter: Path) -> Iterator[tuple[Any, Any]
     from tsqlora_scale.model.adapted_base import AdaptedBase
     from tsqlora_scale.model.adapters.adapter_type import adapter_type, own_type
     from tsqlora_scale.model.base_model import DTYPES
+    from tsqlora_scale.model.dropouts import set_no_rescaling
     from tsqlora_scale.run.build import started
     from tsqlora_scale.run.preflight import check_machine
 
     check_machine(config)
     described = AdaptedBase.checked(config, adapter)
+    set_no_rescaling(described.model_config)  # as in training; a merge keeps the model's own
     device = started(config, accumulation=1, trains=False).device
     with quiet_libraries():
         base = described.load(device=device).eval()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import tempfile
@@ -26,6 +25,7 @@ from tsqlora_scale.model.describe import (
     load_descriptions,
 )
 from tsqlora_scale.model.dropouts import set_layer_drop, set_no_rescaling
+from tsqlora_scale.model.stored_quantization import check_can_unpack
 from tsqlora_scale.run.rank_room import check_ranks_can_move
 from tsqlora_scale.run.temporary_space import check_space
 
@@ -93,7 +93,7 @@ def check(config: Config, *, data: Data | None = None, starts: bool = True) -> P
     plan = plan_run(config, len(task), launched_size(), query_rows=task.query_rows)
     if starts:
         check_ranks_can_move(config)
-    check_scoring(config, described.task)
+    check_scoring(config, described.task, starts=starts)
     dropped = set_layer_drop(described.model_config)
     if dropped and launched_rank() == 0:
         log.warning("%s of the model's config (LayerDrop) is 0 in training: every step takes every layer", dropped[0])
@@ -102,12 +102,12 @@ def check(config: Config, *, data: Data | None = None, starts: bool = True) -> P
         from tsqlora_scale.run.initial_adapter import check_initial
 
         check_initial(config, described.model_config, unreached=findings.unreached)
-    if config.allocation.policy == "file":
+    if starts and config.allocation.policy == "file":
         from tsqlora_scale.run.rank_file import check_rank_file
 
         check_rank_file(config, described.model_config, unreached=findings.unreached)
     proxy = None
-    if config.scores_by_proxy:
+    if starts and config.scores_by_proxy:  # a checkpoint holds its scores
         with naming_the_proxy(config):
             proxy = check(config.of_proxy(), data=described.data)
             if len(proxy.data.train) != len(described.data.train):
@@ -252,13 +252,16 @@ def check_extensions(config: Config) -> None:
         policy_class(config.allocation.policy)
 
 
-def check_scoring(config: Config, task: Task) -> None:
+def check_scoring(config: Config, task: Task, *, starts: bool = True) -> None:
     """What the scoring pass needs of its shorter texts, and the selector of its file.
+
+    Args:
+        starts: see :func:`check`; a run that goes on may have read its file.
 
     Raises:
         UserError: naming the key.
     """
-    if config.sampling.selector == "file":
+    if config.sampling.selector == "file" and (starts or Path(str(config.sampling.file)).exists()):
         from tsqlora_scale.quality.selectors.from_file import read_file
 
         read_file(config, task)
@@ -278,8 +281,7 @@ def check_machine(config: Config) -> None:
     check_start()
     check_launcher(config.model, adapter=config.adapter.type)
     check_deepspeed(config)
-    if config.model.quantization == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError("model.quantization='nf4' needs bitsandbytes; pip install 'tsqlora-scale[nf4]'")
+    check_can_unpack(config.model)
     if config.model.dtype == "fp16":
         import torch
 

@@ -89,9 +89,11 @@ def same_method(config: Config, written: dict[str, Any], checkpoint: Path | None
         for key, value in values.items():
             old = written.get(section, {}).get(key, fields[key].get_default(call_default_factory=True))
             if f"{section}.{key}" not in MAY_CHANGE and value != old:
+                remedy = "use the same config, or start a new run"
+                if key == "average_every":  # which follows from eval_every where the file does not say it
+                    remedy = f"set train.average_every={old}, or start a new run"
                 raise UserError(
-                    f"{checkpoint}: was written with {section}.{key}={old!r}, the config says {value!r}; "
-                    "use the same config, or start a new run"
+                    f"{checkpoint}: was written with {section}.{key}={old!r}, the config says {value!r}; {remedy}"
                 )
 
 
@@ -133,6 +135,24 @@ def restated(train: TrainConfig, plan: RunPlan, *, step: int, before: int) -> st
         left = [str(event) for event in plan.schedule.events if event > step]
         parts.append(f"events of the schedule still come after steps {', '.join(left)}" if left else "no event is left")
     return "; ".join(parts)
+
+
+def same_adapter(given: str | None, before: str | None) -> None:
+    """Refuse to go on with another trained adapter's pass of scores, or without the one that it was begun with.
+
+    Args:
+        given: digest of the adapter that is given now; none: no adapter.
+        before: the same of the run that wrote the checkpoint.
+
+    Raises:
+        UserError: they differ.
+    """
+    if given != before:
+        what = "without --adapter" if before is None else "with another --adapter" if given else "with an --adapter"
+        raise UserError(
+            f"--resume: the pass was begun {what}, whose scores these would be; give what it was begun with, or "
+            "--overwrite to score anew"
+        )
 
 
 def same_data(digest: str, written: str, checkpoint: Path | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from typing import Any
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.files import WRITE_ERRORS
 from tsqlora_scale.model.adapters.adapter_files import write_adapter
-from tsqlora_scale.model.weight_files import DESCRIPTION
+from tsqlora_scale.model.weight_files import DESCRIPTION, WEIGHTS
 from tsqlora_scale.run.checkpoint import complete_checkpoints, read_values
 
 
@@ -64,6 +65,11 @@ def write_from_checkpoint(checkpoint: Path, folder: Path) -> dict[str, Any]:
     except WRITE_ERRORS as error:
         raise UserError(f"the adapter of {str(checkpoint)!r} cannot be written to {str(folder)!r} ({error})") from None
     return tree
+
+
+def digest_of(folder: Path) -> str:
+    """A digest of an adapter's values."""
+    return hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()[:16]
 
 
 def config_beside(place: str | Path) -> Path | None:

@@ -34,6 +34,7 @@ from tsqlora_scale.run.nonfinite import NonFiniteSteps
 from tsqlora_scale.run.parameter_average import ParameterAverage
 from tsqlora_scale.run.plan import RunPlan, due
 from tsqlora_scale.run.preemption import StopRequest
+from tsqlora_scale.run.resume import same_adapter
 from tsqlora_scale.run.run_checkpoints import RunCheckpoints
 from tsqlora_scale.step import StepResult, Teacher
 from tsqlora_scale.tasks import Task
@@ -71,13 +72,16 @@ class Run:
     average: ParameterAverage = field(init=False)
     #: What the run on plain text before this one was.
     pretraining: dict[str, Any] | None = None
+    #: Digest of the trained adapter whose scores are taken, where one was given.
+    given_adapter: str | None = None
     #: Of the average of the last parameters, once it is evaluated.
     average_metrics: dict[str, float] | None = None
     nonfinite: NonFiniteSteps = field(init=False)
     initial_ranks: dict[str, int] = field(default_factory=dict)
     metrics_before: dict[str, float] = field(default_factory=dict)
-    #: Evaluations since the best one.
+    #: Evaluations since the best one, and the step of the last of them.
     stale: int = 0
+    judged: int = 0
     #: Where ``train.patience`` was at its end: ``step``, ``patience``, and the ``metrics`` of that evaluation.
     early_stop: dict[str, Any] | None = None
     #: What ``adapter/`` holds, once it is written.
@@ -201,8 +205,7 @@ class Run:
         is_best = False
         if due(train.eval_every, self.step) and self.step < self.plan.total_steps:
             metrics = self.evaluate()
-            is_best = self.note_best(metrics)
-            self.stale = 0 if is_best else self.stale + 1
+            is_best = self.judge(metrics)
             if train.patience is not None and self.stale >= train.patience:
                 self.early_stop = {"step": self.step, "patience": train.patience, "metrics": metrics}
         if due(train.checkpoint_every, self.step) or is_best:
@@ -270,6 +273,13 @@ class Run:
         metrics = self.engine.world.broadcast(metrics)  # what follows from them is decided alike on every rank
         self.record.metrics(step=self.step, **{key: metrics})
         return metrics
+
+    def judge(self, metrics: dict[str, float]) -> bool:
+        """:meth:`note_best`, and count for ``train.patience``; of the evaluation at the end, too: the run may go on."""
+        is_best = self.note_best(metrics)
+        if due(self.config.train.eval_every, self.step) and self.judged != self.step:
+            self.stale, self.judged = 0 if is_best else self.stale + 1, self.step
+        return is_best
 
     def note_best(self, metrics: dict[str, float]) -> bool:
         """Remember the best evaluation so far; whether this is it."""
@@ -348,6 +358,8 @@ class Run:
             "nonfinite": self.nonfinite.count,
             "lengths": self.lengths,
             "stale": self.stale,
+            "judged": self.judged,
+            "given_adapter": self.given_adapter,
             "early_stop": self.early_stop,
             "average": self.average.state_dict(),
             "pretraining": self.pretraining,
@@ -362,6 +374,7 @@ class Run:
 
     def load_state_dict(self, tree: dict[str, Any]) -> None:
         """Continue from a checkpoint; parameters, moments and ranks are already in the engine."""
+        same_adapter(self.given_adapter, tree.get("given_adapter", self.given_adapter))
         self.seen[:] = tree["seen"].numpy()
         self.draws.load_state_dict(tree.get("draws", []))
         self.selector.load_state_dict(tree["selector"])
@@ -372,6 +385,7 @@ class Run:
         self.average.load_state_dict(tree.get("average", {}))
         self.pretraining = tree.get("pretraining")
         self.lengths, self.stale = tree.get("lengths", []), tree.get("stale", 0)
+        self.judged = tree.get("judged", 0)
         patience = self.config.train.patience
         if patience is not None and self.stale >= patience:
             self.early_stop = tree.get("early_stop")

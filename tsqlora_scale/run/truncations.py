@@ -14,6 +14,7 @@ from torch import Tensor
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.schema import Config
 from tsqlora_scale.engine.collectives import World
+from tsqlora_scale.model.adapters.adapter_files import DIAGONALS
 from tsqlora_scale.model.export_formats import check_out, written_folder
 from tsqlora_scale.model.model_card import NAME
 from tsqlora_scale.model.padded_adapter import copy_adapter
@@ -110,6 +111,7 @@ def _write(adapter: Path, out: Path, layers: Mapping[str, LayerFactors], *, erro
     """An adapter's folder with other factors, every layer's scaling as it was."""
     out.mkdir()
     copy_adapter(adapter, out)
+    (out / DIAGONALS).unlink(missing_ok=True)  # of other ranks
     tensors = load_file(adapter / WEIGHTS)
     for name, layer in layers.items():
         for side, factor in (("A", layer.a), ("B", layer.b)):

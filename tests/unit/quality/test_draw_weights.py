@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -132,3 +133,36 @@ def test_other_weights_are_other_draws_to_a_resumed_run() -> None:
     FullSelector(context(selector="full")).load_state_dict(state)
     with pytest.raises(UserError, match="other samples or other weights"):
         FullSelector(context(WEIGHTS * np.arange(1, 9), selector="full")).load_state_dict(state)
+
+
+def objective(selector: FullSelector) -> np.ndarray:
+    """Shares of the samples in what is trained: draws times the weights of losses."""
+    share = np.zeros(SIZE)
+    for step in range(STEPS):
+        rows = selector.draw(step)
+        weights = selector.weights(rows)
+        np.add.at(share, rows, 1.0 if weights is None else weights)
+    return share / share.sum()
+
+
+def test_sets_keep_their_shares_where_losses_are_weighed_by_p() -> None:
+    sets = MixedSets(("one", "other"), np.array([0, 0, 0, 0, 0, 1, 1, 1], dtype=np.int16), np.array([0.25, 0.75]))
+    quality = np.array([1, 1, 2, 3, 4, 5, 6, 1]) / 23
+    drawn, weighed = (
+        objective(scored(QualitySelector(context(sets=sets, stratify=False, use=use, max_weight=1e6)), quality))
+        for use in ("draw", "weight")
+    )
+    assert weighed == pytest.approx(drawn, abs=0.02)
+    assert weighed[:5].sum() == pytest.approx(0.25, abs=0.02)
+
+
+def test_unbiased_without_replacement_is_even_also_in_an_epoch_that_is_cut_short() -> None:
+    quality = np.array([1, 1, 2, 3, 4, 5, 6, 60]) / 82
+    heavy = []
+    for seed in range(200):
+        given = context(None, stratify=False, unbiased=True, replacement=False)
+        given = dataclasses.replace(given, config=given.config.model_copy(
+            update={"run": given.config.run.model_copy(update={"seed": seed}),
+                    "train": given.config.train.model_copy(update={"batch_size": 2})}))  # fmt: skip
+        heavy.append(7 in scored(QualitySelector(given), quality).draw(0))
+    assert 0.2 < np.mean(heavy) < 0.37, "two of seven"

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -15,7 +18,7 @@ from tests.reference.quality import score_one_by_one
 from tests.unit.quality.toys import KINDS, Batch, RandomPool, lora_model
 from tsqlora_scale.model.adapters.lora import lora_layers, theta_modules
 from tsqlora_scale.quality.gradients.batch_memory import bytes_kept
-from tsqlora_scale.quality.gradients.per_sample import PerSampleGradients
+from tsqlora_scale.quality.gradients.per_sample import FP16_LOSS_SCALE, PerSampleGradients, _loss_scale
 from tsqlora_scale.quality.gradients.sketch import Sketch
 from tsqlora_scale.ranks import current_ranks, set_ranks
 
@@ -365,3 +368,17 @@ def test_engines_are_refused(tiny_folder):
 
     with pytest.raises(AssertionError, match="unwrapped"):
         PerSampleGradients(DeepSpeedEngine(), {})
+
+
+@given(st.lists(st.floats(0, 1e9), min_size=1, max_size=5))
+def test_the_scale_of_half_precision_keeps_squared_errors_gradients_finite(losses: list[float]) -> None:
+    """Of (y - t)^2 the gradient is 2 |y - t|; that of a cross-entropy is below 1, and is scaled as far as it goes."""
+    scale = _loss_scale(torch.tensor(losses))
+    assert 2 * math.sqrt(max(losses)) * scale <= 65504 / 2
+    assert math.log2(scale).is_integer()
+    assert scale == FP16_LOSS_SCALE or max(losses) > 60
+
+
+def test_the_scale_of_half_precision_looks_at_finite_losses() -> None:
+    assert _loss_scale(torch.tensor([math.nan, 2.0])) == FP16_LOSS_SCALE
+    assert _loss_scale(torch.tensor([math.inf])) == FP16_LOSS_SCALE

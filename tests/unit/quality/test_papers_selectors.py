@@ -29,6 +29,7 @@ from tsqlora_scale.quality.selectors.selector_names import selector_class
 from tsqlora_scale.run import preflight
 from tsqlora_scale.run.build import build_model
 from tsqlora_scale.tasks import Task
+from tsqlora_scale.tasks.rows.mixed_sets import MixedSets
 
 ROWS, QUERY, KEPT = 18, 10, 0.5
 BY_QUERY = ("rho", "rds", "dsir", "less")
@@ -426,3 +427,24 @@ def test_ratings_are_equal_on_two_ranks(site: Site, tmp_path: Path, models_dir: 
     for name, ratings in first.items():
         torch.testing.assert_close(ratings, second[name], rtol=0, atol=0)
         torch.testing.assert_close(ratings, torch.from_numpy(site.scored(name).table.quality), rtol=0, atol=0)
+
+
+def test_skipping_leaves_the_sets_of_a_mixture_their_shares(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of one set is known by now: half of it is skipped, and the other half counts twice."""
+    size = len(site.task)
+    numbers = np.array([i % 2 for i in range(size)], dtype=np.int16)
+    sets = MixedSets(("known", "new"), numbers, np.array([0.5, 0.5]))
+    weights = np.where(numbers == 0, 0.5 / (numbers == 0).sum(), 0.5 / (numbers == 1).sum())
+    monkeypatch.setattr(site.task, "sets", sets, raising=False)
+    monkeypatch.setattr(site.task, "draw_weights", lambda: weights.copy())
+    long = Site(site.tree | {"train": site.tree["train"] | {"max_steps": 10**6}}, site.task, site.module)
+    selector = long.selector("infobatch", keep_fraction="auto")
+    selector.listener.losses[:] = np.where(numbers == 0, 0.1, 2.0)
+    shares = []
+    for step in range(1, 200):
+        selector._begin(step)
+        drawn = np.zeros(size)
+        drawn[selector._kept] = selector._sampler.weights / selector._sampler.weights.sum()
+        mass = drawn * selector.weights(np.arange(size))
+        shares.append(mass[numbers == 0].sum() / mass.sum())
+    assert np.mean(shares) == pytest.approx(0.5, abs=0.02)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tsqlora_scale.quality.draws import redundancy
-from tsqlora_scale.quality.draws.redundancy import groups, neighbours, similar_pairs
+from tsqlora_scale.quality.draws.redundancy import count_similar, groups, neighbours, similar_pairs
 
 
 def slow_pairs(sketches: np.ndarray, threshold: float) -> list[list[int]]:
@@ -68,3 +68,19 @@ def test_a_chain_is_not_one_group():
     found = [group.tolist() for group in groups(pairs)]
     assert found == [[1, 0, 2], [3, 4], [6, 7]]
     assert groups(np.empty((0, 2), np.int64)) == []
+
+
+@pytest.mark.parametrize("all_pairs", [10, 10**6])
+@pytest.mark.parametrize("block", [1, 7, 10**6])
+def test_counts_are_those_of_the_pairs(block, all_pairs, monkeypatch):
+    """Also where several tables find the same pair."""
+    generator = np.random.default_rng(1)
+    sketches = generator.normal(size=(90, 6)).astype(np.float32)
+    sketches[40:80] = sketches[:40] + 0.02 * generator.normal(size=(40, 6))
+    sketches[80] = np.nan
+    sketches[81] = 0
+    monkeypatch.setattr(redundancy, "ALL_PAIRS", all_pairs)
+    pairs = similar_pairs(sketches, 0.9)
+    assert len(pairs) > 40
+    monkeypatch.setattr(redundancy, "BLOCK", block)
+    assert (count_similar(sketches, 0.9) == neighbours(pairs, 90)).all()

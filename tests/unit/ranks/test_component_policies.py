@@ -242,3 +242,39 @@ def test_what_makes_no_sense_is_one_line(sections: dict[str, Any], message: str)
     with pytest.raises(UserError) as error:
         parse_config({**tree, **sections})
     assert message in str(error.value)
+
+
+def test_the_only_event_of_a_run_moves_components() -> None:
+    """As the first of many, which it is, and not as the last, which moves none."""
+    components = {"a": (5.0, 4.0, 3.0), "b": (0.1, 0.2, 0.3)}
+    policy = ElaLoraPolicy(AllocationConfig(policy="elalora", moves=1, candidates=1))
+    given = statistics(components, progress=1.0)
+    assert policy.plan(given).ranks == given.ranks
+    assert policy.plan(dataclasses.replace(given, is_first=True)).ranks == {"a": 4, "b": 2}
+
+
+def test_a_method_of_the_command_line_leaves_nothing_of_the_files_own(tmp_path: Path) -> None:
+    written = tmp_path / "config.yaml"
+
+    def told(tree: dict[str, Any], *overrides: str) -> Any:
+        written.write_text(parse_config(tree).to_yaml(), encoding="utf-8")
+        return load_config(written, list(overrides))
+
+    usual = parse_config(config_tree())
+    for name in ("adalora", "elalora", "loratrf"):
+        config = told(config_tree(adapter={"method": name}), "adapter.method=tsqlora")
+        assert (config.sensitivity, config.allocation) == (usual.sensitivity, usual.allocation), name
+        assert config.adapter.target_modules == "auto"
+        assert told(config_tree(adapter={"method": "lora"}), f"adapter.method={name}") == parse_config(
+            config_tree(adapter={"method": name})
+        )
+    assert told(config_tree(adapter={"method": "adalora"}), "adapter.method=elalora").allocation.r_min == 1
+    # what the file says itself stays
+    assert told(config_tree(allocation={"r_min": 0}), "adapter.method=tsqlora").allocation.r_min == 0
+    own = config_tree(adapter={"method": "lora", "target_modules": ["query"]})
+    assert told(own, "adapter.method=loratrf").adapter.target_modules == ["query"]
+
+
+def test_no_method_sets_nothing() -> None:
+    config = parse_config(config_tree(adapter={"method": None}))
+    assert (config.adapter.method, config.adapter.type, config.sampling.selector) == (None, "lora", "quality")

@@ -139,3 +139,21 @@ def test_without_a_gradient_rows_are_the_orthogonal_ones(sketch: Tensor | None) 
     a, b = factors(3, 10, 8)
     got, want = resize(a, b, 6, grow_init="gradient", sketch=sketch), resize(a, b, 6)
     assert torch.equal(got.a.value, want.a.value)
+
+
+@pytest.mark.parametrize("steps", [2, 3, 5])
+def test_halves_have_one_scale_however_many_steps_each_has_heard(steps: int, folder: Path) -> None:
+    """Of steps that are all alike each half is the step's own sketch; a resumed tracker knows how many there were."""
+    model, batch = adapted("bert", folder), padded_batch("bert")
+    tracker = make_tracker(beta=0.85, sketch_seed=3, halves=True)
+    tracker.attach(model)
+    for step in range(steps):
+        train_step(tracker, model, [batch], step=step)
+    tracker.detach()
+    tracker.reduce(World())
+    one, other = ({name: pair[half] for name, pair in tracker.halves().items()} for half in (0, 1))
+    assert_same(one, wanted(model, batch))
+    assert_same(other, wanted(model, batch))
+    resumed = make_tracker(beta=0.85, sketch_seed=3, halves=True)
+    resumed.load_state_dict(tracker.state_dict())
+    assert all(torch.equal(value, resumed.halves()[name][0]) for name, value in one.items())

@@ -37,9 +37,9 @@ class BitFitAdapter(OwnAdapter):
 
     def check(self, model: Any) -> None:
         """Raises:
-        UserError: the model has no biases.
+        UserError: the model's body has no biases; those of its head are trained by every method.
         """
-        if not bias_names(model):
+        if not bias_names(getattr(model, model.base_model_prefix, model)):
             raise UserError(
                 f"adapter.type='bitfit': a {model.config.model_type} model has no biases, and new ones would be "
                 "another method; choose adapter.type=lora"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from tsqlora_scale.model.adapters.lora import LoraAdapter, lora_config_of
 from tsqlora_scale.model.adapters.placement import Placement
 from tsqlora_scale.model.adapters.task_filter import SLOT, TaskFilter, place_filters
 from tsqlora_scale.model.base_model import use_autocast
+from tsqlora_scale.model.block_depths import block_of
 from tsqlora_scale.model.blocks import block_names, hidden_size
+from tsqlora_scale.model.linear_layers import linear_layers
 from tsqlora_scale.model.weight_files import (
     ADVICE,
     DESCRIPTION,
@@ -35,6 +37,21 @@ def in_filter(name: str) -> bool:
     return f".{SLOT}." in name
 
 
+def reached_blocks(base: nn.Module, unreached: Collection[str]) -> list[str]:
+    """The blocks that texts pass through: not those of a tower for pictures."""
+    return list(
+        dict.fromkeys(block for name in linear_layers(base) if name not in unreached and (block := block_of(name)))
+    )
+
+
+def blocks_of(folder: Path, bare: nn.Module) -> list[str]:
+    """The blocks that a saved adapter's filters stand behind: all of every stack of blocks that has one."""
+    filters = [name.removeprefix(PREFIX) for name in tensor_shapes(folder / WEIGHTS) if in_filter(name)]
+    stacks = {name.partition(f".{SLOT}.")[0].rpartition(".")[0] for name in filters}
+    names = block_names(bare)
+    return [name for name in names if name.rpartition(".")[0] in stacks] or names
+
+
 def check_filters(folder: Path, bare: nn.Module) -> None:
     """Whether a saved adapter has a filter for every block of a model, and no other.
 
@@ -43,7 +60,7 @@ def check_filters(folder: Path, bare: nn.Module) -> None:
     """
     rank, size = read_json(folder / DESCRIPTION)["filter_rank"], hidden_size(bare)
     shapes = {"task": (size,), "down.weight": (rank, size), "up.weight": (size, rank)}
-    blocks = block_names(bare)
+    blocks = blocks_of(folder, bare)
     wanted = {f"{PREFIX}{block}.{SLOT}.{part}": shape for block in blocks for part, shape in shapes.items()}
     found = {name: shape for name, shape in tensor_shapes(folder / WEIGHTS).items() if in_filter(name)}
     for name in sorted(wanted.keys() | found.keys()):
@@ -76,7 +93,7 @@ class LoraTrfAdapter(LoraAdapter):
 
     def build(self, base: nn.Module, placement: Placement) -> PeftModel:
         """See :class:`~.lora.LoraAdapter`; then a filter behind every block."""
-        blocks, size = block_names(base), hidden_size(base)
+        blocks, size = reached_blocks(base, placement.unreached), hidden_size(base)
         model = super().build(base, placement)
         rank = placement.adapter.filter_rank or placement.adapter.r
         place_filters(model.get_base_model(), blocks, size, rank, placement.generator)
@@ -101,7 +118,7 @@ class LoraTrfAdapter(LoraAdapter):
     def load(self, base: nn.Module, folder: Path, *, dtype: str) -> PeftModel:
         """See :class:`~.adapter_type.AdapterType`."""
         rank = check_adapter(folder)["filter_rank"]
-        place_filters(base, block_names(base), hidden_size(base), rank, torch.Generator())
+        place_filters(base, blocks_of(folder, base), hidden_size(base), rank, torch.Generator())
         model = PeftModel.from_pretrained(base, str(folder), config=lora_config_of(folder))
         use_autocast(model, dtype)
         return model

@@ -42,19 +42,52 @@ def similar_pairs(sketches: np.ndarray, threshold: float, *, seed: int = 0) -> n
     return pairs
 
 
+def count_similar(sketches: np.ndarray, threshold: float, *, seed: int = 0) -> np.ndarray:
+    """Number of samples that each is like, itself included, (n,): :func:`neighbours` of :func:`similar_pairs`, whose
+    pairs, half of n^2 where all samples are alike, are never there at once."""
+    lengths = np.linalg.norm(sketches, axis=1)
+    usable = np.flatnonzero(np.isfinite(lengths) & (lengths > 0))
+    units = (sketches[usable] / lengths[usable, None]).astype(np.float32)
+    threshold = min(threshold, 1 - ROUNDING)
+    counts = np.ones(len(units), dtype=np.int64)
+    codes = _codes(units, seed)
+    for table, code in enumerate(codes):
+        for bucket in _same(code):
+            for start in range(0, len(bucket), BLOCK):
+                rows = bucket[start : start + BLOCK]
+                for other in range(start, len(bucket), BLOCK):
+                    columns = bucket[other : other + BLOCK]
+                    near = units[rows] @ units[columns].T >= threshold
+                    if other == start:
+                        near = np.triu(near, 1)
+                    for earlier in codes[:table]:  # which has counted the pair
+                        near &= earlier[rows][:, None] != earlier[columns][None]
+                    counts[rows] += near.sum(1)
+                    counts[columns] += near.sum(0)
+    found = np.ones(len(sketches), dtype=np.int64)
+    found[usable] = counts
+    return found
+
+
 def _buckets(units: np.ndarray, seed: int) -> list[np.ndarray]:
     """Groups of row numbers, each sorted; together they hold the candidates."""
+    return [bucket for codes in _codes(units, seed) for bucket in _same(codes)]
+
+
+def _codes(units: np.ndarray, seed: int) -> list[np.ndarray]:
+    """The bucket of every row, (n,), in every table; of few rows one of them all."""
     if len(units) <= ALL_PAIRS:
-        return [np.arange(len(units))]
+        return [np.zeros(len(units), dtype=np.int64)]
     bits = math.ceil(math.log2(len(units) / ALL_PAIRS)) + 4
-    buckets = []
-    for table in range(TABLES):
-        planes = philox(seed, "simhash", table).standard_normal((units.shape[1], bits)).astype(np.float32)
-        codes = (units @ planes > 0) @ (1 << np.arange(bits))
-        order = np.argsort(codes, kind="stable")
-        ends = np.flatnonzero(np.diff(codes[order])) + 1
-        buckets += [group for group in np.split(order, ends) if len(group) > 1]
-    return buckets
+    planes = (philox(seed, "simhash", table).standard_normal((units.shape[1], bits)) for table in range(TABLES))
+    return [(units @ each.astype(np.float32) > 0) @ (1 << np.arange(bits)) for each in planes]
+
+
+def _same(codes: np.ndarray) -> list[np.ndarray]:
+    """The rows of each bucket that has several, sorted."""
+    order = np.argsort(codes, kind="stable")
+    ends = np.flatnonzero(np.diff(codes[order])) + 1
+    return [group for group in np.split(order, ends) if len(group) > 1]
 
 
 def neighbours(pairs: np.ndarray, size: int) -> np.ndarray:

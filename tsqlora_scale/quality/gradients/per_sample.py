@@ -14,6 +14,7 @@ once: the graph that the repetition builds is never gone through.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -34,6 +35,14 @@ from tsqlora_scale.tasks.packing import Packing
 
 #: half-precision gradients underflow below 6e-8; a power of two costs no digits
 FP16_LOSS_SCALE = 2.0**10
+
+
+def _loss_scale(losses: Tensor) -> float:
+    """What losses (B,) are multiplied by in half precision: a power of two that keeps a squared error's gradient, twice
+    the root of the loss, far below 65504. That of a cross-entropy is below 1 whatever the loss."""
+    finite = losses[losses.isfinite()]
+    largest = math.sqrt(max(float(finite.max()), 1.0)) if len(finite) else 1.0
+    return min(FP16_LOSS_SCALE, 2.0 ** math.floor(math.log2(2.0**13 / largest)))
 
 
 class _Heard(torch.autograd.Function):
@@ -99,8 +108,8 @@ class PerSampleGradients:
         self.positions = 0
         self.recomputed: int | None = None
         self._eta = 0.0
-        half = any(parameter.dtype == torch.float16 for parameter in module.parameters())
-        self._scale = FP16_LOSS_SCALE if half else 1.0
+        self._half = any(parameter.dtype == torch.float16 for parameter in module.parameters())
+        self._scale = 1.0
         self._types = {parameter.dtype for parameter in module.parameters()}
         self._types |= {getattr(part, "compute_dtype", None) or torch.float32 for part in module.modules()}
         self._undo: list[Callable[[], Any]] = []
@@ -178,6 +187,7 @@ class PerSampleGradients:
                 with self._batching():
                     values = losses(self.module, batch)
                 assert values.shape == (batch.size,), f"losses of shape {tuple(values.shape)} for {batch.size} samples"
+                self._scale = _loss_scale(values.detach().float()) if self._half else 1.0
                 torch.autograd.backward(values.float().sum() * self._scale)
         finally:
             self._mode = "idle"

@@ -134,8 +134,11 @@ class FactorGradients:
         if not self._size:
             return nn.Linear.forward(part, x)
         packing = self._packing
+        if self._size == 1 and packing is None and x.dim() > 0 and (x.dim() < 3 or x.shape[0] != 1):
+            width = x.shape[-1]  # whatever the shape, all of it is the one sample's
+            return self._forward(name, part, x.reshape(1, x.numel() // width, width)).view(*x.shape[:-1], -1)
         by_sample = packing.holds(x) if packing is not None else x.dim() > 1 and x.shape[0] == self._size
-        if not by_sample or _layer_of(name) in self._without_batch:
+        if not by_sample or (self._size > 1 and _layer_of(name) in self._without_batch):
             self.shared = self.shared or name
             return nn.Linear.forward(part, x)
         if torch._C._current_graph_task_id() == -1:  # else a checkpointed layer's repetition, in the backward pass

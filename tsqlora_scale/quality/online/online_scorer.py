@@ -244,6 +244,6 @@ class OnlineScorer:
         if self.world.is_main:
             log.warning(
                 "%s is called without the batch's dimension; what such calls add to a sample's gradient cannot be told "
-                "apart and is left out of the online scores (with train.micro_batch_size: 1 it is not)",
+                "apart and is left out of the online scores (not with train.micro_batch_size=1)",
                 self._gradients.shared,
             )

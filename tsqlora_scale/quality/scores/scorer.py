@@ -22,7 +22,7 @@ from tsqlora_scale.config.schema import SamplingConfig, ScoringConfig
 from tsqlora_scale.engine.collectives import World
 from tsqlora_scale.engine.sharded import read_parameter
 from tsqlora_scale.quality.draws.key_order import smallest
-from tsqlora_scale.quality.draws.redundancy import neighbours, similar_pairs
+from tsqlora_scale.quality.draws.redundancy import count_similar
 from tsqlora_scale.quality.draws.subset import draws_of, share_of
 from tsqlora_scale.quality.gradients.sketch import cosines
 from tsqlora_scale.quality.pool import BatchT, Pool
@@ -339,7 +339,7 @@ class QualityScorer(Generic[BatchT]):
         if self.world.is_main:
             rows = np.concatenate([part.indices for part in self.parts])
             sketches = np.concatenate([part.sketches for part in self.parts])
-            counts[rows] = neighbours(similar_pairs(sketches, self.sampling.similarity, seed=self.seed), len(rows))
+            counts[rows] = count_similar(sketches, self.sampling.similarity, seed=self.seed)
         return self.world.broadcast(counts)
 
     def _choose(self, table: ScoreTable) -> None:

@@ -70,6 +70,5 @@ class ScoredSelector(FullSelector):
             del self._sampler  # large pools have room on disk for one
             self._importance = None
             chosen, probabilities = self._scores.draws()
-            draws_evenly = self.config.sampling.use == "weight"
-            self._sampler = self._make_sampler(chosen, None if draws_evenly else probabilities, start=step)
+            self._sampler = self._make_sampler(chosen, self._drawn_by(probabilities), start=step)
             self._importance = self._loss_weights(chosen, probabilities)

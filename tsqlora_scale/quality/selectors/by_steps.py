@@ -81,7 +81,7 @@ class OnlineSelector(ScoredSelector):
     def _make_sampler(self, rows: np.ndarray, probabilities: np.ndarray | None, *, start: int) -> BatchSampler:
         """Without replacement before there are scores, whatever the pool's weights: each sample is to be seen."""
         sampler = super()._make_sampler(rows, probabilities, start=start)
-        if probabilities is None and sampler.replacement:
+        if probabilities is None and self._scored_at is None and sampler.replacement:
             return BatchSampler(
                 sampler.indices,
                 sampler.weights,

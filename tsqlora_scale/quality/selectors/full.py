@@ -74,6 +74,13 @@ class FullSelector:
             self._balance(rows, weighted)
         return weighted
 
+    def _drawn_by(self, probabilities: np.ndarray) -> np.ndarray | None:
+        """``probabilities`` (n,) where samples are drawn by them; None, evenly, where losses are weighed instead, or
+        where nothing is to be biased and every sample comes once an epoch, of which the last may be cut short."""
+        sampling = self.config.sampling
+        evenly = sampling.use == "weight" or (sampling.unbiased and not sampling.replacement)
+        return None if evenly else probabilities
+
     def _loss_weights(self, rows: np.ndarray, probabilities: np.ndarray) -> np.ndarray | None:
         """What losses are multiplied by, of every sample of the pool, (N,): ``|S| p`` under ``sampling.use: weight``,
         ``1 / (|S| p)`` under ``sampling.unbiased``; None: nothing.
@@ -87,7 +94,7 @@ class FullSelector:
         """
         sampling = self.config.sampling
         if sampling.use == "weight":
-            weigh = loss_weights
+            weigh, probabilities = loss_weights, self._in_shares(rows, probabilities)
         elif sampling.unbiased and sampling.replacement:
             weigh = importance_weights
         else:
@@ -95,6 +102,18 @@ class FullSelector:
         found = filled(len(self.pool), np.float64, 1.0)
         found[rows] = weigh(probabilities, sampling.max_weight)
         return found
+
+    def _in_shares(self, rows: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+        """``probabilities`` (n,) of ``rows`` by which the sets of a mixture, drawn in their shares, keep them."""
+        if self._draw_weights is None or self._sets is None:
+            return probabilities
+        drawn, wanted = self._weighted(rows, None), self._weighted(rows, probabilities)
+        assert drawn is not None
+        assert wanted is not None
+        for block in blocks(len(rows)):
+            wanted[block] /= drawn[block]
+        wanted /= wanted.sum()
+        return wanted
 
     def _balance(self, rows: np.ndarray, weighted: np.ndarray) -> None:
         if self._sets is not None:

@@ -76,6 +76,9 @@ class InfoBatchSelector(FullSelector):
             self._sampler = self._make_sampler(positions(self._kept), None, start=self._start)
         super().load_state_dict(state)
 
+    def _balance(self, rows: np.ndarray, weighted: np.ndarray) -> None:
+        """Nothing: the pool's weights have the sets' shares, and what an epoch lacks of a set weighs double."""
+
     def _is_over(self, step: int) -> bool:
         """Whether the epoch ends before ``step``."""
         return step >= self._start + ceil(int(np.count_nonzero(self._kept)) / self.config.train.batch_size)

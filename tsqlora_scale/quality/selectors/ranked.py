@@ -156,8 +156,7 @@ class RankedSelector(FullSelector):
             weights = self._table.probability[rows]
             are_alike = bool(weights.min() == weights.max())
             self._of_losses = None if are_alike else self._loss_weights(rows, weights)
-            draws_evenly = are_alike or self.config.sampling.use == "weight"
-            self._sampler = self._make_sampler(rows, None if draws_evenly else weights, start=step)
+            self._sampler = self._make_sampler(rows, None if are_alike else self._drawn_by(weights), start=step)
 
 
 def quota_of(sizes: np.ndarray, total: int, shares: np.ndarray | None) -> np.ndarray:

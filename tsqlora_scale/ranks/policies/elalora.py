@@ -37,9 +37,10 @@ class ElaLoraPolicy:
         """See the class."""
         cfg = self.config
         ceiling = 4 * stats.initial_rank if cfg.r_max is None else cfg.r_max
+        progress = 0.0 if stats.is_first else stats.progress  # the only event is not the last of many
         moves = exchange(
             stats.components,
-            round(cfg.moves * (1 - stats.progress**3)),
+            round(cfg.moves * (1 - progress**3)),
             candidates=cfg.candidates,
             r_min=cfg.r_min,
             r_max={name: min(ceiling, *dims) for name, dims in stats.dims.items()},

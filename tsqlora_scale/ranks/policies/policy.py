@@ -28,6 +28,8 @@ class Statistics:
     first_quality: float
     #: Events done, of those before the last of the schedule: 0 at the first, 1 at the last.
     progress: float = 1.0
+    #: Whether no event was before this one.
+    is_first: bool = False
     #: By layer, the importance of each of its components: see :func:`~.resize.component_importance`, which is what
     #: ``resize.shrink: importance`` keeps them by, or :class:`~.importance.ImportanceTracker`. Empty unless the policy
     #: asks.

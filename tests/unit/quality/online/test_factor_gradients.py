@@ -162,3 +162,32 @@ def test_under_autocast_as_torch_does_it(models_dir: Path) -> None:
             assert parameter.grad.dtype == torch.float32
             scale = float(gradients[name].abs().max()) + 1e-6
             torch.testing.assert_close(parameter.grad / scale, gradients[name] / scale, rtol=0.05, atol=0.05)
+
+
+class TimeFirst(nn.Module):
+    """A layer that sees (T, B, d), and one that sees all tokens in one dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        turned = torch.tanh(self.first(x.transpose(0, 1))).transpose(0, 1)
+        flat = self.second(turned.reshape(-1, 6)).view_as(turned)
+        return flat.square().sum((1, 2))
+
+
+def test_of_one_sample_all_of_every_call_is_its_own() -> None:
+    model, x = TimeFirst(), torch.randn(1, 4, 6)
+    names = {"base.first.lora_A.default": model.first, "second": model.second}
+    gradients = FactorGradients(lambda _: names, sketch_dim=16, seed=0, without_batch=frozenset({"base.first"}))
+    gradients.attach(model)
+    gradients.start(1)
+    model(x).sum().backward()
+    found = gradients.stop()
+    assert found is not None
+    assert gradients.shared is None
+    gradients.detach()
+    alone = torch.autograd.grad(model(x).sum(), list(model.parameters()))
+    assert found[0].tolist() == [pytest.approx(torch.cat([g.flatten() for g in alone]).norm().item(), rel=1e-5)]
