@@ -116,8 +116,7 @@ def score(
     preflight.check_run_dir(config, overwrite=overwrite, resume=place)
     if adapter is not None:
         config = preflight.with_labels_of(config, Path(adapter))
-    starts = adapter is None and not (resume and has_checkpoint(config.run_dir, "auto"))
-    checked = preflight.check(config, starts=starts)
+    checked = preflight.check(config, starts=adapter is None and not (place and has_checkpoint(config.run_dir, place)))
     from tsqlora_scale.report.score_summary import summarise_selector, write_summary
     from tsqlora_scale.run.build import build_run
     from tsqlora_scale.run.preemption import StopRequest
