@@ -266,15 +266,16 @@ def test_what_needs_evaluations(tmp_path: Path, models_dir: Path, change: dict[s
     parse_config(config.for_scoring().model_dump(mode="json"))
 
 
-@pytest.mark.parametrize("last", [0.7, 0.4])
+@pytest.mark.parametrize(("last", "patience", "end"), [(0.7, 3, 12), (0.4, 3, 8), (0.4, 2, 6)])
 def test_a_run_that_is_made_longer_counts_as_one_that_was_that_long(
-    last: float, tmp_path: Path, models_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+    last: float, patience: int, end: int, tmp_path: Path, models_dir: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
     """The evaluation at the end counts for ``train.patience``, once."""
     given_metrics({0: 0.1, 2: 0.6, 4: 0.5, 6: last, 8: 0.3, 10: 0.2, 12: 0.1, 13: 0.1}, monkeypatch)
     ends = {}
     for name, lengths in (("whole", [13]), ("longer", [6, 6, 13])):
-        train = {"eval_every": 2, "patience": 3, "eval_on_start": False}
+        train = {"eval_every": 2, "patience": patience, "eval_on_start": False}
         tree = run_tree("bert", tmp_path, models_dir, name, train=train)
         del tree["scoring"], tree["schedule"]
         tree |= {"allocation": {"policy": "fixed"}, "sampling": {"selector": "full", "keep_fraction": 1.0}}
@@ -282,11 +283,13 @@ def test_a_run_that_is_made_longer_counts_as_one_that_was_that_long(
             tree["train"]["max_steps"] = steps
             go(tree, resume="auto" if place else None)
         ends[name] = result_of(tmp_path / "runs" / name)["stopped_early"]
-    assert ends["longer"] == ends["whole"] == {"step": 12 if last == 0.7 else 8, "patience": 3}
-    # which has ended: more steps change nothing, and nothing says that it goes on
+    assert ends["longer"] == ends["whole"] == {"step": end, "patience": patience}
+    # which has ended: with more steps it is not said to go on, until patience is larger, too
     caplog.clear()
-    before = (tmp_path / "runs" / "longer" / "config.yaml").read_text()
-    tree["train"]["max_steps"] = 40
-    assert go(tree, resume="auto").step == ends["whole"]["step"]
+    tree["train"]["max_steps"] = 14
+    assert go(tree, resume="auto").step == end
     assert "goes on" not in caplog.text
-    assert (tmp_path / "runs" / "longer" / "config.yaml").read_text() == before
+    monkeypatch.setattr(Run, "evaluate", lambda _: {"accuracy": 0.1})
+    tree["train"]["patience"] = 9
+    assert go(tree, resume="auto").step == 14
+    assert result_of(tmp_path / "runs" / "longer")["lengths"][-1] == {"step": end, "before": 13, "after": 14}

@@ -64,7 +64,7 @@ def merges(adapter: Path, tree: dict[str, Any], folder: Path) -> tuple[Path, Pat
     with pytest.MonkeyPatch.context() as patch:
         for out in folders:
             out.mkdir()
-            notes = export_formats.merge(adapter, out, config)
+            notes = export_formats.merge(adapter, out, export_formats.described(adapter, config))
             assert any("as a whole" in note for note in notes) == (out.name == "whole"), notes
             patch.setattr(export_formats, "StreamedMerge", refuse)
     return folders

@@ -72,7 +72,7 @@ def test_mistake(
 def test_nf4_needs_bitsandbytes(
     config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tsqlora_scale.run.preflight.importlib.util.find_spec", lambda _: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     assert cli.train(["--config", str(config), "model.quantization=nf4"]) == 2
     assert "bitsandbytes" in capsys.readouterr().err
 

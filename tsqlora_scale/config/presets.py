@@ -7,7 +7,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from tsqlora_scale.config.model_section import AdapterConfig
 from tsqlora_scale.config.quality_sections import SamplingConfig, ScoringConfig
+from tsqlora_scale.config.rank_sections import AllocationConfig, SensitivityConfig
 
 #: The keys that ``adapter.method`` stands for.
 PRESET_KEYS = ("adapter.type", "sampling.selector", "allocation.policy")
@@ -53,11 +55,23 @@ def taken_out(tree: Mapping[str, Any], key: str, value: str) -> list[str]:
     before = str(_get(tree, "adapter.method", "tsqlora"))
     policy = _get(tree, "allocation.policy") or PRESETS.get(before, ("",) * 3)[2]
     given = POLICY_VALUES.get(str(policy), {}) | MORE_OF_PRESETS.get(before, {})
-    found += [name for name, its in given.items() if _is_set(tree, name) and _get(tree, name) == its]
-    usual = {"adapter.target_modules": "auto"}  # which a config that is spelled out says of every method
-    return found + [name for name in MORE_OF_PRESETS.get(value, {}) if _get(tree, name) == usual[name]]
+    usual = dict.fromkeys(MORE_OF_PRESETS.get(value, {}), "auto")  # as it says of every other method
+    both = [*given.items(), *usual.items()]
+    return found + [name for name, its in both if _is_whole(tree, name) and _get(tree, name) == its]
 
 
+def _is_whole(tree: Mapping[str, Any], key: str) -> bool:
+    """Whether all keys of a key's section are there, as in a config that is spelled out."""
+    section = key.split(".")[0]
+    return set(_SECTIONS[section].model_fields) <= set(tree.get(section) or ())
+
+
+#: Of which some methods say more than which they are.
+_SECTIONS: dict[str, type[BaseModel]] = {
+    "adapter": AdapterConfig,
+    "sensitivity": SensitivityConfig,
+    "allocation": AllocationConfig,
+}
 #: Keys that only scores have a use for. Not the technical ones, nor those of an audit.
 WORDS_OF_SCORES = {
     "scoring": (
@@ -158,7 +172,9 @@ def _is_set(tree: Mapping[str, Any], key: str) -> bool:
     """Whether the key is there, be it with the value none."""
     section, name = key.split(".")
     values = tree.get(section)
-    return name in (values.model_fields_set if isinstance(values, BaseModel) else values or ())
+    if isinstance(values, BaseModel):
+        return name in values.model_fields_set
+    return isinstance(values, Mapping) and name in values
 
 
 def _set(tree: dict[str, Any], key: str, value: Any) -> None:

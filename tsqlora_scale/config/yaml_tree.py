@@ -53,7 +53,8 @@ def read_tree(
             raise UserError(f"{where}: not UTF-8 text; check the terminal's encoding")
         _check_size(value, where)
         try:
-            for reset in () if resets is None else resets(tree, key.strip(), value.strip()):
+            written: Any = OmegaConf.to_container(tree, resolve=False)
+            for reset in () if resets is None else resets(written, key.strip(), value.strip()):
                 _remove(tree, reset, kept=overrides)
             tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([override]))
         except Exception as error:

@@ -23,7 +23,7 @@ from tsqlora_scale.model.stored_quantization import dequantised
 from tsqlora_scale.model.streamed_merge import NotLayerByLayer, StreamedMerge
 from tsqlora_scale.model.tensor_stream import SHARD_BYTES
 from tsqlora_scale.model.tied_weights import is_untied, save_untied, ties_of, untie_adapted
-from tsqlora_scale.model.weight_files import check_adapter, check_own
+from tsqlora_scale.model.weight_files import DESCRIPTION, check_adapter, check_own
 from tsqlora_scale.tasks import auto_class_of
 
 FORMATS = ("peft", "padded", "vllm", "merged", "gguf")
@@ -108,8 +108,15 @@ def check_out(out: Path, adapter: Path, *, overwrite: bool, what: str = "the ada
     for name, place in ((what, adapter.resolve()), ("the current folder", Path.cwd())):
         if place.is_relative_to(whole):
             raise UserError(f"--out {str(out)!r} would replace {name}, which is in it; choose another folder")
+    if out.is_dir() and overwrite and any(out.iterdir()) and not any(map(_is_of_an_export, out.iterdir())):
+        raise UserError(f"--out {str(out)!r} holds no export that --overwrite could replace; choose another folder")
     if out.exists() and not overwrite:
         raise UserError(f"--out {str(out)!r} exists; choose another folder, or give --overwrite")
+
+
+def _is_of_an_export(path: Path) -> bool:
+    """Whether a file is one that every export has: an adapter's, a model's, a GGUF file, the table of cuts."""
+    return path.name in (DESCRIPTION, "config.json", "truncations.json") or path.suffix == ".gguf"
 
 
 @contextmanager
@@ -136,16 +143,17 @@ def written_folder(out: Path) -> Iterator[Path]:
 def _with_base(adapter: Path, out: Path, config: Config, gguf_type: GgufType | None) -> list[str]:
     """The forms that hold the base, too: a folder of Transformers, or a GGUF file, for which such a folder is made."""
     file = None
-    base = _described(adapter, config)
-    if gguf_type is None:
-        notes = [*_merge(adapter, out, base), "a plain Transformers model: from_pretrained opens it, without PEFT"]
-    else:
+    if gguf_type is not None:
         from tsqlora_scale.model.gguf_model import check_gguf, write_gguf
 
         check_gguf(config)
+    base = described(adapter, config)
+    if gguf_type is None:
+        notes = [*merge(adapter, out, base), "a plain Transformers model: from_pretrained opens it, without PEFT"]
+    else:
         whole = out / "merged"
         whole.mkdir()
-        notes = _merge(adapter, whole, base)
+        notes = merge(adapter, whole, base)
         file = f"model-{gguf_type}.gguf"
         notes += write_gguf(whole, out / file, config, gguf_type=gguf_type)
         shutil.rmtree(whole)
@@ -154,13 +162,13 @@ def _with_base(adapter: Path, out: Path, config: Config, gguf_type: GgufType | N
     return notes
 
 
-def _described(adapter: Path, config: Config) -> AdaptedBase:
+def described(adapter: Path, config: Config) -> AdaptedBase:
     """The base without what is for training alone, and would get into the file."""
     as_it_was = config.model.model_copy(update={"dropout": None, "gradient_checkpointing": False})
     return AdaptedBase.checked(config.model_copy(update={"model": as_it_was}), adapter)
 
 
-def _merge(adapter: Path, out: Path, base: AdaptedBase) -> list[str]:
+def merge(adapter: Path, out: Path, base: AdaptedBase) -> list[str]:
     """Write a plain Transformers model. A 4-bit base is dequantised, to the values that the adapter was trained on.
 
     Layer by layer where the base's files allow it, so that models larger than memory are merged, too; otherwise in

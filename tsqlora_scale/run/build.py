@@ -251,10 +251,10 @@ def open_folder(run: Run, tree: dict[str, Any] | None, resume: str | None) -> No
 def note_length(run: Run, before: int, *, goes_on_here: bool) -> None:
     """Say and write down that a resumed run is longer or shorter than it was. A collective."""
     total = run.plan.total_steps
-    if total == before or run.early_stop is not None:  # which has ended it, whatever its length
+    if total == before:
         return
     run.lengths.append({"step": run.step, "before": before, "after": total})
-    if run.is_main:
+    if run.is_main and run.early_stop is None:
         log.warning("%s", restated(run.config.train, run.plan, step=run.step, before=before))
     if goes_on_here:
         run.write_on_main(f"{str(run.record.folder)!r}", lambda: run.record.change_config(run.config.to_yaml()))

@@ -50,7 +50,7 @@ def export(
         return []
     from tsqlora_scale.common.quiet import quiet_libraries
     from tsqlora_scale.model import hub_push
-    from tsqlora_scale.model.export_formats import FORMATS, GGUF_TYPES, check_out
+    from tsqlora_scale.model.export_formats import FORMATS, GGUF_TYPES
     from tsqlora_scale.model.export_formats import export as write
 
     if form not in FORMATS:
@@ -65,12 +65,9 @@ def export(
         from tsqlora_scale.run.preflight import with_labels_of
 
         config = with_labels_of(config, Path(adapter))
-        base = Path(config.model.name_or_path)
-        if base.is_dir():
-            check_out(Path(out), base, overwrite=overwrite, what="the base")
     from tsqlora_scale.run.trained_adapter import adapter_folder
 
-    check_out(Path(out), Path(adapter), overwrite=overwrite)  # of a checkpoint a copy is read
+    _check_place(Path(out), Path(adapter), config, overwrite=overwrite)
     with adapter_folder(adapter) as folder, quiet_libraries():
         notes = write(folder, form, Path(out), config=config, overwrite=overwrite, gguf_type=gguf_type)
         return notes if push is None else [*notes, *hub_push.push(Path(out), push, public=public)]
@@ -117,8 +114,8 @@ def truncate(
     ranks = list(dict.fromkeys(ranks))
     with adapter_folder(adapter) as folder:
         check_ranks(folder, ranks)
-        for place in (folder, Path(adapter)):  # of a checkpoint a copy is read
-            check_out(Path(out), place, overwrite=overwrite)
+        check_out(Path(out), folder, overwrite=overwrite)
+        _check_place(Path(out), Path(adapter), config, overwrite=overwrite)
         checked = None
         if config is not None:
             from tsqlora_scale.model.adapters.adapter_type import saved_kind
@@ -129,3 +126,15 @@ def truncate(
             config = preflight.with_labels_of(config, Path(adapter))
             checked = preflight.check_evaluation(with_loss(config), folder)
         return write_truncations(folder, Path(out), list(ranks), by=by, checked=checked, overwrite=overwrite)
+
+
+def _check_place(out: Path, adapter: Path, config: Config | None, *, overwrite: bool) -> None:
+    """Raises:
+    UserError: what is written would replace what is read: a run or a checkpoint, of which a copy is, or the base.
+    """
+    from tsqlora_scale.model.export_formats import check_out
+
+    check_out(out, adapter, overwrite=overwrite)
+    base = None if config is None else Path(config.model.name_or_path)
+    if base is not None and base.is_dir():
+        check_out(out, base, overwrite=overwrite, what="the base")

@@ -50,7 +50,7 @@ def build_result(run: Run, metrics: dict[str, float], adapter: Path) -> dict[str
         },
         "pretraining": run.pretraining,
         "average": _average(run),
-        "stopped_early": run.early_stop and {key: run.early_stop[key] for key in ("step", "patience")},
+        "stopped_early": run.stopped_early and {key: run.stopped_early[key] for key in ("step", "patience")},
         "metric_titles": {name: metric_title(name, run.config.task.labels) for name in metrics},
         "prompt": _prompt(run),
         "best": _best(run),

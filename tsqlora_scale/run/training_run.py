@@ -110,6 +110,11 @@ class Run:
         return self.step >= self.plan.total_steps or self.early_stop is not None
 
     @property
+    def stopped_early(self) -> dict[str, Any] | None:
+        """:attr:`early_stop`, where it was before the end."""
+        return self.early_stop if self.step < self.plan.total_steps else None
+
+    @property
     def lr(self) -> float:
         """Learning rate of the next step."""
         return learning_rate(self.config.train, self.step, self.plan.total_steps)
@@ -204,10 +209,7 @@ class Run:
         self.average.after_step(self.step, self.engine)
         is_best = False
         if due(train.eval_every, self.step) and self.step < self.plan.total_steps:
-            metrics = self.evaluate()
-            is_best = self.judge(metrics)
-            if train.patience is not None and self.stale >= train.patience:
-                self.early_stop = {"step": self.step, "patience": train.patience, "metrics": metrics}
+            is_best = self.judge(self.evaluate())
         if due(train.checkpoint_every, self.step) or is_best:
             self.save_checkpoint()
 
@@ -234,7 +236,7 @@ class Run:
         """Say that nothing is left to do, where a run is resumed at its end."""
         if not self.is_main or not self.is_over:
             return
-        if self.early_stop is not None:
+        if self.stopped_early is not None:
             log.warning(
                 "the run is finished: it stopped early after step %d, as %d evaluations brought nothing better; "
                 "a larger train.patience, or null, lets it go on",
@@ -247,7 +249,7 @@ class Run:
 
     def final_metrics(self) -> dict[str, float]:
         """Metrics of what the run has come to; those of the evaluation that has ended it, if one has. A collective."""
-        return self.evaluate() if self.early_stop is None else dict(self.early_stop["metrics"])
+        return self.evaluate() if self.stopped_early is None else dict(self.stopped_early["metrics"])
 
     def evaluate_on_start(self) -> None:
         """``metrics_before``, if they are asked for and not there. A collective."""
@@ -276,9 +278,11 @@ class Run:
 
     def judge(self, metrics: dict[str, float]) -> bool:
         """:meth:`note_best`, and count for ``train.patience``; of the evaluation at the end, too: the run may go on."""
-        is_best = self.note_best(metrics)
-        if due(self.config.train.eval_every, self.step) and self.judged != self.step:
+        train, is_best = self.config.train, self.note_best(metrics)
+        if due(train.eval_every, self.step) and self.judged != self.step:
             self.stale, self.judged = 0 if is_best else self.stale + 1, self.step
+            if train.patience is not None and self.stale >= train.patience:
+                self.early_stop = {"step": self.step, "patience": train.patience, "metrics": metrics}
         return is_best
 
     def note_best(self, metrics: dict[str, float]) -> bool:
@@ -288,9 +292,9 @@ class Run:
         value = metrics[self.task.best_metric]
         if not math.isfinite(value):  # the correlation of answers that are all alike, for instance
             return False
-        if self.best is not None and (value > self.best["value"]) != self.task.higher_is_better:
-            return False
-        if self.best is not None and value == self.best["value"]:
+        if self.best is not None and (
+            value == self.best["value"] or (value > self.best["value"]) != self.task.higher_is_better
+        ):
             return False
         name = checkpoint_dir(Path("checkpoints"), self.step).as_posix()
         self.best = {
@@ -373,7 +377,7 @@ class Run:
         }
 
     def load_state_dict(self, tree: dict[str, Any]) -> None:
-        """Continue from a checkpoint; parameters, moments and ranks are already in the engine."""
+        """Continue from a checkpoint; parameters, moments and ranks are in the engine already."""
         same_adapter(self.given_adapter, tree.get("given_adapter", self.given_adapter))
         self.seen[:] = tree["seen"].numpy()
         self.draws.load_state_dict(tree.get("draws", []))
@@ -383,9 +387,8 @@ class Run:
         self.checkpoints.resume(tree["best_kept"])
         self.nonfinite.count = tree["nonfinite"]
         self.average.load_state_dict(tree.get("average", {}))
-        self.pretraining = tree.get("pretraining")
+        self.pretraining, self.judged = tree.get("pretraining"), tree.get("judged", tree["step"])
         self.lengths, self.stale = tree.get("lengths", []), tree.get("stale", 0)
-        self.judged = tree.get("judged", 0)
         patience = self.config.train.patience
         if patience is not None and self.stale >= patience:
             self.early_stop = tree.get("early_stop")

@@ -298,18 +298,15 @@ CALLING = (
 )
 
 
-@pytest.mark.parametrize("wants_text", [False, True])
+@pytest.mark.parametrize("wants_text", ["", "joins", "writes"])
 @pytest.mark.parametrize("as_text", [False, True])
 def test_arguments_of_a_call_are_in_the_templates_form(
-    wants_text: bool, as_text: bool, models: Callable[[str], Path]
+    wants_text: str, as_text: bool, models: Callable[[str], Path]
 ) -> None:
     """Most templates write an object as JSON; some put a text there, the form in which OpenAI's files have it."""
     arguments = "c.function.arguments"
-    written = (
-        f"{{{{ '{{}}' if {arguments} is none else '>' + {arguments} }}}}"
-        if wants_text
-        else f"{{{{ {arguments} | tojson }}}}"
-    )
+    forms = {"": f"{arguments} | tojson", "joins": f"'>' + {arguments}", "writes": arguments}
+    written = f"{{{{ {forms[wants_text]} }}}}"
     tokenizer = AutoTokenizer.from_pretrained(models("llama"))
     tokenizer.chat_template = CALLING.replace("ARGS", written)
     given: Any = json.loads(json.dumps(CALLED))

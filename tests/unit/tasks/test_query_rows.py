@@ -284,6 +284,9 @@ def test_the_same_conversation_otherwise_written_is_found(tmp_path: Path) -> Non
         return load_data(task_config(tmp_path, ANSWERS | {"source": None, "target": None} | chats, **files), seed=0)
 
     assert loaded().query is not None
+    called = [turns(3)[0], {"role": "assistant", "tool_calls": [{"function": {"name": "look"}}]}]
+    (tmp_path / "dev.jsonl").write_text(jsonl([{"messages": called}]))
+    assert loaded().query is not None, "another answer"
     other = [{"value": "ask  3", "from": "human", "weight": None}, {"value": "Say 3", "from": "gpt", "id": 7}]
     (tmp_path / "dev.jsonl").write_text(jsonl([{"messages": turns(20)}, {"messages": json.dumps(other, indent=1)}]))
     with pytest.raises(UserError, match=r"sample 3, is in the held-out set, too \(sample 1\)"):

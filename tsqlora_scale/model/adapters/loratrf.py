@@ -38,18 +38,20 @@ def in_filter(name: str) -> bool:
 
 
 def reached_blocks(base: nn.Module, unreached: Collection[str]) -> list[str]:
-    """The blocks that texts pass through: not those of a tower for pictures."""
-    return list(
-        dict.fromkeys(block for name in linear_layers(base) if name not in unreached and (block := block_of(name)))
-    )
+    """The blocks of every stack that texts pass through: not those of a tower for pictures."""
+    reached = (block_of(name) for name in linear_layers(base) if name not in unreached)
+    return _of_stacks(base, {block.rpartition(".")[0] for block in reached if block is not None})
 
 
 def blocks_of(folder: Path, bare: nn.Module) -> list[str]:
     """The blocks that a saved adapter's filters stand behind: all of every stack of blocks that has one."""
     filters = [name.removeprefix(PREFIX) for name in tensor_shapes(folder / WEIGHTS) if in_filter(name)]
     stacks = {name.partition(f".{SLOT}.")[0].rpartition(".")[0] for name in filters}
-    names = block_names(bare)
-    return [name for name in names if name.rpartition(".")[0] in stacks] or names
+    return _of_stacks(bare, stacks) or block_names(bare)
+
+
+def _of_stacks(model: nn.Module, stacks: Collection[str]) -> list[str]:
+    return [name for name in block_names(model) if name.rpartition(".")[0] in stacks]
 
 
 def check_filters(folder: Path, bare: nn.Module) -> None:

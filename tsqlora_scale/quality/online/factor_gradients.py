@@ -136,7 +136,8 @@ class FactorGradients:
         packing = self._packing
         if self._size == 1 and packing is None and x.dim() > 0 and (x.dim() < 3 or x.shape[0] != 1):
             width = x.shape[-1]  # whatever the shape, all of it is the one sample's
-            return self._forward(name, part, x.reshape(1, x.numel() // width, width)).view(*x.shape[:-1], -1)
+            found = self._forward(name, part, x.reshape(1, x.numel() // width, width))
+            return found.view(*x.shape[:-1], found.shape[-1])
         by_sample = packing.holds(x) if packing is not None else x.dim() > 1 and x.shape[0] == self._size
         if not by_sample or (self._size > 1 and _layer_of(name) in self._without_batch):
             self.shared = self.shared or name

@@ -111,7 +111,8 @@ class FullSelector:
         assert drawn is not None
         assert wanted is not None
         for block in blocks(len(rows)):
-            wanted[block] /= drawn[block]
+            share = drawn[block]  # which may be too small to be there
+            wanted[block] = np.divide(wanted[block], share, out=np.zeros_like(share), where=share > 0)
         wanted /= wanted.sum()
         return wanted
 

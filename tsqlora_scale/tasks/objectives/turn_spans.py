@@ -46,7 +46,7 @@ class TurnTemplate:
                 "task.messages needs a chat template, and this tokenizer has none; put one into the model's folder "
                 "(chat_template.jinja), or give texts by task.source and task.target"
             )
-        self._calls_as_text = False
+        self._calls_as_text: bool | None = None
         self._tokenizer, self._template = tokenizer, with_date(template, today or USUAL_DATE)
         failures = []
         for self._as_parts in (False, True):
@@ -180,9 +180,9 @@ class TurnTemplate:
         except UnwrittenTurn:
             return None
 
-    def _wants_text(self) -> bool:
+    def _wants_text(self) -> bool | None:
         """Whether the template takes a call's arguments for a text that it writes as it is (DeepSeek's, and the form in
-        which OpenAI gives them), and not for an object that it writes as JSON, as most do."""
+        which OpenAI gives them), and not for an object that it writes as JSON, as most do; None: it writes neither."""
         found: dict[bool, str] = {}
         for as_text in (False, True):
             self._calls_as_text = as_text
@@ -191,6 +191,8 @@ class TurnTemplate:
             with contextlib.suppress(UnwrittenTurn):
                 found[as_text] = self.write([asked, {"role": ASSISTANT, "content": "", "tool_calls": [call]}])
         as_python = str({_SECOND: 1})
+        if not found:
+            return None
         return True in found and (False not in found or as_python in found[False])
 
     def _called(self, calls: Any) -> Any:
@@ -198,16 +200,17 @@ class TurnTemplate:
         if not isinstance(calls, list):
             return calls
         return [
-            {**call, "function": self._argued(call["function"])} if isinstance(call.get("function"), dict) else call
+            {**call, "function": self._argued(call["function"])}
+            if isinstance(call, dict) and isinstance(call.get("function"), dict)
+            else call
             for call in calls
-            if isinstance(call, dict)
         ]
 
     def _argued(self, function: dict[str, Any]) -> dict[str, Any]:
         given = function.get("arguments")
         if self._calls_as_text and isinstance(given, dict | list):
             return {**function, "arguments": json.dumps(given, ensure_ascii=False)}
-        if not self._calls_as_text and isinstance(given, str):
+        if self._calls_as_text is False and isinstance(given, str):
             with contextlib.suppress(ValueError, RecursionError):
                 read = json.loads(given)
                 return {**function, "arguments": read} if isinstance(read, dict) else function

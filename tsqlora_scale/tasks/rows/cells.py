@@ -6,6 +6,7 @@ missing value and NaN are empty. So a file says the same as csv, as JSON and as 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import uuid
 from decimal import Decimal
@@ -108,5 +109,6 @@ def _plain(value: Any, kind: pa.DataType) -> Any:
     if pa.types.is_map(kind):
         return {str(key): _plain(each, kind.item_type) for key, each in value}
     if getattr(kind, "extension_name", "") == "arrow.json":
-        return json.loads(value)
+        with contextlib.suppress(ValueError):
+            return json.loads(value)
     return value

@@ -36,7 +36,7 @@ _ROLES = {
 _FILLED = ("user", ASSISTANT)
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 #: What an assistant's turn can hold beside its content.
-_BESIDE_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+BESIDE_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 
 
 class MalformedCell(ValueError):
@@ -82,7 +82,7 @@ def emptiness(messages: list[Message]) -> str | None:
 
 def is_filled(message: Message) -> bool:
     """Whether a turn holds anything."""
-    return bool(message["content"].strip() or any(message.get(key) for key in _BESIDE_CONTENT))
+    return bool(message["content"].strip() or any(message.get(key) for key in BESIDE_CONTENT))
 
 
 def is_learned(message: Message) -> bool:

@@ -250,7 +250,7 @@ def _are_codes(numbers: Mapping[str, Decimal]) -> bool:
     """Whether texts that read as numbers, none of which is empty, are written as no number is."""
     if any(_LEADING_ZERO.match(text) for text in numbers):
         return True
-    parts = [number for number in numbers.values() if number % 1]
+    parts = [number for number in numbers.values() if number != number.to_integral_value()]
     return len(set(parts)) < len(parts)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 
 import datasets
@@ -14,7 +15,7 @@ import pyarrow.compute as pc
 from tsqlora_scale.common.disk_arrays import blocks
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.tasks.rows.column_checks import SAMPLE_ID
-from tsqlora_scale.tasks.rows.conversations import MalformedCell, read_conversation
+from tsqlora_scale.tasks.rows.conversations import BESIDE_CONTENT, MalformedCell, read_conversation
 from tsqlora_scale.tasks.rows.origin import Origin
 
 KEY = "task.query"
@@ -132,5 +133,6 @@ def _alike(text: str) -> str:
     if text.lstrip().startswith("["):
         with contextlib.suppress(MalformedCell):
             turns = read_conversation(text)
-            text = "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+            told = ([turn.get(key) for key in ("role", "content", *BESIDE_CONTENT)] for turn in turns)
+            text = json.dumps(list(told), sort_keys=True, ensure_ascii=False)
     return " ".join(text.split()).casefold()
