@@ -96,7 +96,7 @@ def scores(options: argparse.Namespace) -> None:
         for seed in options.seeds:
             folder, flipped = flipped_data(options.config, options.overrides, options.out, options.flip, seed)
             overrides = [*options.overrides, *on_data(folder), f"scoring.warmup_steps={warmup}", f"run.seed={seed}"]
-            run = launch("score", options.config, overrides, options.out, f"score-{warmup}-{seed}")
+            run = launch("score", options.config, overrides, options.out, f"score-{folder.name}-{warmup}-{seed}")
             table, _ = ScoreTable.read(run / "scores")
             spread = np.array(
                 [

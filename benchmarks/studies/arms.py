@@ -2,8 +2,8 @@
 
 An arm sees of a pool's folder (see pools.py) what it could see in life; ``oracle`` arms and sizes that are given to
 other selectors see the truth, too, and say so. What is known of wrong labels comes from ``audit.csv`` in that folder: a
-table with columns ``sample_id`` (or ``id``), ``probability_wrong`` (or ``probability``) and ``suggested_label``, all
-rows or the suspects alone; ``audit_seconds.txt`` beside it says what it cost.
+table with columns ``sample_id`` (or ``id``), ``probability_wrong`` (or as the package's audits have it) and
+``suggested_label``, all rows or the suspects alone; ``audit_seconds.txt`` beside it says what it cost.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ LATE = Path(__file__).with_name("late_weights.py")
 VISITED = Path(__file__).with_name("visited_losses.py")
 #: Steps before late weights count, share of a pool that is held out with its noisy labels, and a row's least weight.
 LATE_FROM, HELD_OUT, LEAST = 50, 0.2, 0.01
+#: Columns of an audit, of which one is there: ours, of a fix list, of the package's table.
+PROBABILITIES = ("probability_wrong", "probability", "audit_probability")
 #: The part of a pool that every selector of the table of selectors keeps.
 KEPT = 0.3
 
@@ -193,8 +195,10 @@ def read_audit(pool: Path) -> dict[str, Suspicion]:
     found = {}
     with path.open(encoding="utf-8", newline="") as file:
         for line in csv.DictReader(file):
-            probability = line.get("probability_wrong", line.get("probability", "0"))
-            suggested = line.get("suggested_label", "")
+            probability = next((line[key] for key in PROBABILITIES if key in line), None)
+            if probability is None:
+                raise Unavailable(f"{path} has none of the columns {', '.join(PROBABILITIES)}")
+            suggested = line.get("suggested_label") or line.get("audit_suggested")
             agreed = line.get("agree", "true").lower() not in ("false", "0", "")
             suspicion = Suspicion(float(probability), int(float(suggested)) if suggested else None, agreed)
             found[line.get("sample_id") or line["id"]] = suspicion

@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 
@@ -92,6 +93,7 @@ def judge(pool: PoolRuns, verdicts: dict[int, str]) -> Judged | None:
 
 def ask(setting: Path, out: Path, *, pilot: str, rows: int, overrides: Sequence[str]) -> dict[str, Any]:
     """The advice on a setting; what ``out`` has kept of it, if it has."""
+    out = out / "-".join([pilot, str(rows), *(f"{crc32(each.encode()):08x}" for each in overrides)])
     file = out / setting.parent.name / setting.name / "advice" / "advice.json"
     if not file.exists():
         from tsqlora_scale.api import advise

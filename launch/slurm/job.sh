@@ -71,8 +71,10 @@ choose_container() {
 
 # The end of a life that was asked to stop. A job that somebody has cancelled stays so.
 requeue() {
-    local state
-    state=$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T)
+    local state job=$SLURM_JOB_ID
+    # an array has the number of its last task, which alone is meant
+    [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+    state=$(squeue --noheader --jobs "$job" --format %T)
     if [ "$state" != RUNNING ]; then
         echo "job $SLURM_JOB_ID: ${state:-gone}, and not requeued"
         exit "$ASKED"
@@ -81,7 +83,7 @@ requeue() {
         fail "job $SLURM_JOB_ID was requeued $SLURM_RESTART_COUNT times; see what it gets done, then submit it again"
     echo "job $SLURM_JOB_ID: requeued; it goes on from the newest checkpoint"
     trap '' TERM USR1
-    scontrol requeue "$SLURM_JOB_ID"
+    scontrol requeue "$job"
     exit "$ASKED"
 }
 

@@ -45,10 +45,12 @@ late() {
 
 size=$((SLURM_NNODES * PROCESSES_PER_NODE))
 case $PROGRAM/$ENGINE$size in
-launch/compare.py/ddp1) command=(python) ;; # it starts the launcher of every run itself
-launch/compare.py/*)
+launch/compare.py/*) # it starts the launcher of every run itself; several runs at once have a share of the GPUs each
     command=(python)
-    set -- "$@" --config_file "configs/accelerate/$ENGINE.yaml" --num_processes "$size"
+    case "$size $*" in
+    1\ * | *" --workers"* | *" --num_processes"*) ;;
+    *) set -- "$@" --config_file "configs/accelerate/$ENGINE.yaml" --num_processes "$size" ;;
+    esac
     ;;
 */ddp1) command=(python) ;; # one rank needs no launcher
 */ddp*) # by torchrun, which starts several ranks on CPUs, too

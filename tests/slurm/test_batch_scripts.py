@@ -97,3 +97,16 @@ def test_every_task_of_an_array_is_a_share(tmp_path: Path) -> None:
     array["SLURM_ARRAY_TASK_MAX"] = "7"
     done = run("compare.sbatch", *arguments, folder=tmp_path, SLURM_ARRAY_TASK_ID="3", **array)
     assert (done.returncode, "have gaps" in done.stderr) == (2, True)
+
+
+def test_of_an_array_one_task_goes_back_to_the_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its last task has the number of the array, by which Slurm means all of them."""
+    whole = 'case "$*" in *"--jobs 99_4 "*) echo RUNNING ;; *) printf "RUNNING\\nPENDING\\n" ;; esac'
+    control = 'case "$1" in requeue) echo "requeue $2" ;; *) ' + SCHEDULE["scontrol"] + " ;; esac"
+    for name, text in (("squeue", whole), ("scontrol", control), ("srun", "exit 75")):
+        monkeypatch.setitem(SCHEDULE, name, text)
+    array = {"SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_MAX": "4"}
+    arguments = ["--config", "configs/compare/tsqlora_table2.yaml", "--small"]
+    numbers = {"SLURM_JOB_ID": "99", "SLURM_ARRAY_JOB_ID": "99", "SLURM_ARRAY_TASK_ID": "4"}
+    done = run("compare.sbatch", *arguments, folder=tmp_path, **array, **numbers)
+    assert (done.returncode, "requeue 99_4" in done.stdout) == (75, True), done.stdout + done.stderr

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -57,6 +57,8 @@ class Arm(Changed):
     lrs: list[PositiveFloat] | None = None
     #: Values on single tasks, by the task's name.
     by_task: dict[str, dict[str, Any]] = {}
+    #: Values in single variants, by the variant's name.
+    by_variant: dict[str, dict[str, Any]] = {}
     #: The only variants that it has; none: all.
     variants: list[str] | None = None
 
@@ -129,16 +131,18 @@ class Comparison(Section):
                 if task not in self.tasks:
                     raise ValueError(f"'arms.{name}.by_task' has {task!r}, which is no task: {_list(self.tasks)}")
             tuned, budgeted = bool(self.rates(arm)), self.budget is not None
-            for key in (*arm.changes, *(key for changes in arm.by_task.values() for key in changes)):
+            single = (*arm.by_task.values(), *arm.by_variant.values())
+            for key in (*arm.changes, *(key for changes in single for key in changes)):
                 reason = _why_not(key, tuned=tuned, budgeted=budgeted)
                 if reason is not None:
                     raise ValueError(f"'arms.{name}' sets {key!r}, which is alike for all arms ({reason}); remove it")
-        limited = {f"arms.{name}": arm.variants for name, arm in self.arms.items()}
-        limited |= {f"tasks.{name}": task.variants for name, task in self.tasks.items()}
+        limited: dict[str, Iterable[str] | None] = {f"arms.{n}.variants": arm.variants for n, arm in self.arms.items()}
+        limited |= {f"arms.{name}.by_variant": arm.by_variant for name, arm in self.arms.items()}
+        limited |= {f"tasks.{name}.variants": task.variants for name, task in self.tasks.items()}
         for place, variants in limited.items():
             wrong = next((each for each in variants or () if each not in self.variants), None)
             if wrong is not None:
-                raise ValueError(f"'{place}.variants' has {wrong!r}, which is none: {_list(self.variants)}")
+                raise ValueError(f"'{place}' has {wrong!r}, which is none: {_list(self.variants)}")
         places = {"common": self.common, **{f"variants.{name}": each for name, each in self.variants.items()}}
         places |= {f"tasks.{name}": task.changes for name, task in self.tasks.items()}
         for place, changes in places.items():
@@ -226,8 +230,9 @@ def _mappings(tree: dict[str, Any]) -> list[tuple[str, Any]]:
     found = [(f"variants.{name}", each) for name, each in variants.items()] if isinstance(variants, dict) else []
     arms = tree.get("arms")
     for name, arm in arms.items() if isinstance(arms, dict) else ():
-        own = arm.get("by_task") if isinstance(arm, dict) else None
-        found += [(f"arms.{name}.by_task.{task}", each) for task, each in own.items()] if isinstance(own, dict) else []
+        for key in ("by_task", "by_variant"):
+            own = arm.get(key) if isinstance(arm, dict) else None
+            found += [(f"arms.{name}.{key}.{one}", each) for one, each in own.items()] if isinstance(own, dict) else []
     return found
 
 
@@ -249,7 +254,8 @@ def _smaller(tree: dict[str, Any], smaller: dict[str, Any]) -> dict[str, Any]:
     for name, arm in arms.items():  # of tasks and variants that the small one does not have
         if not isinstance(arm, dict):
             continue
-        for key, known in (("by_task", merged.get("tasks")), ("variants", merged.get("variants"))):
+        tasks, variants = merged.get("tasks"), merged.get("variants")
+        for key, known in (("by_task", tasks), ("by_variant", variants), ("variants", variants)):
             own = arm.get(key)
             if isinstance(own, dict):
                 arm = {**arm, key: {each: value for each, value in own.items() if each in (known or {})}}

@@ -33,16 +33,18 @@ def interval(
         statistic: of (resamples, seeds, ...), (resamples,).
 
     Returns:
-        The ends, NaN with fewer than two seeds. With five seeds such an interval is rather too narrow than too wide.
+        The ends, NaN with fewer than two seeds, or where more resamples than an end leaves out have no value. With five
+        seeds such an interval is rather too narrow than too wide.
     """
     size = len(samples)
     if size < 2:
         return float("nan"), float("nan")
     drawn = philox(0, "comparison").integers(0, size, (RESAMPLES, size))
     values = statistic(samples[drawn])
-    values = values[np.isfinite(values)]
-    if not len(values):
+    finite = np.isfinite(values)
+    if (~finite).mean() > (1 - level) / 2:
         return float("nan"), float("nan")
+    values = values[finite]
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 

@@ -50,6 +50,12 @@ class Launch:
             )
         if self.num_processes is not None and self.num_processes < 1:
             raise UserError(f"--num_processes {self.num_processes}: must be 1 or more")
+        own = share_of_devices(devices(), 0, self.workers)
+        if own and self.num_processes is not None and self.num_processes > len(own):
+            raise UserError(
+                f"--num_processes {self.num_processes}: each of {self.workers} workers has {len(own)} of the "
+                f"{len(devices())} GPUs; lower --num_processes, or --workers"
+            )
 
     def command(self, arguments: Sequence[str]) -> list[str]:
         """A run's command line."""

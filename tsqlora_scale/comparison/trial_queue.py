@@ -213,10 +213,14 @@ class TrialQueue:
 
 
 def steps_in(seconds: float, pilot: dict[str, Any]) -> int:
-    """Steps that fit into some seconds of training, scoring and resizing, by a pilot's ``result.json``."""
+    """Steps that fit into some seconds of training, scoring and resizing, by a pilot's ``result.json``.
+
+    A schedule of fractions has as many events in a pilot as in the whole run, and so many passes of scores: what these
+    take is spent once.
+    """
     spent = pilot["seconds"]
-    each = sum(spent.get(name, 0.0) for name in ("warmup", "training", "resizing")) / pilot["steps"]
-    return max(1, int((seconds - spent.get("scoring", 0.0)) / each))
+    each = sum(spent.get(name, 0.0) for name in ("warmup", "training")) / pilot["steps"]
+    return max(1, int((seconds - spent.get("scoring", 0.0) - spent.get("resizing", 0.0)) / each))
 
 
 def signed_metric(result: dict[str, Any]) -> float:

@@ -169,8 +169,8 @@ class TrialPlan:
         comparison, cell = self.comparison, trial.cell
         arm, _, variant = comparison.methods[cell.method]
         changes: dict[str, Any] = {**comparison.common, **comparison.tasks[cell.task].changes}
-        for more in (comparison.variants.get(variant, {}), arm.changes, arm.by_task.get(cell.task, {})):
-            changes |= more
+        changes |= comparison.variants.get(variant, {}) | arm.changes
+        changes |= arm.by_variant.get(variant, {}) | arm.by_task.get(cell.task, {})
         own: dict[str, Any] = {}
         if trial.steps is not None:
             own |= {"train.epochs": None, "train.max_steps": trial.steps}

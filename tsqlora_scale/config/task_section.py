@@ -276,7 +276,9 @@ class TaskConfig(Section):
         named = {key: getattr(each, key) for key in SET_COLUMNS if getattr(each, key)}
         others = ("messages",) if each.source is not None else ("source", "target") if each.messages else ()
         columns = {**dict.fromkeys((*_OWN_COLUMNS, *others)), **named}
-        return self.model_copy(update={**columns, "dataset": each.dataset, "mixture": [], "temperature": None})
+        half = each.dataset.dev_half or self.dataset.dev_half
+        dataset = each.dataset.model_copy(update={"dev_half": half})
+        return self.model_copy(update={**columns, "dataset": dataset, "mixture": [], "temperature": None})
 
     @property
     def dev_sets(self) -> dict[str, tuple[MixedSetConfig | None, str]]:

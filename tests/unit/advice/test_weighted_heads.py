@@ -8,7 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.reference.advice import weighted_left_out, weighted_ridge
+from tsqlora_scale.audit.trial_step import with_warmup_of
+from tsqlora_scale.config.train_section import TrainConfig
 from tsqlora_scale.quality.query.feature_heads import RIDGES, fit_heads
+from tsqlora_scale.run.lr_schedule import learning_rate
 
 
 def drawn(seed: int, rows: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -64,3 +67,13 @@ def test_the_judged_rows_choose_the_ridge(seed: int) -> None:
     heads, _ = fit_heads(features, targets, weights=weights, judged=judged)
     errors = [np.square(weighted_left_out(features, targets, weights, r) - targets)[judged].mean() for r in RIDGES]
     assert heads.ridge == RIDGES[int(np.argmin(errors))]
+
+
+def test_a_trial_warms_up_for_the_share_that_the_run_would() -> None:
+    """A warm-up of so many steps would be most of a trial, which would then learn nothing."""
+    train = TrainConfig(max_steps=4500, lr_warmup=500)
+    assert with_warmup_of(train, 4500, 4500) == train
+    short = with_warmup_of(train, 4500, 60)
+    assert short.lr_warmup == 6
+    assert learning_rate(short, 6, 60) > 0.98 * train.lr
+    assert with_warmup_of(TrainConfig(max_steps=100, lr_warmup=0.1), 100, 60).lr_warmup == 6

@@ -334,11 +334,15 @@ def test_how_runs_are_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             wrong.check()
 
 
-def test_devices_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_devices_are_shared_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [share_of_devices("0123", worker, 2) for worker in (0, 1)] == [["0", "1"], ["2", "3"]]
     assert [share_of_devices("01", worker, 3) for worker in (0, 1, 2)] == [["0"], ["1"], ["0"]]
     assert share_of_devices([], 0, 2) == []
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    (tmp_path / "zero2.yaml").touch()
+    Launch(tmp_path / "zero2.yaml", 2).check()
+    with pytest.raises(UserError, match=r"--num_processes 2: each of 2 workers has 1 of the 2 GPUs"):
+        Launch(tmp_path / "zero2.yaml", 2, workers=2).check()
     assert [Launch(workers=2).environment(worker)["CUDA_VISIBLE_DEVICES"] for worker in (0, 1)] == ["4", "6"]
 
 

@@ -12,6 +12,7 @@ from tests.unit.comparison.fakes import TREE, comparison, write_comparison
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.comparison.comparison_file import read_comparison
 from tsqlora_scale.comparison.trials import TrialPlan
+from tsqlora_scale.config.rank_sections import AllocationConfig
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 PRESETS = sorted((CONFIGS / "compare").glob("*.yaml"))
@@ -30,6 +31,10 @@ PRESETS = sorted((CONFIGS / "compare").glob("*.yaml"))
         ({"arms": {"a": {"by_task": {"x": {"train.lr": 1}}}}, "baseline": None}, ["by_task", "'x'", "words"]),
         ({"arms": {"a": {"by_task": {"words": {"lr": 1}}}}, "baseline": None}, ["by_task.words", "section.key"]),
         ({"arms": {"a": {"variants": ["r2"]}}, "baseline": None}, ["'r2'", "there are none"]),
+        (
+            {"arms": {"a": {"by_variant": {"r2": {"adapter.r": 3}}}}, "baseline": None},
+            ["by_variant", "'r2'", "there are"],
+        ),
         ({"arms": {}}, ["arms"]),
         ({"baseline": "x"}, ["'baseline: x'", "lora, tsqlora"]),
         ({"seeds": [1, 1]}, ["seeds"]),
@@ -117,3 +122,25 @@ def test_presets(path: Path, small: bool, monkeypatch: pytest.MonkeyPatch, tmp_p
         )
         assert runs <= (100 if path.stem == "ranks" else 45)  # a study with five seeds, not a look
     assert yaml.safe_load(path.read_text(encoding="utf-8"))["title"]
+
+
+def test_a_variant_of_an_arm_can_have_values_of_its_own(tmp_path: Path) -> None:
+    variants = {"r2": {"adapter.r": 2}, "r6": {"adapter.r": 6}}
+    adalora = {"adapter.method": "adalora", "by_variant": {"r2": {"adapter.r": 3}}}
+    arms = {"lora": {"adapter.method": "lora"}, "adalora": adalora}
+    plan = comparison(tmp_path, arms=arms, variants=variants, baseline="lora").trials
+    assert {cell.method: plan.config(plan.probe(cell)).adapter.r for cell in plan.cells} == {
+        "lora-r2": 2, "lora-r6": 6, "adalora-r2": 3, "adalora-r6": 6,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("small", [False, True])
+@pytest.mark.parametrize("name", ["tsqlora_table2", "tsqlora_table4", "loratrf_table1"])
+def test_adalora_ends_with_the_rank_of_the_others(name: str, small: bool) -> None:
+    """``adapter.r`` is what it starts with."""
+    comparison = read_comparison(CONFIGS / "compare" / f"{name}.yaml", small=small)
+    arm, variants = comparison.arms["adalora"], comparison.variants or {"": {}}
+    for variant, changes in variants.items():
+        rank = {**comparison.common, **changes}["adapter.r"]
+        start = {**changes, **arm.changes, **arm.by_variant.get(variant, {})}["adapter.r"]
+        assert AllocationConfig().adalora_target(start) == rank, variant

@@ -45,3 +45,15 @@ def test_the_mean_is_within_its_interval(values: list[float]) -> None:
 
 def test_nothing_that_is_finite_has_no_interval() -> None:
     assert all(map(math.isnan, interval(np.full((3, 1), np.nan), lambda drawn: drawn.mean(axis=(1, 2)))))
+
+
+def test_an_interval_of_what_often_has_no_value_has_no_ends() -> None:
+    """It would be one of the resamples that have a value, and look firmer than it is."""
+    samples = np.array([0.2, 0.4, -0.1, 0.3, 0.5])
+
+    def positive(drawn: np.ndarray) -> np.ndarray:
+        means = drawn.mean(axis=1)
+        return np.where(means > 0.05, means, np.nan)
+
+    assert np.isfinite(interval(samples, positive)).all()
+    assert np.isnan(interval(samples - 0.2, positive)).all()

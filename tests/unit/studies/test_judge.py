@@ -94,7 +94,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     results = write_results(tmp_path, {"sst2-mix-500": MIXED, "sst2-clean-500": PLAIN})
     for seed, verdict in enumerate(["query", "query", "even"]):
         for setting, said in (("sst2-mix-500", verdict), ("sst2-clean-500", "even")):
-            folder = tmp_path / "advice" / f"seed-{seed}" / setting / "advice"
+            folder = tmp_path / "advice" / "heads-2000" / f"seed-{seed}" / setting / "advice"
             folder.mkdir(parents=True)
             (folder / "advice.json").write_text(json.dumps({"verdict": said}), encoding="utf-8")
     command = ["judge.py", results, "--settings", tmp_path / "settings", "--advice", tmp_path / "advice"]
@@ -118,4 +118,7 @@ def test_advice_is_asked_for_once(tmp_path: Path, models_dir: Path, monkeypatch:
     assert found["verdict"] in ("query", "query alone", "even")
     assert (found["pool"], found["looked at"]) == (40, 30)
     monkeypatch.setattr("tsqlora_scale.api.advise", None)
-    assert ask(setting, tmp_path / "out", pilot="heads", rows=30, overrides=[]) == found
+    same = {"pilot": "heads", "rows": 30, "overrides": ["train.batch_size=4"]}
+    assert ask(setting, tmp_path / "out", **same) == found  # type: ignore[arg-type]
+    with pytest.raises(TypeError):  # of other pilots or rows it is asked for anew
+        ask(setting, tmp_path / "out", **{**same, "rows": 20})  # type: ignore[arg-type]

@@ -309,3 +309,16 @@ def test_two_held_out_sets_of_one_name_are_refused() -> None:
     task = {"type": "classification", "text": ["text"], "label": "label", "labels": 2, "mixture": sets}
     found = message({"model": {"name_or_path": "x"}, "task": task, "train": {"max_steps": 1}})
     assert "two held-out sets that would be called 'glue.mnli'" in found
+
+
+def test_one_half_of_the_held_out_rows_of_every_set() -> None:
+    """As a comparison that tunes asks for it."""
+    sets = [{"name": name, "dataset": {"train_file": f"{name}.csv", "dev_file": "dev.csv"}} for name in ("a", "b")]
+    task = {"type": "classification", "text": ["text"], "label": "label", "labels": 2, "mixture": sets}
+    tree = {
+        "model": {"name_or_path": "x"},
+        "task": task | {"dataset": {"dev_half": "report"}},
+        "train": {"max_steps": 1},
+    }
+    task_config = parse_config(tree).task
+    assert [task_config.of_set(each).dataset.dev_half for each in task_config.mixture] == ["report"] * 2
