@@ -30,6 +30,7 @@ TRAIN = {
 def tree_for(folder: Path, models: Path) -> dict[str, Any]:
     tree = run_tree("bert", folder, models, "run", train=TRAIN, pretrain={"objective": "mlm", "max_steps": 2})
     tree["model"] = {"name_or_path": str(masked_bert(models))}
+    tree["scoring"]["refresh"] = "none"
     return tree
 
 

@@ -28,7 +28,7 @@ COMMON = [("bart", "fp32"), ("llama", "fp32"), ("llama", "nf4"), ("bert", "dropo
 FEWER = {
     "ddp-2": [TWICE, *COMMON], "zero2-2": COMMON[:4],
     "zero3-2": [TWICE, ("deberta", "nf4"), ("bart", "fp32"), ("llama", "fp32"), ("bert", "dropout"), BF16],
-    "zero3-3": [("bart", "fp32"), ("llama", "nf4")],
+    "zero3-3": [("llama", "nf4")],
     "fsdp2-2": [TWICE],
 }  # fmt: skip
 PAIRS = [(engine, case) for engine in ENGINES for case in FEWER.get(engine, [*CASES, BF16])]

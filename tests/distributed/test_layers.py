@@ -23,6 +23,7 @@ def trained(engine: str, folder: Path, models: Path) -> list[tuple[list[float], 
         task = "seq2seq" if kind in zoo.SEQ2SEQ else "causal"
         name = f"{kind}-{quantization}"
         tree = run_tree("bert", folder, models, name, allocation={"phi_min": 0.9, "phi_max": 1.0})
+        tree["scoring"]["refresh"] = "none"
         tree["model"] |= {"name_or_path": str(zoo.saved(kind, models, task)), "quantization": quantization}
         tree["task"] = write_data(folder / f"data-{task}", task)
         configs.append(str(write_config(folder / f"{name}.yaml", tree)))

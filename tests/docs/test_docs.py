@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.warm import warm
 from tsqlora_scale.comparison.comparison_file import read_comparison
 from tsqlora_scale.config.load import load_config, parse_config
 
@@ -148,9 +149,9 @@ def check_launch(words: list[str], place: Path) -> None:
         else:
             load_config(ROOT / config, overrides)
         if "--dry-run" in arguments:
-            assert {"compare": "to run: "}.get(name, "steps: ") in run(
-                shlex.join([sys.executable, *words[script:]]), place
-            )
+            done = warm().run([str(place / words[script]), *arguments], cwd=place, timeout=500)
+            assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+            assert {"compare": "to run: "}.get(name, "steps: ") in done.stdout
 
 
 @functools.cache

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from tests.faults.killer import Point
 from tests.faults.points import FIRST_DEATH, FIRST_LIFE, SECOND_LIFE, WITH_A_PROXY
 from tests.runs import read_lines, run_tree, write_config
 from tests.tiny import tiny_model
+from tests.warm import warm
 
 ROOT = Path(__file__).resolve().parents[2]
 LIVES = Path(__file__).with_name("lives.py")
@@ -32,9 +31,7 @@ def live(config: Path, out: Path, cases: dict[str, list[tuple[str, int]]]) -> No
     """Run the cases of a plan."""
     plan = out.with_suffix(".json")
     plan.write_text(json.dumps({"config": str(config), "out": str(out), "cases": cases}))
-    done = subprocess.run(
-        [sys.executable, str(LIVES), str(plan)], capture_output=True, text=True, cwd=ROOT, timeout=1500, check=False
-    )
+    done = warm().run([str(LIVES), str(plan)], timeout=1500)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
 
 

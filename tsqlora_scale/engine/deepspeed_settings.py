@@ -98,6 +98,17 @@ DEFAULTS: dict[str, tuple[Any, ...]] = {
 OFF = (None, False, "auto", 0, "false", "none", "")
 
 
+def without_own_collectives() -> None:
+    """Keep DeepSpeed from compiling collectives of its own for CPUs, which its inference alone uses.
+
+    It would take a minute of every core, each time that the place of the environment or its tools have changed; and a
+    rank that is killed meanwhile leaves a lock, for which all later ones would wait without end.
+    """
+    import deepspeed.ops
+
+    vars(deepspeed.ops).setdefault("__compatible_ops__", {})  # else it finds out, by trials of the compiler
+
+
 def check_deepspeed(config: Config) -> None:
     """Refuse settings that contradict the run, but for its sizes (:func:`check_deepspeed_sizes`).
 

@@ -17,7 +17,7 @@ from accelerate.utils import DistributedType, GradientAccumulationPlugin
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.launcher import launched, launched_size
 from tsqlora_scale.engine.arithmetic import set_arithmetic
-from tsqlora_scale.engine.deepspeed_settings import without_what_is_off
+from tsqlora_scale.engine.deepspeed_settings import without_own_collectives, without_what_is_off
 from tsqlora_scale.engine.launcher_settings import deepspeed_wanted, fsdp_wanted
 
 SUPPORTED = (
@@ -87,6 +87,8 @@ def start_accelerator(
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
     deepspeed = deepspeed_wanted()
+    if deepspeed and not torch.cuda.is_available():
+        without_own_collectives()
     if fsdp_wanted():
         _prepare_fsdp()
     # cpu=True is what makes Accelerate wrap a model in DDP without a GPU, and what silently disables DeepSpeed

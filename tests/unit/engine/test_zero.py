@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+
 from tsqlora_scale.engine import zero_internals as zero
+from tsqlora_scale.engine.deepspeed_settings import without_own_collectives
 
 
 def test_automatic_sizes_are_taken_anew_for_every_model() -> None:
@@ -27,3 +32,14 @@ def test_automatic_sizes_are_taken_anew_for_every_model() -> None:
     assert sizes["stage3_prefetch_bucket_size"] == "auto"
     assert plugin.deepspeed_config["train_batch_size"] == 24
     assert zero.bucket_size(160_000_000) == 100_000_000, "400 MB are enough at any rank"
+
+
+def test_nothing_is_compiled_that_nothing_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import deepspeed.ops
+
+    backend = importlib.import_module("deepspeed.comm.torch")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "built"))
+    monkeypatch.delitem(vars(deepspeed.ops), "__compatible_ops__", raising=False)
+    without_own_collectives()
+    assert backend.build_shm_op() is None
+    assert not (tmp_path / "built").exists()
