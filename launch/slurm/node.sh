@@ -46,11 +46,14 @@ late() {
 size=$((SLURM_NNODES * PROCESSES_PER_NODE))
 case $PROGRAM/$ENGINE$size in
 launch/compare.py/*) # it starts the launcher of every run itself; several runs at once have a share of the GPUs each
-    command=(python)
-    case "$size $*" in
-    1\ * | *" --workers"* | *" --num_processes"*) ;;
-    *) set -- "$@" --config_file "configs/accelerate/$ENGINE.yaml" --num_processes "$size" ;;
-    esac
+    command=(python) given=" $* " workers=1
+    [[ ! $given =~ \ --workers[\ =]([0-9]+)\  ]] || workers=${BASH_REMATCH[1]}
+    each=$((workers > 0 && size > workers ? size / workers : 1))
+    if ((workers <= 1)); then each=$size; fi
+    if [ "$ENGINE$each" != ddp1 ]; then
+        [[ $given == *" --config_file"* ]] || set -- "$@" --config_file "configs/accelerate/$ENGINE.yaml"
+        [[ $given == *" --num_processes"* ]] || set -- "$@" --num_processes "$each"
+    fi
     ;;
 */ddp1) command=(python) ;; # one rank needs no launcher
 */ddp*) # by torchrun, which starts several ranks on CPUs, too

@@ -40,7 +40,7 @@ CHAIN = [
 
 
 #: Lives whose processes are all started as a user's are: one under torchrun, one under accelerate.
-COLD = (1, 3)
+COLD = (1, 2)
 
 
 def test_one_rank_of_a_launcher_is_a_run_of_one_process(tmp_path: Path, models_dir: Path) -> None:

@@ -206,7 +206,7 @@ def test_patience(
 
     before = (folder / "metrics.jsonl").read_text()
     assert go(tree, resume="auto").step == 8
-    assert "stopped early after step 8, as 2 evaluations brought nothing better" in caplog.text
+    assert "ended after step 8, as 2 evaluations brought nothing better" in caplog.text
     assert (folder / "metrics.jsonl").read_text() == before
     tree["train"]["patience"] = 3
     assert go(tree, resume="auto").step == 13

@@ -110,3 +110,33 @@ def test_of_an_array_one_task_goes_back_to_the_queue(tmp_path: Path, monkeypatch
     numbers = {"SLURM_JOB_ID": "99", "SLURM_ARRAY_JOB_ID": "99", "SLURM_ARRAY_TASK_ID": "4"}
     done = run("compare.sbatch", *arguments, folder=tmp_path, **array, **numbers)
     assert (done.returncode, "requeue 99_4" in done.stdout) == (75, True), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("engine", "gpus", "arguments", "launched"),
+    [
+        ("ddp", 1, "", ""),
+        ("zero3", 1, "", "--config_file configs/accelerate/zero3.yaml --num_processes 1"),
+        ("ddp", 4, "", "--config_file configs/accelerate/ddp.yaml --num_processes 4"),
+        ("ddp", 4, "--workers 1", "--config_file configs/accelerate/ddp.yaml --num_processes 4"),
+        ("ddp", 4, "--workers 4", ""),
+        ("ddp", 8, "--workers=4", "--config_file configs/accelerate/ddp.yaml --num_processes 2"),
+        ("zero2", 4, "--workers 4", "--config_file configs/accelerate/zero2.yaml --num_processes 1"),
+        ("zero2", 4, "--num_processes 2", "--config_file configs/accelerate/zero2.yaml"),
+        ("zero2", 1, "--workers 2", "--config_file configs/accelerate/zero2.yaml --num_processes 1"),
+    ],
+)
+def test_runs_of_a_comparison_share_a_nodes_gpus(
+    engine: str, gpus: int, arguments: str, launched: str, tmp_path: Path
+) -> None:
+    (tmp_path / "python").write_text('#!/usr/bin/env bash\necho "$*"\n')
+    (tmp_path / "python").chmod(0o755)
+    given = ["--config", "F", *arguments.split()]
+    slurm = {"SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURMD_NODENAME": "gpu07", "PROCESSES_PER_NODE": str(gpus)}
+    slurm |= {"PROGRAM": "launch/compare.py", "ENGINE": engine, "LEAVE_SECONDS": "9"}
+    done = subprocess.run(
+        ["bash", "launch/slurm/node.sh", *given], cwd=ROOT, capture_output=True, text=True, check=False, timeout=60,
+        env=os.environ | slurm | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["launch/compare.py", *given, *launched.split()]

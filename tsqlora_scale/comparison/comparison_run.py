@@ -90,6 +90,7 @@ class ComparisonRun:
             Stopped: a request to stop has come.
         """
         launch.check()
+        launch.check_devices()
         check_writable(self.out)
         from tsqlora_scale.run.run_lock import FolderLock
 

@@ -50,6 +50,13 @@ class Launch:
             )
         if self.num_processes is not None and self.num_processes < 1:
             raise UserError(f"--num_processes {self.num_processes}: must be 1 or more")
+
+    def check_devices(self) -> None:
+        """Check that a run's ranks have a GPU each, where there are any, before runs are started.
+
+        Raises:
+            UserError: naming the option.
+        """
         own = share_of_devices(devices(), 0, self.workers)
         if own and self.num_processes is not None and self.num_processes > len(own):
             raise UserError(
@@ -84,7 +91,7 @@ def devices() -> list[str]:
     """GPUs that may be used, by their names for ``CUDA_VISIBLE_DEVICES``, without asking a driver."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
-        return [name for name in named.split(",") if name.strip()]
+        return [name for name in named.split(",") if name.strip() not in ("", "-1", "NoDevFiles")]  # no GPU's name
     found = sorted(int(path.name[6:]) for path in Path("/dev").glob("nvidia[0-9]*") if path.name[6:].isdigit())
     return [str(place) for place in range(len(found))]
 

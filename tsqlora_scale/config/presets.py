@@ -61,9 +61,10 @@ def taken_out(tree: Mapping[str, Any], key: str, value: str) -> list[str]:
 
 
 def _is_whole(tree: Mapping[str, Any], key: str) -> bool:
-    """Whether all keys of a key's section are there, as in a config that is spelled out."""
+    """Whether a key's section has nearly all keys, as in a config that is spelled out, be it by an older release."""
     section = key.split(".")[0]
-    return set(_SECTIONS[section].model_fields) <= set(tree.get(section) or ())
+    values, known = tree.get(section), _SECTIONS[section].model_fields
+    return isinstance(values, Mapping) and len(known.keys() & values.keys()) >= 0.7 * len(known)
 
 
 #: Of which some methods say more than which they are.

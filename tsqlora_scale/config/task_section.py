@@ -276,7 +276,7 @@ class TaskConfig(Section):
         named = {key: getattr(each, key) for key in SET_COLUMNS if getattr(each, key)}
         others = ("messages",) if each.source is not None else ("source", "target") if each.messages else ()
         columns = {**dict.fromkeys((*_OWN_COLUMNS, *others)), **named}
-        half = each.dataset.dev_half or self.dataset.dev_half
+        half = self.dataset.dev_half or each.dataset.dev_half
         dataset = each.dataset.model_copy(update={"dev_half": half})
         return self.model_copy(update={**columns, "dataset": dataset, "mixture": [], "temperature": None})
 

@@ -44,6 +44,20 @@ def shards_parameters(accelerator: Accelerator) -> bool:
     return is_fsdp() or (is_deepspeed(accelerator) and bool(accelerator.state.deepspeed_plugin.zero_stage == 3))
 
 
+def _prepare_engine(deepspeed: bool) -> None:
+    """What is to be done before an engine's library starts.
+
+    Raises:
+        UserError: see :func:`_prepare_fsdp`.
+    """
+    if fsdp_wanted():
+        _prepare_fsdp()
+    if deepspeed and not torch.cuda.is_available():
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            without_own_collectives()
+
+
 def _prepare_fsdp() -> None:
     """What Accelerate, Transformers and PyTorch would do of themselves, and must not.
 
@@ -87,10 +101,7 @@ def start_accelerator(
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
     deepspeed = deepspeed_wanted()
-    if deepspeed and not torch.cuda.is_available():
-        without_own_collectives()
-    if fsdp_wanted():
-        _prepare_fsdp()
+    _prepare_engine(deepspeed)
     # cpu=True is what makes Accelerate wrap a model in DDP without a GPU, and what silently disables DeepSpeed
     cpu = launched() and not deepspeed and not torch.cuda.is_available()
     if launched():

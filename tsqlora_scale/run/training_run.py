@@ -236,9 +236,9 @@ class Run:
         """Say that nothing is left to do, where a run is resumed at its end."""
         if not self.is_main or not self.is_over:
             return
-        if self.stopped_early is not None:
+        if self.early_stop is not None:
             log.warning(
-                "the run is finished: it stopped early after step %d, as %d evaluations brought nothing better; "
+                "the run is finished: it ended after step %d, as %d evaluations brought nothing better; "
                 "a larger train.patience, or null, lets it go on",
                 self.step,
                 self.stale,

@@ -340,9 +340,9 @@ def test_devices_are_shared_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert share_of_devices([], 0, 2) == []
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
     (tmp_path / "zero2.yaml").touch()
-    Launch(tmp_path / "zero2.yaml", 2).check()
+    Launch(tmp_path / "zero2.yaml", 2).check_devices()
     with pytest.raises(UserError, match=r"--num_processes 2: each of 2 workers has 1 of the 2 GPUs"):
-        Launch(tmp_path / "zero2.yaml", 2, workers=2).check()
+        Launch(tmp_path / "zero2.yaml", 2, workers=2).check_devices()
     assert [Launch(workers=2).environment(worker)["CUDA_VISIBLE_DEVICES"] for worker in (0, 1)] == ["4", "6"]
 
 

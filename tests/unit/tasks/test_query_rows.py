@@ -287,7 +287,10 @@ def test_the_same_conversation_otherwise_written_is_found(tmp_path: Path) -> Non
     called = [turns(3)[0], {"role": "assistant", "tool_calls": [{"function": {"name": "look"}}]}]
     (tmp_path / "dev.jsonl").write_text(jsonl([{"messages": called}]))
     assert loaded().query is not None, "another answer"
-    other = [{"value": "ask  3", "from": "human", "weight": None}, {"value": "Say 3", "from": "gpt", "id": 7}]
+    other = [
+        {"value": "ask  3", "from": "human", "weight": None},
+        {"value": "Say\n3 \n", "from": "gpt", "id": 7, "tool_calls": []},
+    ]
     (tmp_path / "dev.jsonl").write_text(jsonl([{"messages": turns(20)}, {"messages": json.dumps(other, indent=1)}]))
     with pytest.raises(UserError, match=r"sample 3, is in the held-out set, too \(sample 1\)"):
         loaded()

@@ -38,20 +38,20 @@ def in_filter(name: str) -> bool:
 
 
 def reached_blocks(base: nn.Module, unreached: Collection[str]) -> list[str]:
-    """The blocks of every stack that texts pass through: not those of a tower for pictures."""
-    reached = (block_of(name) for name in linear_layers(base) if name not in unreached)
-    return _of_stacks(base, {block.rpartition(".")[0] for block in reached if block is not None})
+    """The blocks that texts pass through: not those of a tower for pictures, or that attend to pictures alone."""
+    found = (block_of(name) for name in linear_layers(base) if name not in unreached)
+    return list(dict.fromkeys(block for block in found if block is not None))
 
 
 def blocks_of(folder: Path, bare: nn.Module) -> list[str]:
-    """The blocks that a saved adapter's filters stand behind: all of every stack of blocks that has one."""
+    """The blocks that a saved adapter's filters stand behind, as far as the model has them. An older adapter does not
+    say which: all of every stack of blocks that has one."""
+    names, own = block_names(bare), read_json(folder / DESCRIPTION).get("filtered_blocks")
+    if own is not None:
+        return [name for name in names if name in own]
     filters = [name.removeprefix(PREFIX) for name in tensor_shapes(folder / WEIGHTS) if in_filter(name)]
     stacks = {name.partition(f".{SLOT}.")[0].rpartition(".")[0] for name in filters}
-    return _of_stacks(bare, stacks) or block_names(bare)
-
-
-def _of_stacks(model: nn.Module, stacks: Collection[str]) -> list[str]:
-    return [name for name in block_names(model) if name.rpartition(".")[0] in stacks]
+    return [name for name in names if name.rpartition(".")[0] in stacks] or names
 
 
 def check_filters(folder: Path, bare: nn.Module) -> None:
@@ -113,7 +113,9 @@ class LoraTrfAdapter(LoraAdapter):
         factors = {name: value for name, value in values.items() if not in_filter(name)}
         found = super().describe(model, factors, base_name=base_name, revision=revision)
         filters = [part for part in model.modules() if isinstance(part, TaskFilter)]
+        blocks = {n.removeprefix(PREFIX).partition(f".{SLOT}.")[0] for n in values if in_filter(n)}
         own = {"peft_type": self.name.upper(), "filter_rank": int(whole_shape(filters[0].down.weight)[0])}
+        own["filtered_blocks"] = sorted(blocks)
         keys = found["keys"] | {name: name for name in sorted(values) if in_filter(name)}
         return {**found, "config": json.loads(json.dumps(found["config"] | own)), "keys": keys}
 

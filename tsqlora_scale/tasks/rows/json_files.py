@@ -42,7 +42,7 @@ def json_rows(
     present = list(dict.fromkeys(key for record in head for key in record)) if keys is None else list(keys)
     check_names(present, where=path)
     late = wanted.may_come_late(present) if is_cut and keys is None and not wanted.others else {}
-    names = wanted.among([*present, *set(late.values())], where=path)
+    names = wanted.among([*present, *dict.fromkeys(late.values())], where=path)
     if wanted.others:
         names = present
     known, plain = set(present), wanted.plain()

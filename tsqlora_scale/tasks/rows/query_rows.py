@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import datasets
 import numpy as np
@@ -15,7 +16,7 @@ import pyarrow.compute as pc
 from tsqlora_scale.common.disk_arrays import blocks
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.tasks.rows.column_checks import SAMPLE_ID
-from tsqlora_scale.tasks.rows.conversations import BESIDE_CONTENT, MalformedCell, read_conversation
+from tsqlora_scale.tasks.rows.conversations import BESIDE_CONTENT, MalformedCell, Message, read_conversation
 from tsqlora_scale.tasks.rows.origin import Origin
 
 KEY = "task.query"
@@ -133,6 +134,10 @@ def _alike(text: str) -> str:
     if text.lstrip().startswith("["):
         with contextlib.suppress(MalformedCell):
             turns = read_conversation(text)
-            told = ([turn.get(key) for key in ("role", "content", *BESIDE_CONTENT)] for turn in turns)
-            text = json.dumps(list(told), sort_keys=True, ensure_ascii=False)
+            text = json.dumps([_told(turn) for turn in turns], sort_keys=True, ensure_ascii=False)
     return " ".join(text.split()).casefold()
+
+
+def _told(turn: Message) -> list[Any]:
+    """A turn without differences of blanks, and of keys that hold nothing."""
+    return [turn["role"], " ".join(turn["content"].split()), *(turn.get(key) or None for key in BESIDE_CONTENT)]

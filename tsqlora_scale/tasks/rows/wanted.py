@@ -65,7 +65,7 @@ class Wanted:
         """Config key -> name of the required columns that a file's first rows lack and any row may leave empty."""
         missing = {key: name for key, name in self.required.items() if key in LATE_KEYS and name not in present}
         # one that is nearly there is a slip of the pen, which need not wait for the end of a large file
-        return {key: name for key, name in missing.items() if not difflib.get_close_matches(name, present, 1, 0.6)}
+        return {key: name for key, name in missing.items() if not difflib.get_close_matches(name, present, 1, 0.85)}
 
     def among(self, present: Sequence[str], *, where: object) -> list[str]:
         """The wanted columns of a file, in its order.
