@@ -48,8 +48,8 @@ case $PROGRAM/$ENGINE$size in
 launch/compare.py/*) # it starts the launcher of every run itself; several runs at once have a share of the GPUs each
     command=(python) given=" $* " workers=1
     [[ ! $given =~ \ --workers[\ =]([0-9]+)\  ]] || workers=${BASH_REMATCH[1]}
-    each=$((workers > 0 && size > workers ? size / workers : 1))
-    if ((workers <= 1)); then each=$size; fi
+    each=$((size / (workers > 1 ? workers : 1)))
+    ((each)) || each=1
     if [ "$ENGINE$each" != ddp1 ]; then
         [[ $given == *" --config_file"* ]] || set -- "$@" --config_file "configs/accelerate/$ENGINE.yaml"
         [[ $given == *" --num_processes"* ]] || set -- "$@" --num_processes "$each"

@@ -241,14 +241,19 @@ def test_a_sample_without_a_finite_loss_is_the_worst(
     assert table.quality[poisoned] == table.quality.min()
 
 
-def test_weights_of_the_pool_leave_no_sample_out_of_the_first_epoch(tmp_path: Path, models_dir: Path) -> None:
-    tree = online_tree("bert", tmp_path, models_dir)
+def on_weighted_rows(tree: dict[str, Any]) -> Run:
+    """A run whose pool gives every second row ten times the weight of the others."""
     folder = Path(tree["task"]["dataset"]["path"])
     lines = (folder / "train.jsonl").read_text(encoding="utf-8").splitlines()
     weighted = [f'{line[:-1]}, "weight": {1 + 9 * (i % 2)}}}' for i, line in enumerate(lines)]
     (folder / "train.jsonl").write_text("\n".join(weighted) + "\n", encoding="utf-8")
     tree["task"]["dataset"]["weight"] = "weight"
-    run = build_run(preflight.check(parse_config(tree)))
+    return build_run(preflight.check(parse_config(tree)))
+
+
+def test_weights_of_the_pool_leave_no_sample_out_of_the_first_epoch(tmp_path: Path, models_dir: Path) -> None:
+    tree = online_tree("bert", tmp_path, models_dir)
+    run = on_weighted_rows(tree)
     drawn = np.concatenate([run.selector.draw(step) for step in range(4)])
     assert sorted(drawn.tolist()) == list(range(48))
 
@@ -256,12 +261,7 @@ def test_weights_of_the_pool_leave_no_sample_out_of_the_first_epoch(tmp_path: Pa
 def test_weights_of_the_pool_count_where_losses_are_weighed(tmp_path: Path, models_dir: Path) -> None:
     """Once there are scores, as under a pass's: each sample as often as its weight says, and not once an epoch."""
     tree = online_tree("bert", tmp_path, models_dir, sampling={"use": "weight", "keep_fraction": 1.0})
-    folder = Path(tree["task"]["dataset"]["path"])
-    lines = (folder / "train.jsonl").read_text(encoding="utf-8").splitlines()
-    weighted = [f'{line[:-1]}, "weight": {1 + 9 * (i % 2)}}}' for i, line in enumerate(lines)]
-    (folder / "train.jsonl").write_text("\n".join(weighted) + "\n", encoding="utf-8")
-    tree["task"]["dataset"]["weight"] = "weight"
-    run = build_run(preflight.check(parse_config(tree)))
+    run = on_weighted_rows(tree)
     with run.record:
         loop.take_steps(run, until=5)
     drawn = np.concatenate([run.selector.draw(step) for step in range(5, 105)])

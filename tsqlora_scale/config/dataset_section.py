@@ -72,9 +72,7 @@ class DatasetConfig(Section):
     @property
     def is_named(self) -> bool:
         """Whether it says where data is; one that says nothing but which half is meant stands beside a mixture."""
-        given = self.model_fields_set - {"dev_half"}
-        usual = {name: type(self).model_fields[name].get_default(call_default_factory=True) for name in given}
-        return any(getattr(self, name) != value for name, value in usual.items())
+        return bool(self.model_dump(exclude={"dev_half"}, exclude_defaults=True))
 
     @model_validator(mode="after")
     def _one_source(self) -> DatasetConfig:

@@ -51,10 +51,10 @@ def taken_out(tree: Mapping[str, Any], key: str, value: str) -> list[str]:
     """
     if key != "adapter.method":
         return []
-    found = [*PRESET_KEYS, "adapter.orthogonality", *POLICY_VALUES.get(PRESETS.get(value, ("",) * 3)[2], ())]
     before = str(_get(tree, "adapter.method", "tsqlora"))
-    policy = _get(tree, "allocation.policy") or PRESETS.get(before, ("",) * 3)[2]
-    given = POLICY_VALUES.get(str(policy), {}) | MORE_OF_PRESETS.get(before, {})
+    new, old = (PRESETS[name][2] if name in PRESETS else "" for name in (value, before))
+    found = [*PRESET_KEYS, "adapter.orthogonality", *POLICY_VALUES.get(new, ())]
+    given = POLICY_VALUES.get(str(_get(tree, "allocation.policy", old)), {}) | MORE_OF_PRESETS.get(before, {})
     usual = dict.fromkeys(MORE_OF_PRESETS.get(value, {}), "auto")  # as it says of every other method
     both = [*given.items(), *usual.items()]
     return found + [name for name, its in both if _is_whole(tree, name) and _get(tree, name) == its]

@@ -392,19 +392,3 @@ def test_a_model_of_seven_billion_is_planned_in_little_memory(tmp_path: Path) ->
     assert ddp["parts"]["base"] == 2 * told["base_elements"]
     # of every layer its input, in bf16; and what else is kept is little
     assert ddp["parts"]["activations"] == pytest.approx(32 * 4 * 1024 * 4096 * 2, rel=0.1)
-
-
-def test_zero3_gathers_what_trains_where_it_is_large(tree: dict[str, Any]) -> None:
-    """Full fine-tuning has nothing frozen, and is gathered all the same."""
-    config = parse_config(tree)
-    run = plan_run(config, 48, 2)
-
-    def received(trained: list[int], engine: str) -> dict[str, int]:
-        weights = weights_of([], trained)
-        return received_bytes(engine, config, run, weights, look="gradients", scoring_rows=4, dev_size=9)
-
-    small, large = received([WHOLE], "zero3"), received([2 * WHOLE], "zero3")
-    assert small == received([WHOLE], "ddp")
-    half = 4 * 2 * WHOLE // 2
-    assert large["scoring"] % (2 * half) == 0 < large["scoring"]
-    assert large["steps"] == received([2 * WHOLE], "ddp")["steps"] + 13 * run.accumulation * 2 * half

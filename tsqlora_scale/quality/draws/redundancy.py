@@ -27,9 +27,7 @@ def similar_pairs(sketches: np.ndarray, threshold: float, *, seed: int = 0) -> n
     Args:
         sketches: (n, dim).
     """
-    lengths = np.linalg.norm(sketches, axis=1)
-    usable = np.flatnonzero(np.isfinite(lengths) & (lengths > 0))
-    units = (sketches[usable] / lengths[usable, None]).astype(np.float32)
+    usable, units = _directions(sketches)
     threshold = min(threshold, 1 - ROUNDING)
     found = [np.empty((0, 2), np.int64)]
     for bucket in _buckets(units, seed):
@@ -45,9 +43,7 @@ def similar_pairs(sketches: np.ndarray, threshold: float, *, seed: int = 0) -> n
 def count_similar(sketches: np.ndarray, threshold: float, *, seed: int = 0) -> np.ndarray:
     """Number of samples that each is like, itself included, (n,): :func:`neighbours` of :func:`similar_pairs`, whose
     pairs, half of n^2 where all samples are alike, are never there at once."""
-    lengths = np.linalg.norm(sketches, axis=1)
-    usable = np.flatnonzero(np.isfinite(lengths) & (lengths > 0))
-    units = (sketches[usable] / lengths[usable, None]).astype(np.float32)
+    usable, units = _directions(sketches)
     threshold = min(threshold, 1 - ROUNDING)
     counts = np.ones(len(units), dtype=np.int64)
     codes = _codes(units, seed)
@@ -67,6 +63,14 @@ def count_similar(sketches: np.ndarray, threshold: float, *, seed: int = 0) -> n
     found = np.ones(len(sketches), dtype=np.int64)
     found[usable] = counts
     return found
+
+
+def _directions(sketches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The rows that are finite and not zero, and their unit vectors, float32."""
+    lengths = np.linalg.norm(sketches, axis=1)
+    usable = np.flatnonzero(np.isfinite(lengths) & (lengths > 0))
+    units = (sketches[usable] / lengths[usable, None]).astype(np.float32)
+    return usable, units
 
 
 def _buckets(units: np.ndarray, seed: int) -> list[np.ndarray]:
