@@ -53,6 +53,8 @@ class Mapped(mmap.mmap):
         ({}, {}),
         ({"replacement": False, "keep_fraction": 1.0, "unbiased": True}, {"delta_loss": "first_order"}),
         ({"unbiased": True, "keep_fraction": 1.0}, {"refresh": "none"}),
+        ({"use": "weight", "keep_fraction": 1.0}, {}),
+        ({"use": "weight", "keep_fraction": 1.0}, {"refresh": "none"}),
         ({"keep_fraction": 1.0}, {"refresh": "none"}),
         ({"redundancy": 1.0, "keep_fraction": 0.25}, {"refresh": "none"}),
     ],
