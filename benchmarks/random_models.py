@@ -128,8 +128,8 @@ def tree_of(shape: Shape, folder: Path, *, dtype: str, **sections: dict[str, Any
     return tree
 
 
-def random_base(described: Described, *, device: torch.device, says: bool = True) -> tuple[nn.Module, list[str]]:
-    """In the place of :func:`tsqlora_scale.run.build.build_base`: the same model without files."""
+def random_base(described: Described, *, device: torch.device, **_: Any) -> tuple[nn.Module, list[str]]:
+    """In the place of :func:`tsqlora_scale.run.adapted_model.build_base`: the same model without files."""
     config = described.config
     torch.manual_seed(0)
     with torch.device(device):
@@ -165,7 +165,7 @@ def without_files() -> Iterator[None]:
     """Inside, runs are built on random bases."""
     with (
         mock.patch("tsqlora_scale.run.preflight.check_weights"),
-        mock.patch("tsqlora_scale.run.build.build_base", random_base),
+        mock.patch("tsqlora_scale.run.adapted_model.build_base", random_base),
     ):
         yield
 

@@ -1,4 +1,4 @@
-"""A pass under ZeRO-3 in which rank 1 alone runs out of memory: ``… scoring_memory.py CONFIG OUT``."""
+"""Passes of a sharded model in which rank 1 alone runs out of memory: ``… scoring_memory.py CONFIG OUT PLACE …``."""
 
 import json
 import sys
@@ -9,6 +9,12 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 from tsqlora_scale.common.quiet import prepare_environment
 from tsqlora_scale.config.load import load_config
 from tsqlora_scale.run import preflight
+
+#: Where it can.
+PLACES = (
+    "before the pass", "in the forward pass", "after the forward pass", "backward", "before the second pass",
+    "in the second pass", "after the pass",
+)  # fmt: skip
 
 
 def main() -> int:
@@ -63,9 +69,7 @@ def main() -> int:
     measurer.losses, Sketch.__call__ = of_batch, of_sketch
     layer.register_forward_hook(of_layer)
     found = {}
-    places = (None, "before the pass", "in the forward pass", "after the forward pass", "backward",
-              "before the second pass", "in the second pass", "after the pass")  # fmt: skip
-    for place in places:
+    for place in (None, *sys.argv[3:]):
         state |= {"place": place, "raised": 0}
         scorer.table, scorer.passes = None, 0
         scorer._standardisation.std[:] = 0

@@ -18,6 +18,8 @@ ENGINES = {name: kind for name, kind in ALL.items() if not name.startswith("fsdp
 MODELS = ["deberta", "bart", "llama"]
 #: dropout: its masks belong to the micro-batch, not to the rank
 CASES = [*((kind, base) for kind in MODELS for base in ("fp32", "nf4")), ("bert", "dropout")]
+#: Of a run: two after the second event.
+STEPS = 10
 #: Runs, but rounds differently: ZeRO-3 has a linear layer of its own.
 BF16 = ("bert", "bf16")
 #: The run of FSDP2: DeBERTa calls layers twice.
@@ -53,7 +55,10 @@ class Finished(dict[str, dict[tuple[str, str], Path]]):
         for kind, base in FEWER.get(engine, [*CASES, BF16]):
             name = f"{kind}-{base}"
             # a budget that does not grow: where one layer grows another one shrinks
-            tree = run_tree(kind, folder, self._models, name, allocation={"phi_min": 0.9, "phi_max": 1.0})
+            tree = run_tree(
+                kind, folder, self._models, name, allocation={"phi_min": 0.9, "phi_max": 1.0},
+                train={"max_steps": STEPS},
+            )  # fmt: skip
             if base == "dropout":
                 tree["adapter"]["dropout"] = 0.2
             else:
@@ -99,7 +104,7 @@ def test_a_rank_holds_its_share_of_the_base_in_its_type(finished: Finished, engi
 def test_same_trajectory(finished: Finished, engine: str, case: tuple[str, str]) -> None:
     reference, run = finished["plain"][case], finished[engine][case]
     expected = losses_of(reference)
-    assert len(expected) == 13
+    assert len(expected) == STEPS
     assert losses_of(run) == pytest.approx(expected, abs=1e-5)
     assert ranks_of(run) == ranks_of(reference)
     assert result_of(run)["metrics"] == pytest.approx(result_of(reference)["metrics"], abs=1e-6)
@@ -138,7 +143,7 @@ def test_events_grow_and_shrink(finished: Finished, case: tuple[str, str]) -> No
 def test_bf16_runs(finished: Finished, engine: str) -> None:
     run = finished[engine][BF16]
     losses = losses_of(run)
-    assert len(losses) == 13
+    assert len(losses) == STEPS
     assert len(ranks_of(run)) == 2
     # until scores and ranks, which are decisions, amplify rounding
     assert losses[:3] == pytest.approx(losses_of(finished["plain"][BF16])[:3], abs=5e-3)

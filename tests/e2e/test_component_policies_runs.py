@@ -21,7 +21,8 @@ from tsqlora_scale.model.adapters.lora import short_name
 from tsqlora_scale.ranks import current_ranks
 from tsqlora_scale.ranks.install import diagonal_name, factor_names
 from tsqlora_scale.run import preflight
-from tsqlora_scale.run.build import build_run, load_adapted
+from tsqlora_scale.run.adapted_model import load_adapted
+from tsqlora_scale.run.build import build_run
 from tsqlora_scale.run.training_run import Run
 from tsqlora_scale.step import optimizer_step
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -13,6 +16,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from tests.classifiers import HEADS, class_logits, tiny_classifier
 from tests.runs import go, result_of, run_tree, write_config
+from tests.tiny import tiny_model
 from tsqlora_scale.commands import main as cli
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.load import parse_config
@@ -145,6 +149,68 @@ def test_regression(outputs: int, tmp_path: Path, models_dir: Path, caplog: pyte
         own = class_logits(AutoModelForSequenceClassification.from_pretrained(model))
         torch.testing.assert_close(logits, own, rtol=0, atol=0)
     assert ("is drawn anew" in caplog.text) == (outputs == 3)
+
+
+def far_from_zero(tree: dict[str, Any]) -> tuple[float, float]:
+    """Make a classification's data numbers about 270, a hundred apart, weighted; mean and deviation as drawn."""
+    tree["task"] |= {"type": "regression", "label": "score", "labels": None, "metrics": ["pearson", "mse"]}
+    tree["task"]["dataset"]["weight"] = "weight"
+    for path in Path(tree["task"]["dataset"]["path"]).glob("*.jsonl"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for row in rows:
+            row |= {"score": 220.0 + 100 * (row.pop("label") == "yes"), "weight": 1.0 + (len(row["text"]) % 3)}
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        if path.name == "train.jsonl":
+            scores, weights = (np.array([row[name] for row in rows]) for name in ("score", "weight"))
+            mean = float(np.average(scores, weights=weights))
+            deviation = float(np.average((scores - mean) ** 2, weights=weights)) ** 0.5
+    return mean, deviation
+
+
+@pytest.mark.parametrize("kind", ["bert", "deberta", "bart"])
+def test_a_new_head_for_numbers_starts_where_they_lie(kind: str, tmp_path: Path, models_dir: Path) -> None:
+    """As a head for targets of mean 0 and deviation 1 would, in their unit."""
+    tree = tree_of(tiny_model(kind, models_dir), tmp_path, models_dir)
+    mean, deviation = far_from_zero(tree)
+    run = build_run(preflight.check(parse_config(tree)))
+    plain = copy.deepcopy(tree) | {"run": tree["run"] | {"name": "plain"}}
+    folder = tmp_path / "standard"
+    shutil.copytree(tree["task"]["dataset"]["path"], folder)
+    for path in folder.glob("*.jsonl"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps(row | {"score": (row["score"] - mean) / deviation}) + "\n" for row in rows))
+    plain["task"]["dataset"]["path"] = str(folder)
+    standard = class_logits(build_run(preflight.check(parse_config(plain))).engine.module)
+    assert 0 < standard.abs().max() < 1, "drawn small"
+    torch.testing.assert_close(class_logits(run.engine.module), mean + deviation * standard, rtol=1e-5, atol=1e-3)
+
+
+def test_a_head_that_cannot_start_at_the_mean_says_so(
+    tmp_path: Path, models_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tree = tree_of(tiny_model("llama", models_dir), tmp_path, models_dir)
+    mean, deviation = far_from_zero(tree)
+    build_run(preflight.check(parse_config(tree)))
+    said = f"task.label='score': its mean is {mean:.3g}, its standard deviation {deviation:.3g}, and the new head score"
+    assert said in caplog.text
+
+
+def test_what_starts_at_the_mean_is_saved_and_predicts(tmp_path: Path, models_dir: Path) -> None:
+    """A run, its resume and its adapter's numbers are those of any head; targets far from 0 are learned at once."""
+    tree = tree_of(tiny_model("bert", models_dir), tmp_path, models_dir, train={"max_steps": 6, "checkpoint_every": 3})
+    mean, deviation = far_from_zero(tree)
+    run = go(tree)
+    found = result_of(run.record.folder)
+    assert found["metrics_before"]["mse"] < 2 * deviation**2 < mean**2 / 10
+    config = write_config(tmp_path / "config.yaml", tree)
+    (tmp_path / "again").mkdir()
+    shutil.copytree(run.record.folder / "checkpoints" / "step-00000003", tmp_path / "again" / "step-00000003")
+    resumed = go(tree | {"run": tree["run"] | {"name": "resumed"}}, str(tmp_path / "again" / "step-00000003"))
+    assert result_of(resumed.record.folder)["metrics"] == found["metrics"]
+    adapter = str(run.record.folder / "adapter")
+    said = tmp_path / "said.json"
+    assert cli.main(["evaluate", "--config", str(config), "--adapter", adapter, "--json", str(said)]) == 0
+    assert json.loads(said.read_text())["metrics"] == pytest.approx(found["metrics"])
 
 
 def test_a_head_that_stays_as_it_is(tmp_path: Path, models_dir: Path) -> None:

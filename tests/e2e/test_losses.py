@@ -16,7 +16,7 @@ from tests.worlds import run_on_ranks
 from tsqlora_scale.config.load import parse_config
 from tsqlora_scale.engine.collectives import World
 from tsqlora_scale.run import preflight
-from tsqlora_scale.run.build import build_base
+from tsqlora_scale.run.adapted_model import build_base
 from tsqlora_scale.tasks.evaluation import evaluate
 
 TEXTS = ["loss", "perplexity"]

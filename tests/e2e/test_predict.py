@@ -25,7 +25,7 @@ from tsqlora_scale import Config, UserError, predict
 from tsqlora_scale.commands import main as cli
 from tsqlora_scale.config.load import load_config, parse_config
 from tsqlora_scale.run import preflight
-from tsqlora_scale.run.build import load_adapted
+from tsqlora_scale.run.adapted_model import load_adapted
 from tsqlora_scale.tasks import prediction
 from tsqlora_scale.tasks.rows import file_limits
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.distributed.launch import launch
 from tests.runs import losses_of, ranks_of, result_of, run_tree, write_config
 from tests.slurm.queue import CLUSTER, ROOT, Job, Queue, lacking
 
@@ -75,14 +76,12 @@ def restarted(job: Job, times: int) -> None:
 def test_two_nodes_train_a_run_that_is_interrupted_twice(queue: Queue, place: Path) -> None:
     """By the signal before the end of its time, and by a job of a higher partition: the result is that of no pause."""
     config = str(place / "config.yaml")
-    whole = queue.submit("nodes.sbatch", "--config", config, PACED, "run.name=whole", PACED_NODES=str(place))
-    whole.wait_for("COMPLETED")
-    assert {place.joinpath(f"rank-{rank}").read_text() for rank in (0, 1)} == {"n1", "n2"}
+    launch("ddp-2", ROOT / "launch" / "train.py", ["--config", config, PACED, "run.name=whole"], place)
     expected = place / "runs" / "whole"
-    assert (result_of(expected)["engine"], result_of(expected)["world_size"]) == ("ddp", 2)
-
     run_dir = place / "runs" / "cut"
-    job = queue.submit("nodes.sbatch", "--config", config, PACED, "run.name=cut", PACED_LIVES="2")
+    job = queue.submit(
+        "nodes.sbatch", "--config", config, PACED, "run.name=cut", PACED_LIVES="2", PACED_NODES=str(place)
+    )
     job.wait_until(lambda: steps_of(run_dir) >= 2, "at its second step")
     queue.ask("scancel", "--batch", "--signal=USR1", job.number)  # as --signal=B:USR1@300 does
     restarted(job, 1)
@@ -97,6 +96,8 @@ def test_two_nodes_train_a_run_that_is_interrupted_twice(queue: Queue, place: Pa
     job.wait_for("COMPLETED")
     assert high.field("JobState") == "COMPLETED"
 
+    assert {place.joinpath(f"rank-{rank}").read_text() for rank in (0, 1)} == {"n1", "n2"}
+    assert (result_of(run_dir)["engine"], result_of(run_dir)["world_size"]) == ("ddp", 2)
     said = job.said()
     # the last words of a life may be lost with srun; that it was asked and came back is the job's own to say
     assert said.count("requeue: stopped on request after step") in (1, 2)

@@ -62,7 +62,7 @@ def test_overwrite_deletes_nothing_before_the_model_is_loaded(
     def no_weights(*_: object, **__: object) -> None:
         raise UserError("no weights here")
 
-    monkeypatch.setattr("tsqlora_scale.run.build.load_base", no_weights)
+    monkeypatch.setattr("tsqlora_scale.run.adapted_model.load_base", no_weights)
     assert cli.train(["--config", str(config), "--overwrite"]) == 2
     assert "no weights here" in capsys.readouterr().err
     assert (run_dir / "config.yaml").read_text() == "of the old run"
@@ -99,7 +99,9 @@ def test_overwrite_leaves_what_a_link_points_to(config: Path, tmp_path: Path) ->
 def test_a_checkpoint_that_is_none(
     config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tsqlora_scale.run.build.load_base", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(
+        "tsqlora_scale.run.adapted_model.load_base", lambda *_, **__: pytest.fail("the model was loaded")
+    )
     assert cli.train(["--config", str(config), "--resume", "./step-1"]) == 2
     error = capsys.readouterr().err
     assert (

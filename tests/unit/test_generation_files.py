@@ -19,7 +19,7 @@ from tsqlora_scale.config.load import parse_config
 from tsqlora_scale.engine.collectives import World
 from tsqlora_scale.model.generation_files import settings_that_load
 from tsqlora_scale.run import preflight
-from tsqlora_scale.run.build import build_base
+from tsqlora_scale.run.adapted_model import build_base
 from tsqlora_scale.tasks.evaluation import evaluate
 
 OWN: dict[str, dict[str, Any]] = {

@@ -15,6 +15,7 @@ from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.launcher import launched_rank
 from tsqlora_scale.common.printing import printable
 from tsqlora_scale.engine.sharded import read_parameter, write_parameter
+from tsqlora_scale.tasks.target_scale import TargetScale
 
 log = logging.getLogger("tsqlora_scale")
 
@@ -179,6 +180,35 @@ def adopt_head(
     if note and says and launched_rank() == 0:
         log.warning("%s: %s", key, note)
     return new
+
+
+def centre_head(model: nn.Module, new: set[str], targets: TargetScale, *, says: bool) -> None:
+    """Let a new head of one output start where its targets lie: their mean as its bias, its weights in their unit.
+
+    From a bias of 0 the first steps go towards the mean alone, by every parameter that there is, and may leave
+    features that tell no sample from another. With ZeRO-3 a collective.
+
+    Args:
+        new: parameters that the checkpoint lacks, which have been drawn.
+        says: whether to report a head that cannot.
+    """
+    layer = output_layer(model, 1)
+    if layer is None or f"{layer[0]}.weight" not in new:
+        return
+    name, head = layer
+    parts = dict(head.named_parameters())
+    write_parameter(parts["weight"], read_parameter(parts["weight"]) * targets.deviation)
+    if "bias" in parts:
+        write_parameter(parts["bias"], torch.full_like(read_parameter(parts["bias"]), targets.mean))
+    elif abs(targets.mean) > targets.deviation and says and launched_rank() == 0:
+        log.warning(
+            "task.label=%r: its mean is %.3g, its standard deviation %.3g, and the new head %s has no bias that could "
+            "start there; subtract the mean from the column, and add it to what is predicted",
+            targets.column,
+            targets.mean,
+            targets.deviation,
+            name,
+        )
 
 
 def _replace(model: nn.Module, name: str, layer: nn.Linear, *, outputs: int) -> set[str]:

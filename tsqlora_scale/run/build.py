@@ -14,18 +14,14 @@ from accelerate import Accelerator
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.failures import Watchdog
 from tsqlora_scale.common.quiet import quiet_libraries
-from tsqlora_scale.common.random_streams import generator_for, seed_libraries
 from tsqlora_scale.config.schema import Config
 from tsqlora_scale.engine.collectives import World
 from tsqlora_scale.engine.engine import start_engine
 from tsqlora_scale.engine.start import shards_parameters, start_accelerator
 from tsqlora_scale.engine.train_state import TrainState
 from tsqlora_scale.model.adapters.adapter_type import adapter_type
-from tsqlora_scale.model.adapters.placement import Placement
-from tsqlora_scale.model.base_model import load_base
 from tsqlora_scale.model.block_depths import lr_scales
 from tsqlora_scale.model.pass_check import check_loaded
-from tsqlora_scale.model.tokenizer import prompt_ids
 from tsqlora_scale.quality.scores.score_parts import PARTS
 from tsqlora_scale.quality.selectors.selector import Selector, SelectorContext
 from tsqlora_scale.quality.selectors.selector_names import selector_class
@@ -35,6 +31,7 @@ from tsqlora_scale.ranks.orthogonality import OrthogonalityPenalty
 from tsqlora_scale.ranks.policies.policy_names import policy_class
 from tsqlora_scale.report.progress import Progress
 from tsqlora_scale.report.record import RunRecord
+from tsqlora_scale.run.adapted_model import build_model, load_adapted
 from tsqlora_scale.run.auto_words import found_before, with_found_words
 from tsqlora_scale.run.checkpoint import drop_after, read_checkpoint
 from tsqlora_scale.run.data_init import start_from_samples
@@ -276,44 +273,6 @@ def give(model: torch.nn.Module, ranks: dict[str, int], values: dict[str, torch.
     write_values(model, values)
 
 
-def build_base(described: Described, *, device: torch.device, says: bool = True) -> tuple[torch.nn.Module, list[str]]:
-    """The frozen base, a new head in it the same on every rank and engine; and the modules that train whole."""
-    config = described.config
-    return load_base(
-        described.model_path,
-        config.model,
-        auto_class=described.task.auto_class,
-        model_config=described.model_config,
-        unquantised=described.heads,
-        generator=generator_for(config.run.seed, "head"),
-        device=device,
-        peft_task_type=described.task.peft_task_type,
-        train_head=config.adapter.train_head,
-        says=says,
-    )
-
-
-def build_model(preflight: Preflight, *, device: torch.device, init: str | None = None) -> Any:
-    """The base with a fresh adapter, the same on every rank and engine.
-
-    Args:
-        init: in the place of ``adapter.init``: a saved adapter is for the base as it is, whatever it started from.
-    """
-    config, task, seed = preflight.config, preflight.task, preflight.config.run.seed
-    seed_libraries(seed)
-    base, new_modules = build_base(preflight, device=device)
-    placement = Placement(
-        config.adapter if init is None else config.adapter.model_copy(update={"init": init}),
-        task_type=task.peft_task_type,
-        new_modules=new_modules,
-        dtype=config.model.dtype,
-        generator=generator_for(seed, "adapter"),
-        unreached=preflight.findings.unreached | preflight.findings.idle,
-        prompt_ids=prompt_ids(config.adapter, preflight.tokenizer),
-    )
-    return adapter_type(config.adapter.type).build(base, placement)
-
-
 def build_controller(config: Config, plan: RunPlan, *, without_batch: Collection[str] = frozenset()) -> RankController:
     """The rank half: a null object where it is off."""
     gamma = config.adapter.orthogonality
@@ -370,14 +329,6 @@ def depth_scales(config: Config) -> Callable[[torch.nn.Module], dict[str, float]
     """Learning rates by depth, ``train.lr_decay``; None where all are one."""
     decay = config.train.lr_decay
     return None if decay == 1 else partial(lr_scales, decay=decay)
-
-
-def load_adapted(described: Described, adapter: Path, *, device: torch.device) -> Any:
-    """A saved adapter on a fresh base, in evaluation mode."""
-    config = described.config
-    with quiet_libraries():
-        base, _ = build_base(described, device=device, says=False)  # the adapter has its own head
-        return adapter_type(config.adapter.type).load(base, adapter, dtype=config.model.dtype).to(device).eval()
 
 
 def started(config: Config, **options: Any) -> Accelerator:

@@ -17,7 +17,8 @@ from tsqlora_scale.config.schema import Config, TaskConfig
 from tsqlora_scale.engine.collectives import World
 from tsqlora_scale.report.prediction_file import answer_names, prediction_writer, writing
 from tsqlora_scale.report.progress import Progress
-from tsqlora_scale.run.build import load_adapted, started
+from tsqlora_scale.run.adapted_model import load_adapted
+from tsqlora_scale.run.build import started
 from tsqlora_scale.run.preflight import Described, check_machine, describe, with_labels_of
 from tsqlora_scale.tasks.prediction import Answers, predict_windows
 from tsqlora_scale.tasks.rows.given_rows import given_names, given_tables

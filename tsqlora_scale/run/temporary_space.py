@@ -44,10 +44,7 @@ def score_bytes(config: Config, pool_size: int) -> int:
     weighted = 8 if config.task.is_weighted else 0  # probabilities times weights
     by_loss = sampling.use == "weight" or (sampling.unbiased and sampling.replacement)
     evenly = sampling.use == "weight" or (sampling.unbiased and not sampling.replacement)
-    if evenly and not weighted:
-        sampler = 8 * kept
-    else:
-        sampler = (32 if sampling.replacement else 16) * kept
+    sampler = 8 * kept if evenly and not weighted else (32 if sampling.replacement else 16) * kept
     importance = 8 if by_loss else 0
     pool = 32 if weighted else 8  # the even sampler of the warm-up
     scored = 8 * min(1.0, (scoring.max_samples or pool_size) / pool_size)

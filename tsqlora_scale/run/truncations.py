@@ -27,7 +27,8 @@ from tsqlora_scale.model.weight_files import (
     read_json,
 )
 from tsqlora_scale.ranks.truncate import CutBy, LayerFactors, truncate
-from tsqlora_scale.run.build import load_adapted, started
+from tsqlora_scale.run.adapted_model import load_adapted
+from tsqlora_scale.run.build import started
 from tsqlora_scale.run.preflight import Described
 from tsqlora_scale.tasks.evaluation import evaluate_all
 

@@ -27,7 +27,7 @@ from tsqlora_scale.quality.selectors.ranked import RankedSelector, Rating
 from tsqlora_scale.quality.selectors.selector import SelectorContext
 from tsqlora_scale.quality.selectors.selector_names import selector_class
 from tsqlora_scale.run import preflight
-from tsqlora_scale.run.build import build_model
+from tsqlora_scale.run.adapted_model import build_model
 from tsqlora_scale.tasks import Task
 from tsqlora_scale.tasks.rows.mixed_sets import MixedSets
 
