@@ -174,12 +174,14 @@ def audit(
     """
     prepare_environment()
     _check_options(top, similarity)
-    from tsqlora_scale.audit.checks import check_audit
+    from tsqlora_scale.audit.checks import check_audit, check_begun
     from tsqlora_scale.run import preflight
 
     check_audit(config)
     config = config.for_audit()
     place = "auto" if resume else None
+    if resume and not overwrite:
+        check_begun(config.run_dir)
     preflight.check_run_dir(config, overwrite=overwrite, resume=place)
     checked = preflight.check(config)
     from tsqlora_scale.audit.audit_run import audit_and_write

@@ -21,7 +21,7 @@ SCRIPT = Path(__file__).with_name("scoring_memory.py")
 #: Engine, batch size, and where memory runs out.
 CASES = [
     ("zero3-2", "auto", PLACES),
-    ("fsdp2-2", 8, ("in the forward pass", "backward", "in the second pass")),
+    ("fsdp2-2", 8, ("in the forward pass", "after the forward pass", "backward", "in the second pass")),
 ]
 
 

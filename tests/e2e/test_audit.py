@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import random
+import signal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from tests.runs import go, read_lines, run_tree, write_config
 from tests.tiny import WORDS
 from tsqlora_scale.api import audit
-from tsqlora_scale.audit import cross_fit
+from tsqlora_scale.audit import cross_fit, passes
 from tsqlora_scale.commands import main as cli
 from tsqlora_scale.config.load import parse_config
+from tsqlora_scale.quality.features.forward_pass import ForwardPass
 
 FIELDS = {"film": ["film", "movie", "actor"], "sound": ["music", "with", "of"], "text": ["script", "story", "plot"]}
 PLAIN: dict[str, Any] = {"allocation": {"policy": "fixed"}, "sampling": {"selector": "full", "keep_fraction": 1.0}}
@@ -88,6 +92,17 @@ def test_mistakes_are_found_and_taken_out(tmp_path: Path, models_dir: Path, caps
     assert weights[sorted(wrong)].mean() < 0.3 < 0.8 < np.delete(weights, sorted(wrong)).mean()
 
 
+def test_weights_of_ones_own_stay(tmp_path: Path, models_dir: Path) -> None:
+    tree, _ = planted(tmp_path, models_dir, "weighed")
+    path = tmp_path / "data-classification" / "train.jsonl"
+    rows = [row | {"w": 1 + number % 3} for number, row in enumerate(read_lines(path))]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    tree["task"]["dataset"]["weight"] = "w"
+    table = pq.read_table(audit(parse_config(tree)).table)
+    right = np.maximum(1 - table.column("audit_probability").to_numpy(), 1e-6)
+    np.testing.assert_allclose(table.column("audit_weight").to_numpy(), right * [row["w"] for row in rows])
+
+
 def test_adapters_judge_what_they_have_not_seen(
     tmp_path: Path, models_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,6 +124,81 @@ def test_adapters_judge_what_they_have_not_seen(
     assert len(set(np.argsort(-suspicion)[: len(wrong)].tolist()) & wrong) >= 0.6 * len(wrong)
     steps = read_lines(result.folder.parent / "metrics.jsonl")
     assert {line["fold"] for line in steps} == {f"fold {i} of 3" for i in (1, 2, 3)}
+
+
+def test_an_audit_does_not_go_on_in_what_is_none(
+    tmp_path: Path, models_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``--resume`` leaves a run alone, and an audit that was finished, whose list of fixes may have been edited."""
+    tree, _ = planted(tmp_path, models_dir, "run", **PLAIN)
+    tree["train"]["max_steps"] = 3
+    config = write_config(tmp_path / "config.yaml", tree)
+    folder = go(tree).record.folder
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    resumed = ["score", "--audit", "--resume", "--config", str(config)]
+    assert cli.main(resumed) == 2
+    assert "so no audit that was killed" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert cli.main([*resumed, "run.name=audited"]) == 0, "of a folder that is not there it is a first life"
+    fixes = tmp_path / "runs" / "audited" / "audit" / "fixes.csv"
+    fixes.write_text("id\n1\n", encoding="utf-8")
+    assert cli.main([*resumed, "run.name=audited"]) == 2
+    assert fixes.read_text(encoding="utf-8") == "id\n1\n"
+
+
+@pytest.mark.parametrize("audit", ["features", "both"])
+def test_a_request_to_stop_while_it_looks(
+    audit: str, tmp_path: Path, models_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ends the pass; what has been seen is kept, and an audit that goes on is that of no pause."""
+    tree, _ = planted(tmp_path, models_dir, "stopped", scoring={"audit": audit, "folds": 2})
+    tree["train"] |= {"max_steps": 2, "eval_batch_size": 16}
+    config = write_config(tmp_path / "config.yaml", tree)
+    asked = ["score", "--audit", "--config", str(config)]
+    assert cli.main([*asked, "run.name=whole"]) == 0
+    seen: list[int] = []
+    look_at = passes.StateLook.__call__
+
+    def signalled(look: Any, module: Any, batch: Any) -> Any:
+        seen.append(1)
+        if len(seen) == 9:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return look_at(look, module, batch)
+
+    monkeypatch.setattr(passes.StateLook, "__call__", signalled)
+    defaults = ForwardPass.__init__.__kwdefaults__
+    monkeypatch.setattr(ForwardPass.__init__, "__kwdefaults__", defaults | {"shard_size": 64})
+    assert cli.main(asked) == 0
+    assert "requeue: stopped on request" in capsys.readouterr().out
+    assert len(seen) < 12
+    assert cli.main([*asked, "--resume"]) == 0
+    assert len(seen) < 2 * 15, "the shards that were kept are not seen again"
+    whole, again = (
+        pq.read_table(tmp_path / "runs" / name / "audit" / "audit.parquet") for name in ("whole", "stopped")
+    )
+    assert again.equals(whole)
+
+
+def test_a_base_that_overflows_is_said(
+    tmp_path: Path, models_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree, _ = planted(tmp_path, models_dir, "broken")
+    monkeypatch.setattr(passes.StateLook, "seen", lambda *_: torch.full((1, 4), torch.inf).expand(16, 4))
+    tree["train"]["eval_batch_size"] = 16
+    assert cli.main(["score", "--audit", "--config", str(write_config(tmp_path / "config.yaml", tree))]) == 2
+    assert "the hidden states of the base are not finite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["score", "--audit"], ["advise"]])
+def test_what_takes_factors_out_of_the_base_is_said_before_it_is_loaded(
+    command: list[str], tmp_path: Path, models_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree, _ = planted(tmp_path, models_dir, "pissa", **PLAIN)
+    tree["adapter"]["init"] = "pissa"
+    assert cli.main([*command, "--config", str(write_config(tmp_path / "config.yaml", tree))]) == 2
+    said = capsys.readouterr().err
+    assert "adapter.init='pissa': takes factors out of the base" in said and "set adapter.init=default" in said
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 #: Benchmark -> its arguments; words in capitals are filled in.
 COMMANDS = {
     "cheaper_scores": "--config CONFIG --out OUT --variant short:scoring.max_length=4",
-    "gpu": "--smoke --out OUT --sections logits,nf4,resumed,offloaded",
+    "gpu": "--smoke --out OUT --sections llama,logits,nf4,resumed,offloaded",
     "growth": "--config CONFIG --out OUT --seeds 0 --event 4 --steps 2",
     "memory": "--ranks 0 2 --bases fp32 --hidden 64 --layers 1",
     "noise scores": "scores --config CONFIG --out OUT --seeds 0 --warmup 0",

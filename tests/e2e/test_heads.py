@@ -22,9 +22,12 @@ from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.load import parse_config
 from tsqlora_scale.config.schema import ModelConfig
 from tsqlora_scale.model.base_model import load_base
+from tsqlora_scale.model.heads import centre_head
 from tsqlora_scale.run import preflight
 from tsqlora_scale.run.build import build_run
 from tsqlora_scale.run.training_run import Run
+from tsqlora_scale.tasks.objectives.label_heads import LabelObjective
+from tsqlora_scale.tasks.target_scale import TargetScale
 
 SHORT: dict[str, Any] = {"train": {"max_steps": 3}, "allocation": {"policy": "fixed"}, "sampling": {"selector": "full"}}
 KINDS = [kind for kind in HEADS if kind not in ("xlnet", "gpt2")]
@@ -193,6 +196,55 @@ def test_a_head_that_cannot_start_at_the_mean_says_so(
     build_run(preflight.check(parse_config(tree)))
     said = f"task.label='score': its mean is {mean:.3g}, its standard deviation {deviation:.3g}, and the new head score"
     assert said in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("kind", "mean", "deviation", "said"),
+    [
+        (
+            torch.bfloat16,
+            2005.0,
+            8.0,
+            "its mean is 2e+03, its standard deviation 8: too near to be told apart",
+        ),
+        (torch.bfloat16, 2.7, 1.5, None),
+        (torch.float32, 1e5, 8.0, None),
+    ],
+)
+def test_a_type_that_tells_no_targets_apart(
+    kind: torch.dtype, mean: float, deviation: float, said: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    head = torch.nn.Linear(4, 1, dtype=kind)
+    before = head.weight.detach().clone()
+    centre_head("classifier", head, TargetScale("year", mean, deviation), says=True)
+    torch.testing.assert_close(head.weight.detach(), before * deviation, rtol=0, atol=0)
+    assert head.bias.item() == pytest.approx(mean, rel=2**-8)
+    assert said is None or f"task.label='year': {said}" in caplog.text
+    assert said is not None or not caplog.text
+
+
+@pytest.mark.parametrize(("mean", "deviation"), [(1e5, 1.0), (0.0, 1e7)])
+def test_a_type_that_holds_no_such_numbers(mean: float, deviation: float) -> None:
+    head = torch.nn.Linear(4, 1, dtype=torch.float16)
+    with pytest.raises(UserError, match=r"task.label='price': its mean is .* model.dtype=fp16 ends at 6.55e\+04"):
+        centre_head("classifier", head, TargetScale("price", mean, deviation), says=True)
+
+
+class OwnNumbers(LabelObjective):
+    """A regression whose head means the logarithm of the number."""
+
+    def losses(self, logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = logits.squeeze(-1).float()
+        return logits.exp() - targets * logits, torch.ones_like(targets)
+
+
+def test_an_objective_of_ones_own_starts_at_0(tmp_path: Path, models_dir: Path) -> None:
+    """What its head means is its own affair."""
+    tree = tree_of(tiny_model("bert", models_dir), tmp_path, models_dir)
+    far_from_zero(tree)
+    tree["task"]["objective"] = f"{__name__}:OwnNumbers"
+    run = build_run(preflight.check(parse_config(tree)))
+    assert class_logits(run.engine.module).abs().max() < 1
 
 
 def test_what_starts_at_the_mean_is_saved_and_predicts(tmp_path: Path, models_dir: Path) -> None:

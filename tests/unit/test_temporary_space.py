@@ -55,6 +55,7 @@ class Mapped(mmap.mmap):
         ({"unbiased": True, "keep_fraction": 1.0}, {"refresh": "none"}),
         ({"use": "weight", "keep_fraction": 1.0}, {}),
         ({"use": "weight", "keep_fraction": 1.0}, {"refresh": "none"}),
+        ({"use": "weight", "keep_fraction": 1.0}, {"refresh": "none", "max_samples": 30}),
         ({"keep_fraction": 1.0}, {"refresh": "none"}),
         ({"redundancy": 1.0, "keep_fraction": 0.25}, {"refresh": "none"}),
     ],

@@ -35,6 +35,11 @@ def check_request(config: Config, *, rows: int, pilot: str, steps: int | None) -
             f"adapter.init_from={config.adapter.init_from!r}: advice looks at the base as it is; set "
             "adapter.init_from=null"
         )
+    if config.adapter.starts_in_base:
+        raise UserError(
+            f"adapter.init={config.adapter.init!r}: takes factors out of the base, at which advice looks; set "
+            "adapter.init=default, which does not change what is seen"
+        )
 
 
 def check_pool(size: int) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from tsqlora_scale.advice.pilot import ALONE, QUERY
 from tsqlora_scale.config.schema import Config
+from tsqlora_scale.config.task_section import SET_COLUMNS
 
 
 def config_of_look(config: Config) -> Config:
@@ -34,6 +35,8 @@ def config_lines(config: Config, way: str, *, steps: int, labels: list[str] | in
     lines = {"task": {"dataset": dataset, "query": None}, **lines}
     if config.task.mixture:
         lines["task"] |= {"mixture": [], "temperature": None}
+        # of the query, which may be named in the sets alone
+        lines["task"] |= {key: found for key in SET_COLUMNS if (found := getattr(config.task, key))}
     else:
         for key in ("name", "subset", "exclude", "weight", "id_column", "max_train_samples"):
             if getattr(config.task.dataset, key) is not None:  # of the pool, and not of the query's file

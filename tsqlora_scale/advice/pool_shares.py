@@ -87,7 +87,8 @@ def near_copies(run: Run, sample: PoolSample) -> tuple[np.ndarray, np.ndarray]:
         times = np.bincount(member)[member]
     _, first, own = np.unique(member, return_index=True, return_inverse=True)
     exact = np.column_stack([first[own], np.arange(sample.count)])
-    near = nearly_same(sample.states[: sample.count], SIMILARITY, seed=run.config.run.seed)
+    none = np.empty((0, 2), dtype=np.int64)  # all of them are compared: they are few
+    near = nearly_same(sample.states[: sample.count], none, SIMILARITY, seed=run.config.run.seed)
     if sample.shape.kind == "text":  # features are of what is asked: with another answer it is another row
         answers = text_groups([texts[-1]] for texts in run.task.texts(sample.rows))
         near = near[answers[near[:, 0]] == answers[near[:, 1]]]

@@ -51,8 +51,10 @@ def write_audit(findings: Findings, task: Task, folder: Path, *, title: str, top
 def audit_tables(findings: Findings, task: Task) -> Iterator[pa.Table]:
     """The pool in its order, block by block: ``sample_id``, the data's own columns, and ours, called ``audit_…``.
 
-    As the pool of a config (``id_column: sample_id``, ``weight: audit_weight``) it draws suspect samples less often.
+    As the pool of a config (``id_column: sample_id``, ``weight: audit_weight``) it draws suspect samples less often,
+    beside what ``task.dataset.weight`` says of them.
     """
+    own = task.draw_weights() if task.sets is None else None
     places, ranks = np.empty(len(findings), dtype=np.int64), findings.ranks()
     places[findings.order()] = np.arange(1, len(findings) + 1)
     sizes = np.bincount(findings.first, minlength=len(findings))[findings.first]
@@ -68,7 +70,7 @@ def audit_tables(findings: Findings, task: Task) -> Iterator[pa.Table]:
         if findings.wrong is not None:
             wrong = np.round(findings.wrong[block], 6)
             columns["audit_probability"] = pa.array(wrong)
-            columns["audit_weight"] = pa.array(np.maximum(1 - wrong, 1e-6))
+            columns["audit_weight"] = pa.array(np.maximum(1 - wrong, 1e-6) * (1.0 if own is None else own[block]))
         if findings.suggested is not None:
             numbers = range(block.start, block.stop)
             columns["audit_suggested"] = pa.array([findings.suggestion(i) for i in numbers], pa.string())

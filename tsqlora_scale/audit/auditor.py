@@ -44,11 +44,12 @@ def audit_pool(run: Run, *, similarity: float, parts: Path) -> Findings | None:
     """
     config, world = run.config, run.engine.world
     sources: dict[str, np.ndarray] = {}
+    run.stop.interrupts_scoring = True  # nothing is lost but the pass, of which the base's own is kept
     with run.record, run.watchdog:
         states = None
         if config.audits_features:
             with run.record.phase("features"):
-                states = frozen_states(run)
+                states = frozen_states(run, folder=parts / "texts")
         off = None
         if run.task.query is not None:
             with run.record.phase("query"):
@@ -56,7 +57,7 @@ def audit_pool(run: Run, *, similarity: float, parts: Path) -> Findings | None:
         exact = near = np.empty((0, 2), dtype=np.int64)
         if run.is_main:
             exact = same_texts(texts_of_pool(run))
-            near = exact if states is None else nearly_same(states, similarity, seed=config.run.seed)
+            near = exact if states is None else nearly_same(states, exact, similarity, seed=config.run.seed)
         groups = folds = None
         if run.is_main:
             groups = copy_groups(np.concatenate([exact, near]), len(run.task))
@@ -118,11 +119,20 @@ def with_same_answer(run: Run, same: np.ndarray, near: np.ndarray) -> tuple[np.n
     return copy_groups(np.concatenate(pairs), len(same)), same
 
 
-def nearly_same(states: np.ndarray, similarity: float, *, seed: int) -> np.ndarray:
-    """Pairs (m, 2) of samples whose features, each of variance 1, have a cosine of at least ``similarity``."""
+def nearly_same(states: np.ndarray, exact: np.ndarray, similarity: float, *, seed: int) -> np.ndarray:
+    """Pairs (m, 2) of samples whose features, each of variance 1, have a cosine of at least ``similarity``; of samples
+    of which the same is read the first alone, as all their pairs may be too many.
+
+    Args:
+        exact: pairs of samples of which the same is read, the second of which each is in one alone.
+    """
     spread = states.std(0)
     scaled = (states - states.mean(0)) / np.where(spread > 1e-6 * spread.max(initial=0.0), spread, np.inf)
-    return similar_pairs(scaled, similarity, seed=seed)
+    is_first = np.ones(len(states), dtype=bool)
+    is_first[exact[:, 1]] = False
+    rows = np.flatnonzero(is_first)
+    found: np.ndarray = rows[similar_pairs(scaled[rows], similarity, seed=seed)]
+    return found
 
 
 def by_features(run: Run, states: np.ndarray, groups: np.ndarray) -> np.ndarray:

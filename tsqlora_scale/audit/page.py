@@ -66,6 +66,21 @@ def safe(text: str) -> str:
     return escape("\n".join(printable(line) for line in lines), quote=True).replace("\t", " ")
 
 
+def exactly(text: str) -> str:
+    """A value that the page hands on, for an attribute: what a reader could not see is written by its number, and comes
+    out as it was; what HTML knows no number of, as one reads it."""
+    return "".join(_numbered(letter) for letter in text)
+
+
+def _numbered(letter: str) -> str:
+    number = ord(letter)
+    if letter.isprintable():
+        return escape(letter, quote=True)
+    if number == 0 or 0x80 <= number < 0xA0 or 0xD800 <= number < 0xE000:
+        return safe(letter)
+    return f"&#{number};"
+
+
 def isolated(text: str, kind: str = "") -> str:
     """Text that may be written from right to left, without an effect on what is around it."""
     attribute = f' class="{kind}"' if kind else ""
@@ -171,7 +186,7 @@ def suspects(findings: Findings, task: Task, *, top: int) -> Iterator[str]:
 def filters(findings: Findings) -> Iterator[str]:
     """What narrows the list down."""
     names = [] if findings.names is None else findings.names
-    options = "".join(f'<option value="={safe(name)}">{safe(shortened(name, 60))}</option>' for name in names)
+    options = "".join(f'<option value="={exactly(name)}">{safe(shortened(name, 60))}</option>' for name in names)
     yield '<div class="filters scripted">'
     for key, text in (("label", "label"), ("suggested", "probably")):
         yield f'<label>{text} <select id="{key}"><option value="">any</option>{options}</select></label>'
@@ -200,7 +215,7 @@ def suspect(findings: Findings, task: Task, place: int, *, number: int, rank: in
         if choice != "relabel" or suggested
     )
     return (
-        f'<tr data-id="{safe(identity)}" data-label="{safe(label)}" data-suggested="{safe(suggested)}" '
+        f'<tr data-id="{exactly(identity)}" data-label="{exactly(label)}" data-suggested="{exactly(suggested)}" '
         f'data-p="{"" if wrong is None else f"{wrong:.4f}"}" data-number="{number}" data-rank="{rank}">'
         f'<td class="number">{number}</td><td>{odds}{bar}</td>'
         f'<td class="text" dir="auto">{isolated(shortened(text, TEXT), "whole")}'

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tsqlora_scale.common.disk_arrays import blocks
+from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.random_streams import philox
 from tsqlora_scale.quality.features.forward_pass import ForwardPass, Look
 from tsqlora_scale.quality.features.hidden_states import mean_states, with_states
 from tsqlora_scale.quality.query.query_rater import QueryRater
+from tsqlora_scale.report.progress import Progress
 from tsqlora_scale.run.training_run import Run
 from tsqlora_scale.tasks.batch import Batch, class_logits
 
@@ -21,23 +26,41 @@ LAYERS = 4
 WIDTH = 768
 
 
-def look(run: Run, rows: np.ndarray, see: Look, *, what: str, frozen: bool = False) -> np.ndarray:
+def look(
+    run: Run, rows: np.ndarray, see: Look, *, what: str, frozen: bool = False, folder: Path | None = None
+) -> np.ndarray:
     """What ``see`` says of the pool's ``rows``, (n, width) float32 in their order, the same on every rank. A
     collective.
 
     Args:
         what: it is that is done, for progress.
         frozen: by the base alone, without its adapters.
+        folder: where what is seen is kept while the pass runs; only of the base.
+
+    Raises:
+        Stopped: on every rank, where the run's request to stop may end a pass.
     """
+    config = run.config
     with run.progress(what) as bar:
         forward = ForwardPass(
             run.engine.module,
             run.engine.world,
-            batch_size=run.config.train.eval_batch_size,
+            batch_size=config.train.eval_batch_size,
             frozen=frozen,
-            progress=bar,
+            progress=_stoppable(run, bar),
+            folder=folder,
         )
-        return forward.run(run.task, rows, see, name=what)
+        return forward.run(run.task, rows, see, name=f"{what} {config.model.weights_name} {config.run.seed}")
+
+
+def _stoppable(run: Run, bar: Progress) -> Callable[[int, int], None]:
+    """Progress that looks after each batch whether some rank was asked to stop."""
+
+    def told(done: int, total: int) -> None:
+        bar(done, total)
+        run.stop.during_scoring(run.engine.world)
+
+    return told
 
 
 def class_scores(run: Run) -> Look:
@@ -75,10 +98,26 @@ class StateLook:
         return torch.cat([_narrow(states[:, layer], layer, self._seed, self._projections) for layer in chosen], 1)
 
 
-def frozen_states(run: Run) -> np.ndarray:
-    """What :class:`StateLook` sees of the pool, (n, layers x width) float32. A collective."""
+def frozen_states(run: Run, *, folder: Path | None = None) -> np.ndarray:
+    """What :class:`StateLook` sees of the pool, (n, layers x width) float32. A collective.
+
+    Args:
+        folder: where it is kept while the pass runs, so that a killed one goes on.
+
+    Raises:
+        UserError: it is not finite; on every rank.
+        Stopped: on every rank, where the run's request to stop may end a pass.
+    """
     see = StateLook(run.config.run.seed)
-    return look(run, np.arange(len(run.task)), see, what="looking at the texts", frozen=True)
+    states = look(run, np.arange(len(run.task)), see, what="looking at the texts", frozen=True, folder=folder)
+    with run.engine.world.together():
+        if not all(np.isfinite(states[block]).all() for block in blocks(len(states), 2**14)):
+            raise UserError(
+                f"model.dtype={run.config.model.dtype}: the hidden states of the base are not finite, and an audit "
+                "needs them; its weights are damaged, or it computes in too coarse a type: use model.dtype=fp32, or "
+                "scoring.audit=adapters"
+            )
+    return states
 
 
 def off_query(run: Run) -> np.ndarray | None:
@@ -94,7 +133,7 @@ def off_query(run: Run) -> np.ndarray | None:
             world=run.engine.world,
             seed=config.run.seed,
             model_name=config.model.weights_name,
-            progress=bar,
+            progress=_stoppable(run, bar),
         )
         found = rater.rate(run.engine.module)
     if not found.standing.is_evident:

@@ -10,6 +10,8 @@ from tsqlora_scale.common.disk_arrays import blocks
 
 #: penalties that are tried, as a share of the features' mean square
 PENALTIES = tuple(10.0 ** (power / 2) for power in range(-10, 5))
+#: fitted samples of a group from which on their directions are looked at, and not each
+CROWD = 512
 #: samples whose features are looked at together
 ROWS = 4096
 
@@ -112,10 +114,27 @@ class _Smoother:
         found = torch.einsum("kr,prc->pkc", asked, self._weights) + self._level
         if len(seen) == 0:
             return found
+        if len(seen) > CROWD:
+            return self._without_a_crowd(found, asked, left, seen)
         for number, gains in enumerate(self._gains):
             among = torch.eye(len(seen), dtype=torch.float64) - (left * gains) @ left.T - 1 / self._count
             towards = (asked * gains) @ left.T + 1 / self._count
             found[number] -= towards @ torch.linalg.lstsq(among, self._residuals[number, seen]).solution
+        return found
+
+    def _without_a_crowd(self, found: Tensor, asked: Tensor, left: Tensor, seen: np.ndarray) -> Tensor:
+        """The same of many samples that are like one another, by the few directions in which they differ (Woodbury)."""
+        basis, sizes, directions = torch.linalg.svd(left, full_matrices=False)
+        kept = sizes > 1e-6 * sizes.max()
+        spread = torch.cat([basis[:, kept], torch.ones(len(seen), 1, dtype=torch.float64)], 1)
+        along = sizes[kept, None] * directions[kept]
+        for number, gains in enumerate(self._gains):
+            residuals = self._residuals[number, seen]
+            level = torch.full((1, 1), 1 / self._count, dtype=torch.float64)
+            weights = torch.block_diag((along * gains) @ along.T, level)
+            inner = torch.eye(len(weights), dtype=torch.float64) - weights @ (spread.T @ spread)
+            change = residuals + spread @ torch.linalg.lstsq(inner, weights @ (spread.T @ residuals)).solution
+            found[number] -= (asked * gains) @ (left.T @ change) + change.sum(0) / self._count
         return found
 
 

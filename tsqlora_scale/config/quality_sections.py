@@ -20,6 +20,8 @@ from tsqlora_scale.config.fields import (
 #: of the base; and after a warm-up at outputs or gradients of the model.
 BLIND_SELECTORS = ("full", "random", "rs2", "infobatch")
 FORWARD_SELECTORS = ("query", "rho", "rds", "dsir", "k_center", "ts_dshapley", "instruction_mining", "file")
+#: Those of them that look at no model.
+MODEL_FREE_SELECTORS = ("dsir", "file")
 OUTPUT_SELECTORS = ("el2n",)
 GRADIENT_SELECTORS = ("quality", "less", "grad_norm")
 SELECTORS = (*BLIND_SELECTORS, *FORWARD_SELECTORS, *OUTPUT_SELECTORS, *GRADIENT_SELECTORS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -22,7 +22,15 @@ from tsqlora_scale.engine.sharded import whole_shape, write_parameter
 from tsqlora_scale.engine.zero_internals import loading_as, shards_while_loading
 from tsqlora_scale.model.base_folder import NO_ADAPTER
 from tsqlora_scale.model.generation_files import settings_that_load
-from tsqlora_scale.model.heads import adopt_head, centre_head, has_head, head_modules, own_labels, with_labels_of
+from tsqlora_scale.model.heads import (
+    adopt_head,
+    centre_head,
+    has_head,
+    head_modules,
+    output_layer,
+    own_labels,
+    with_labels_of,
+)
 from tsqlora_scale.model.stored_quantization import loads_stored, stored_quantization, unpack
 from tsqlora_scale.tasks.target_scale import TargetScale
 
@@ -61,7 +69,7 @@ def load_base(
     device: torch.device | None = None,
     peft_task_type: str | None = None,
     train_head: bool = True,
-    targets: TargetScale | None = None,
+    targets: Callable[[], TargetScale] | None = None,
     says: bool = True,
 ) -> tuple[nn.Module, list[str]]:
     """Load the frozen base. Layers that the checkpoint lacks (a new head) are drawn from ``generator``, so that every
@@ -72,7 +80,7 @@ def load_base(
             cannot train packed weights.
         peft_task_type: the task, by which the model has a head or not.
         train_head: ``adapter.train_head``.
-        targets: of a regression, where a new head is to start (:func:`~.heads.centre_head`).
+        targets: of a regression, where a new head is to start (:func:`~.heads.centre_head`); asked where there is one.
         says: whether to report what becomes of a head.
 
     Returns:
@@ -118,8 +126,8 @@ def load_base(
             _unpack_head(loaded, model, says=says)
         new = adopt_head(loaded, model_config, own, new, name=model.name_or_path, train_head=train_head, says=says)
     initialise_new(loaded, new, std=getattr(model_config, "initializer_range", 0.02), generator=generator)
-    if targets is not None:
-        centre_head(loaded, new, targets, says=says)
+    if targets is not None and (head := output_layer(loaded, 1)) is not None and f"{head[0]}.weight" in new:
+        centre_head(*head, targets(), says=says)
     if model.gradient_checkpointing:
         loaded.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if getattr(loaded.config, "use_cache", None):

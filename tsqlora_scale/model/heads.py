@@ -182,33 +182,36 @@ def adopt_head(
     return new
 
 
-def centre_head(model: nn.Module, new: set[str], targets: TargetScale, *, says: bool) -> None:
-    """Let a new head of one output start where its targets lie: their mean as its bias, its weights in their unit.
+def centre_head(name: str, head: nn.Linear, targets: TargetScale, *, says: bool) -> None:
+    """Let a new layer of one output start where its targets lie: their mean as its bias, its weights in their unit.
 
     From a bias of 0 the first steps go towards the mean alone, by every parameter that there is, and may leave
     features that tell no sample from another. With ZeRO-3 a collective.
 
     Args:
-        new: parameters that the checkpoint lacks, which have been drawn.
-        says: whether to report a head that cannot.
+        name: of the layer, for reports.
+        says: whether to report that it cannot, or that its numbers are too coarse.
+
+    Raises:
+        UserError: the layer's type holds no such numbers.
     """
-    layer = output_layer(model, 1)
-    if layer is None or f"{layer[0]}.weight" not in new:
-        return
-    name, head = layer
+    mean, deviation = targets.mean, targets.deviation
+    scale = f"task.label={targets.column!r}: its mean is {mean:.3g}, its standard deviation {deviation:.3g}"
     parts = dict(head.named_parameters())
-    write_parameter(parts["weight"], read_parameter(parts["weight"]) * targets.deviation)
+    weight = read_parameter(parts["weight"])
+    kind = torch.finfo(weight.dtype)
+    if max(abs(mean), deviation * float(weight.abs().max())) > kind.max:
+        raise UserError(f"{scale}, and model.dtype=fp16 ends at {kind.max:.3g}; divide the column, or set fp32")
+    write_parameter(parts["weight"], weight * deviation)
     if "bias" in parts:
-        write_parameter(parts["bias"], torch.full_like(read_parameter(parts["bias"]), targets.mean))
-    elif abs(targets.mean) > targets.deviation and says and launched_rank() == 0:
-        log.warning(
-            "task.label=%r: its mean is %.3g, its standard deviation %.3g, and the new head %s has no bias that could "
-            "start there; subtract the mean from the column, and add it to what is predicted",
-            targets.column,
-            targets.mean,
-            targets.deviation,
-            name,
-        )
+        write_parameter(parts["bias"], torch.full_like(read_parameter(parts["bias"]), mean))
+    if not says or launched_rank() != 0:
+        return
+    remedy = "subtract the mean from the column, and add it to what is predicted"
+    if "bias" not in parts and abs(mean) > deviation:
+        log.warning("%s, and the new head %s has no bias that could start there; %s", scale, name, remedy)
+    elif abs(mean) * kind.eps > deviation / 8:
+        log.warning("%s: too near to be told apart in %s; %s", scale, str(kind.dtype), remedy)
 
 
 def _replace(model: nn.Module, name: str, layer: nn.Linear, *, outputs: int) -> set[str]:

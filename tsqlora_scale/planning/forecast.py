@@ -22,6 +22,7 @@ from tsqlora_scale.planning.held_bytes import HeldWeights, held_weights
 from tsqlora_scale.planning.phantom_passes import Machine, PassNeeds, PhantomPasses
 from tsqlora_scale.planning.remedies import Remedy, find_remedies
 from tsqlora_scale.planning.run_times import RunTimes, run_times
+from tsqlora_scale.quality.features.forward_pass import BATCH
 from tsqlora_scale.quality.gradients.batch_memory import fitting_batch
 from tsqlora_scale.run.plan import RunPlan, plan_run
 from tsqlora_scale.tasks.objective_names import objective_class
@@ -251,6 +252,8 @@ class Forecaster:
         size = self.config.scoring.batch_size
         if size != "auto":
             return size
+        if self.passes.look == "forward":  # which begins with as many, whatever the memory
+            return BATCH
         if self._memory is None:
             return self._tried_rows
         nothing = {"step": PassNeeds(), "scoring": PassNeeds(), "evaluation": PassNeeds()}

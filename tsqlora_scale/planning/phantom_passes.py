@@ -12,12 +12,19 @@ import torch
 from torch import Tensor
 
 from tsqlora_scale.common.errors import UserError
-from tsqlora_scale.config.quality_sections import BLIND_SELECTORS, GRADIENT_SELECTORS, SELECTORS
+from tsqlora_scale.config.quality_sections import (
+    BLIND_SELECTORS,
+    FORWARD_SELECTORS,
+    GRADIENT_SELECTORS,
+    MODEL_FREE_SELECTORS,
+    SELECTORS,
+)
 from tsqlora_scale.config.schema import Config
 from tsqlora_scale.model.adapters.adapter_type import adapter_type
 from tsqlora_scale.planning.dataless_task import DatalessTask
 from tsqlora_scale.planning.live_storages import FusedAttention, LiveStorages
 from tsqlora_scale.planning.phantom import Phantom, build_phantom
+from tsqlora_scale.quality.features.hidden_states import mean_states, with_states
 from tsqlora_scale.quality.gradients.per_sample import PerSampleGradients
 from tsqlora_scale.quality.gradients.sketch import Sketch
 from tsqlora_scale.tasks.metrics import needs_answers, needs_losses
@@ -94,7 +101,7 @@ class PhantomPasses:
         """How the selector looks at samples; ``auto`` and ``exact`` of the loss reduction take both forwards."""
         config, scoring = self.config, self.config.scoring
         selector = config.sampling.selector
-        elsewhere = config.scores_online or config.scores_by_proxy or selector == "file"
+        elsewhere = config.scores_online or config.scores_by_proxy or selector in MODEL_FREE_SELECTORS
         if selector in BLIND_SELECTORS or selector not in SELECTORS or elsewhere:
             return "none"
         if selector not in GRADIENT_SELECTORS:
@@ -153,6 +160,8 @@ class PhantomPasses:
             return PassNeeds()
         phantom = self.phantom(checkpointing=checkpointing)
         model, config = phantom.model, self.config
+        if self.look == "forward":
+            return self._looked_at(phantom, rows)
         theta = adapter_type(config.adapter.type).theta(model, include_head=config.scoring.include_head)
         gradients = PerSampleGradients(model, theta)
         with ExitStack() as stack:
@@ -163,9 +172,7 @@ class PhantomPasses:
             live = stack.enter_context(self._watched(model, rows))
             held = 0
             sketch = _SketchOfNothing(config.scoring.sketch_dim, seed=config.run.seed)
-            if self.look == "forward":
-                gradients.losses_alone(losses, batch)
-            elif self.look == "gradients":
+            if self.look == "gradients":
                 gradients.folded(losses, batch, sketch=sketch)
             else:
                 _, of_theta = gradients.per_sample(losses, batch)
@@ -174,6 +181,22 @@ class PhantomPasses:
                     losses(model, batch)
                 sketch(of_theta)
         return PassNeeds(held, passing=live.peak - held, flops=live.flops)
+
+    def _looked_at(self, phantom: Phantom, rows: int) -> PassNeeds:
+        """A forward alone, with the hidden states of every layer where the selector looks at these."""
+        model, config = phantom.model, self.config
+        with ExitStack() as stack:
+            stack.enter_context(phantom.mode)
+            self._kernels(stack)
+            stack.enter_context(torch.no_grad())
+            model.eval()
+            batch = self.task.full_batch(rows, max_length=config.scoring.max_length)
+            live = stack.enter_context(self._watched(model, rows))
+            if config.sampling.selector in FORWARD_SELECTORS:
+                mean_states(with_states(model, batch), batch)
+            else:
+                self.task.losses(model, batch)
+        return PassNeeds(passing=live.peak, flops=live.flops)
 
     def _evaluation(self) -> PassNeeds:
         if not self.config.task.has_dev:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
+from tsqlora_scale.config.quality_sections import MODEL_FREE_SELECTORS
 from tsqlora_scale.config.rank_sections import COMPONENT_POLICIES
 from tsqlora_scale.config.schema import Config
 from tsqlora_scale.planning.dataless_task import DatalessTask
@@ -76,7 +77,8 @@ def run_times(
 
 def scored_samples(config: Config, plan: RunPlan) -> int:
     """Samples that all looks at the pool take together."""
-    elsewhere = config.scores_online or config.scores_by_proxy or config.sampling.selector == "file"
+    without = config.sampling.selector in MODEL_FREE_SELECTORS
+    elsewhere = config.scores_online or config.scores_by_proxy or without
     if not config.looks_at_pool or elsewhere:
         return 0
     scoring = config.scoring

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,20 @@ from tsqlora_scale.model.adapters.placement import Placement
 from tsqlora_scale.model.base_model import load_base
 from tsqlora_scale.model.tokenizer import prompt_ids
 from tsqlora_scale.run.preflight import Described, Preflight
-from tsqlora_scale.tasks.target_scale import TargetScale, target_scale
+from tsqlora_scale.tasks.target_scale import TargetScale
 
 
 def build_base(
-    described: Described, *, device: torch.device, targets: TargetScale | None = None, says: bool = True
+    described: Described,
+    *,
+    device: torch.device,
+    targets: Callable[[], TargetScale] | None = None,
+    says: bool = True,
 ) -> tuple[torch.nn.Module, list[str]]:
     """The frozen base, a new head in it the same on every rank and engine; and the modules that train whole.
 
     Args:
-        targets: where a regression's new head starts; None: at 0.
+        targets: asked where a regression's new head is to start; None: at 0.
     """
     config = described.config
     return load_base(
@@ -41,15 +46,22 @@ def build_base(
     )
 
 
-def build_model(preflight: Preflight, *, device: torch.device, init: str | None = None) -> Any:
+def build_model(
+    preflight: Preflight,
+    *,
+    device: torch.device,
+    init: str | None = None,
+    targets: Callable[[], TargetScale] | None = None,
+) -> Any:
     """The base with a fresh adapter, the same on every rank and engine.
 
     Args:
         init: in the place of ``adapter.init``: a saved adapter is for the base as it is, whatever it started from.
+        targets: see :func:`build_base`.
     """
     config, task, seed = preflight.config, preflight.task, preflight.config.run.seed
     seed_libraries(seed)
-    base, new_modules = build_base(preflight, device=device, targets=target_scale(task, config.task))
+    base, new_modules = build_base(preflight, device=device, targets=targets)
     placement = Placement(
         config.adapter if init is None else config.adapter.model_copy(update={"init": init}),
         task_type=task.peft_task_type,

@@ -56,6 +56,7 @@ from tsqlora_scale.run.token_keeping import keep_tokens
 from tsqlora_scale.run.trained_adapter import digest_of
 from tsqlora_scale.run.training_run import Run
 from tsqlora_scale.tasks.evaluation import evaluate_all
+from tsqlora_scale.tasks.target_scale import TargetScale, target_scale
 from tsqlora_scale.tasks.task import Task
 
 log = logging.getLogger("tsqlora_scale")
@@ -97,7 +98,12 @@ def build_run(
         state, tree = find_state(preflight, resume, world)
         config = taken_over(config, preflight.task, tree)
         selector = build_selector(preflight, world, stop, watchdog)
-        model = build_model(preflight, device=accelerator.device, init="default" if adapter else None)
+        model = build_model(
+            preflight,
+            device=accelerator.device,
+            init="default" if adapter else None,
+            targets=scale_of_targets(preflight, world) if tree is None and adapter is None else None,
+        )
         ranks = build_controller(config, plan, without_batch=preflight.findings.without_batch)
         start = (None if tree is None else tree["ranks"], state)
         set_start(model, preflight, *start, adapter=adapter, pretrained=pretrained, accelerator=accelerator)
@@ -271,6 +277,20 @@ def give(model: torch.nn.Module, ranks: dict[str, int], values: dict[str, torch.
     """Ranks by layer, and parameters by name. With ZeRO-3 a collective."""
     set_ranks(model, ranks)
     write_values(model, values)
+
+
+def scale_of_targets(preflight: Preflight, world: World) -> Callable[[], TargetScale] | None:
+    """Asked where a regression's targets lie, a collective; None of other tasks, and of an objective of one's own,
+    whose head may mean anything."""
+    task = preflight.config.task
+    if task.type != "regression" or task.objective is not None:
+        return None
+
+    def asked() -> TargetScale:
+        with world.together():
+            return target_scale(preflight.task, task)
+
+    return asked
 
 
 def build_controller(config: Config, plan: RunPlan, *, without_batch: Collection[str] = frozenset()) -> RankController:

@@ -51,7 +51,10 @@ def score_bytes(config: Config, pool_size: int) -> int:
     first = pool + scored + max(1 + 2 * scored, discounted + 8 + 8 + 1)  # the rounding of terms; log p, keys and S
     refreshed = 8 * kept * scoring.refresh_fraction
     refresh = TABLE + sampler + importance + refreshed + max(1 + 2 * refreshed, discounted + 8)
-    draw = max(28 * kept, sampler + weighted * kept + (8 + 8 * kept if by_loss else 0))
+    # p, which an even sampler does not hold; or what p is within the shares of a mixture, where losses are weighed
+    within = sampling.use == "weight" and bool(config.task.mixture)
+    beside = 8 * kept if within or (evenly and not weighted) else 0
+    draw = max(28 * kept, sampler + weighted * kept + (8 + 8 * kept if by_loss else 0) + beside)
     stratum = 4 if config.stratifies else 0
     most = max(first, draw, refresh if config.refreshes_scores else 0)
     visits = 4 if config.scores_online else 0

@@ -6,11 +6,13 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
 
 from tsqlora_scale.common.disk_arrays import blocks
 from tsqlora_scale.config.schema import TaskConfig
 from tsqlora_scale.tasks.task import ROWS, Task
+
+#: Deviations of less, as a share of the mean, are rounding.
+ALIKE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -28,26 +30,26 @@ class TargetScale:
     deviation: float
 
 
-def target_scale(task: Task, cfg: TaskConfig) -> TargetScale | None:
-    """The scale of a regression's pool, its weights counted; None of other tasks."""
-    if cfg.type != "regression":
-        return None
+def target_scale(task: Task, cfg: TaskConfig) -> TargetScale:
+    """The scale of a regression's pool, its weights counted.
+
+    Raises:
+        UserError: the disk of TMPDIR has no room for the weights.
+    """
     assert cfg.label is not None, "the config requires a label column"
     view = task.read_rows("train").select_columns([cfg.label]).with_format("arrow")
     weights = task.draw_weights()
-    mean = _weighted_mean(view, cfg.label, weights, around=None)
-    deviation = math.sqrt(_weighted_mean(view, cfg.label, weights, around=mean))
-    return TargetScale(cfg.label, mean, deviation or 1.0)
-
-
-def _weighted_mean(view: pa.Table, name: str, weights: np.ndarray | None, *, around: float | None) -> float:
-    """Of a column, or of its squared distances from ``around``."""
-    total = sum_of_weights = 0.0
+    middle: float | None = None
+    total = first = second = 0.0
     for block in blocks(len(view), ROWS):
-        values = view[block][name].to_numpy().astype(np.float64)
-        if around is not None:
-            values = (values - around) ** 2
+        values = view[block][cfg.label].to_numpy().astype(np.float64)
+        middle = float(values.mean()) if middle is None else middle  # near the mean: squares lose no digits
+        values -= middle
         weight = np.ones(len(values)) if weights is None else weights[block]
-        total += float(weight @ values)
-        sum_of_weights += float(weight.sum())
-    return total / sum_of_weights
+        total += float(weight.sum())
+        first += float(weight @ values)
+        second += float(weight @ values**2)
+    assert middle is not None
+    mean = middle + first / total
+    deviation = math.sqrt(max(second / total - (first / total) ** 2, 0.0))
+    return TargetScale(cfg.label, mean, deviation if deviation > ALIKE * abs(mean) else 1.0)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.mixed import mixed_tree
 from tests.runs import run_tree
 from tsqlora_scale.advice.advised_config import config_lines, loses_held_out
 from tsqlora_scale.advice.paired import Difference, Gain
@@ -137,6 +138,17 @@ def test_held_out_rows_that_go_with_the_pool(source: str, tmp_path: Any, models_
     tree["task"] |= lines["task"] | {"dataset": tree["task"].get("dataset", {}) | dataset}
     tree["train"] |= lines["train"]
     assert not parse_config(tree).task.has_dev
+
+
+def test_columns_that_the_sets_alone_name(tmp_path: Any, models_dir: Any) -> None:
+    tree = mixed_tree(tmp_path, models_dir, "run", selector="query")
+    tree["task"] |= {"query": str(tmp_path / "few.jsonl")}
+    lines = config_lines(parse_config(tree), "query alone", steps=77, labels=["no", "yes"])
+    for section, values in lines.items():
+        tree[section] = tree.get(section, {}) | values
+    config = parse_config(tree)
+    assert (config.task.text, config.task.label, config.task.mixture) == (["text"], "label", [])
+    assert config.task.dataset.train_file == str(tmp_path / "few.jsonl")
 
 
 def test_snapshots_that_followed_the_evaluations(tmp_path: Any, models_dir: Any) -> None:

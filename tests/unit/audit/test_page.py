@@ -34,6 +34,8 @@ NASTY = [
 class Pool:
     """Enough of a task."""
 
+    sets = None
+
     def __init__(self, texts: list[str], labels: list[str]) -> None:
         self.texts, self.labels = texts, labels
 
@@ -45,6 +47,9 @@ class Pool:
 
     def digest(self) -> str:
         return "digest"
+
+    def draw_weights(self) -> np.ndarray:
+        return np.arange(1.0, len(self.texts) + 1)
 
     def given(self, block: slice) -> pa.Table:
         return pa.table({"text": self.texts[block], "label": self.labels[block]})
@@ -108,9 +113,18 @@ def test_texts_stay_texts() -> None:
         assert " ".join(nasty.split()) in shown
     rows = [attributes for tag, attributes in reader.tags if tag == "tr" and "data-id" in attributes]
     assert len(rows) == len(NASTY)
-    assert {attributes["data-label"] for attributes in rows} <= {"<good>", 'b"ad', "\\u202eodd"}
+    assert {attributes["data-label"] for attributes in rows} <= {"<good>", 'b"ad', "\u202eodd"}, "handed on as they are"
     places = [value for _, attributes in reader.tags for key, value in attributes.items() if key in ("src", "href")]
     assert places == [], "nothing is loaded from elsewhere"
+
+
+def test_what_is_handed_on_is_what_was() -> None:
+    """Ids with blanks, tabs and no-break spaces, by which rows are left out again."""
+    ids = ["A12 ", "\ttab", "no\u00a0break", "a\nb", 'q"<&>', "日本 \u200d"]
+    found = findings(len(ids), ["no", "yes"], ids=ids)
+    _, reader = page(found, Pool(["x"] * len(ids), ["no"] * len(ids)))
+    rows = [attributes["data-id"] for tag, attributes in reader.tags if tag == "tr" and "data-id" in attributes]
+    assert sorted(map(str, rows)) == sorted(ids)
 
 
 def test_many_rows_are_shown_at_their_top() -> None:

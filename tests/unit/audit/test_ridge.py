@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.reference.audit import ridge_without
+from tsqlora_scale.audit import ridge
 from tsqlora_scale.audit.ridge import PENALTIES, left_out_predictions
 
 
@@ -15,19 +18,34 @@ def standardised(features: np.ndarray) -> np.ndarray:
     return (features - features.mean(0)) / features.std(0) / features.shape[1] ** 0.5
 
 
+@pytest.mark.parametrize("crowd", [2, 512])
 @settings(max_examples=25, deadline=None)
 @given(
     seed=st.integers(0, 10_000), size=st.integers(8, 30), width=st.integers(1, 20), classes=st.integers(1, 3),
     groups=st.integers(4, 30),
 )  # fmt: skip
-def test_left_out_is_left_out(seed: int, size: int, width: int, classes: int, groups: int) -> None:
+def test_left_out_is_left_out(crowd: int, seed: int, size: int, width: int, classes: int, groups: int) -> None:
+    """Groups of more than ``crowd`` by the directions in which they differ, others row by row."""
     generator = np.random.default_rng(seed)
     features = generator.normal(size=(size, width)).astype(np.float32)
     targets = generator.normal(size=(size, classes))
     of_group = np.append(np.arange(4), generator.integers(0, groups, size - 4))
-    found, penalty = left_out_predictions(features, targets, of_group)
+    with mock.patch.object(ridge, "CROWD", crowd):
+        found, penalty = left_out_predictions(features, targets, of_group)
     expected = ridge_without(standardised(features.astype(np.float64)), targets, of_group, penalty)
     np.testing.assert_allclose(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_crowd_of_copies_is_left_out_as_one() -> None:
+    """Thousands of equal texts, whose features differ by rounding."""
+    generator = np.random.default_rng(1)
+    features = generator.normal(size=(900, 40)).astype(np.float32)
+    features[:700] = features[0] * (1 + 1e-7 * generator.normal(size=(700, 1)).astype(np.float32))
+    targets = np.concatenate([np.full((700, 1), 3.0), features[700:, :1] + 0.1 * generator.normal(size=(200, 1))])
+    of_group = np.append(np.zeros(700, dtype=np.int64), np.arange(1, 201))
+    found, penalty = left_out_predictions(features, targets, of_group)
+    expected = ridge_without(standardised(features.astype(np.float64)), targets, of_group, penalty)
+    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_the_penalty_is_the_best_one() -> None:

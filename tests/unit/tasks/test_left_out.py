@@ -54,6 +54,16 @@ def test_ids_of_several_files(write: Write, tmp_path: Path) -> None:
     assert load(tmp_path, id_column="key", exclude="drop_*").train["sample_id"][:] == ["b"]
 
 
+@pytest.mark.parametrize("name", ["out.csv", "out.txt"])
+@pytest.mark.parametrize(("listed", "left"), [("a ", ["a", "c"]), ("a", ["a ", "c"]), (" c", ["a ", "a"])])
+def test_blanks_of_an_id_count_where_the_pool_has_them(
+    write: Write, tmp_path: Path, name: str, listed: str, left: list[str]
+) -> None:
+    write("train.tsv", ROWS.replace("\na\t", "\na \t").replace("\nb\t", "\na\t"))
+    write(name, f"{listed}\n" if name == "out.txt" else f"id\n{listed}\n")
+    assert load(tmp_path, id_column="key", exclude=name).train["sample_id"][:] == left
+
+
 def test_ids_that_are_row_numbers(write: Write, tmp_path: Path) -> None:
     write("out.jsonl", '{"sample_id": 1}')
     data = load(tmp_path, exclude="out.jsonl", dev_file="train.tsv")

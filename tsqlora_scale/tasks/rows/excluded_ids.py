@@ -23,7 +23,8 @@ COLUMNS = (SAMPLE_ID, "id")
 
 
 def read_ids(value: str) -> pa.Array:
-    """The ids that a file lists, or several, each once: lines of a ``.txt``, else a column of a table.
+    """The ids that a file lists, or several, each once and as it is written: lines of a ``.txt``, else a column of a
+    table.
 
     Args:
         value: the file, found from the current folder, or a pattern of several.
@@ -34,7 +35,7 @@ def read_ids(value: str) -> pa.Array:
     ids: list[str | None] = []
     for path in find_files([value], None, key=KEY):
         ids += _lines(path) if path.suffix.lower() == ".txt" else _column(path)
-    filled = [text.strip() for text in ids if text is not None and text.strip()]
+    filled = [text for text in ids if text is not None and text.strip()]
     if not filled:
         raise UserError(f"{KEY}={value!r}: holds no ids; leave the key out to exclude nothing")
     return pa.array(list(dict.fromkeys(filled)), pa.string())
@@ -63,7 +64,7 @@ def _column(path: Path) -> list[str | None]:
 
 
 def not_excluded(ids: pa.ChunkedArray | pa.Array, excluded: pa.Array, *, value: str, where: object) -> np.ndarray:
-    """Which rows stay, (N,) bool.
+    """Which rows stay, (N,) bool. Blanks about an id count where the pool has an id with them, and else not.
 
     Args:
         ids: of the pool, (N,) texts.
@@ -75,14 +76,12 @@ def not_excluded(ids: pa.ChunkedArray | pa.Array, excluded: pa.Array, *, value: 
         UserError: naming ids that the pool does not have, or nothing would stay.
     """
     stays = new_array(len(ids), bool)
-    found: set[str] = set()
-    row = 0
-    for chunk in ids.chunks if isinstance(ids, pa.ChunkedArray) else [ids]:
-        inside = pc.is_in(chunk, value_set=excluded.cast(chunk.type))
-        found.update(chunk.filter(inside).to_pylist())
-        stays[row : row + len(chunk)] = ~inside.to_numpy(zero_copy_only=False)
-        row += len(chunk)
+    stays[:] = True
+    found = _leave_out(ids, excluded, stays)
     unknown = [text for text in excluded.to_pylist() if text not in found]
+    if any(text != text.strip() for text in unknown):
+        found = _leave_out(ids, pa.array([text.strip() for text in unknown], pa.string()), stays)
+        unknown = [text for text in unknown if text.strip() not in found]
     if unknown:
         named = ", ".join(shown(text, 40) for text in unknown[:5]) + (", ..." if len(unknown) > 5 else "")
         raise UserError(
@@ -92,6 +91,18 @@ def not_excluded(ids: pa.ChunkedArray | pa.Array, excluded: pa.Array, *, value: 
     if not stays.any():
         raise UserError(f"{KEY}={value!r}: leaves no row of {where}; the pool needs at least one")
     return stays
+
+
+def _leave_out(ids: pa.ChunkedArray | pa.Array, excluded: pa.Array, stays: np.ndarray) -> set[str]:
+    """Mark the rows of some ids; those that there are."""
+    found: set[str] = set()
+    row = 0
+    for chunk in ids.chunks if isinstance(ids, pa.ChunkedArray) else [ids]:
+        inside = pc.is_in(chunk, value_set=excluded.cast(chunk.type))
+        found.update(chunk.filter(inside).to_pylist())
+        stays[row : row + len(chunk)] &= ~inside.to_numpy(zero_copy_only=False)
+        row += len(chunk)
+    return found
 
 
 def digest_of(excluded: pa.Array | None) -> str:

@@ -51,14 +51,16 @@ class RatedIds:
         """
         size = len(ids) - others
         scores, known, missing = filled(len(ids), np.float64, 0.0), set[str](), list[str]()
+        # blanks about an id of the file count where the pool has an id with them, and else not
+        bare = {name.strip(): name for name in self.scores if name.strip() not in self.scores}
         for block in blocks(size, 2**16):
-            for row, name in enumerate(ids[block], block.start):
-                score = self.scores.get(str(name))
-                if score is not None:
-                    scores[row] = score
-                    known.add(str(name))
+            for row, identity in enumerate(ids[block], block.start):
+                name = str(identity) if str(identity) in self.scores else bare.get(str(identity), "")
+                if name:
+                    scores[row] = self.scores[name]
+                    known.add(name)
                 elif not self.is_list:
-                    missing.append(str(name))
+                    missing.append(str(identity))
         if missing:
             raise UserError(
                 f"{KEY}={self.value!r}: has no score for {len(missing)} of the pool's {size} samples "
@@ -107,7 +109,7 @@ def _lines(path: Path) -> tuple[list[tuple[str, float]], bool]:
         raise UserError(f"{path}: not UTF-8 text; save the file as UTF-8") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
-    return [(line.strip(), 1.0) for line in lines if line.strip()], True
+    return [(line, 1.0) for line in lines if line.strip()], True
 
 
 def _table(path: Path) -> tuple[list[tuple[str, float]], bool]:
@@ -126,7 +128,7 @@ def _table(path: Path) -> tuple[list[tuple[str, float]], bool]:
             row = len(found) + 1
             if name is None or not name.strip():
                 raise UserError(f"{path}, row {row}: the id is empty; give every row an id ({KEY})")
-            found.append((name.strip(), _number(cell, column, path, row) if column else 1.0))
+            found.append((name, _number(cell, column, path, row) if column else 1.0))
     return found, column is None
 
 
