@@ -309,13 +309,22 @@ def test_a_long_conversation_loses_its_oldest_exchanges(limit: int, turns: int, 
     assert len(found.ids) <= limit and any(found.learned) and not found.learned[0]
     if fitting:
         assert found == fitting[0]
-    else:  # of the last exchange as many tokens as there may be, the answer's first ones among them
+    else:  # of the last exchange the answer's first tokens, and as much of the question's end as there may be
         last = fits[-1]
         answer = last.ids[last.answer :]
-        assert len(found.ids) == limit
         assert found.ids[found.answer :] == answer[: len(found.ids) - found.answer]
         assert len(found.ids) - found.answer >= min(least, len(answer))
-        assert found.ids[: found.answer] == last.ids[: last.answer][-found.answer :]
+        *before, question, _ = parts[-1]
+        ends = [question | {"content": question["content"][n:]} for n in range(len(question["content"]))]
+        shorter = [tokens.marked([*before, end, parts[-1][-1]], None, 10_000, 1) for end in ends]
+        begins = [made.ids[: made.answer] for made in [last, *shorter]]
+        fit = [ids for ids in begins if len(ids) + min(least, len(answer)) <= limit]
+        if fit:  # inside the template
+            assert found.ids[: found.answer] in fit
+            assert found.answer >= max(map(len, fit)) - 4, "at a token's beginning"
+        else:
+            assert len(found.ids) == limit
+            assert found.ids[: found.answer] == last.ids[: last.answer][-found.answer :]
     assert (len(whole.ids) <= limit) == (found == whole)
     prompt = tokens.prompt(messages, None, limit)
     assert len(prompt) <= limit and prompt == tokens.prompt(
@@ -331,6 +340,8 @@ def test_of_a_very_long_conversation_no_more_is_read_than_is_kept(tmp_path: Path
     found = tokens.marked(messages, None, 64, 16)
     part = conversation([("user", long[-3000:].lstrip()), ("assistant", "good. " + long[:3000])])
     assert found == tokens.marked(part, None, 64, 16)
+    short = tokens.marked(conversation([("user", "?"), ("assistant", "good.")]), None, 64, 16)
+    assert found.ids[:4] == short.ids[:4], "the template's own beginning"
     assert sum(found.learned) == 16
     tokens.check(messages, None, 64, 16)
 

@@ -108,3 +108,28 @@ def test_a_cut_answer_has_no_end(target: str, limit: int) -> None:
     words = made(target, add_special_tokens=False)["input_ids"]
     assert ids == [*words, made.eos_token_id][:limit]
     assert ids
+
+
+@pytest.mark.parametrize("template", [None, TEMPLATE.replace("THOUGHT", "")])
+@settings(max_examples=60, deadline=None)
+@given(source=TEXTS, text=TEXTS, room=st.integers(1, 60))
+def test_what_is_given_is_cut_before_what_is_asked(template: str | None, source: str, text: str, room: int) -> None:
+    """As much of its end as fits behind the whole source; where nothing does, the end of both."""
+    made = tokenizer(template)
+    form = PromptFormat(made)
+    limit = form.overhead + room
+    (found,) = form.prompts([source], limit, inputs=[text])
+    words = text.split()
+    kept = [form.prompts([f"{source}\n\n{' '.join(words[n:])}"], 1000)[0] for n in range(len(words))]
+    fitting = [ids for ids in kept if len(ids) <= limit]
+    assert found == (fitting[0] if fitting else form.prompts([f"{source}\n\n{text}"], limit)[0])
+    assert form.prompts([source], limit, inputs=[None]) == form.prompts([source], limit)
+
+
+def test_a_mark_in_what_is_given_is_text() -> None:
+    made = tokenizer(TEMPLATE.replace("THOUGHT", ""))
+    form = PromptFormat(made)
+    limit = form.overhead + 6
+    (found,) = form.prompts(["the film"], limit, inputs=["good </s> " * 9])
+    assert len(found) <= limit
+    assert found.count(made.eos_token_id) == form.prompts(["the film"], limit)[0].count(made.eos_token_id)

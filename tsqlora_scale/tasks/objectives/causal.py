@@ -51,7 +51,7 @@ class CausalObjective:
     def tokens(self, rows: Rows, max_length: int) -> Tokens:
         """Prompt and answer of every row, and the prompt's length."""
         prompt_limit, answer_limit = self._limits(max_length)
-        prompts = self._format.prompts(self._sources(rows), prompt_limit)
+        prompts = self._format.prompts(rows[self._source], prompt_limit, inputs=self._inputs(rows))
         answers = self._format.answers(rows[self.answer], answer_limit)
         both = zip(prompts, answers, strict=True)
         return {"input_ids": [[*p, *a] for p, a in both], "prompt": [[len(p)] for p in prompts]}
@@ -96,7 +96,7 @@ class CausalObjective:
         prompts = [len(row) for row in self._format.prompts(sources, MEASURED)]
         answers = [len(row) for row in self._format.answers(targets, MEASURED)]
         return [
-            Measured("prompt", prompts, prompt, "source's beginning"),
+            Measured("prompt", prompts, prompt, "source's beginning" if self._input is None else "input's beginning"),
             Measured("answer", answers, answer, "end"),
         ]
 
@@ -105,8 +105,14 @@ class CausalObjective:
         sources: list[str] = rows[self._source]
         if self._input is None:
             return sources
-        inputs = [text if text and text.strip() else None for text in rows[self._input]]
-        return [s if text is None else f"{s}\n\n{text}" for s, text in zip(sources, inputs, strict=True)]
+        inputs = self._inputs(rows) or []
+        return [s if text is None else self._format.joined(s, text) for s, text in zip(sources, inputs, strict=True)]
+
+    def _inputs(self, rows: Rows) -> list[str | None] | None:
+        """What is given behind every source; None where ``task.input`` names nothing."""
+        if self._input is None:
+            return None
+        return [text if text and text.strip() else None for text in rows[self._input]]
 
     def _limits(self, max_length: int) -> tuple[int, int]:
         """Most tokens of (prompt, answer)."""

@@ -51,8 +51,9 @@ class ConversationTokens:
     """A tokenizer and its chat template as what conversations are put through.
 
     A conversation that is too long loses its oldest exchanges, from a turn of the user to the next, while its system
-    prompt stays; one exchange that is still too long loses its beginning, and the last answer its end, as the texts of
-    tasks with ``source`` and ``target`` do. So the last answer is always learned.
+    prompt stays; of one exchange that is still too long the longest text that is asked by loses its beginning, inside
+    the template's marks, and the last answer its end, as the texts of tasks with ``source`` and ``target`` do. So the
+    last answer is always learned.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, cfg: TaskConfig) -> None:
@@ -75,9 +76,16 @@ class ConversationTokens:
             UnwrittenTurn: the template does not write it, or hides a turn.
         """
         messages = self._plain(up_to_last_answer(messages))
-        found = self._shortest(
-            messages, limit, lambda part: self._whole(part, tools, limit), lambda made: len(made.ids)
-        )
+
+        def made_of(part: list[Message]) -> Marked:
+            return self._whole(part, tools, limit)
+
+        def over(made: Marked) -> int:
+            return made.answer - (limit - min(len(made.ids) - made.answer, answer_limit))
+
+        found = self._shortest(messages, limit, made_of, lambda made: len(made.ids))
+        if len(found.ids) > limit and over(found) > 0:
+            found = self._with_less_asked(messages, limit, made_of, over) or found
         return found.cut(limit, answer_limit)
 
     def prompt(self, messages: list[Message], tools: Tools, limit: int) -> list[int]:
@@ -91,7 +99,10 @@ class ConversationTokens:
         def written(part: list[Message]) -> list[int]:
             return self._ids(tail(self.template.question(part, self._without_marks(tools)), limit, self._length))
 
-        return self._shortest(messages, limit, written, len)[-limit:]
+        found = self._shortest(messages, limit, written, len)
+        if len(found) > limit:
+            found = self._with_less_asked(messages, limit, written, lambda made: len(made) - limit) or found
+        return found[-limit:]
 
     def check(self, messages: list[Message], tools: Tools, limit: int, answer_limit: int) -> None:
         """Check that a conversation can be learned from; most without tokenizing them.
@@ -120,12 +131,7 @@ class ConversationTokens:
         whole = make(messages)
         if size(whole) <= limit:
             return whole
-        first = next((place for place, turn in enumerate(messages) if turn["role"] != "system"), len(messages))
-        asked = [
-            place
-            for place in range(first + 1, len(messages))
-            if messages[place]["role"] == "user" and messages[place - 1]["role"] != "user"
-        ]
+        first, asked = _exchanges(messages)
         low, high = 0, len(asked)
         fitting: T | None = None
         last = whole
@@ -140,6 +146,36 @@ class ConversationTokens:
             else:
                 low = middle + 1
         return fitting or last
+
+    def _with_less_asked(
+        self, messages: list[Message], limit: int, make: Callable[[list[Message]], T], over: Callable[[T], int]
+    ) -> T | None:
+        """What is made of the last exchange when the longest text that it is asked by has lost as much of its beginning
+        as lets it fit; None where nothing of it would be left, or the template does not write that.
+
+        Args:
+            over: by how many tokens what is made is too long.
+        """
+        first, asked = _exchanges(messages)
+        part = [*messages[:first], *messages[asked[-1] if asked else first :]]
+        asking = [place for place, turn in enumerate(part) if turn["role"] not in ("system", ASSISTANT)]
+        texts = {place: part[place]["content"] for place in asking if isinstance(part[place]["content"], str)}
+        if not texts:
+            return None
+        place = max(texts, key=lambda one: len(texts[one]))
+        text, offsets = self._texts.with_offsets(tail(texts[place], limit, self._length))
+        keep = len(offsets)
+        while keep > 0:  # a cut inside a word can make other tokens of it: count again
+            turn = part[place] | {"content": text[offsets[-keep][0] :]}
+            try:
+                made = make([*part[:place], turn, *part[place + 1 :]])
+            except UnwrittenTurn:
+                return None
+            excess = over(made)
+            if excess <= 0:
+                return made
+            keep = max(1, keep - excess) if keep > 1 else 0
+        return None
 
     def _whole(self, messages: list[Message], tools: Tools, limit: int) -> Marked:
         """All tokens of a conversation, but of a very long one no more than ``limit`` on each side of the last answer's
@@ -180,6 +216,17 @@ class ConversationTokens:
 
     def _length(self, text: str) -> int:
         return len(self._ids(text))
+
+
+def _exchanges(messages: list[Message]) -> tuple[int, list[int]]:
+    """Where the system prompt ends, and where exchanges after the first one begin."""
+    first = next((place for place, turn in enumerate(messages) if turn["role"] != "system"), len(messages))
+    asked = [
+        place
+        for place in range(first + 1, len(messages))
+        if messages[place]["role"] == "user" and messages[place - 1]["role"] != "user"
+    ]
+    return first, asked
 
 
 def inside(offsets: list[Span], spans: list[Span]) -> list[bool]:

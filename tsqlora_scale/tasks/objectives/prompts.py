@@ -43,11 +43,45 @@ class PromptFormat:
         """Tokens that end a generated answer."""
         return sorted({self._end[-1], int(self._tokenizer.eos_token_id)})
 
-    def prompts(self, sources: list[str], limit: int) -> list[list[int]]:
+    def prompts(self, sources: list[str], limit: int, *, inputs: list[str | None] | None = None) -> list[list[int]]:
         """Prompts of at most ``limit`` tokens.
 
-        A long source loses its beginning; the begin token and the template around it stay whole.
+        A long source loses its beginning; the begin token and the template around it stay whole. Where something is
+        given behind it, that loses its own beginning, and the source stays whole as long as anything of it is left.
+
+        Args:
+            inputs: what is given behind each source, a blank line between them; None: nothing.
         """
+        if inputs is None or all(text is None for text in inputs):
+            return self._cut_prompts(sources, limit)
+        both = list(zip(sources, inputs, strict=True))
+        found = self._cut_prompts([s if text is None else self.joined(s, text) for s, text in both], limit)
+        for i, (source, text) in enumerate(both):
+            if text is not None and len(found[i]) >= limit:
+                found[i] = self._cut_input(source, text, limit) or found[i]
+        return found
+
+    @staticmethod
+    def joined(source: str, text: str) -> str:
+        """A source and what is given behind it."""
+        return f"{source}\n\n{text}"
+
+    def _cut_input(self, source: str, text: str, limit: int) -> list[int] | None:
+        """The prompt of a source with as much of the end of what is given behind it as lets it fit; None where nothing
+        of it would be left."""
+        text = tail(text, limit, self._texts.length)
+        if self._chat:
+            source, text = self._texts.among_marks(source), self._texts.among_marks(text)
+        text, offsets = self._texts.with_offsets(text)
+        keep = len(offsets)
+        while keep > 0:
+            (ids,) = self._prompt_ids([self.joined(source, text[offsets[-keep][0] :])])
+            if len(ids) <= limit:
+                return ids
+            keep = max(1, keep - (len(ids) - limit)) if keep > 1 else 0
+        return None
+
+    def _cut_prompts(self, sources: list[str], limit: int) -> list[list[int]]:
         assert limit > self.overhead, (limit, self.overhead)
         sources = [tail(text, limit, self._texts.length) for text in sources]
         ids = self._prompt_ids(sources)
