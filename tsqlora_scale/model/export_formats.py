@@ -15,7 +15,7 @@ from tsqlora_scale.config.model_section import ADAPTER_TRAITS
 from tsqlora_scale.config.schema import Config
 from tsqlora_scale.model.adapted_base import AdaptedBase
 from tsqlora_scale.model.adapters.adapter_type import own_type, saved_kind
-from tsqlora_scale.model.generation_files import save_model
+from tsqlora_scale.model.generation_files import add_settings, save_model
 from tsqlora_scale.model.linear_layers import transpose_again, transposed_layers
 from tsqlora_scale.model.model_card import result_beside, write_card
 from tsqlora_scale.model.padded_adapter import check_for_vllm, copy_adapter, write_for_vllm, write_padded
@@ -25,6 +25,7 @@ from tsqlora_scale.model.tensor_stream import SHARD_BYTES
 from tsqlora_scale.model.tied_weights import is_untied, save_untied, ties_of, untie_adapted
 from tsqlora_scale.model.weight_files import DESCRIPTION, check_adapter, check_own
 from tsqlora_scale.tasks import auto_class_of
+from tsqlora_scale.tasks.objectives.answer_settings import answer_settings
 
 FORMATS = ("peft", "padded", "vllm", "merged", "gguf")
 GgufType = Literal["f32", "f16", "bf16", "q8_0"]
@@ -199,6 +200,8 @@ def merge(adapter: Path, out: Path, base: AdaptedBase) -> list[str]:
             f"--adapter {str(adapter)!r} does not fit model.name_or_path={base.path!r} ({reason_given})"
         ) from None
     base.tokenizer.save_pretrained(str(out))
+    # or other programs would write on behind an answer's end
+    add_settings(out, lambda ends: answer_settings(config.task, base.tokenizer, base.model_config, ends))
     return notes
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,21 @@ def settings_that_load(name_or_path: str, revision: str | None = None) -> dict[s
 def write_settings(given: Any, folder: Path) -> None:
     """Write settings as ``save_pretrained`` does, without its refusal of what loading a base only warns of."""
     given.to_json_file(str(folder / FILE), use_diff=True, keys_to_pop=["compile_config"])
+
+
+def add_settings(folder: Path, find: Callable[[Any], dict[str, Any]]) -> None:
+    """Add settings to those of a model that has been written; nothing where the folder has none.
+
+    Args:
+        find: from the tokens that end a text by what is written to what is added.
+    """
+    path = folder / FILE
+    if not path.exists():
+        return
+    given = json.loads(path.read_bytes())
+    added = find(given.get("eos_token_id"))
+    if added:
+        path.write_text(json.dumps(given | added, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def save_model(model: Any, folder: Path, **options: Any) -> None:

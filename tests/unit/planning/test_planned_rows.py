@@ -29,6 +29,26 @@ def test_a_mixture_is_evaluated_too(tree: dict[str, Any]) -> None:
     assert steps[0] == 2 * steps[1] > 0, "each set has its own held-out rows"
 
 
+@pytest.mark.parametrize("method", ["lora", "bitfit", "full"])
+def test_a_choice_by_forwards_is_planned_for_all_that_trains(method: str, tmp_path: Path, models_dir: Path) -> None:
+    """64 samples a batch and every layer's states, of whatever is trained afterwards."""
+    tree = queried("bert", tmp_path, models_dir, sampling={"selector": "query", "keep_fraction": "auto"})
+    tree["adapter"] = {"method": method}
+    tree = {key: value for key, value in tree.items() if key not in ("schedule", "sensitivity")}
+    tree["scoring"] = {"batch_size": "auto"}
+    found = plan(parse_config(tree), machine="cpu")
+    tree["scoring"] = {"batch_size": 64}
+    same = plan(parse_config(tree), machine="cpu")
+    assert found.engines[0].phases["scoring"] == same.engines[0].phases["scoring"] > 0
+    assert found.times.steps["scoring"] == same.times.steps["scoring"] > 0
+
+
+def test_a_choice_by_words_costs_no_pass(tmp_path: Path, models_dir: Path) -> None:
+    tree = queried("bert", tmp_path, models_dir, sampling={"selector": "dsir", "keep_fraction": 0.5})
+    found = plan(parse_config(tree), machine="cpu")
+    assert found.times.steps["scoring"] == 0
+
+
 def test_rows_of_the_query_are_in_every_choice(tmp_path: Path, models_dir: Path) -> None:
     """The plan of a run says what the run will do, and the run is not refused by other numbers."""
     changes: dict[str, Any] = {"sampling": {"selector": "less", "keep_fraction": 0.05}}
