@@ -144,6 +144,9 @@ def test_an_audit_does_not_go_on_in_what_is_none(
     fixes.write_text("id\n1\n", encoding="utf-8")
     assert cli.main([*resumed, "run.name=audited"]) == 2
     assert fixes.read_text(encoding="utf-8") == "id\n1\n"
+    (fixes.parent / "index.html").unlink()  # as one leaves it that was killed while it wrote
+    assert cli.main([*resumed, "run.name=audited"]) == 0
+    assert len(fixes.read_text(encoding="utf-8").splitlines()) > 2
 
 
 @pytest.mark.parametrize("audit", ["features", "both"])

@@ -54,7 +54,7 @@ def audit_tables(findings: Findings, task: Task) -> Iterator[pa.Table]:
     As the pool of a config (``id_column: sample_id``, ``weight: audit_weight``) it draws suspect samples less often,
     beside what ``task.dataset.weight`` says of them.
     """
-    own = task.draw_weights() if task.sets is None else None
+    own = task.row_weights()
     places, ranks = np.empty(len(findings), dtype=np.int64), findings.ranks()
     places[findings.order()] = np.arange(1, len(findings) + 1)
     sizes = np.bincount(findings.first, minlength=len(findings))[findings.first]

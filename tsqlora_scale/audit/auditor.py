@@ -126,12 +126,13 @@ def nearly_same(states: np.ndarray, exact: np.ndarray, similarity: float, *, see
     Args:
         exact: pairs of samples of which the same is read, the second of which each is in one alone.
     """
-    spread = states.std(0)
-    scaled = (states - states.mean(0)) / np.where(spread > 1e-6 * spread.max(initial=0.0), spread, np.inf)
+    middle, spread = states.mean(0), states.std(0)
     is_first = np.ones(len(states), dtype=bool)
     is_first[exact[:, 1]] = False
     rows = np.flatnonzero(is_first)
-    found: np.ndarray = rows[similar_pairs(scaled[rows], similarity, seed=seed)]
+    scaled = states if len(rows) == len(states) else states[rows]
+    scaled = (scaled - middle) / np.where(spread > 1e-6 * spread.max(initial=0.0), spread, np.inf)
+    found: np.ndarray = rows[similar_pairs(scaled, similarity, seed=seed)]
     return found
 
 

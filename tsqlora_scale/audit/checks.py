@@ -8,8 +8,10 @@ from pathlib import Path
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.schema import Config
 
-#: What an audit has left in its run folder when it is killed, of what a run leaves.
-BEGUN = ("config.yaml", "metrics.jsonl", "ranks.jsonl")
+#: What an audit has left in its run folder when it is killed, of what a run leaves; the last of them perhaps in part.
+BEGUN = ("config.yaml", "metrics.jsonl", "ranks.jsonl", "audit")
+#: What is written last.
+LAST = Path("audit", "index.html")
 
 
 def check_audit(config: Config) -> None:
@@ -47,7 +49,8 @@ def check_begun(folder: Path) -> None:
     """
     from tsqlora_scale.report.record import CONTENTS
 
-    found = next((name for name in CONTENTS if name not in BEGUN and os.path.lexists(folder / name)), None)
+    others = [Path(name) for name in CONTENTS if name not in BEGUN]
+    found = next((name for name in (LAST, *others) if os.path.lexists(folder / name)), None)
     if found is not None:
         raise UserError(
             f"run folder {str(folder)!r} holds {found}, so no audit that was killed; choose another run.name, or give "

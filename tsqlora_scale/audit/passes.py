@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,9 @@ def look(
             progress=_stoppable(run, bar),
             folder=folder,
         )
-        return forward.run(run.task, rows, see, name=f"{what} {config.model.weights_name} {config.run.seed}")
+        told = config.model_dump(mode="json", include={"model", "task"})
+        whole = f"{what} {config.model.weights_name} {config.run.seed} {json.dumps(told, sort_keys=True)}"
+        return forward.run(run.task, rows, see, name=whole)
 
 
 def _stoppable(run: Run, bar: Progress) -> Callable[[int, int], None]:

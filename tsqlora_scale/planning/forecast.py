@@ -252,15 +252,15 @@ class Forecaster:
         size = self.config.scoring.batch_size
         if size != "auto":
             return size
-        if self.passes.look == "forward":  # which begins with as many, whatever the memory
-            return BATCH
+        looks = self.passes.look == "forward"
         if self._memory is None:
-            return self._tried_rows
+            return BATCH if looks else self._tried_rows
         nothing = {"step": PassNeeds(), "scoring": PassNeeds(), "evaluation": PassNeeds()}
         held = self._put_together(engine, 1, checkpointing, nothing).total
         one = self.scoring_of(self._tried_rows, checkpointing).peak / self._tried_rows
         device = torch.device("cuda" if self._machine == "gpu" else "cpu")
-        return fitting_batch(one, max(self._memory - held, 0), device)
+        fitting = fitting_batch(one, max(self._memory - held, 0), device)
+        return min(fitting, BATCH) if looks else fitting  # which begins with as many, and halves them as it must
 
     def received(self, engine: str, scoring_rows: int, dev_size: int) -> dict[str, int]:
         """See :func:`.received_bytes`."""

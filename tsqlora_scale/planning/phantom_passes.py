@@ -24,9 +24,10 @@ from tsqlora_scale.model.adapters.adapter_type import adapter_type
 from tsqlora_scale.planning.dataless_task import DatalessTask
 from tsqlora_scale.planning.live_storages import FusedAttention, LiveStorages
 from tsqlora_scale.planning.phantom import Phantom, build_phantom
-from tsqlora_scale.quality.features.hidden_states import mean_states, with_states
+from tsqlora_scale.quality.features.last_layer import LastLayerLook
 from tsqlora_scale.quality.gradients.per_sample import PerSampleGradients
 from tsqlora_scale.quality.gradients.sketch import Sketch
+from tsqlora_scale.quality.query.looks import FeatureLook
 from tsqlora_scale.tasks.metrics import needs_answers, needs_losses
 
 #: How samples are looked at: not at all, by a forward pass, by their gradients, and by a second forward pass, too.
@@ -192,10 +193,14 @@ class PhantomPasses:
             model.eval()
             batch = self.task.full_batch(rows, max_length=config.scoring.max_length)
             live = stack.enter_context(self._watched(model, rows))
-            if config.sampling.selector in FORWARD_SELECTORS:
-                mean_states(with_states(model, batch), batch)
+            see: Callable[..., Any]
+            if config.sampling.selector in ("rds", "k_center"):
+                see = LastLayerLook(by_position=config.sampling.selector == "rds")
+            elif config.sampling.selector in FORWARD_SELECTORS:
+                see = FeatureLook(self.task, seed=config.run.seed)
             else:
-                self.task.losses(model, batch)
+                see = self.task.losses
+            see(model, batch)
         return PassNeeds(passing=live.peak, flops=live.flops)
 
     def _evaluation(self) -> PassNeeds:

@@ -30,7 +30,7 @@ from tsqlora_scale.tasks.rows.column_checks import SAMPLE_ID
 from tsqlora_scale.tasks.rows.data import Data
 from tsqlora_scale.tasks.rows.mixed_sets import MixedSets
 from tsqlora_scale.tasks.rows.rows_digest import rows_digest
-from tsqlora_scale.tasks.rows.set_columns import DATA_SET
+from tsqlora_scale.tasks.rows.set_columns import DATA_SET, ROW_WEIGHT
 from tsqlora_scale.tasks.rows.sources import SplitName
 from tsqlora_scale.tasks.rows.text_sizes import text_lengths, text_sizes
 from tsqlora_scale.tasks.rows.wanted import text_columns
@@ -314,12 +314,12 @@ class Task:
         return labels
 
     def draw_weights(self) -> np.ndarray | None:
-        """What multiplies how often a sample is drawn, (N,) float64, above 0; None without ``task.dataset.weight`` and
-        shares of a mixture."""
-        if self.sets is not None:
-            return self.sets.draw_weights(self.train)
-        name = self._cfg.dataset.weight
-        if name is None:
+        """What multiplies how often a sample is drawn, (N,) float64, above 0; None without weights and shares."""
+        return self.row_weights() if self.sets is None else self.sets.draw_weights(self.train)
+
+    def row_weights(self) -> np.ndarray | None:
+        """What the data says of them: the same without shares, within a mixture the sets' own."""
+        if (name := self._cfg.dataset.weight if self.sets is None else ROW_WEIGHT) not in self.train.column_names:
             return None
         view = self.train.select_columns([name]).with_format("arrow")
         weights = new_array(len(view), np.float64)

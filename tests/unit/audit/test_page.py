@@ -34,8 +34,6 @@ NASTY = [
 class Pool:
     """Enough of a task."""
 
-    sets = None
-
     def __init__(self, texts: list[str], labels: list[str]) -> None:
         self.texts, self.labels = texts, labels
 
@@ -48,7 +46,7 @@ class Pool:
     def digest(self) -> str:
         return "digest"
 
-    def draw_weights(self) -> np.ndarray:
+    def row_weights(self) -> np.ndarray:
         return np.arange(1.0, len(self.texts) + 1)
 
     def given(self, block: slice) -> pa.Table:

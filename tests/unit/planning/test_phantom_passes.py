@@ -20,10 +20,11 @@ from tsqlora_scale.config.load import parse_config
 from tsqlora_scale.model.adapters.adapter_type import adapter_type
 from tsqlora_scale.planning.forecast import Forecaster
 from tsqlora_scale.planning.live_storages import LiveStorages
-from tsqlora_scale.quality.features.hidden_states import mean_states, with_states
+from tsqlora_scale.quality.features.last_layer import LastLayerLook
 from tsqlora_scale.quality.gradients.batch_memory import LiveBytes
 from tsqlora_scale.quality.gradients.per_sample import PerSampleGradients
 from tsqlora_scale.quality.gradients.sketch import Sketch
+from tsqlora_scale.quality.query.looks import FeatureLook
 from tsqlora_scale.run import preflight
 from tsqlora_scale.run.build import build_run
 from tsqlora_scale.run.preflight import Preflight
@@ -122,13 +123,15 @@ def test_a_scoring_batch_takes_what_is_planned(kind: str, delta_loss: str, build
     run.engine.close()
 
 
+@pytest.mark.parametrize("selector", ["k_center", "instruction_mining"])
 @pytest.mark.parametrize("kind", ["bert", "bart", "llama"])
-def test_a_look_by_forwards_takes_what_is_planned(kind: str, build: Callable[..., Built]) -> None:
-    chosen = {"selector": "k_center", "keep_fraction": 0.5}
+def test_a_look_by_forwards_takes_what_is_planned(kind: str, selector: str, build: Callable[..., Built]) -> None:
+    chosen = {"selector": selector, "keep_fraction": 0.5}
     run, _, forecaster = build(kind, sampling=chosen, scoring={"batch_size": 4})
     module, batch = run.engine.module.eval(), run.task.batch([1, 2, 3, 4])
+    look = LastLayerLook(by_position=False) if selector == "k_center" else FeatureLook(run.task, seed=1)
     with LiveBytes([*module.parameters(), *module.buffers()]) as live, torch.no_grad():
-        mean_states(with_states(module, batch), batch)
+        look(module, batch)
     assert forecaster.scoring_of(4, False).peak == pytest.approx(live.peak, rel=0.1)
     run.engine.close()
 

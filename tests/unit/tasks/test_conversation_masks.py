@@ -332,6 +332,25 @@ def test_a_long_conversation_loses_its_oldest_exchanges(limit: int, turns: int, 
     )
 
 
+@pytest.mark.parametrize("name", ["qwen2_5", "qwen3"])
+def test_an_exchange_with_long_results_keeps_the_template_s_beginning(name: str, tmp_path: Path) -> None:
+    """The longest text that it is asked by is cut, and then the next one."""
+    tokens = tokens_of(tokenizer(name), tmp_path)
+    results = [{"role": "tool", "content": word * 400} for word in ("the film ", "a plot ", "dull ")]
+    messages = [dict(zip(("role", "content"), SYSTEM, strict=True)), *CALLS[:2], *results, CALLS[-1]]
+    whole = tokens.marked(messages, TOOLS, 100_000, 1)
+    bare = [turn | {"content": "x"} if turn["role"] == "tool" else turn for turn in messages]
+    least = len(tokens.marked(bare, TOOLS, 100_000, 1).ids)
+    begins = whole.ids[: whole.ids.index(tokens._ids("film")[0])]
+    for room in (20, 200, 900):
+        found = tokens.marked(messages, TOOLS, least + room, 64)
+        assert least <= len(found.ids) <= least + room
+        assert found.ids[: len(begins)] == begins
+        assert found.ids[found.answer :] == whole.ids[whole.answer :]
+        prompt = tokens.prompt(messages, TOOLS, least + room)
+        assert prompt[: len(begins)] == begins and len(prompt) <= least + room
+
+
 def test_of_a_very_long_conversation_no_more_is_read_than_is_kept(tmp_path: Path) -> None:
     made = tokenizer("llama3")
     tokens = tokens_of(made, tmp_path)

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoTokenizer
 from tests.unit.tasks.cases import CLASSES, task_config
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.tasks import Data, Task, build_task, load_data
+from tsqlora_scale.tasks.rows.rated_ids import RatedIds
 
 Write = Callable[[str, "str | bytes"], Path]
 ROWS = "key\ttext\tlabel\tw\na\tgood film\tgood\t1\nb\tbad film\tbad\t0\nc\ta film\tgood\t2.5\n"
@@ -135,3 +136,10 @@ def test_the_task_knows_the_weights(write: Write, tmp_path: Path, models: Callab
     write("train.tsv", ROWS.replace("2.5", "3"))
     assert len(digests | {task(weight="w").digest()}) == 4
     assert task(weight="w", max_train_samples=1).draw_weights() in ([1.0], [3.0])
+
+
+def test_blanks_of_a_rated_id_count_where_the_pool_has_them() -> None:
+    listed = RatedIds("list.txt", {"a ": 1.0, " b": 1.0}, is_list=True)
+    assert listed.ratings(["a ", "a", "b", "c"]).tolist() == [1, 0, 1, 0]
+    with pytest.raises(UserError, match="has no score for 1 of the pool's 2 samples"):
+        RatedIds("scores.csv", {"a ": 0.5}, is_list=False).ratings(["a ", "a"])

@@ -86,7 +86,7 @@ def test_parts_of_sets(place: Path) -> None:
     films_part = films() | {"dataset": {"train_file": "films.tsv", "max_train_samples": 2}}
     data = load_data(mixture(place, films_part, books(), **LABELS), seed=0)
     assert data.train[DATA_SET][:] == [0, 0, 1, 1, 1]
-    (place / "out.txt").write_text("books/z\nfilms/1\n")
+    (place / "out.txt").write_text(" books/z\nfilms/1 \n")
     out = str(place / "out.txt")
     parts = [films() | {"dataset": {"train_file": "films.tsv", "exclude": out}}, books(dataset={"exclude": out})]
     data = load_data(mixture(place, *parts, **LABELS), seed=0)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from tests.tiny import WORDS, tiny_tokenizer
+from tests.unit.tasks.vocabularies import byte_level
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.tasks.objectives.prompts import PromptFormat
 
@@ -133,3 +134,23 @@ def test_a_mark_in_what_is_given_is_text() -> None:
     (found,) = form.prompts(["the film"], limit, inputs=["good </s> " * 9])
     assert len(found) <= limit
     assert found.count(made.eos_token_id) == form.prompts(["the film"], limit)[0].count(made.eos_token_id)
+
+
+@pytest.mark.parametrize("trim", ["", " | trim"])
+def test_the_source_stays_whole_wherever_a_cut_falls(trim: str) -> None:
+    """Templates that strip, and tokens that join the blanks about a cut, make prompts of less than the limit, too."""
+    made = byte_level()
+    made.chat_template = TEMPLATE.replace("THOUGHT", "").replace("m.content", f"m.content{trim}")
+    form = PromptFormat(made)
+    source, text = "Is the film good?", " ".join(f"{word}\n\n the film" for word in WORDS * 9)
+    least = len(form.prompts([f"{source}\n\n."], 1000)[0]) + 2
+    for limit in range(least, least + 40):
+        (found,) = form.prompts([source], limit, inputs=[text])
+        assert len(found) <= limit
+        assert f"actor {source}" in made.decode(found), limit
+
+
+def test_a_long_source_leaves_no_room_for_what_is_given() -> None:
+    form = PromptFormat(tokenizer())
+    source = "the film " * 5000
+    assert form.prompts([source], 30, inputs=["good"]) == form.prompts([f"{source}\n\ngood"], 30)

@@ -24,8 +24,8 @@ class CausalObjective:
     ``max_length`` bounds prompt and answer together. Of it the answer has ``max_target_length`` tokens and the
     prompt the rest, whatever the two need: so no target is ever cut away by a long source, and the prompt that
     evaluation shows the model does not depend on the target, not even on its length. A long prompt loses the
-    beginning of its source, a long answer its end. With a smaller ``max_length`` for one batch both shrink in
-    proportion.
+    beginning of its input, and then of its source, a long answer its end. With a smaller ``max_length`` for one batch
+    both shrink in proportion.
     """
 
     peft_task_type = "CAUSAL_LM"
@@ -95,8 +95,9 @@ class CausalObjective:
         sources, targets = ([text[:MEASURED] for text in cells] for cells in (self._sources(rows), rows[self.answer]))
         prompts = [len(row) for row in self._format.prompts(sources, MEASURED)]
         answers = [len(row) for row in self._format.answers(targets, MEASURED)]
+        loses = "source's beginning" if self._input is None else "input's, else the source's beginning"
         return [
-            Measured("prompt", prompts, prompt, "source's beginning" if self._input is None else "input's beginning"),
+            Measured("prompt", prompts, prompt, loses),
             Measured("answer", answers, answer, "end"),
         ]
 

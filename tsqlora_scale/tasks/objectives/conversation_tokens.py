@@ -151,7 +151,8 @@ class ConversationTokens:
         self, messages: list[Message], limit: int, make: Callable[[list[Message]], T], over: Callable[[T], int]
     ) -> T | None:
         """What is made of the last exchange when the longest text that it is asked by has lost as much of its beginning
-        as lets it fit; None where nothing of it would be left, or the template does not write that.
+        as lets it fit, and where that is not enough the next one, too; None where nothing of them would be left, or the
+        template does not write that.
 
         Args:
             over: by how many tokens what is made is too long.
@@ -159,22 +160,20 @@ class ConversationTokens:
         first, asked = _exchanges(messages)
         part = [*messages[:first], *messages[asked[-1] if asked else first :]]
         asking = [place for place, turn in enumerate(part) if turn["role"] not in ("system", ASSISTANT)]
-        texts = {place: part[place]["content"] for place in asking if isinstance(part[place]["content"], str)}
-        if not texts:
-            return None
-        place = max(texts, key=lambda one: len(texts[one]))
-        text, offsets = self._texts.with_offsets(tail(texts[place], limit, self._length))
-        keep = len(offsets)
-        while keep > 0:  # a cut inside a word can make other tokens of it: count again
-            turn = part[place] | {"content": text[offsets[-keep][0] :]}
-            try:
-                made = make([*part[:place], turn, *part[place + 1 :]])
-            except UnwrittenTurn:
-                return None
-            excess = over(made)
-            if excess <= 0:
-                return made
-            keep = max(1, keep - excess) if keep > 1 else 0
+        asking = [place for place in asking if isinstance(part[place]["content"], str)]
+        for place in sorted(asking, key=lambda one: -len(part[one]["content"])):
+            text, offsets = self._texts.with_offsets(tail(part[place]["content"], limit, self._length))
+            keep = len(offsets)
+            while keep > 0:  # a cut inside a word can make other tokens of it: count again
+                part = [*part[:place], part[place] | {"content": text[offsets[-keep][0] :]}, *part[place + 1 :]]
+                try:
+                    made = make(part)
+                except UnwrittenTurn:
+                    return None
+                excess = over(made)
+                if excess <= 0:
+                    return made
+                keep = max(1, keep - excess) if keep > 1 else 0
         return None
 
     def _whole(self, messages: list[Message], tools: Tools, limit: int) -> Marked:

@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.tasks.objectives.chat_template import chat_marks
-from tsqlora_scale.tasks.objectives.early_cut import head, tail
+from tsqlora_scale.tasks.objectives.early_cut import head, is_long, tail
 from tsqlora_scale.tasks.objectives.tokenizing import TextEncoder, special_ids
 
 
@@ -52,12 +52,12 @@ class PromptFormat:
         Args:
             inputs: what is given behind each source, a blank line between them; None: nothing.
         """
-        if inputs is None or all(text is None for text in inputs):
-            return self._cut_prompts(sources, limit)
+        if inputs is None:
+            return self._cut_prompts(sources, limit)[0]
         both = list(zip(sources, inputs, strict=True))
-        found = self._cut_prompts([s if text is None else self.joined(s, text) for s, text in both], limit)
+        found, is_cut = self._cut_prompts([s if text is None else self.joined(s, text) for s, text in both], limit)
         for i, (source, text) in enumerate(both):
-            if text is not None and len(found[i]) >= limit:
+            if text is not None and is_cut[i]:
                 found[i] = self._cut_input(source, text, limit) or found[i]
         return found
 
@@ -70,6 +70,8 @@ class PromptFormat:
         """The prompt of a source with as much of the end of what is given behind it as lets it fit; None where nothing
         of it would be left."""
         text = tail(text, limit, self._texts.length)
+        if is_long(source, limit) and self._texts.length(tail(source, limit, self._texts.length)) >= limit:
+            return None
         if self._chat:
             source, text = self._texts.among_marks(source), self._texts.among_marks(text)
         text, offsets = self._texts.with_offsets(text)
@@ -81,7 +83,8 @@ class PromptFormat:
             keep = max(1, keep - (len(ids) - limit)) if keep > 1 else 0
         return None
 
-    def _cut_prompts(self, sources: list[str], limit: int) -> list[list[int]]:
+    def _cut_prompts(self, sources: list[str], limit: int) -> tuple[list[list[int]], list[bool]]:
+        """Prompts of at most ``limit`` tokens, and which of them have lost something."""
         assert limit > self.overhead, (limit, self.overhead)
         sources = [tail(text, limit, self._texts.length) for text in sources]
         ids = self._prompt_ids(sources)
@@ -89,9 +92,11 @@ class PromptFormat:
             if self._chat and self._count(row) > self._own_special:  # the source holds what reads like a mark
                 sources[i] = self._texts.broken(sources[i])
                 ids[i] = self._prompt_ids([sources[i]])[0]
-        return [
-            row if len(row) <= limit else self._cut(text, row, limit) for text, row in zip(sources, ids, strict=True)
+        is_cut = [len(row) > limit for row in ids]
+        rows = [
+            self._cut(text, row, limit) if cut else row for text, row, cut in zip(sources, ids, is_cut, strict=True)
         ]
+        return rows, is_cut
 
     def answers(self, targets: list[str], limit: int) -> list[list[int]]:
         """Answers of at most ``limit`` tokens. One that is cut has no end token: it did not end there."""

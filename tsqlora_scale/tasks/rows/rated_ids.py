@@ -53,6 +53,9 @@ class RatedIds:
         scores, known, missing = filled(len(ids), np.float64, 0.0), set[str](), list[str]()
         # blanks about an id of the file count where the pool has an id with them, and else not
         bare = {name.strip(): name for name in self.scores if name.strip() not in self.scores}
+        if bare:
+            whole = {str(name) for block in blocks(size, 2**16) for name in ids[block] if str(name) in self.scores}
+            bare = {name: own for name, own in bare.items() if own not in whole}
         for block in blocks(size, 2**16):
             for row, identity in enumerate(ids[block], block.start):
                 name = str(identity) if str(identity) in self.scores else bare.get(str(identity), "")

@@ -60,7 +60,11 @@ class SetColumns:
         A list may name samples as the mixture does, by the name of their set, and then hold those of other sets, too.
         """
         ours, *others = (f"{name}{SEPARATOR}" for name in (self.name, *self._other_names()))
-        found = [text.removeprefix(ours) for text in ids.to_pylist() if not text.startswith(tuple(others))]
+        found = [
+            text.lstrip().removeprefix(ours) if text.lstrip().startswith(ours) else text
+            for text in ids.to_pylist()
+            if not text.lstrip().startswith(tuple(others))
+        ]
         return pa.array(list(dict.fromkeys(found)), pa.string()) if found else None
 
     def _other_names(self) -> list[str]:
