@@ -223,14 +223,21 @@ def test_a_base_of_another_shape_or_type(models_dir: Path, saved: dict[str, Path
 
 
 @pytest.mark.parametrize("kind", ["t5", "bart"])
-def test_full_trains_weights_that_are_tied(tmp_path: Path, models_dir: Path, kind: str) -> None:
-    """Embeddings that are the output layer, too, have one name of several."""
+def test_full_trains_weights_that_are_tied(
+    tmp_path: Path, models_dir: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Embeddings that are the output layer, too, have one name of several. A rate for adapters is warned of."""
     tree = run_tree(kind, tmp_path, models_dir, "run", adapter={"method": "full"}, train={"max_steps": 2})
     run = build_run(preflight.check(parse_config(tree)))
     assert [name for name, param in run.engine.module.named_parameters() if not param.requires_grad] == []
     before = trained(run)
     take_steps(run)
     assert all(not torch.equal(value, before[name]) for name, value in trained(run).items() if "shared" in name)
+    assert "train.lr=0.01 is for adapters" in caplog.text
+    caplog.clear()
+    tree["train"]["lr"] = 1e-4
+    preflight.check(parse_config(tree))
+    assert "is for adapters" not in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,10 @@ class Preflight(Described):
     pretraining: Preflight | None = None
 
 
+#: Learning rate from which on training all parameters mostly forgets what the model was pretrained for.
+MOST_OF_ALL = 2e-4
+
+
 def check(config: Config, *, data: Data | None = None, starts: bool = True) -> Preflight:
     """Run every check that needs no weights.
 
@@ -97,6 +101,12 @@ def check(config: Config, *, data: Data | None = None, starts: bool = True) -> P
     dropped = set_layer_drop(described.model_config)
     if dropped and launched_rank() == 0:
         log.warning("%s of the model's config (LayerDrop) is 0 in training: every step takes every layer", dropped[0])
+    if starts and config.adapter.type == "full" and config.train.lr > MOST_OF_ALL and launched_rank() == 0:
+        log.warning(
+            "train.lr=%g is for adapters: all parameters of a pretrained model are trained at 1e-5 to 1e-4, and a small "
+            "train.lr_warmup",
+            config.train.lr,
+        )
     findings = check_pass(config, described.model_config, described.task)
     if starts and config.adapter.init_from is not None:
         from tsqlora_scale.run.initial_adapter import check_initial
