@@ -103,8 +103,8 @@ def check(config: Config, *, data: Data | None = None, starts: bool = True) -> P
         log.warning("%s of the model's config (LayerDrop) is 0 in training: every step takes every layer", dropped[0])
     if starts and config.adapter.type == "full" and config.train.lr > MOST_OF_ALL and launched_rank() == 0:
         log.warning(
-            "train.lr=%g is for adapters: all parameters of a pretrained model are trained at 1e-5 to 1e-4, and a small "
-            "train.lr_warmup",
+            "train.lr=%g is for adapters: all parameters of a pretrained model are trained at 1e-5 to 1e-4, with a "
+            "short train.lr_warmup",
             config.train.lr,
         )
     findings = check_pass(config, described.model_config, described.task)
