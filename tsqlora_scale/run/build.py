@@ -98,12 +98,9 @@ def build_run(
         state, tree = find_state(preflight, resume, world)
         config = taken_over(config, preflight.task, tree)
         selector = build_selector(preflight, world, stop, watchdog)
-        model = build_model(
-            preflight,
-            device=accelerator.device,
-            init="default" if adapter else None,
-            targets=scale_of_targets(preflight, world) if tree is None and adapter is None else None,
-        )
+        targets = scale_of_targets(preflight, world) if tree is None and adapter is None else None
+        init = "default" if adapter else None
+        model = build_model(preflight, device=accelerator.device, init=init, targets=targets)
         ranks = build_controller(config, plan, without_batch=preflight.findings.without_batch)
         start = (None if tree is None else tree["ranks"], state)
         set_start(model, preflight, *start, adapter=adapter, pretrained=pretrained, accelerator=accelerator)
