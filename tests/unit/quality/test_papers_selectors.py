@@ -172,6 +172,26 @@ def test_less_against_one_sample_at_a_time(form: str, site: Site) -> None:
         np.testing.assert_allclose(table.quality, expected, atol=1e-4)
 
 
+class OneClassFirst(RankedSelector):
+    """As the hardest samples are of a model that has learned to answer with the other class alone."""
+
+    def rate(self, module: torch.nn.Module) -> Rating:
+        classes = self.pool.class_ids()
+        assert classes is not None
+        return Rating(classes.astype(np.float64))
+
+
+@pytest.mark.parametrize("stratify", ["auto", True])
+def test_a_choice_that_loses_a_class_says_so(site: Site, stratify: Any, caplog: pytest.LogCaptureFixture) -> None:
+    name = f"{__name__}:OneClassFirst"
+    table = site.scored(name, keep_fraction=0.25, stratify=stratify).table
+    classes = site.task.class_ids()
+    assert classes is not None
+    lost = set(classes.tolist()) - set(classes[table.selected].tolist())
+    said = f"sampling.selector={name!r}: S holds no sample of 1 of the 2 classes; set sampling.stratify=true"
+    assert (said in caplog.text) == bool(lost) == (stratify == "auto")
+
+
 def test_norms_against_one_sample_at_a_time(site: Site) -> None:
     table = site.scored("grad_norm").table
     for row in range(0, ROWS, 5):

@@ -70,5 +70,7 @@ class ScoredSelector(FullSelector):
             del self._sampler  # large pools have room on disk for one
             self._importance = None
             chosen, probabilities = self._scores.draws()
+            if not self.config.stratifies:
+                self._warn_of_lost_classes(chosen)
             self._sampler = self._make_sampler(chosen, self._drawn_by(probabilities), start=step)
             self._importance = self._loss_weights(chosen, probabilities)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
 from torch import nn
 
-from tsqlora_scale.common.disk_arrays import blocks, counted, filled, new_array
+from tsqlora_scale.common.disk_arrays import blocks, counted, counts, filled, new_array
 from tsqlora_scale.quality.draws.batch_sampler import BatchSampler
 from tsqlora_scale.quality.draws.subset import importance_weights, loss_weights
 from tsqlora_scale.quality.online.sample_listener import DeafListener, SampleListener
 from tsqlora_scale.quality.scores.score_table import ScoreTable
 from tsqlora_scale.quality.selectors.selector import SelectorContext
+
+log = logging.getLogger("tsqlora_scale")
 
 
 class FullSelector:
@@ -32,6 +35,7 @@ class FullSelector:
         self.context = context
         self.config = context.config
         self.pool = context.pool
+        self._has_warned = False
         with context.world.together():
             self._draw_weights = context.pool.draw_weights()
             #: Of a pool that is a mixture.
@@ -115,6 +119,27 @@ class FullSelector:
             wanted[block] = np.divide(wanted[block], share, out=np.zeros_like(share), where=share > 0)
         wanted /= wanted.sum()
         return wanted
+
+    def _warn_of_lost_classes(self, rows: np.ndarray) -> None:
+        """Say once, on rank 0, that S, the pool's ``rows``, lacks a class: by a model that has learned little the
+        hardest samples may all be of one, and training on them forgets the others."""
+        if self._has_warned or not self.context.world.is_main or len(rows) == len(self.pool):
+            return
+        classes = self.pool.class_ids()
+        if classes is None:
+            return
+        of_pool = counts(classes)
+        kept = np.bincount(classes[rows], minlength=len(of_pool))
+        lost = int(np.count_nonzero((of_pool > 0) & (kept == 0)))
+        if lost:
+            self._has_warned = True
+            log.warning(
+                "sampling.selector=%r: S holds no sample of %d of the %d classes; set sampling.stratify=true, by which "
+                "they keep their shares",
+                self.config.sampling.selector,
+                lost,
+                np.count_nonzero(of_pool),
+            )
 
     def _balance(self, rows: np.ndarray, weighted: np.ndarray) -> None:
         if self._sets is not None:

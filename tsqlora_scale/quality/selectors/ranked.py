@@ -138,6 +138,7 @@ class RankedSelector(FullSelector):
             quota = quota_of(counts(strata), int(quota[0]), rating.shares)
         selected = filled(size, bool, True)
         selected[rest] = largest(copied(rating.quality[rest]), quota, strata)
+        self._warn_of_lost_classes(positions(selected))
         table = ScoreTable.empty(size)
         table.quality, table.selected, table.terms = rating.quality, selected, rating.terms
         table.scoring_pass[:] = 0
