@@ -216,6 +216,17 @@ class SamplingConfig(Section):
         return self
 
     @property
+    def draws_evenly(self) -> bool:
+        """Whether samples of S are drawn alike, whatever p is: where losses are weighed by it instead, or where nothing
+        is to be biased and every sample comes once an epoch, of which the last may be cut short."""
+        return self.use == "weight" or (self.unbiased and not self.replacement)
+
+    @property
+    def weighs_losses(self) -> bool:
+        """Whether losses are multiplied by p, or by 1 / p."""
+        return self.use == "weight" or (self.unbiased and self.replacement)
+
+    @property
     def most_kept(self) -> float:
         """``keep_fraction``, or all where it is not known beforehand."""
         return 1.0 if self.keep_fraction == "auto" else self.keep_fraction

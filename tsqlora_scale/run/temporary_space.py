@@ -42,10 +42,8 @@ def score_bytes(config: Config, pool_size: int) -> int:
     kept = sampling.most_kept
     discounted = 8 if sampling.redundancy else 0
     weighted = 8 if config.task.is_weighted else 0  # probabilities times weights
-    by_loss = sampling.use == "weight" or (sampling.unbiased and sampling.replacement)
-    evenly = sampling.use == "weight" or (sampling.unbiased and not sampling.replacement)
-    sampler = 8 * kept if evenly and not weighted else (32 if sampling.replacement else 16) * kept
-    importance = 8 if by_loss else 0
+    sampler = 8 * kept if sampling.draws_evenly and not weighted else (32 if sampling.replacement else 16) * kept
+    importance = 8 if sampling.weighs_losses else 0
     pool = 32 if weighted else 8  # the even sampler of the warm-up
     scored = 8 * min(1.0, (scoring.max_samples or pool_size) / pool_size)
     first = pool + scored + max(1 + 2 * scored, discounted + 8 + 8 + 1)  # the rounding of terms; log p, keys and S
@@ -53,8 +51,8 @@ def score_bytes(config: Config, pool_size: int) -> int:
     refresh = TABLE + sampler + importance + refreshed + max(1 + 2 * refreshed, discounted + 8)
     # p, which an even sampler does not hold; or what p is within the shares of a mixture, where losses are weighed
     within = sampling.use == "weight" and bool(config.task.mixture)
-    beside = 8 * kept if within or (evenly and not weighted) else 0
-    draw = max(28 * kept, sampler + weighted * kept + (8 + 8 * kept if by_loss else 0) + beside)
+    beside = 8 * kept if within or (sampling.draws_evenly and not weighted) else 0
+    draw = max(28 * kept, sampler + weighted * kept + (8 + 8 * kept if sampling.weighs_losses else 0) + beside)
     stratum = 4 if config.stratifies else 0
     most = max(first, draw, refresh if config.refreshes_scores else 0)
     visits = 4 if config.scores_online else 0

@@ -79,11 +79,8 @@ class FullSelector:
         return weighted
 
     def _drawn_by(self, probabilities: np.ndarray) -> np.ndarray | None:
-        """``probabilities`` (n,) where samples are drawn by them; None, evenly, where losses are weighed instead, or
-        where nothing is to be biased and every sample comes once an epoch, of which the last may be cut short."""
-        sampling = self.config.sampling
-        evenly = sampling.use == "weight" or (sampling.unbiased and not sampling.replacement)
-        return None if evenly else probabilities
+        """``probabilities`` (n,) where samples are drawn by them; None: evenly."""
+        return None if self.config.sampling.draws_evenly else probabilities
 
     def _loss_weights(self, rows: np.ndarray, probabilities: np.ndarray) -> np.ndarray | None:
         """What losses are multiplied by, of every sample of the pool, (N,): ``|S| p`` under ``sampling.use: weight``,
@@ -99,7 +96,7 @@ class FullSelector:
         sampling = self.config.sampling
         if sampling.use == "weight":
             weigh, probabilities = loss_weights, self._in_shares(rows, probabilities)
-        elif sampling.unbiased and sampling.replacement:
+        elif sampling.weighs_losses:
             weigh = importance_weights
         else:
             return None

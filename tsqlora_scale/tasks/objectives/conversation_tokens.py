@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.schema import TaskConfig
-from tsqlora_scale.tasks.objectives.early_cut import head, is_long, tail
+from tsqlora_scale.tasks.objectives.early_cut import head, is_long, longest_end, tail
 from tsqlora_scale.tasks.objectives.tokenizing import TextEncoder
 from tsqlora_scale.tasks.objectives.turn_spans import Span, TurnTemplate, UnwrittenTurn
 from tsqlora_scale.tasks.rows.conversations import ASSISTANT, Message, is_learned, up_to_last_answer
@@ -163,17 +163,18 @@ class ConversationTokens:
         asking = [place for place in asking if isinstance(part[place]["content"], str)]
         for place in sorted(asking, key=lambda one: -len(part[one]["content"])):
             text, offsets = self._texts.with_offsets(tail(part[place]["content"], limit, self._length))
-            keep = len(offsets)
-            while keep > 0:  # a cut inside a word can make other tokens of it: count again
-                part = [*part[:place], part[place] | {"content": text[offsets[-keep][0] :]}, *part[place + 1 :]]
-                try:
-                    made = make(part)
-                except UnwrittenTurn:
-                    return None
-                excess = over(made)
-                if excess <= 0:
+            before, turn, after = part[:place], part[place], part[place + 1 :]
+
+            def made_of(end: str, before: Any = before, turn: Any = turn, after: Any = after) -> T:
+                return make([*before, turn | {"content": end}, *after])
+
+            try:
+                if (made := longest_end(text, offsets, made_of, over)) is not None:
                     return made
-                keep = max(1, keep - excess) if keep > 1 else 0
+            except UnwrittenTurn:
+                return None
+            if offsets:
+                part = [*before, turn | {"content": text[offsets[-1][0] :]}, *after]
         return None
 
     def _whole(self, messages: list[Message], tools: Tools, limit: int) -> Marked:

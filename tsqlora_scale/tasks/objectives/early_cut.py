@@ -8,7 +8,10 @@ there. So a part that gives more tokens than are kept gives the same ones as the
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
 
 #: A blank between two words.
 _BETWEEN = re.compile(r"(?<=\w) (?=\w)")
@@ -53,6 +56,25 @@ def tail(text: str, tokens: int, length: Callable[[str], int]) -> str:
             return text[cut.end() :]
         size *= 4
     return text
+
+
+def longest_end(
+    text: str, offsets: Sequence[tuple[int, int]], make: Callable[[str], T], over: Callable[[T], int]
+) -> T | None:
+    """What is made of an end of the text, as long a one as lets it fit; None where its last token is too much.
+
+    Args:
+        offsets: the characters of its tokens, before which it may be cut.
+        over: by how many tokens what is made is too long.
+    """
+    keep = len(offsets)
+    while keep > 0:  # a cut inside a word can make other tokens of it: count again
+        made = make(text[offsets[-keep][0] :])
+        excess = over(made)
+        if excess <= 0:
+            return made
+        keep = max(1, keep - excess) if keep > 1 else 0
+    return None
 
 
 def _first_size(tokens: int) -> int:

@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.tasks.objectives.chat_template import chat_marks
-from tsqlora_scale.tasks.objectives.early_cut import head, is_long, tail
+from tsqlora_scale.tasks.objectives.early_cut import head, is_long, longest_end, tail
 from tsqlora_scale.tasks.objectives.tokenizing import TextEncoder, special_ids
 
 
@@ -75,13 +75,11 @@ class PromptFormat:
         if self._chat:
             source, text = self._texts.among_marks(source), self._texts.among_marks(text)
         text, offsets = self._texts.with_offsets(text)
-        keep = len(offsets)
-        while keep > 0:
-            (ids,) = self._prompt_ids([self.joined(source, text[offsets[-keep][0] :])])
-            if len(ids) <= limit:
-                return ids
-            keep = max(1, keep - (len(ids) - limit)) if keep > 1 else 0
-        return None
+
+        def prompt(end: str) -> list[int]:
+            return self._prompt_ids([self.joined(source, end)])[0]
+
+        return longest_end(text, offsets, prompt, lambda ids: len(ids) - limit)
 
     def _cut_prompts(self, sources: list[str], limit: int) -> tuple[list[list[int]], list[bool]]:
         """Prompts of at most ``limit`` tokens, and which of them have lost something."""

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tsqlora_scale.common.disk_arrays import new_array
+from tsqlora_scale.common.disk_arrays import filled
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.printing import shown
 from tsqlora_scale.tasks.rows.column_checks import SAMPLE_ID
@@ -35,10 +35,10 @@ def read_ids(value: str) -> pa.Array:
     ids: list[str | None] = []
     for path in find_files([value], None, key=KEY):
         ids += _lines(path) if path.suffix.lower() == ".txt" else _column(path)
-    filled = [text for text in ids if text is not None and text.strip()]
-    if not filled:
+    given = [text for text in ids if text is not None and text.strip()]
+    if not given:
         raise UserError(f"{KEY}={value!r}: holds no ids; leave the key out to exclude nothing")
-    return pa.array(list(dict.fromkeys(filled)), pa.string())
+    return pa.array(list(dict.fromkeys(given)), pa.string())
 
 
 def _lines(path: Path) -> list[str | None]:
@@ -75,8 +75,7 @@ def not_excluded(ids: pa.ChunkedArray | pa.Array, excluded: pa.Array, *, value: 
     Raises:
         UserError: naming ids that the pool does not have, or nothing would stay.
     """
-    stays = new_array(len(ids), bool)
-    stays[:] = True
+    stays = filled(len(ids), bool, True)
     found = _leave_out(ids, excluded, stays)
     unknown = [text for text in excluded.to_pylist() if text not in found]
     if any(text != text.strip() for text in unknown):
