@@ -311,6 +311,17 @@ ARMS: dict[str, Arm] = {
         for name in ("query", "less", "rds", "dsir", "rho")
     },
     "kept: paper": Arm(kept_by("quality", "scoring.preset=paper"), is_selected=True),
+    **{
+        f"kept by class: {name}": Arm(kept_by(name, "sampling.stratify=true"), is_selected=True)
+        for name in ("grad_norm", "el2n")
+    },
+    **{
+        f"kept by class: {name}": Arm(
+            kept_by(name, "sampling.stratify=true", query=True), is_selected=True, needs=("query",)
+        )
+        for name in ("less", "rho")
+    },
+    "kept by class: paper": Arm(kept_by("quality", "scoring.preset=paper", "sampling.stratify=true"), is_selected=True),
 }
 
 
@@ -359,7 +370,7 @@ STUDIES: dict[str, Study] = {
         "oracle",
     ),
     "selectors": Study(
-        ("uniform", *(name for name in ARMS if name.startswith("kept: "))), ("clean", "rte"), ("kept: random",)
+        ("uniform", *(name for name in ARMS if name.startswith("kept"))), ("clean", "rte"), ("kept: random",)
     ),
     "settings": Study(
         (

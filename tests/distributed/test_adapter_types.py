@@ -22,6 +22,8 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "prefix": ("bart", {"method": "prefix"}),
     "full": ("t5", {"method": "full"}),
     "pissa": ("llama", {"method": "lora", "init": "pissa"}),
+    "dora": ("bert", {"method": "dora"}),
+    "rslora": ("llama", {"method": "rslora"}),
     "eva": ("bert", {"method": "lora", "init": "eva", "init_samples": 5}),
 }
 STEPS, MIDDLE = 3, 1
@@ -41,9 +43,10 @@ def plain(tmp_path_factory: pytest.TempPathFactory, models_dir: Path) -> Path:
     return folder / "runs"
 
 
-#: On ZeRO-3, which shards what trains, all of them; on DDP those in which a parameter without a gradient would be found
-#: late.
-ON = {"ddp-2": ["bitfit", "prompt", "full", "eva"], "zero3-2": [name for name in KINDS if name != "eva"]}
+#: ZeRO-3 shards what trains, and DDP finds a parameter without a gradient late. EVA is not for sharded inputs.
+ON = {
+    engine: [name for name in KINDS if name != "eva" or engine == "ddp-2"] for engine in ("ddp-2", "zero2-2", "zero3-2")
+}
 
 
 @pytest.mark.parametrize("engine", ON)
@@ -51,6 +54,8 @@ def test_an_engine_trains_them_alike(tmp_path: Path, models_dir: Path, plain: Pa
     configs = []
     for method in ON[engine]:
         configs.append(str(write_config(tmp_path / f"{method}.yaml", tree_of(method, tmp_path, models_dir, method))))
+        goes_on = write_config(tmp_path / f"{method}-on.yaml", tree_of(method, tmp_path, models_dir, f"{method}-on"))
+        configs.append(f"{goes_on}={plain / method / 'checkpoints' / f'step-{MIDDLE:08d}'}")
     launch(engine, WORKER, configs, tmp_path)
     for method in ON[engine]:
         run, expected = tmp_path / "runs" / method, losses_of(plain / method)
@@ -58,7 +63,8 @@ def test_an_engine_trains_them_alike(tmp_path: Path, models_dir: Path, plain: Pa
         assert losses_of(run) == pytest.approx(expected, abs=1e-5), method
         assert result_of(run)["trainable_parameters"] == result_of(plain / method)["trainable_parameters"]
         assert result_of(run)["metrics"] == pytest.approx(result_of(plain / method)["metrics"], abs=1e-6)
-        # its checkpoint goes on in one process
+        # a checkpoint of one process goes on there, and its own in one process
+        assert losses_of(tmp_path / "runs" / f"{method}-on") == pytest.approx(expected[MIDDLE:], abs=1e-5), method
         resumed = tree_of(method, tmp_path, models_dir, f"{method}-alone")
         go(resumed, resume=str(run / "checkpoints" / f"step-{MIDDLE:08d}"))
         assert losses_of(tmp_path / "runs" / f"{method}-alone") == pytest.approx(expected[MIDDLE:], abs=1e-5), method

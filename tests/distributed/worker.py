@@ -1,4 +1,4 @@
-"""Run several configs one after another in one process group: ``launch … worker.py CONFIG…``."""
+"""Run several configs one after another in one process group: ``launch … worker.py CONFIG[=CHECKPOINT]…``."""
 
 import sys
 from pathlib import Path
@@ -14,17 +14,17 @@ from tsqlora_scale.run import preflight
 
 def main() -> int:
     prepare_environment()
-    configs = [load_config(path) for path in sys.argv[1:]]
+    places = [argument.partition("=")[::2] for argument in sys.argv[1:]]
     # every check before the first process group exists, as in a run of its own
-    checked = [preflight.check(config) for config in configs]
+    checked = [(preflight.check(load_config(config)), checkpoint or None) for config, checkpoint in places]
     from tsqlora_scale.quality.scores import measurer
     from tsqlora_scale.run.build import build_run
     from tsqlora_scale.training import train_to_the_end
 
     measurer.CHECKED = 2  # of a tiny pool; under ZeRO-3 the eight of a real one cost as much as a pass
-    for one in checked:
+    for one, checkpoint in checked:
         try:
-            run = build_run(one)
+            run = build_run(one, resume=checkpoint)
             train_to_the_end(run)
             run.engine.close()
         except UserError as error:

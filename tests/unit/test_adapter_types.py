@@ -272,7 +272,9 @@ def test_factors_taken_out_of_weights(models_dir: Path, tmp_path: Path, init: st
 
 
 def test_directions_of_inputs_are_the_leading_ones(models_dir: Path) -> None:
-    """What the Gram matrix of all inputs, formed, says; orthonormal, the leading one first."""
+    """Principal components of all inputs together, and PEFT's own; orthonormal, the leading one first."""
+    from peft.utils.incremental_pca import IncrementalPCA
+
     model = built("lora", "bert", models_dir, init="eva").eval()
     layers = lora_layers(model)
     inputs = [
@@ -296,11 +298,16 @@ def test_directions_of_inputs_are_the_leading_ones(models_dir: Path) -> None:
     assert found.keys() == layers.keys()
     for name, vectors in found.items():
         x = torch.cat(kept[name])
+        pca = IncrementalPCA(n_components=4)
+        pca.partial_fit(x)
+        x = x - x.mean(0)
         best = torch.linalg.svdvals(x)[:4].square()
         torch.testing.assert_close(vectors @ vectors.T, torch.eye(4), atol=1e-5, rtol=0)
         energy = (x @ vectors.double().T).square().sum(0)
         assert energy.sum() >= 0.999 * best.sum(), name
         assert energy[0] >= 0.999 * best[0], name
+        of_peft = (x @ pca.components_.double().T).square().sum(0)
+        torch.testing.assert_close(energy, of_peft, rtol=2e-2, atol=1e-6)
 
 
 def test_bitfit_of_a_model_whose_head_alone_has_biases(tmp_path: Path) -> None:

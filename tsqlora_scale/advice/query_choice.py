@@ -84,14 +84,15 @@ def chosen_weights(
     count, rows = len(ratio.of_pool), len(ratio.of_query)
     if not ratio.standing.is_evident:
         return np.ones(count)
-    kept = kept_rows(ratio.standing, count, least=min(count, -(-rows * count // size)), soft=sampling.soft)
+    soft = sampling.soft and sampling.learns_by_weight
+    kept = kept_rows(ratio.standing, count, least=min(count, -(-rows * count // size)), soft=soft)
     strata, quota = None, np.array([kept])
     if sampling.stratify is not False:
         strata, shares = balanced((labels, wanted), ratio.agrees, ratio.wanted)
         if strata is not None:
             quota = quota_of(np.bincount(strata), kept, shares)
     chosen = largest(ratio.of_pool, quota, strata)
-    return np.where(chosen, ratio.wanted if sampling.soft else 1.0, 0.0)
+    return np.where(chosen, ratio.wanted if soft else 1.0, 0.0)
 
 
 def choice_by_others(

@@ -11,7 +11,9 @@ def plan_folds(groups: np.ndarray, strata: np.ndarray | None, folds: int, *, see
     """The fold of every sample, (n,) int64: whole groups, every stratum spread as evenly as its groups allow.
 
     Groups are dealt in random order, large ones first, each to the fold that has the fewest samples of its first
-    sample's stratum, and of those to one with the fewest samples.
+    sample's stratum, and of those to one with the fewest samples. A group that is larger than a fold is dealt sample by
+    sample: one text that most of the pool has (an instruction, say, whose answers are told apart by nothing) would
+    else leave folds that nothing is learned for.
 
     Args:
         groups: the group of every sample, (n,): what belongs into one fold. See :func:`.copy_groups`.
@@ -20,7 +22,10 @@ def plan_folds(groups: np.ndarray, strata: np.ndarray | None, folds: int, *, see
     """
     size = len(groups)
     strata = np.zeros(size, dtype=np.int64) if strata is None else np.asarray(strata)
-    leaders, members, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    _, members, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    apart = (sizes > -(-size // folds))[members]
+    groups = np.where(apart, size + np.arange(size), members)
+    _, leaders, members, sizes = np.unique(groups, return_index=True, return_inverse=True, return_counts=True)
     order = np.lexsort((philox(seed, "folds").random(len(leaders)), -sizes))
     of_stratum = np.zeros((int(strata.max(initial=0)) + 1, folds), dtype=np.int64)
     in_all = np.zeros(folds, dtype=np.int64)

@@ -143,6 +143,10 @@ class Comparison(Section):
             wrong = next((each for each in variants or () if each not in self.variants), None)
             if wrong is not None:
                 raise ValueError(f"'{place}' has {wrong!r}, which is none: {_list(self.variants)}")
+        names = [name for variant in self.variants for name in self._named(variant)]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"two arms with their variants are called {twice!r}; rename an arm or a variant")
         places = {"common": self.common, **{f"variants.{name}": each for name, each in self.variants.items()}}
         places |= {f"tasks.{name}": task.changes for name, task in self.tasks.items()}
         for place, changes in places.items():
@@ -168,11 +172,15 @@ class Comparison(Section):
         if not self.variants:
             return {name: (arm, name, "") for name, arm in self.arms.items()}
         return {
-            f"{name}-{variant}": (arm, name, variant)
+            whole: (self.arms[name], name, variant)
             for variant in self.variants
-            for name, arm in self.arms.items()
-            if arm.variants is None or variant in arm.variants
+            for whole, name in self._named(variant).items()
         }
+
+    def _named(self, variant: str) -> dict[str, str]:
+        """The arms of a variant by their whole names."""
+        arms = (name for name, arm in self.arms.items() if arm.variants is None or variant in arm.variants)
+        return {f"{name}-{variant}": name for name in arms}
 
 
 def _list(names: Mapping[str, Any]) -> str:

@@ -154,7 +154,8 @@ def mean_tokens(config: Config) -> float:
     from tsqlora_scale.tasks import IGNORED, load_data
 
     data = load_data(config.task, seed=config.run.seed)
-    task = preflight.describe(config.with_labels(data.labels), data).task
+    config = preflight.demonstrated(config.with_labels(data.labels), data)
+    task = preflight.describe(config, data).task
     rows = np.unique(np.linspace(0, len(task) - 1, min(len(task), COUNTED_ROWS)).astype(int))
     total = 0
     for start in range(0, len(rows), 64):

@@ -62,11 +62,11 @@ def paired_p(differences: Sequence[float]) -> float:
     Exact up to :data:`ALL_SIGNS` seeds. The smallest value with n seeds is 2 / 2**n: 0.0625 with five.
 
     Returns:
-        NaN with fewer than two seeds.
+        NaN with fewer than two seeds, or where a difference is none.
     """
     values = np.asarray(differences, dtype=np.float64)
     size = len(values)
-    if size < 2:
+    if size < 2 or not np.isfinite(values).all():
         return float("nan")
     if size <= ALL_SIGNS:
         bits = np.arange(2**size)[:, None] >> np.arange(size)

@@ -87,8 +87,9 @@ def forget_failure(log: Path) -> None:
 
 
 def tidy(folder: Path) -> None:
-    """Remove what a finished run keeps for going on: its checkpoints."""
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    """Remove what a finished run, and those before it, keep for going on: checkpoints."""
+    for before in ("", "-pretrain", "-proxy"):
+        shutil.rmtree(folder.with_name(folder.name + before) / "checkpoints", ignore_errors=True)
 
 
 def _note(log: Path) -> Path:

@@ -130,16 +130,16 @@ class TrialQueue:
         runs = self.tuning(cell)
         if any(not self.is_finished(run) and run not in self.failed for run in runs):
             raise LookupError(cell)
-        values: dict[float, list[float]] = {}
+        values: dict[float, dict[int, float]] = {}
         for run in runs:
             result = self.outcome(run).result
             if result is not None and run.lr is not None:
-                values.setdefault(run.lr, []).append(signed_metric(result))
-        fullest = max(map(len, values.values()), default=0)
+                values.setdefault(run.lr, {})[run.seed] = signed_metric(result)
+        seeds = {seed for found in values.values() for seed in found}
         candidates = [
-            (float(np.mean(found)), -rate)
+            (float(np.mean([*found.values()])), -rate)
             for rate, found in values.items()
-            if len(found) == fullest and np.isfinite(found).all()
+            if found.keys() == seeds and np.isfinite([*found.values()]).all()
         ]
         if not candidates:
             raise LookupError(cell)

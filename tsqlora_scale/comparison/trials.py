@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.comparison.comparison_file import Comparison, as_overrides
 from tsqlora_scale.config.load import load_config
 from tsqlora_scale.config.schema import Config
+from tsqlora_scale.run.plan import plan_run
 
 Purpose = Literal["pilot", "tuning", "report"]
 
@@ -148,6 +149,7 @@ class TrialPlan:
                 config = self.config(self.probe(cell))
                 if not config.task.has_dev:
                     raise UserError(f"{self.comparison.tasks[cell.task].config}: has no held-out set to compare on")
+                self._check_length(cell)
             except UserError as error:
                 self.refused[cell] = str(error).removeprefix(f"{cell}: ")
         if self.refused and not leave_out:
@@ -156,6 +158,25 @@ class TrialPlan:
                 reasons.setdefault(reason, []).append(cell)
             parts = [f"{_named(cells)}: {reason}" for reason, cells in reasons.items()]
             raise UserError(f"{'; '.join(parts)}; nothing has been run (--leave-out-refused goes on without them)")
+
+    def _check_length(self, cell: Cell) -> None:
+        """What a method does in the middle of a run has to happen within as many steps as are known of.
+
+        Raises:
+            UserError: naming the key.
+        """
+        budget = self.comparison.budget
+        if budget is None or budget.tokens is not None or budget.samples is not None:
+            return
+        trial, note = self.probe(cell), ""
+        if budget.steps is None:
+            trial = replace(trial, purpose="pilot", steps=budget.pilot_steps)
+            note = f" (a pilot run for budget.seconds has budget.pilot_steps={budget.pilot_steps} steps)"
+        config = self.config(trial)
+        try:
+            plan_run(config, config.train.batch_size, 1)
+        except UserError as error:
+            raise UserError(f"{error}{note}") from None
 
     def _known_steps(self) -> int | None:
         budget = self.comparison.budget

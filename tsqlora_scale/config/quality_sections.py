@@ -222,6 +222,12 @@ class SamplingConfig(Section):
         return self.use == "weight" or (self.unbiased and not self.replacement)
 
     @property
+    def learns_by_weight(self) -> bool:
+        """Whether more is learned from a sample the larger p is: not where every one comes once an epoch, nor where
+        the losses undo what the draws do."""
+        return self.use == "weight" or (self.replacement and not self.unbiased)
+
+    @property
     def weighs_losses(self) -> bool:
         """Whether losses are multiplied by p, or by 1 / p."""
         return self.use == "weight" or (self.unbiased and self.replacement)

@@ -134,7 +134,14 @@ class Config(Section):
             update={
                 **self._nothing_but_scores(),
                 "sampling": self.sampling.model_copy(
-                    update={"selector": "full", "keep_fraction": 1.0, "redundancy": 0.0, "unbiased": False}
+                    update={
+                        "selector": "full",
+                        "keep_fraction": 1.0,
+                        "redundancy": 0.0,
+                        "unbiased": False,
+                        "use": "draw",
+                        "file": None,
+                    }
                 ),
             }
         )

@@ -119,8 +119,9 @@ def _subset_size(run: Run) -> int:
 
 
 def _prompt(run: Run) -> dict[str, Any] | None:
-    """What the base is asked, and by which words it answers; ``metrics_before`` are then those of the base alone."""
-    task = run.config.task
+    """What the base is asked, and by which words it answers; ``metrics_before`` are those of the base alone where the
+    run ``starts_from_base``: from nothing learned before, and by an adapter that changes nothing at first."""
+    task, adapter = run.config.task, run.config.adapter
     if task.prompt is None:
         return None
     labels = task.labels if isinstance(task.labels, list) else [str(number) for number in range(task.num_labels)]
@@ -129,7 +130,7 @@ def _prompt(run: Run) -> dict[str, Any] | None:
         "template": task.prompt,
         "label_words": dict(zip(labels, words, strict=False)),
         "demonstrations": len(task.demonstrated),
-        "starts_from_base": run.config.adapter.init_from is None and not run.config.pretrains,
+        "starts_from_base": adapter.init_from is None and not adapter.traits.prompts and not run.config.pretrains,
     }
 
 

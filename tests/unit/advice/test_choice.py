@@ -85,6 +85,11 @@ def test_half_as_many_again_are_chosen_by_a_second_look() -> None:
     plain = chosen_weights(ratio, SamplingConfig(stratify=False, soft=False), size=1000, labels=labels, wanted=wanted)
     even = round(ratio.standing.share * 1000)
     assert plain[np.argsort(-ratio.of_pool)[:even]].all() and plain.sum() == even, "without the margin"
+    for undone in ({"replacement": False}, {"unbiased": True}, {"unbiased": True, "replacement": False}):
+        as_even = chosen_weights(ratio, SamplingConfig(stratify=False, **undone), size=1000)
+        np.testing.assert_array_equal(as_even, plain, err_msg=f"{undone}: draws or losses that know no weights")
+    by_losses = chosen_weights(ratio, SamplingConfig(stratify=False, use="weight", replacement=False), size=1000)
+    np.testing.assert_array_equal(by_losses, chosen_weights(ratio, SamplingConfig(stratify=False), size=1000))
     without = chosen_weights(ratio, SamplingConfig(), size=1000) > 0
     halves = np.array([without[~ratio.agrees[0]].sum(), without[ratio.agrees[0]].sum()])
     assert halves.sum() == count

@@ -90,6 +90,33 @@ def test_a_rate_that_lacks_a_run_is_no_candidate(launch: FakeLaunch, tmp_path: P
     assert "| 0.002 |" in elsewhere.report().text
 
 
+def test_rates_that_lack_different_seeds_are_both_none(launch: FakeLaunch, tmp_path: Path) -> None:
+    """Means over different seeds say nothing of the rates."""
+
+    def results(config: Config) -> dict[str, Any] | None:
+        fails = (config.train.lr, config.run.seed) in ((2e-3, 101), (4e-3, 100))
+        return None if fails else result_of(config, 0.9 if config.train.lr > 1e-3 else 0.5)
+
+    changes: dict[str, Any] = {"lrs": [1e-3, 2e-3, 4e-3], "tuning": {"seeds": [100, 101]}}
+    found = comparison(tmp_path, arms={"lora": {"adapter.method": "lora"}}, **changes)
+    found.run(replace(launch, results=results))
+    assert {trial.lr for trial in found.queue.known() if trial.purpose == "report"} == {1e-3}
+
+
+def test_what_a_method_does_must_happen_within_its_length(tmp_path: Path) -> None:
+    """Known before anything is run: of a pilot, too."""
+    late = {"common": {"schedule.start": 300, "schedule.end": 500, "schedule.every": 50}}
+    for budget in ({"steps": 100}, {"seconds": 60}):
+        with pytest.raises(UserError) as raised:
+            comparison(tmp_path, budget=budget, **late)
+        said = str(raised.value)
+        assert said.startswith("tsqlora on words: schedule.start=300") and "nothing has been run" in said
+        assert ("budget.pilot_steps=20" in said) == ("seconds" in budget)
+    comparison(tmp_path, budget={"steps": 400}, **late)
+    comparison(tmp_path, budget={"seconds": 60, "pilot_steps": 400}, **late)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_run_that_fails_is_named_and_ends_nothing(launch: FakeLaunch, tmp_path: Path) -> None:
     def results(config: Config) -> dict[str, Any] | None:
         return None if config.adapts_ranks and config.run.seed == 1 else result_of(config, accuracy_of(config))

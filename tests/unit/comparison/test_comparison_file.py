@@ -35,6 +35,10 @@ PRESETS = sorted((CONFIGS / "compare").glob("*.yaml"))
             {"arms": {"a": {"by_variant": {"r2": {"adapter.r": 3}}}}, "baseline": None},
             ["by_variant", "'r2'", "there are"],
         ),
+        (
+            {"arms": {"a": {}, "a-b": {}}, "variants": {"b-c": {}, "c": {}}, "baseline": None},
+            ["'a-b-c'", "rename"],
+        ),
         ({"arms": {}}, ["arms"]),
         ({"baseline": "x"}, ["'baseline: x'", "lora, tsqlora"]),
         ({"seeds": [1, 1]}, ["seeds"]),

@@ -31,6 +31,10 @@ def test_the_smallest_p() -> None:
     assert math.isnan(paired_p([0.1]))
 
 
+def test_no_p_of_what_is_no_number() -> None:
+    assert np.isnan(paired_p([0.1, float("nan"), 0.2]))
+
+
 def test_p_of_many_seeds_is_nearly_that_of_all_signs() -> None:
     differences = list(np.random.default_rng(0).normal(0.4, 1.0, 14))
     assert paired_p(differences) == pytest.approx(sign_flip_p(differences), abs=0.02)

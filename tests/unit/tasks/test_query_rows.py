@@ -98,17 +98,23 @@ def test_a_row_of_the_pool_may_be_in_the_query(place: Path, write: Write) -> Non
     assert load(place).query is not None
 
 
-def test_all_columns_of_text_make_a_row(write: Write, tmp_path: Path) -> None:
-    """A question with another answer is another row."""
+def test_all_columns_of_text_make_a_row(write: Write, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A question with another answer is another row, and said."""
     write("train.tsv", "source\ttarget\na film\tfine\n")
     write("dev.tsv", "source\ttarget\nthe plot\tdull\n")
     rows = [{"source": f"a scene {i}", "target": "weak"} for i in range(9)]
     for kind in (SUMMARIES, ANSWERS):
         write("query.jsonl", jsonl([*rows, {"source": "the plot", "target": "strong"}]))
+        caplog.clear()
         assert load(tmp_path, kind, dev_file="dev.tsv").query is not None
+        assert "asks what 1 of the 1 held-out rows ask, too, with another answer" in caplog.text
         write("query.jsonl", jsonl([*rows, {"source": "The plot", "target": "Dull"}]))
         with pytest.raises(UserError, match="held-out set"):
             load(tmp_path, kind, dev_file="dev.tsv")
+        write("query.jsonl", jsonl([*rows, {"source": "a scene 3", "target": "strong"}]))
+        caplog.clear()
+        load(tmp_path, kind, dev_file="dev.tsv")
+        assert not caplog.text
 
 
 def test_an_unknown_label_and_a_missing_column(place: Path, write: Write) -> None:

@@ -87,7 +87,8 @@ class QueryRater:
         query = self.pool.query
         assert query is not None, "needs a query"
         size = len(self.pool) - self.pool.query_rows
-        rows = self._fitted(size)
+        with self.world.together():
+            rows = self._fitted(size)
         scoring = self._scoring
         passes = ForwardPass(
             module,

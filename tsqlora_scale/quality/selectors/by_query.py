@@ -50,7 +50,9 @@ class QuerySelector(RankedSelector):
     def _keep(self, found: QueryRating) -> int:
         assert self.pool.query is not None
         size = len(self.pool) - self.pool.query_rows
-        return kept_rows(found.standing, size, least=len(self.pool.query), soft=self.config.sampling.soft)
+        sampling = self.config.sampling
+        soft = sampling.soft and sampling.learns_by_weight
+        return kept_rows(found.standing, size, least=len(self.pool.query), soft=soft)
 
     def _weights(self, found: QueryRating) -> np.ndarray:
         """The probability that a row is wanted, (N,); 1 for the query's own."""

@@ -184,7 +184,7 @@ def load_query(
     kept = filled_array(len(opened.rows), bool, True)
     weights = None if cfg.dataset.weight is None else filled_array(len(kept), np.float64, 1.0)
     rows = _checked(cfg, opened, query_ids(_ids(cfg, opened)), kept, weights, identity="query", part=None)
-    check_query(rows, train, sets, list(text_columns(cfg).values()), where=opened.where)
+    check_query(rows, train, sets, text_columns(cfg), where=opened.where)
     ours = {DATA_SET: len(cfg.mixture), ROW_WEIGHT: 1.0} if cfg.mixture else {}
     return as_in_pool(rows, train, own_id=cfg.dataset.id_column, where=opened.where, ours=ours)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import datasets
@@ -15,9 +16,13 @@ import pyarrow.compute as pc
 
 from tsqlora_scale.common.disk_arrays import blocks
 from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.common.printing import printable
 from tsqlora_scale.tasks.rows.column_checks import SAMPLE_ID
 from tsqlora_scale.tasks.rows.conversations import BESIDE_CONTENT, MalformedCell, Message, read_conversation
 from tsqlora_scale.tasks.rows.origin import Origin
+from tsqlora_scale.tasks.rows.wanted import TARGET_KEY
+
+log = logging.getLogger(__name__)
 
 KEY = "task.query"
 #: Fewer rows say too little of a task; with more, train on them.
@@ -37,7 +42,7 @@ def check_query(
     rows: datasets.Dataset,
     train: datasets.Dataset,
     sets: Mapping[str, datasets.Dataset],
-    columns: Sequence[str],
+    columns: Mapping[str, str],
     *,
     where: Origin,
 ) -> None:
@@ -49,7 +54,8 @@ def check_query(
         rows: of the query.
         train: the pool.
         sets: the held-out sets by name.
-        columns: of text, all of which must be equal for rows to be the same.
+        columns: of text by their keys, all of which must be equal for rows to be the same. Rows that ask the same and
+            are answered otherwise are told of.
 
     Raises:
         UserError: naming the file and the row.
@@ -59,15 +65,26 @@ def check_query(
             f"{KEY}: {where} has {len(rows)} rows; give {FEWEST} to {MOST} of the wanted task"
             + (", and train on the others" if len(rows) > MOST else "")
         )
-    known = {text: place for place, text in enumerate(_texts(rows, columns))}
+    known = {text: place for place, text in enumerate(_texts(rows, columns.values()))}
     for name, others in sets.items():
-        for place, text in enumerate(_texts(others, columns)):
+        for place, text in enumerate(_texts(others, columns.values())):
             if text in known:
                 title = f"the held-out set {name!r}" if name else "the held-out set"
                 raise UserError(
                     f"{KEY}: {where}, sample {_id(rows, known[text])}, is in {title}, too (sample "
                     f"{_id(others, place)}); metrics on what the data is chosen by would be too good: take it out of "
                     "one of them"
+                )
+    asked = [column for key, column in columns.items() if key != TARGET_KEY]
+    if 0 < len(asked) < len(columns):
+        questions = set(_texts(rows, asked))
+        for name, others in sets.items():
+            alike = sum(text in questions for text in _texts(others, asked))
+            if alike:
+                log.warning(
+                    "%s: %s asks what %d of the %d held-out rows%s ask, too, with another answer; where one source "
+                    "has several answers, keep these on one side",
+                    *(KEY, printable(str(where)), alike, len(others), f" of {name!r}" if name else ""),
                 )
     ours = pa.array(rows[SAMPLE_ID][:], pa.string())
     view = train.select_columns([SAMPLE_ID]).with_format("arrow")
@@ -120,12 +137,13 @@ def _id(rows: datasets.Dataset, place: int) -> str:
     return str(rows[place][SAMPLE_ID]).removeprefix(PREFIX)
 
 
-def _texts(rows: datasets.Dataset, columns: Sequence[str]) -> Iterator[tuple[str, ...]]:
+def _texts(rows: datasets.Dataset, columns: Iterable[str]) -> Iterator[tuple[str, ...]]:
     """The texts of every row, without differences of blanks and of case."""
-    view = rows.select_columns(list(columns))
+    names = list(columns)
+    view = rows.select_columns(names)
     for block in blocks(len(view), _ROWS):
         table = view[block]
-        for cells in zip(*(table[name] for name in columns), strict=True):
+        for cells in zip(*(table[name] for name in names), strict=True):
             yield tuple(_alike(cell or "") for cell in cells)
 
 
