@@ -312,6 +312,14 @@ ARMS: dict[str, Arm] = {
     },
     "kept: paper": Arm(kept_by("quality", "scoring.preset=paper"), is_selected=True),
     **{
+        f"kept: less, {form}": Arm(
+            kept_by("less", f"sampling.less={key}", query=True), is_selected=True, needs=("query",)
+        )
+        for form, key in (("max", "max"), ("in turn", "round_robin"), ("subspace", "subspace"))
+    },
+    "kept: quality as weights": Arm(kept_by("quality", "sampling.use=weight"), is_selected=True),
+    "infobatch": Arm(lambda site: [*even(site), "sampling.selector=infobatch"]),
+    **{
         f"kept by class: {name}": Arm(kept_by(name, "sampling.stratify=true"), is_selected=True)
         for name in ("grad_norm", "el2n")
     },
@@ -322,72 +330,6 @@ ARMS: dict[str, Arm] = {
         for name in ("less", "rho")
     },
     "kept by class: paper": Arm(kept_by("quality", "scoring.preset=paper", "sampling.stratify=true"), is_selected=True),
-}
-
-
-@dataclass(frozen=True)
-class Study:
-    """What is run and compared with what.
-
-    Attributes:
-        arms: in the order of the queue and the tables.
-        pools: in the order of the queue.
-        baselines: ours has to beat the better of them.
-        oracle: what can be had.
-    """
-
-    arms: tuple[str, ...]
-    pools: tuple[str, ...]
-    baselines: tuple[str, ...]
-    oracle: str | None = None
-
-
-_BY_QUERY = (
-    *("uniform", "uniform+q", "query", "oracle+q", "ours", "random+q"),
-    *("less", "less, in turn", "rds", "dsir", "rho"),
-)
-
-STUDIES: dict[str, Study] = {
-    "query": Study(_BY_QUERY, ("mixed", "length", "noise", "clean"), ("uniform+q", "query"), "oracle+q"),
-    "summaries": Study(_BY_QUERY, ("summaries",), ("uniform+q", "query"), "oracle+q"),
-    "noise": Study(
-        (
-            *(
-                "uniform",
-                "oracle",
-                "oracle, put right",
-                "drop",
-                "weigh",
-                "soften",
-                "correct",
-                "drop late",
-                "weigh late",
-            ),
-            *("drop by visits", "own stop"),
-        ),
-        ("flips",),
-        ("uniform",),
-        "oracle",
-    ),
-    "selectors": Study(
-        ("uniform", *(name for name in ARMS if name.startswith("kept"))), ("clean", "rte"), ("kept: random",)
-    ),
-    "settings": Study(
-        (
-            "uniform",
-            "uniform+q",
-            "query",
-            "ours",
-            "quality",
-            "quality, 0.7",
-            "redundancy",
-            "drop",
-            "oracle",
-            "oracle+q",
-        ),
-        (),
-        ("uniform", "uniform+q"),
-    ),
 }
 
 

@@ -31,8 +31,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[0] = str(ROOT)
 
-from benchmarks.studies.arms import STUDIES  # noqa: E402
 from benchmarks.studies.fair import read_trials  # noqa: E402
+from benchmarks.studies.plans import STUDIES  # noqa: E402
 from benchmarks.studies.tables import PoolRuns, gather, number, with_interval  # noqa: E402
 from tsqlora_scale.comparison.estimates import Estimate, mean_of  # noqa: E402
 

@@ -33,9 +33,10 @@ ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from benchmarks.studies.arms import ARMS, STUDIES, Unavailable, lacks  # noqa: E402
+from benchmarks.studies.arms import ARMS, Unavailable, lacks  # noqa: E402
 from benchmarks.studies.fair import TrialKey, read_trials, trial_of  # noqa: E402
 from benchmarks.studies.jobs import Job, Queue  # noqa: E402
+from benchmarks.studies.plans import STUDIES  # noqa: E402
 from benchmarks.studies.pools import POOLS, Maker, write_pool  # noqa: E402
 from benchmarks.studies.trial import TrialSettings, configured, failed, run_trial  # noqa: E402
 from tsqlora_scale.common.errors import UserError  # noqa: E402

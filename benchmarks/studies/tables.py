@@ -23,7 +23,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[0] = str(ROOT)
 
-from benchmarks.studies.arms import ARMS, STUDIES, Study  # noqa: E402
+from benchmarks.studies.arms import ARMS  # noqa: E402
 from benchmarks.studies.fair import (  # noqa: E402
     Choice,
     Trial,
@@ -35,6 +35,7 @@ from benchmarks.studies.fair import (  # noqa: E402
     step_of,
     way,
 )
+from benchmarks.studies.plans import STUDIES, Study  # noqa: E402
 from tsqlora_scale.comparison.estimates import Estimate, mean_of  # noqa: E402
 
 #: Pools of which each gets a table of its own; of more than these only the overview is written.

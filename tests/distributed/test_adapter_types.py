@@ -54,7 +54,9 @@ def test_an_engine_trains_them_alike(tmp_path: Path, models_dir: Path, plain: Pa
     configs = []
     for method in ON[engine]:
         configs.append(str(write_config(tmp_path / f"{method}.yaml", tree_of(method, tmp_path, models_dir, method))))
-        goes_on = write_config(tmp_path / f"{method}-on.yaml", tree_of(method, tmp_path, models_dir, f"{method}-on"))
+        on = tree_of(method, plain.parent, models_dir, f"{method}-on")  # the data are its checkpoint's
+        on["run"]["output_dir"] = str(tmp_path / "runs")
+        goes_on = write_config(tmp_path / f"{method}-on.yaml", on)
         configs.append(f"{goes_on}={plain / method / 'checkpoints' / f'step-{MIDDLE:08d}'}")
     launch(engine, WORKER, configs, tmp_path)
     for method in ON[engine]:

@@ -62,6 +62,18 @@ def test_a_run_begins_with_the_zero_shot_number_and_resumes(
     assert float(right.float().mean()) == pytest.approx(result["metrics"]["accuracy"])
 
 
+def test_what_stands_before_every_text_is_not_the_base_alone(
+    tmp_path: Path, models_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Vectors that are drawn change the answers before anything is learned."""
+    tree = prompted_tree("masked", tmp_path, models_dir, max_length=24)
+    tree["adapter"] = {"method": "prompt"}
+    result = result_of(go(tree).record.folder)
+    assert not result["prompt"]["starts_from_base"]
+    print_result(result)
+    assert "accuracy before -> after" in capsys.readouterr().out
+
+
 def test_words_of_the_base_are_found_once_and_kept(
     tmp_path: Path, models_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

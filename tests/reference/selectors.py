@@ -115,3 +115,29 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
     """Of two vectors; 0 where either is zero."""
     lengths = math.sqrt(sum(x * x for x in a)) * math.sqrt(sum(x * x for x in b))
     return sum(x * y for x, y in zip(a, b, strict=True)) / lengths if lengths else 0.0
+
+
+def error_length(logits: Sequence[float], label: int) -> float:
+    """Distance of the probabilities to the label's corner."""
+    largest = max(logits)
+    odds = [math.exp(value - largest) for value in logits]
+    return math.sqrt(sum((odd / sum(odds) - (place == label)) ** 2 for place, odd in enumerate(odds)))
+
+
+def in_common(rows: np.ndarray, count: int) -> np.ndarray:
+    """Rows of unit length projected on leading eigenvectors of their own second moments, one row at a time."""
+    moments = sum(np.outer(row, row) for row in rows.astype(np.float64))
+    values, vectors = np.linalg.eigh(moments)
+    leading = [vectors[:, i] for i in np.argsort(-values)[:count]]
+    found = []
+    for row in rows.astype(np.float64):
+        kept = sum(float(row @ vector) * vector for vector in leading)
+        found.append(kept / np.linalg.norm(kept))
+    return np.stack(found)
+
+
+def kept_of_the_known(losses: Sequence[float], skips: Sequence[bool]) -> list[float]:
+    """InfoBatch: how much each sample counts in an epoch; a sample below the mean is skipped where its coin says so."""
+    known = [loss for loss in losses if not math.isnan(loss)]
+    mean = sum(known) / len(known) if known else math.nan
+    return [1.0 if not loss < mean else 0.0 if skip else 2.0 for loss, skip in zip(losses, skips, strict=True)]

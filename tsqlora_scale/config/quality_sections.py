@@ -185,9 +185,9 @@ class SamplingConfig(Section):
     #: What probabilities are for. ``draw``: samples of S are drawn by them. ``weight``: they are drawn evenly, and
     #: their losses weigh |S| p_i, at most ``max_weight``.
     use: Literal["draw", "weight"] = "draw"
-    #: ``selector: less``: what counts of the cosines to the query's rows: their mean, as published, their maximum, or
-    #: the query's rows choose in turn.
-    less: Literal["mean", "max", "round_robin"] = "mean"
+    #: ``selector: less``: what counts of the cosines to the query's rows: their mean, as published, their maximum, the
+    #: maximum within the query's own leading directions, or the query's rows choose in turn.
+    less: Literal["mean", "max", "subspace", "round_robin"] = "mean"
     #: ``selector: file``: a list of sample ids to train on (``.txt``, an id a line, or a table with a column
     #: ``sample_id`` or ``id``), or scores of the whole pool (a table with a column ``score``, too), the higher the
     #: better; found from the current folder.

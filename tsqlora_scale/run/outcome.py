@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from tsqlora_scale.common.code_version import source_digest
+from tsqlora_scale.config.model_section import ADAPTER_TRAITS
 from tsqlora_scale.config.prompt_template import words_by_class
 from tsqlora_scale.model.adapters.lora import short_name
 from tsqlora_scale.ranks import current_ranks
@@ -130,7 +131,7 @@ def _prompt(run: Run) -> dict[str, Any] | None:
         "template": task.prompt,
         "label_words": dict(zip(labels, words, strict=False)),
         "demonstrations": len(task.demonstrated),
-        "starts_from_base": adapter.init_from is None and not adapter.traits.prompts and not run.config.pretrains,
+        "starts_from_base": not (adapter.init_from or ADAPTER_TRAITS[adapter.type].prompts or run.config.pretrains),
     }
 
 

@@ -23,6 +23,7 @@ from tsqlora_scale.engine.collectives import World
 from tsqlora_scale.model.adapters.adapter_type import adapter_type
 from tsqlora_scale.quality.features.last_layer import LastLayerLook
 from tsqlora_scale.quality.gradients.sketch import Sketch
+from tsqlora_scale.quality.selectors import less
 from tsqlora_scale.quality.selectors.ranked import RankedSelector, Rating
 from tsqlora_scale.quality.selectors.selector import SelectorContext
 from tsqlora_scale.quality.selectors.selector_names import selector_class
@@ -156,11 +157,14 @@ def own_sketches(site: Site, pool: Any) -> np.ndarray:
     return np.stack(found)
 
 
-@pytest.mark.parametrize("form", ["mean", "max", "round_robin"])
-def test_less_against_one_sample_at_a_time(form: str, site: Site) -> None:
+@pytest.mark.parametrize("form", ["mean", "max", "round_robin", "subspace"])
+def test_less_against_one_sample_at_a_time(form: str, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(less, "DIRECTIONS", 3)
     table = site.scored("less", less=form).table
     assert site.task.query is not None
     pool, query = own_sketches(site, site.task), own_sketches(site, site.task.query)
+    if form == "subspace":
+        query = reference.in_common(np.stack([row / np.linalg.norm(row) for row in query]), 3)
     cosines = np.array([[reference.cosine(a, b) for b in query] for a in pool])
     if form == "round_robin":
         found = np.argsort(-table.quality[:ROWS])[: ROWS // 2]

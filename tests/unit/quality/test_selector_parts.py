@@ -21,7 +21,9 @@ from tsqlora_scale.quality.query.looks import Shape
 from tsqlora_scale.quality.selectors import dsir, instruction_mining
 from tsqlora_scale.quality.selectors.el2n import error_lengths
 from tsqlora_scale.quality.selectors.in_turn import in_turn, rated_by_turns
+from tsqlora_scale.quality.selectors.infobatch import below_the_mean
 from tsqlora_scale.quality.selectors.k_center import center_ratings
+from tsqlora_scale.quality.selectors.less import in_leading_directions
 from tsqlora_scale.quality.selectors.rds import cosines_to
 from tsqlora_scale.quality.selectors.rho import reducible
 from tsqlora_scale.quality.selectors.ts_dshapley import neighbour_values, valuing_rows
@@ -165,16 +167,36 @@ class Classifier(nn.Module):
         return self
 
 
-def test_lengths_of_errors() -> None:
-    logits = torch.tensor([[0.0, 0.0], [9.0, -9.0], [9.0, -9.0]])
-    batch = Batch({"logits": logits}, torch.tensor([0, 0, 1]), np.arange(3))
-    found = error_lengths(Classifier(), batch)
-    expected = []
-    for row, label in zip(logits.tolist(), batch.targets.tolist(), strict=True):
-        odds = np.exp(row)
-        error = odds / odds.sum() - np.eye(2)[label]
-        expected.append([np.sqrt((error**2).sum())])
-    np.testing.assert_allclose(found, expected, atol=1e-6)
+@given(st.data(), st.integers(2, 5), st.integers(1, 6))
+def test_lengths_of_errors(data: st.DataObject, classes: int, size: int) -> None:
+    logits = torch.from_numpy(data.draw(arrays(np.float32, (size, classes), elements=st.integers(-9, 9).map(float))))
+    labels = torch.tensor(data.draw(st.lists(st.integers(0, classes - 1), min_size=size, max_size=size)))
+    found = error_lengths(Classifier(), Batch({"logits": logits}, labels, np.arange(size)))
+    rows = zip(logits.tolist(), labels.tolist(), strict=True)
+    np.testing.assert_allclose(found[:, 0], [reference.error_length(row, label) for row, label in rows], atol=1e-6)
+    assert found.max() <= 2**0.5 + 1e-6
+
+
+@given(st.integers(1, 7), st.integers(1, 5), st.integers(0, 99))
+def test_what_queries_have_in_common(size: int, count: int, seed: int) -> None:
+    rows = np.random.default_rng(seed).normal(size=(size, 6)).astype(np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    found = in_leading_directions(rows, count)
+    if count >= size:  # there is no more than that
+        np.testing.assert_allclose(found, rows, atol=1e-5)
+    else:
+        np.testing.assert_allclose(found, reference.in_common(rows, count), atol=1e-4)
+        assert np.linalg.matrix_rank(found, tol=1e-4) <= count
+
+
+@given(
+    st.lists(st.sampled_from([0.1, 0.5, 2.0, float("nan")]), min_size=1, max_size=12),
+    st.lists(st.booleans(), min_size=12, max_size=12),
+)
+def test_who_may_be_skipped(losses: list[float], coins: list[bool]) -> None:
+    below = below_the_mean(np.array(losses))
+    heavy = below * 2.0 * ~np.array(coins[: len(losses)]) + ~below
+    assert heavy.tolist() == reference.kept_of_the_known(losses, coins[: len(losses)])
 
 
 class States(nn.Module):
@@ -236,9 +258,11 @@ def test_cosines_and_unit_features() -> None:
         assert features[0, region] @ features[1, region] == pytest.approx(np.mean(cosines), abs=1e-4)
 
 
-def test_reducible_loss_is_the_difference_of_losses() -> None:
-    of_pool, of_query = np.array([0.1, 2.0, 3.0]), np.array([0.1, 0.5, 3.5])  # losses
-    np.testing.assert_allclose(reducible(-of_query, -of_pool), of_pool - of_query)
+@given(st.lists(st.tuples(st.floats(0, 9), st.floats(0, 9)), min_size=1, max_size=9))
+def test_reducible_loss_is_the_difference_of_losses(losses: list[tuple[float, float]]) -> None:
+    of_pool, of_query = np.array(losses).T
+    expected = [pool - query for pool, query in losses]
+    np.testing.assert_allclose(reducible(-of_query, -of_pool), expected)
 
 
 def test_valuing_rows_leave_half_to_be_valued() -> None:

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.studies.arms import ARMS, STUDIES, Site, Unavailable, lacks
+from benchmarks.studies.arms import ARMS, Site, Unavailable, lacks
 from benchmarks.studies.late_weights import LateWeights
+from benchmarks.studies.plans import STUDIES
 from benchmarks.studies.pools import Maker, read_rows, write_pool
 from benchmarks.studies.trial import judged_audit, judged_choice
 from benchmarks.studies.visited_losses import SmallLosses, small

@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from benchmarks.studies import judge as judging
-from benchmarks.studies.arms import STUDIES
 from benchmarks.studies.fair import read_trials
 from benchmarks.studies.judge import arm_of, ask, judge, table
+from benchmarks.studies.plans import STUDIES
 from benchmarks.studies.pools import Maker, write_pool
 from benchmarks.studies.settings import config_of, make_setting
 from benchmarks.studies.tables import PoolRuns, gather

@@ -4,6 +4,10 @@ Xia et al., *LESS: Selecting Influential Data for Targeted Instruction Tuning*, 
 gradients of the adapter after a warm-up. There gradients of the pool are divided by Adam's second moments, and the
 cosines of several checkpoints are added; here they are plain ones, of one. There the model is trained anew on what was
 chosen; here training goes on.
+
+``sampling.less: subspace`` is after Min et al., *GIST: Targeted Data Selection for Instruction Tuning via Coupled
+Optimization Geometry*, 2602.18584: what of the query's gradients lies in their own leading directions, which for LoRA
+say more than moments of single parameters do.
 """
 
 from __future__ import annotations
@@ -20,9 +24,13 @@ from tsqlora_scale.quality.selectors.in_turn import rated_by_turns
 from tsqlora_scale.quality.selectors.ranked import RankedSelector, Rating
 from tsqlora_scale.quality.selectors.rds import unit
 
+#: Leading directions of the query's gradients that ``subspace`` keeps.
+DIRECTIONS = 16
+
 
 class LessSelector(RankedSelector):
-    """Cosines of gradient sketches to those of the query's rows: their mean, as published, their maximum, or in turn.
+    """Cosines of gradient sketches to those of the query's rows: their mean, as published, their maximum, that of what
+    the query's have in common (:func:`in_leading_directions`), or in turn.
 
     Samples that the pass has not looked at (``scoring.max_samples``) are rated by the mean of the others, samples whose
     gradient is not finite lowest.
@@ -37,7 +45,10 @@ class LessSelector(RankedSelector):
 
         def found() -> np.ndarray:
             rows, wanted = (np.concatenate(parts) for parts in zip(*sketches_of(of_query), strict=True))
-            return self._ratings(of_pool, unit(wanted[np.argsort(rows)]))  # a pass goes by length
+            directions = unit(wanted[np.argsort(rows)])  # a pass goes by length
+            if self.config.sampling.less == "subspace":
+                directions = in_leading_directions(directions, DIRECTIONS)
+            return self._ratings(of_pool, directions)
 
         ratings = context.world.from_main(found)
         of_query.discard_parts()
@@ -65,3 +76,10 @@ class LessSelector(RankedSelector):
         ratings[~looked] = ratings[usable].mean()
         ratings[looked & ~usable] = ratings[usable].min() - 1
         return ratings
+
+
+def in_leading_directions(rows: np.ndarray, count: int) -> np.ndarray:
+    """Rows (m, k) without what lies outside their ``count`` leading right-singular directions, of unit length again."""
+    _, _, directions = np.linalg.svd(rows.astype(np.float64), full_matrices=False)
+    leading = directions[:count]
+    return unit(rows @ leading.T @ leading)
