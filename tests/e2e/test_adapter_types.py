@@ -17,6 +17,7 @@ from tsqlora_scale.api import evaluate, export, predict, score
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.load import parse_config
 from tsqlora_scale.model.adapters.adapter_type import load_adapter
+from tsqlora_scale.model.block_depths import block_of, blocks_of
 from tsqlora_scale.run import preflight
 from tsqlora_scale.run.build import build_run
 from tsqlora_scale.run.training_run import Run
@@ -95,6 +96,31 @@ def test_a_runs_life(tmp_path: Path, models_dir: Path, method: str) -> None:
         export(folder, "padded", tmp_path / "padded")
     assert "load_adapter" in export(folder, "peft", tmp_path / "copied")[0]
     assert "load_adapter" in (folder / "adapter" / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("method", [name for name in KINDS if name not in ("prompt", "prefix")])
+def test_the_recipes_of_a_run(tmp_path: Path, models_dir: Path, method: str) -> None:
+    """The uppermost block alone, at rates by depth, against the average of what it has been; and from there."""
+    kind, keys = KINDS[method], {"average_last": 2, "average_every": 2, "distill": {"weight": 1.0}, "lr_decay": 0.5}
+    tree = tree_of(method, tmp_path, models_dir, "run", adapter={"layers": "top:1"}, train=dict(keys))
+    run = go(tree)
+    folder, values = tmp_path / "runs" / "run", trained(run)
+    inside = {name for name in values if block_of(name) is not None}
+    assert {block_of(name) for name in inside} == {blocks_of(run.engine.module)[-1]}
+    assert all("classifier" in name or "pooler" in name or "score" in name for name in values.keys() - inside)
+    tree["run"]["name"] = "again"
+    assert_same(trained(go(tree, resume=str(folder / "checkpoints" / "step-00000003"))), values)
+    result = result_of(folder)
+    assert result["average"]["metrics"].keys() == result["metrics"].keys()
+    assert evaluate(parse_config(tree), folder) == pytest.approx(result["metrics"])
+    opened = load_adapter(base_of(tree), folder / "adapter")
+    torch.testing.assert_close(logits_of(opened, kind), logits_of(run.engine.module, kind), atol=1e-5, rtol=0)
+    second = tree_of(method, tmp_path, models_dir, "second", adapter={"init_from": str(folder), "layers": "top:1"})
+    assert_same(trained(build_run(preflight.check(parse_config(second)))), values)
+    for layers in ([0], None):
+        second["adapter"]["layers"] = layers
+        with pytest.raises(UserError, match=r"adapter|layers"):
+            build_run(preflight.check(parse_config(second)))
 
 
 def test_prefixes_train_in_eager_attention(tmp_path: Path, models_dir: Path) -> None:
@@ -244,8 +270,7 @@ def test_full_trains_weights_that_are_tied(
     ("sections", "words"),
     [
         ({"adapter": {"init": "pissa"}}, "would cut away"),
-        ({"adapter": {"method": "loratrf", "layers": "top:1"}}, "sits in all blocks"),
-        ({"adapter": {"method": "bitfit", "layers": [0]}}, "sits in all blocks"),
+        ({"adapter": {"method": "prompt", "layers": "top:1"}}, "sits in all blocks"),
         ({"adapter": {"method": "prefix", "layers": [0]}}, "sits in all blocks"),
         ({"adapter": {"method": "prompt"}, "train": {"packing": True}}, "trains stands before every one; set it to"),
     ],

@@ -178,8 +178,8 @@ class AdapterConfig(Section):
     #: gradient to. ``loratrf``: that paper's choice, of encoders and encoder-decoders the value projections and the
     #: feed-forward blocks' two matrices, of decoders the attention's output in the place of the values.
     target_modules: list[str] | Literal["auto", "loratrf"] = "auto"
-    #: Adapt these blocks alone: their numbers, from 0 at the bottom and in an encoder-decoder through the encoder and
-    #: then the decoder, or ``top:K``, the K uppermost; none: all of them.
+    #: Adapt (``bitfit``, ``full``: train) these blocks alone: their numbers, from 0 at the bottom and in an
+    #: encoder-decoder through the encoder and then the decoder, or ``top:K``, the K uppermost; none: all of them.
     layers: Layers | None = None
     #: Train the head of a classification or regression model whole, be it new or the checkpoint's; false keeps the
     #: checkpoint's as it is.
@@ -194,7 +194,7 @@ class AdapterConfig(Section):
         kind = f"'adapter.type: {self.type}'"
         if not traits.layers and self.target_modules != "auto":
             raise ValueError(f"{kind} chooses no linear layers; remove 'target_modules'")
-        if (not traits.layers or self.type == "loratrf") and self.layers is not None:
+        if traits.prompts and self.layers is not None:
             raise ValueError(f"{kind} sits in all blocks; remove 'layers'")
         if not traits.layers and self.dropout:
             raise ValueError(f"{kind} has no factors whose input 'dropout' ({self.dropout:g}) could drop; remove it")

@@ -187,6 +187,7 @@ def _check_adapter_type(config: Config, bare: Any) -> None:
     UserError: what ``adapter.type`` needs is not in the model, or ``adapter.r`` is more than it has.
     """
     from tsqlora_scale.model.adapters.adapter_type import own_type
+    from tsqlora_scale.model.block_depths import chosen_blocks
     from tsqlora_scale.model.blocks import hidden_size
     from tsqlora_scale.model.linear_layers import linear_layers, resolve_targets
     from tsqlora_scale.model.tied_weights import ties_of
@@ -195,6 +196,8 @@ def _check_adapter_type(config: Config, bare: Any) -> None:
     own = own_type(adapter.type)
     if own is not None:
         own.check(bare)
+        if adapter.layers is not None:
+            chosen_blocks(bare, adapter.layers)
         if ADAPTER_TRAITS[adapter.type].wide and adapter.r > hidden_size(bare):
             raise UserError(
                 f"adapter.r={adapter.r}: a bottleneck of adapter.type={adapter.type!r} is narrower than what it stands "

@@ -13,11 +13,12 @@ from torch import nn
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.locations import resolve
 from tsqlora_scale.config.model_section import ADAPTER_TRAITS
-from tsqlora_scale.config.schema import Config
+from tsqlora_scale.config.schema import AdapterConfig, Config
 from tsqlora_scale.engine.sharded import whole_shape, write_parameter
 from tsqlora_scale.model.adapters.adapter_type import adapter_type, check_sizes, own_type
 from tsqlora_scale.model.adapters.loratrf import check_filters
 from tsqlora_scale.model.base_model import skeleton
+from tsqlora_scale.model.block_depths import block_of, chosen_blocks
 from tsqlora_scale.model.linear_layers import resolve_targets
 from tsqlora_scale.model.weight_files import (
     DESCRIPTION,
@@ -59,6 +60,7 @@ def check_initial(config: Config, model_config: Any, *, unreached: Collection[st
             if own is not None:
                 own.check_fits(folder, bare, heads=False)
                 check_sizes(folder, config.adapter)
+                _check_blocks(config.adapter, description, bare, key)
                 _check_base(config, description, key)
                 return
             check_adapter(folder)
@@ -85,6 +87,17 @@ def _check_kind(config: Config, description: dict[str, Any], key: str) -> None:
     own_kind = "lora" if ADAPTER_TRAITS[config.adapter.type].triplets else config.adapter.type  # as files have it
     if kind != own_kind:
         raise UserError(f"{key}: is a {kind} adapter, adapter.type is {config.adapter.type!r}; set it to {kind!r}")
+
+
+def _check_blocks(adapter: AdapterConfig, description: dict[str, Any], bare: nn.Module, key: str) -> None:
+    if adapter.layers is None:
+        return
+    wanted = chosen_blocks(bare, adapter.layers)
+    more = sorted({block for name in description["parameters"] if (block := block_of(name)) is not None} - wanted)
+    if more:
+        raise UserError(
+            f"{key}: is of {more[0]}, too, which adapter.layers={adapter.layers!r} leaves out; remove layers"
+        )
 
 
 def _check_base(config: Config, description: dict[str, Any], key: str) -> None:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from tsqlora_scale.engine.sharded import whole_shape
 from tsqlora_scale.model.adapters.own_type import OwnAdapter
+from tsqlora_scale.model.adapters.placement import Placement
+from tsqlora_scale.model.block_depths import block_of, chosen_blocks
 from tsqlora_scale.model.blocks import hidden_size, outputs
 
 #: The name that a bottleneck has in the linear layer that it follows.
@@ -58,14 +60,33 @@ class HoulsbyAdapter(OwnAdapter):
     after_attention = True
     act: Callable[[Tensor], Tensor] = staticmethod(nn.functional.gelu)
 
-    def place(self, base: nn.Module, r: int, generator: torch.Generator) -> None:
-        """See :class:`~.own_type.OwnAdapter`."""
+    def place(
+        self, base: nn.Module, r: int, generator: torch.Generator, blocks: Collection[str | None] | None = None
+    ) -> None:
+        """See :class:`~.own_type.OwnAdapter`.
+
+        Args:
+            blocks: in these alone; None: in all.
+        """
         size = hidden_size(base)
         device = next(base.parameters()).device
         for name in self._layers(base):
+            if blocks is not None and block_of(name) not in blocks:
+                continue
             layer = base.get_submodule(name)
             layer.add_module(SLOT, Bottleneck(size, r, self.act, generator).to(device))
             layer.register_forward_hook(_through)
+
+    def put(self, base: nn.Module, placement: Placement) -> None:
+        """See :class:`~.own_type.OwnAdapter`."""
+        adapter = placement.adapter
+        blocks = None if adapter.layers is None else chosen_blocks(base, adapter.layers)
+        self.place(base, adapter.r, placement.generator, blocks)
+
+    def place_saved(self, base: nn.Module, description: Mapping[str, Any]) -> None:
+        """In the blocks that the adapter has some in."""
+        blocks = {block_of(name) for name in description["parameters"] if f".{SLOT}." in name}
+        self.place(base, description["r"], torch.Generator(), blocks)
 
     def _layers(self, base: nn.Module) -> list[str]:
         attention, feed_forward = outputs(base)

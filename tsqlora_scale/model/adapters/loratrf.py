@@ -18,7 +18,7 @@ from tsqlora_scale.model.adapters.lora import LoraAdapter, lora_config_of
 from tsqlora_scale.model.adapters.placement import Placement
 from tsqlora_scale.model.adapters.task_filter import SLOT, TaskFilter, place_filters
 from tsqlora_scale.model.base_model import use_autocast
-from tsqlora_scale.model.block_depths import block_of
+from tsqlora_scale.model.block_depths import block_of, chosen_blocks
 from tsqlora_scale.model.blocks import block_names, hidden_size
 from tsqlora_scale.model.linear_layers import linear_layers
 from tsqlora_scale.model.weight_files import (
@@ -96,6 +96,9 @@ class LoraTrfAdapter(LoraAdapter):
     def build(self, base: nn.Module, placement: Placement) -> PeftModel:
         """See :class:`~.lora.LoraAdapter`; then a filter behind every block."""
         blocks, size = reached_blocks(base, placement.unreached), hidden_size(base)
+        if placement.adapter.layers is not None:
+            wanted = chosen_blocks(base, placement.adapter.layers)
+            blocks = [name for name in blocks if name in wanted]
         model = super().build(base, placement)
         rank = placement.adapter.filter_rank or placement.adapter.r
         place_filters(model.get_base_model(), blocks, size, rank, placement.generator)

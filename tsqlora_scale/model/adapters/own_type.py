@@ -19,6 +19,7 @@ from tsqlora_scale.model.adapters.adapter_files import write_adapter
 from tsqlora_scale.model.adapters.placed_model import PlacedModel, in_whole_module, make_float32
 from tsqlora_scale.model.adapters.placement import Placement
 from tsqlora_scale.model.base_model import use_autocast
+from tsqlora_scale.model.block_depths import block_of, chosen_blocks
 from tsqlora_scale.model.heads import has_head, head_modules
 from tsqlora_scale.model.linear_layers import is_idle, linear_layers
 from tsqlora_scale.model.weight_files import PREFIX, WEIGHTS, check_own
@@ -71,6 +72,9 @@ class OwnAdapter(ABC):
         model = self.wrapped(base, whole)
         idle = [name for name in placement.new_modules if name not in whole]
         chosen = {name for name in self.chosen(base, unreached) if not _inside(name, idle)}
+        if placement.adapter.layers is not None:
+            blocks = chosen_blocks(base, placement.adapter.layers)
+            chosen = {name for name in chosen if block_of(name) in blocks}
         for name, param in base.named_parameters():
             if name in chosen or in_whole_module(name, whole):
                 param.requires_grad_(True)
@@ -85,6 +89,10 @@ class OwnAdapter(ABC):
 
     def put_saved(self, base: Any, description: Mapping[str, Any]) -> None:
         """:meth:`place` for an adapter of which :func:`~tsqlora_scale.model.weight_files.check_own` tells this."""
+        self.place_saved(base, description)
+
+    def place_saved(self, base: nn.Module, description: Mapping[str, Any]) -> None:
+        """Put modules as a saved adapter has them into ``base``, of which only the structure need be there."""
         self.place(base, description["r"] or 0, torch.Generator())
 
     def wrapped(self, base: nn.Module, whole_modules: Iterable[str]) -> PlacedModel:
@@ -180,6 +188,12 @@ class OwnAdapter(ABC):
             if name not in tensors:
                 raise UserError(f"adapter {str(folder)!r} has no {name}; give the config that it was trained with")
             values[name] = tensors[name].float()
+        more = next((name for name in sorted(tensors) if name not in values and block_of(name) is not None), None)
+        if more is not None:
+            raise UserError(
+                f"adapter {str(folder)!r} has {more.removeprefix(PREFIX)}, which this run does not train; set "
+                "adapter.layers as it was trained with"
+            )
         return {}, values
 
     def check_fits(self, folder: Path, bare: nn.Module, *, heads: bool = True) -> None:
@@ -193,7 +207,7 @@ class OwnAdapter(ABC):
         """
         description = check_own(folder, self.name)
         self.check(bare)
-        self.place(bare, description["r"] or 0, torch.Generator())
+        self.place_saved(bare, description)
         own = {f"{PREFIX}{name}": tuple(param.shape) for name, param in bare.named_parameters()}
         for name, shape in description["shapes"].items():
             if not heads and in_whole_module(name, description["whole_modules"]):
