@@ -5,9 +5,10 @@
         [--folds 3] [--steps 75] [--lr 5e-4] [--workers 1] [--model PATH]
 
 Member k is trained on all rows but those of fold k; the members' probabilities of the test rows are averaged. Beside
-them one model of all rows after as many steps, and an ensemble that has cost no more than that one: its members end
-after a part of the steps. Every seed has its own pool, folds and heads. A finished run is a line of
-``OUT/fold_ensemble.jsonl``, and a seed that has all of its lines is not run again.
+them one model of all rows after as many steps; an ensemble that has cost no more training than that one, whose members
+end after a part of the steps; and, so that folds are told from ensembles, the same of members that are all trained on
+all rows, with heads and draws of their own. Every seed has its own pool, folds and heads. A finished seed is a line of
+``OUT/fold_ensemble.jsonl`` with the settings that it was run with, and is not run again with these.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ import multiprocessing
 import shutil
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +32,11 @@ sys.path[0] = str(ROOT)
 from benchmarks.studies.pools import read_rows  # noqa: E402
 from tsqlora_scale.comparison.estimates import Estimate, mean_of  # noqa: E402
 
-KINDS = ("one model of all rows", "a member", "ensemble", "ensemble of as much work")
+ONE = "one model of all rows"
+KINDS = (
+    *(ONE, "a member: all rows but a fold", "ensemble of folds", "ensemble of folds, as much work as one"),
+    *("ensemble, all rows", "ensemble, all rows, as much work as one"),
+)
 
 
 @dataclass(frozen=True)
@@ -44,13 +51,20 @@ class Plan:
     steps: int
     lr: float
 
-    def probabilities(self, seed: int, *, without: int | None, steps: int) -> np.ndarray:
-        """Of class 1 of every test row, (rows,), by a model of all rows but those of a fold."""
+    @property
+    def settings(self) -> dict[str, str | int | float]:
+        """What a line of results is known by, beside its seed."""
+        return {
+            "pool": self.pool, "model": self.model, "folds": self.folds, "steps": self.steps, "lr": self.lr
+        }  # fmt: skip
+
+    def probabilities(self, seed: int, member: int, *, without: bool, steps: int) -> np.ndarray:
+        """Of class 1 of every test row, (rows,), by a member: of all rows, or of all but those of its fold."""
         from tsqlora_scale import api
         from tsqlora_scale.config.load import load_config
 
         folder = self.pools / f"seed-{seed}" / self.pool
-        name = f"ensemble-{self.pool}-{seed}-{'all' if without is None else without}-{steps}"
+        name = f"ensemble-{self.pool}-{seed}-{member}-{'fold' if without else 'all'}-{steps}"
         overrides = [
             f"model.name_or_path={self.model}",
             f"task.dataset.path={folder}",
@@ -58,15 +72,15 @@ class Plan:
             f"train.max_steps={steps}",
             "train.eval_every=null",
             f"train.lr={self.lr!r}",
-            f"run.seed={seed if without is None else 1000 * (without + 1) + seed}",
+            f"run.seed={1000 * member + seed}",
             f"run.output_dir={self.out / 'runs'}",
             f"run.name={name}",
         ]
         left_out = self.out / f"{name}.txt"
-        if without is not None:
+        if without:
             ids = [row["id"] for row in read_rows(folder / "train.jsonl")]
             order = np.random.default_rng([seed, *b"folds of an ensemble"]).permutation(len(ids))
-            left_out.write_text("\n".join(ids[i] for i in order[without :: self.folds]) + "\n", encoding="utf-8")
+            left_out.write_text("\n".join(ids[i] for i in order[member :: self.folds]) + "\n", encoding="utf-8")
             overrides.append(f"task.dataset.exclude={left_out}")
         config = load_config(Path(__file__).with_name("classes.yaml"), overrides)
         try:
@@ -82,7 +96,7 @@ class Plan:
         return found
 
 
-def run_seed(plan: Plan, seed: int) -> dict[str, float | int]:
+def run_seed(plan: Plan, seed: int) -> dict[str, Any]:
     """Accuracies of a seed, by kind."""
     import torch
 
@@ -92,25 +106,28 @@ def run_seed(plan: Plan, seed: int) -> dict[str, float | int]:
     def accuracy(probabilities: np.ndarray) -> float:
         return float(((probabilities > 0.5) == labels).mean())
 
-    folds = range(plan.folds)
-    members = [plan.probabilities(seed, without=fold, steps=plan.steps) for fold in folds]
-    short = [plan.probabilities(seed, without=fold, steps=plan.steps // plan.folds) for fold in folds]
-    whole = plan.probabilities(seed, without=None, steps=plan.steps)
-    values = (accuracy(whole), float(np.mean([accuracy(member) for member in members])))
-    ensembles = (accuracy(np.mean(members, axis=0)), accuracy(np.mean(short, axis=0)))
-    return {"seed": seed, **dict(zip(KINDS, (*values, *ensembles), strict=True))}
+    few = plan.steps // plan.folds
+
+    def members(*, without: bool, steps: int) -> list[np.ndarray]:
+        return [plan.probabilities(seed, k, without=without, steps=steps) for k in range(plan.folds)]
+
+    folds, whole = members(without=True, steps=plan.steps), members(without=False, steps=plan.steps)
+    ensembles = [folds, members(without=True, steps=few), whole, members(without=False, steps=few)]
+    single = (accuracy(whole[0]), float(np.mean([accuracy(member) for member in folds])))
+    values = (*single, *(accuracy(np.mean(ensemble, axis=0)) for ensemble in ensembles))
+    return {**plan.settings, "seed": seed, **dict(zip(KINDS, values, strict=True))}
 
 
-def table(lines: list[dict[str, float]]) -> str:
+def table(lines: list[dict[str, Any]]) -> str:
     """In Markdown, with differences from the first kind, paired by seed."""
 
     def said(estimate: Estimate, sign: str = "") -> str:
         return f"{estimate.value:{sign}.3f} ({estimate.low:{sign}.3f} to {estimate.high:{sign}.3f})"
 
-    rows = [f"| | accuracy | less {KINDS[0]} |", "|---|---|---|"]
+    rows = ["| | accuracy | less one |", "|---|---|---|"]
     for kind in KINDS:
-        less = [line[kind] - line[KINDS[0]] for line in lines]
-        difference = "-" if kind == KINDS[0] else said(mean_of(less), "+")
+        less = [line[kind] - line[ONE] for line in lines]
+        difference = "-" if kind == ONE else said(mean_of(less), "+")
         rows.append(f"| {kind} | {said(mean_of([line[kind] for line in lines]))} | {difference} |")
     return "\n".join(rows)
 
@@ -132,13 +149,14 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     plan = Plan(options.pools_dir.resolve(), out, options.pool, options.model, options.folds, options.steps, options.lr)
     path = out / "fold_ensemble.jsonl"
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    known = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    lines = [line for line in known if line["seed"] in options.seeds and plan.settings.items() <= line.items()]
     missing = [seed for seed in options.seeds if seed not in {line["seed"] for line in lines}]
     context = multiprocessing.get_context("spawn")
     with context.Pool(options.workers) as workers, path.open("a", encoding="utf-8") as file:
-        for result in [workers.apply_async(run_seed, (plan, seed)) for seed in missing]:
-            lines.append(result.get())
-            print(json.dumps(lines[-1]), file=file, flush=True)
+        for line in workers.imap_unordered(partial(run_seed, plan), missing):
+            lines.append(line)
+            print(json.dumps(line), file=file, flush=True)
     print(table(sorted(lines, key=lambda line: line["seed"])))
 
 

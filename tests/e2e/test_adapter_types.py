@@ -117,10 +117,27 @@ def test_the_recipes_of_a_run(tmp_path: Path, models_dir: Path, method: str) -> 
     torch.testing.assert_close(logits_of(opened, kind), logits_of(run.engine.module, kind), atol=1e-5, rtol=0)
     second = tree_of(method, tmp_path, models_dir, "second", adapter={"init_from": str(folder), "layers": "top:1"})
     assert_same(trained(build_run(preflight.check(parse_config(second)))), values)
-    for layers in ([0], None):
+    refusals = {
+        "leaves out|filter behind|set adapter.target_modules": [0],
+        "has no|filter behind|not adapted there": None,
+    }
+    for words, layers in refusals.items():
         second["adapter"]["layers"] = layers
-        with pytest.raises(UserError, match=r"adapter|layers"):
+        with pytest.raises(UserError, match=words):
             build_run(preflight.check(parse_config(second)))
+
+
+@pytest.mark.parametrize("method", ["full", "bitfit"])
+def test_what_lies_beside_the_blocks_is_not_forgotten(tmp_path: Path, models_dir: Path, method: str) -> None:
+    """Embeddings, norms and biases that another run has trained; and blocks that there are not."""
+    go(tree_of(method, tmp_path, models_dir, "whole"))
+    adapter = {"init_from": str(tmp_path / "runs" / "whole"), "layers": [0, 1]}
+    tree = tree_of(method, tmp_path, models_dir, "run", adapter=adapter)
+    with pytest.raises(UserError, match=r"init_from.* has trained .*, too, which adapter.layers=\[0, 1\] leaves out"):
+        preflight.check(parse_config(tree))
+    tree["adapter"] = {"method": method, "layers": [2]}
+    with pytest.raises(UserError, match=r"adapter.layers=\[2\].* has no block 2"):
+        preflight.check(parse_config(tree))
 
 
 def test_prefixes_train_in_eager_attention(tmp_path: Path, models_dir: Path) -> None:

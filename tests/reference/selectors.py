@@ -124,16 +124,16 @@ def error_length(logits: Sequence[float], label: int) -> float:
     return math.sqrt(sum((odd / sum(odds) - (place == label)) ** 2 for place, odd in enumerate(odds)))
 
 
-def in_common(rows: np.ndarray, count: int) -> np.ndarray:
-    """Rows of unit length projected on leading eigenvectors of their own second moments, one row at a time."""
-    moments = sum(np.outer(row, row) for row in rows.astype(np.float64))
+def cosines_within(pool: np.ndarray, query: np.ndarray, count: int) -> np.ndarray:
+    """Cosines of what of each row lies in the leading eigenvectors of the query's second moments, pair by pair."""
+    moments = sum(np.outer(row, row) for row in query.astype(np.float64))
     values, vectors = np.linalg.eigh(moments)
     leading = [vectors[:, i] for i in np.argsort(-values)[:count]]
-    found = []
-    for row in rows.astype(np.float64):
-        kept = sum(float(row @ vector) * vector for vector in leading)
-        found.append(kept / np.linalg.norm(kept))
-    return np.stack(found)
+
+    def inside(row: np.ndarray) -> np.ndarray:
+        return sum(float(row @ vector) * vector for vector in leading)  # type: ignore[return-value]
+
+    return np.array([[cosine(inside(one), inside(other)) for other in query] for one in pool])
 
 
 def kept_of_the_known(losses: Sequence[float], skips: Sequence[bool]) -> list[float]:

@@ -26,6 +26,7 @@ from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.load import parse_config
 from tsqlora_scale.config.schema import AdapterConfig
 from tsqlora_scale.model.adapters.adapter_type import adapter_type, own_type
+from tsqlora_scale.model.adapters.bitfit import BitFitAdapter
 from tsqlora_scale.model.adapters.bottleneck import Bottleneck
 from tsqlora_scale.model.adapters.data_start import LeadingInputs
 from tsqlora_scale.model.adapters.lora import lora_layers
@@ -308,6 +309,14 @@ def test_directions_of_inputs_are_the_leading_ones(models_dir: Path) -> None:
         assert energy[0] >= 0.999 * best[0], name
         of_peft = (x @ pca.components_.double().T).square().sum(0)
         torch.testing.assert_close(energy, of_peft, rtol=2e-2, atol=1e-6)
+
+
+def test_a_block_with_nothing_to_train_is_named(models_dir: Path) -> None:
+    model = base_of("bert", models_dir)
+    upper = {name for name in BitFitAdapter().chosen(model, ()) if "layer.1." in name}
+    assert BitFitAdapter().in_blocks(model, upper, [1]) == upper
+    with pytest.raises(UserError, match=r"adapter.layers='top:2': bert.encoder.layer.0 has nothing that adapter.type="):
+        BitFitAdapter().in_blocks(model, upper, "top:2")
 
 
 def test_bitfit_of_a_model_whose_head_alone_has_biases(tmp_path: Path) -> None:

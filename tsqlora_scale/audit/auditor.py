@@ -60,8 +60,9 @@ def audit_pool(run: Run, *, similarity: float, parts: Path) -> Findings | None:
             near = exact if states is None else nearly_same(states, exact, similarity, seed=config.run.seed)
         groups = folds = None
         if run.is_main:
-            groups = copy_groups(np.concatenate([exact, near]), len(run.task))
-            folds = plan_folds(groups, run.task.strata(), config.scoring.folds, seed=config.run.seed)
+            size, strata = len(run.task), run.task.strata()
+            groups, copies = copy_groups(np.concatenate([exact, near]), size), copy_groups(exact, size)
+            folds = plan_folds(groups, strata, config.scoring.folds, seed=config.run.seed, copies=copies)
         if states is not None and groups is not None:
             with run.record.phase("regression"):
                 sources["features"] = by_features(run, states, groups)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterable, Mapping
+from math import ceil
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -85,6 +86,10 @@ class Budget(Section):
     seconds: PositiveFloat | None = None
     #: Steps of a pilot.
     pilot_steps: PositiveInt = 20
+
+    def steps_of(self, batch_size: int) -> int | None:
+        """Optimizer steps, as far as they follow from the budget alone."""
+        return self.steps if self.samples is None else ceil(self.samples / batch_size)
 
     @model_validator(mode="after")
     def _one(self) -> Budget:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -85,11 +84,12 @@ class TrialQueue:
             LookupError: a pilot run says, and it is not finished.
         """
         budget = self.trials.comparison.budget
-        if budget is None or budget.steps is not None:
-            return None if budget is None else budget.steps
+        if budget is None:
+            return None
         config = self.trials.config(self.trials.probe(cell))
-        if budget.samples is not None:
-            return math.ceil(budget.samples / config.train.batch_size)
+        steps = budget.steps_of(config.train.batch_size)
+        if steps is not None:
+            return steps
         if budget.tokens is not None:
             assert self._mean_tokens is not None
             key = f"{config.model.name_or_path} {config.task.model_dump_json()}"
@@ -135,11 +135,11 @@ class TrialQueue:
             result = self.outcome(run).result
             if result is not None and run.lr is not None:
                 values.setdefault(run.lr, {})[run.seed] = signed_metric(result)
-        seeds = {seed for found in values.values() for seed in found}
+        fullest = max(values.values(), key=len, default={})
         candidates = [
             (float(np.mean([*found.values()])), -rate)
             for rate, found in values.items()
-            if found.keys() == seeds and np.isfinite([*found.values()]).all()
+            if found.keys() == fullest.keys() and np.isfinite([*found.values()]).all()
         ]
         if not candidates:
             raise LookupError(cell)

@@ -12,7 +12,7 @@ from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.comparison.comparison_file import Comparison, as_overrides
 from tsqlora_scale.config.load import load_config
 from tsqlora_scale.config.schema import Config
-from tsqlora_scale.run.plan import plan_run
+from tsqlora_scale.run.plan import check_length
 
 Purpose = Literal["pilot", "tuning", "report"]
 
@@ -165,16 +165,18 @@ class TrialPlan:
         Raises:
             UserError: naming the key.
         """
-        budget = self.comparison.budget
-        if budget is None or budget.tokens is not None or budget.samples is not None:
+        budget, config, note = self.comparison.budget, self.config(self.probe(cell)), ""
+        steps = config.train.max_steps
+        if budget is not None:
+            steps = budget.steps_of(config.train.batch_size)
+            if budget.seconds is not None:
+                steps = budget.pilot_steps
+                config = self.config(replace(self.probe(cell), purpose="pilot", steps=steps))
+                note = f" (a pilot run for budget.seconds has budget.pilot_steps={steps} steps)"
+        if steps is None:  # tokens, and epochs, are counted when the data are there
             return
-        trial, note = self.probe(cell), ""
-        if budget.steps is None:
-            trial = replace(trial, purpose="pilot", steps=budget.pilot_steps)
-            note = f" (a pilot run for budget.seconds has budget.pilot_steps={budget.pilot_steps} steps)"
-        config = self.config(trial)
         try:
-            plan_run(config, config.train.batch_size, 1)
+            check_length(config, steps)
         except UserError as error:
             raise UserError(f"{error}{note}") from None
 

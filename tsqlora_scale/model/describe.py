@@ -198,6 +198,8 @@ def _check_adapter_type(config: Config, bare: Any) -> None:
         own.check(bare)
         if adapter.layers is not None:
             chosen_blocks(bare, adapter.layers)
+            if not ADAPTER_TRAITS[adapter.type].wide:
+                own.in_blocks(bare, own.chosen(bare, ()), adapter.layers)
         if ADAPTER_TRAITS[adapter.type].wide and adapter.r > hidden_size(bare):
             raise UserError(
                 f"adapter.r={adapter.r}: a bottleneck of adapter.type={adapter.type!r} is narrower than what it stands "

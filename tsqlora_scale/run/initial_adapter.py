@@ -16,12 +16,14 @@ from tsqlora_scale.config.model_section import ADAPTER_TRAITS
 from tsqlora_scale.config.schema import AdapterConfig, Config
 from tsqlora_scale.engine.sharded import whole_shape, write_parameter
 from tsqlora_scale.model.adapters.adapter_type import adapter_type, check_sizes, own_type
-from tsqlora_scale.model.adapters.loratrf import check_filters
+from tsqlora_scale.model.adapters.loratrf import blocks_of, check_filters, reached_blocks
+from tsqlora_scale.model.adapters.placed_model import in_whole_module
 from tsqlora_scale.model.base_model import skeleton
 from tsqlora_scale.model.block_depths import block_of, chosen_blocks
 from tsqlora_scale.model.linear_layers import resolve_targets
 from tsqlora_scale.model.weight_files import (
     DESCRIPTION,
+    PREFIX,
     check_adapter,
     check_layers,
     kind_of,
@@ -68,6 +70,7 @@ def check_initial(config: Config, model_config: Any, *, unreached: Collection[st
             if config.adapter.type == "loratrf":
                 check_filters(folder, bare)
                 check_sizes(folder, config.adapter)
+                _check_filtered(config.adapter, folder, bare, unreached)
         except UserError as error:
             told = str(error).removeprefix(f"{key}: ").replace(str(folder), place)
             raise UserError(f"{key}: {told}") from None
@@ -89,15 +92,29 @@ def _check_kind(config: Config, description: dict[str, Any], key: str) -> None:
         raise UserError(f"{key}: is a {kind} adapter, adapter.type is {config.adapter.type!r}; set it to {kind!r}")
 
 
+def _check_filtered(adapter: AdapterConfig, folder: Path, bare: nn.Module, unreached: Collection[str]) -> None:
+    """The blocks that saved filters stand behind against those of this run."""
+    wanted = set(reached_blocks(bare, unreached))
+    if adapter.layers is not None:
+        wanted &= chosen_blocks(bare, adapter.layers)
+    differing = sorted(wanted ^ set(blocks_of(folder, bare)))
+    if differing:
+        which = "no filter" if differing[0] in wanted else "a filter"
+        raise UserError(f"has {which} behind {differing[0]}; set adapter.layers as there")
+
+
 def _check_blocks(adapter: AdapterConfig, description: dict[str, Any], bare: nn.Module, key: str) -> None:
+    """What a saved adapter of ours trains, heads aside, against the blocks that this run does."""
     if adapter.layers is None:
         return
-    wanted = chosen_blocks(bare, adapter.layers)
-    more = sorted({block for name in description["parameters"] if (block := block_of(name)) is not None} - wanted)
-    if more:
-        raise UserError(
-            f"{key}: is of {more[0]}, too, which adapter.layers={adapter.layers!r} leaves out; remove layers"
-        )
+    wanted, layers = chosen_blocks(bare, adapter.layers), f"adapter.layers={adapter.layers!r}"
+    names = [name for name in description["parameters"] if not in_whole_module(name, description["whole_modules"])]
+    more = next((name for name in names if block_of(name) not in wanted), None)
+    if more is not None:
+        raise UserError(f"{key}: has trained {more.removeprefix(PREFIX)}, too, which {layers} leaves out; remove it")
+    missing = sorted(wanted - {block_of(name) for name in names})
+    if missing:
+        raise UserError(f"{key}: has not trained {missing[0]}, and {layers}; set it as there")
 
 
 def _check_base(config: Config, description: dict[str, Any], key: str) -> None:

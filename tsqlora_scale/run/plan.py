@@ -74,11 +74,7 @@ def plan_run(config: Config, pool_size: int, world_size: int, *, query_rows: int
     if config.sampling.selector != "full":
         subset = share_of(config.sampling.most_kept, pool_size - query_rows) + query_rows
     total = total_steps(config.train, subset)
-    every = config.train.average_every
-    if every is not None and every > total:
-        raise UserError(f"train.average_every={every} takes no snapshot in a run of {total} steps; lower it")
-    moves = config.adapts_ranks or config.refreshes_scores
-    schedule = Schedule.from_config(config.schedule, total) if moves else None
+    schedule = check_length(config, total)
     return RunPlan(
         pool_size=pool_size,
         subset_size=subset,
@@ -93,6 +89,25 @@ def plan_run(config: Config, pool_size: int, world_size: int, *, query_rows: int
         query_rows=query_rows,
         finds_size=config.finds_size,
     )
+
+
+def check_length(config: Config, total: int) -> Schedule | None:
+    """Whether all that is to happen within a run happens within ``total`` steps; its events, if there are any.
+
+    Raises:
+        UserError: naming the key.
+    """
+    every, warmup = config.train.average_every, config.scoring.warmup_steps
+    if every is not None and every > total:
+        raise UserError(f"train.average_every={every} takes no snapshot in a run of {total} steps; lower it")
+    warms_up = config.sampling.selector not in BLIND_SELECTORS and not config.looks_before_training
+    if warms_up and as_steps(warmup, total) >= total:
+        raise UserError(
+            f"scoring.warmup_steps={warmup} leaves no step to train on the scores (the run has {total}); lower it or "
+            "set sampling.selector: full"
+        )
+    moves = config.adapts_ranks or config.refreshes_scores
+    return Schedule.from_config(config.schedule, total) if moves else None
 
 
 def _micro_batch_size(config: Config, world_size: int) -> int:
@@ -130,11 +145,6 @@ def _scoring_step(config: Config, total: int, pool_size: int) -> int | None:
     if config.looks_before_training:
         return 0
     step = as_steps(config.scoring.warmup_steps, total)
-    if step >= total:
-        raise UserError(
-            f"scoring.warmup_steps={config.scoring.warmup_steps} leaves no step to train on the scores "
-            f"(the run has {total}); lower it or set sampling.selector: full"
-        )
     if config.scores_online:  # the end of the first epoch of which half or more comes after the warm-up
         epoch = ceil(pool_size / config.train.batch_size)
         return epoch * ceil(step / epoch + 0.5)

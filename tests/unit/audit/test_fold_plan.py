@@ -52,6 +52,17 @@ def test_one_text_that_most_rows_have_is_in_all_folds() -> None:
     assert counts.tolist() == [10, 10, 10]
 
 
+def test_copies_of_a_large_group_stay_together() -> None:
+    """Of a chain of nearly the same the copies to the letter must not vouch for one another."""
+    copies = np.where(np.arange(30) < 20, np.arange(30) // 2 * 2, np.arange(30))
+    groups = np.where(np.arange(30) < 25, 0, np.arange(30))
+    found = plan_folds(groups, None, 3, seed=0, copies=copies)
+    assert (found[0:20:2] == found[1:20:2]).all()
+    assert np.bincount(found).tolist() == [10, 10, 10]
+    many = np.where(np.arange(30) < 25, 0, np.arange(30))  # 25 of one text
+    assert np.bincount(plan_folds(groups, None, 3, seed=0, copies=many)).tolist() == [10, 10, 10]
+
+
 def test_texts_that_are_the_same() -> None:
     texts = ["A film.", "other", "a  film.", "A FILM.\n", "\ud800 lone", "Other!"]
     assert same_texts(texts).tolist() == [[0, 2], [0, 3]]

@@ -163,9 +163,10 @@ def test_less_against_one_sample_at_a_time(form: str, site: Site, monkeypatch: p
     table = site.scored("less", less=form).table
     assert site.task.query is not None
     pool, query = own_sketches(site, site.task), own_sketches(site, site.task.query)
-    if form == "subspace":
-        query = reference.in_common(np.stack([row / np.linalg.norm(row) for row in query]), 3)
     cosines = np.array([[reference.cosine(a, b) for b in query] for a in pool])
+    if form == "subspace":
+        of_length_one = query / np.linalg.norm(query, axis=1, keepdims=True)
+        cosines = reference.cosines_within(pool, of_length_one, 3)
     if form == "round_robin":
         found = np.argsort(-table.quality[:ROWS])[: ROWS // 2]
         taken = [cosines[pick, turn % QUERY] for turn, pick in enumerate(found)]

@@ -23,7 +23,7 @@ from tsqlora_scale.quality.selectors.el2n import error_lengths
 from tsqlora_scale.quality.selectors.in_turn import in_turn, rated_by_turns
 from tsqlora_scale.quality.selectors.infobatch import below_the_mean
 from tsqlora_scale.quality.selectors.k_center import center_ratings
-from tsqlora_scale.quality.selectors.less import in_leading_directions
+from tsqlora_scale.quality.selectors.less import leading_directions
 from tsqlora_scale.quality.selectors.rds import cosines_to
 from tsqlora_scale.quality.selectors.rho import reducible
 from tsqlora_scale.quality.selectors.ts_dshapley import neighbour_values, valuing_rows
@@ -178,15 +178,13 @@ def test_lengths_of_errors(data: st.DataObject, classes: int, size: int) -> None
 
 
 @given(st.integers(1, 7), st.integers(1, 5), st.integers(0, 99))
-def test_what_queries_have_in_common(size: int, count: int, seed: int) -> None:
+def test_leading_directions_of_a_query(size: int, count: int, seed: int) -> None:
     rows = np.random.default_rng(seed).normal(size=(size, 6)).astype(np.float32)
-    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    found = in_leading_directions(rows, count)
-    if count >= size:  # there is no more than that
-        np.testing.assert_allclose(found, rows, atol=1e-5)
-    else:
-        np.testing.assert_allclose(found, reference.in_common(rows, count), atol=1e-4)
-        assert np.linalg.matrix_rank(found, tol=1e-4) <= count
+    found = leading_directions(rows, count)
+    assert found.shape == (min(size, count), 6)
+    np.testing.assert_allclose(found @ found.T, np.eye(len(found)), atol=1e-5)
+    best = np.sort(np.linalg.eigvalsh(rows.T.astype(np.float64) @ rows))[::-1][: len(found)]
+    np.testing.assert_allclose(np.square(rows @ found.T).sum(0), best, rtol=1e-4)
 
 
 @given(

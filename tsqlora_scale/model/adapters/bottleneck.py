@@ -93,8 +93,9 @@ class HoulsbyAdapter(OwnAdapter):
         return sorted([*(attention if self.after_attention else []), *feed_forward])
 
     def chosen(self, model: nn.Module, unreached: Collection[str]) -> set[str]:
-        """All of the bottlenecks."""
-        return {name for name, _ in model.named_parameters() if f".{SLOT}." in name}
+        """All of the bottlenecks behind layers that the logits depend on."""
+        parts = (name.partition(f".{SLOT}.") for name, _ in model.named_parameters())
+        return {"".join(part) for part in parts if part[1] and part[0] not in unreached}
 
     def check(self, model: nn.Module) -> None:
         """See :func:`.blocks.outputs`."""

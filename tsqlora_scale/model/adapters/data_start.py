@@ -78,7 +78,7 @@ class LeadingInputs:
     def _take_means_out(self) -> None:
         """Of the first pass, which did not know them: sum x (x.T b) less n m (m.T b)."""
         for name, total in self._sum.items():
-            self._mean[name] = total / self._count[name]
+            self._mean[name] = total / max(self._count[name], 1)
             self._product[name] -= torch.outer(total, self._mean[name] @ self._basis[name])
 
     def _leading(self, name: str) -> Tensor:

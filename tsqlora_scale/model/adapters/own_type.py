@@ -73,8 +73,7 @@ class OwnAdapter(ABC):
         idle = [name for name in placement.new_modules if name not in whole]
         chosen = {name for name in self.chosen(base, unreached) if not _inside(name, idle)}
         if placement.adapter.layers is not None:
-            blocks = chosen_blocks(base, placement.adapter.layers)
-            chosen = {name for name in chosen if block_of(name) in blocks}
+            chosen = self.in_blocks(base, chosen, placement.adapter.layers)
         for name, param in base.named_parameters():
             if name in chosen or in_whole_module(name, whole):
                 param.requires_grad_(True)
@@ -82,6 +81,21 @@ class OwnAdapter(ABC):
         model.train(base.training)
         use_autocast(model, placement.dtype, fp16=True)
         return model
+
+    def in_blocks(self, base: nn.Module, names: Collection[str], layers: list[int] | str) -> set[str]:
+        """Those of some parameters that lie in the blocks of ``adapter.layers``.
+
+        Raises:
+            UserError: there are no such blocks, or nothing to train in one of them.
+        """
+        blocks = chosen_blocks(base, layers)
+        empty = sorted(blocks - {block_of(name) for name in names})
+        if empty:
+            raise UserError(
+                f"adapter.layers={layers!r}: {empty[0]} has nothing that adapter.type={self.name!r} trains; "
+                "leave it out"
+            )
+        return {name for name in names if block_of(name) in blocks}
 
     def put(self, base: nn.Module, placement: Placement) -> None:
         """:meth:`place` for a run's start."""
@@ -188,12 +202,6 @@ class OwnAdapter(ABC):
             if name not in tensors:
                 raise UserError(f"adapter {str(folder)!r} has no {name}; give the config that it was trained with")
             values[name] = tensors[name].float()
-        more = next((name for name in sorted(tensors) if name not in values and block_of(name) is not None), None)
-        if more is not None:
-            raise UserError(
-                f"adapter {str(folder)!r} has {more.removeprefix(PREFIX)}, which this run does not train; set "
-                "adapter.layers as it was trained with"
-            )
         return {}, values
 
     def check_fits(self, folder: Path, bare: nn.Module, *, heads: bool = True) -> None:

@@ -6,8 +6,8 @@ cosines of several checkpoints are added; here they are plain ones, of one. Ther
 chosen; here training goes on.
 
 ``sampling.less: subspace`` is after Min et al., *GIST: Targeted Data Selection for Instruction Tuning via Coupled
-Optimization Geometry*, 2602.18584: what of the query's gradients lies in their own leading directions, which for LoRA
-say more than moments of single parameters do.
+Optimization Geometry*, 2602.18584: both sides are projected on the leading directions of the query's gradients, which
+for LoRA say more than moments of single parameters do.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ DIRECTIONS = 16
 
 
 class LessSelector(RankedSelector):
-    """Cosines of gradient sketches to those of the query's rows: their mean, as published, their maximum, that of what
-    the query's have in common (:func:`in_leading_directions`), or in turn.
+    """Cosines of gradient sketches to those of the query's rows: their mean, as published, their maximum, that of both
+    within the query's own leading directions, or in turn.
 
     Samples that the pass has not looked at (``scoring.max_samples``) are rated by the mean of the others, samples whose
     gradient is not finite lowest.
@@ -45,10 +45,7 @@ class LessSelector(RankedSelector):
 
         def found() -> np.ndarray:
             rows, wanted = (np.concatenate(parts) for parts in zip(*sketches_of(of_query), strict=True))
-            directions = unit(wanted[np.argsort(rows)])  # a pass goes by length
-            if self.config.sampling.less == "subspace":
-                directions = in_leading_directions(directions, DIRECTIONS)
-            return self._ratings(of_pool, directions)
+            return self._ratings(of_pool, unit(wanted[np.argsort(rows)]))  # a pass goes by length
 
         ratings = context.world.from_main(found)
         of_query.discard_parts()
@@ -59,13 +56,16 @@ class LessSelector(RankedSelector):
     def _ratings(self, scorer: QualityScorer[Any], wanted: np.ndarray) -> np.ndarray:
         """Of every sample, (N,); on rank 0."""
         size, form = len(self.pool), self.config.sampling.less
+        leading = leading_directions(wanted, DIRECTIONS) if form == "subspace" else None
+        wanted = wanted if leading is None else unit(wanted @ leading.T)
         rows = np.concatenate([part.indices for part in scorer.parts])
         looked, usable = filled(size, bool, False), filled(size, bool, False)
         looked[rows] = True
         ratings = new_array(size, np.float64)
         likeness = new_array(size * len(wanted), np.float32).reshape(size, -1) if form == "round_robin" else None
         for places, sketches in sketches_of(scorer):
-            cosines = np.clip(unit(sketches) @ wanted.T, -1, 1)
+            inside = sketches if leading is None else sketches @ leading.T
+            cosines = np.clip(unit(inside) @ wanted.T, -1, 1)
             usable[places] = True
             ratings[places] = cosines.mean(1) if form == "mean" else cosines.max(1)
             if likeness is not None:
@@ -78,8 +78,8 @@ class LessSelector(RankedSelector):
         return ratings
 
 
-def in_leading_directions(rows: np.ndarray, count: int) -> np.ndarray:
-    """Rows (m, k) without what lies outside their ``count`` leading right-singular directions, of unit length again."""
+def leading_directions(rows: np.ndarray, count: int) -> np.ndarray:
+    """The ``count`` leading right-singular directions of rows (m, k), orthonormal (min(count, m, k), k) float32."""
     _, _, directions = np.linalg.svd(rows.astype(np.float64), full_matrices=False)
-    leading = directions[:count]
-    return unit(rows @ leading.T @ leading)
+    found: np.ndarray = directions[:count].astype(np.float32)
+    return found
