@@ -17,7 +17,7 @@ from tsqlora_scale.comparison.figures import (
     draw_ranks_over_time,
     draw_samples,
 )
-from tsqlora_scale.comparison.findings_of_arms import PHASES, Found, MethodRuns, TaskTable
+from tsqlora_scale.comparison.findings_of_arms import Found, MethodRuns, TaskTable, seconds_of
 from tsqlora_scale.comparison.run_folder import FinishedRun, read_run
 
 #: Phases that a method costs.
@@ -117,7 +117,7 @@ def _point_of(run: FinishedRun) -> Point:
     return Point(
         label=run.label,
         parameters=float(result["trainable_parameters"]),
-        seconds=sum(result["seconds"].get(part, 0.0) for phase in OF_METHOD for part in PHASES[phase]),
+        seconds=sum(seconds_of(result, phase) for phase in OF_METHOD),
         metric=Estimate(value, float("nan"), float("nan")),
         samples=float(result["distinct_samples_seen"]),
         samples_per_second=float(result["samples_per_second"] or 0.0),

@@ -26,6 +26,13 @@ PHASES = {
 }
 
 
+def seconds_of(result: dict[str, Any], phase: str) -> float:
+    """Wall seconds of one of :data:`PHASES` in a ``result.json``. What a run has learned from plain text before
+    (``pretrain``) is training, too."""
+    before = (result.get("pretraining") or {}).get("seconds", 0.0) if phase == "training" else 0.0
+    return float(before + sum(result["seconds"].get(part, 0.0) for part in PHASES[phase]))
+
+
 @dataclass(frozen=True)
 class MethodRuns:
     """The finished runs of a method on a task, by seed, and the learning rate that they have in common."""
@@ -44,8 +51,7 @@ class MethodRuns:
 
     def seconds(self, phase: str) -> float:
         """Median wall seconds of one of :data:`PHASES`."""
-        parts = PHASES[phase]
-        return float(np.median([sum(run["seconds"].get(part, 0.0) for part in parts) for run in self.runs.values()]))
+        return float(np.median([seconds_of(run, phase) for run in self.runs.values()]))
 
     @property
     def peak_bytes(self) -> int:

@@ -11,6 +11,7 @@ import pytest
 from tests.unit.comparison.fakes import FakeLaunch, comparison
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.comparison.drawn_figures import draw_runs
+from tsqlora_scale.comparison.findings_of_arms import seconds_of
 from tsqlora_scale.comparison.run_folder import LayerPlace, places_of
 from tsqlora_scale.quality.scores.score_table import ScoreTable
 
@@ -74,3 +75,9 @@ def test_layers_by_block_and_kind() -> None:
     found = places_of(list(stacks))
     assert len(set(found.values())) == 3
     assert places_of(["base_model.model.score"]) == {"base_model.model.score": LayerPlace(0, "base_model.model.score")}
+
+
+def test_what_plain_text_has_cost_is_training() -> None:
+    result = {"seconds": {"warmup": 1.0, "training": 2.0, "scoring": 4.0}, "pretraining": {"seconds": 8.0}}
+    assert [seconds_of(result, phase) for phase in ("training", "scoring", "resizing")] == [11.0, 4.0, 0.0]
+    assert seconds_of({"seconds": {"training": 2.0}, "pretraining": None}, "training") == 2.0
