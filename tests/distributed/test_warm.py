@@ -51,7 +51,10 @@ def test_one_that_hangs_is_stopped(tmp_path: Path) -> None:
 @pytest.mark.parametrize("cold", [False, True])
 def test_a_failing_rank_fails_the_launch(tmp_path: Path, cold: bool) -> None:
     script = tmp_path / "script.py"
-    script.write_text("import os, sys; print('rank', os.environ['RANK']); sys.exit(7 * int(os.environ['RANK']))")
+    # in one piece, or two ranks' pieces may lie between one another
+    script.write_text(
+        "import os, sys; rank = int(os.environ['RANK']); print(f'rank {rank}\\n', end=''); sys.exit(7 * rank)"
+    )
     done = run_launched("ddp-2", script, [], tmp_path, timeout=60, cold=cold)
     assert done.returncode == 1
     assert "exitcode  : 7 " in done.stdout
