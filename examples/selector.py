@@ -21,9 +21,9 @@ class ShortFirst(FullSelector):
     def __init__(self, context: SelectorContext) -> None:
         super().__init__(context)
         self._by_length = np.argsort(context.pool.lengths(), kind="stable")
-        steps = context.config.train.max_steps
-        assert steps is not None, "this example needs train.max_steps"
-        self._half = steps / 2
+        train = context.config.train
+        steps = train.max_steps or (train.epochs or 1) * len(context.pool) / train.batch_size
+        self._half = max(steps / 2, 1)
 
     def draw(self, step: int) -> np.ndarray:
         """(batch_size,) rows of the pool."""

@@ -72,6 +72,12 @@ FITS = [
         sampling={"selector": "grad_norm"},
     ),
     settings("weights twice", "'use: weight'", "'unbiased: true'", sampling={"use": "weight", "unbiased": True}),
+    settings(
+        "weights of a choice that has none",
+        "'sampling.use: weight'",
+        "'sampling.selector: el2n' has none",
+        sampling={"selector": "el2n", "keep_fraction": 0.5, "use": "weight"},
+    ),
     settings("an unknown use", "sampling.use='both'", "'draw' or 'weight'", sampling={"use": "both"}),
     settings("an unknown form of less", "sampling.less='min'", "round_robin", sampling={"less": "min"}),
     settings("a selector of no file", "'selector: file'", "not set", sampling={"selector": "file"}),

@@ -6,13 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
 from tests.runs import result_of, run_tree, write_config
 from tsqlora_scale.common.code_version import source_digest
+from tsqlora_scale.common.errors import Stopped
 from tsqlora_scale.comparison.comparison_run import ComparisonRun, mean_tokens
-from tsqlora_scale.config.load import load_config
+from tsqlora_scale.config.load import load_config, parse_config
+from tsqlora_scale.run import preflight
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -81,3 +84,24 @@ def test_tokens_of_a_pool(file: Path) -> None:
     assert 4 <= whole <= 12  # four to ten words, and two special tokens at most
     shorter = load_config(file.parent / "words.yaml", ["task.max_length=4"])
     assert mean_tokens(shorter) == 4.0
+
+
+def test_tokens_of_texts_to_be_written(tmp_path: Path, models_dir: Path) -> None:
+    """Input and target."""
+    tree = run_tree("t5", tmp_path, models_dir, "run")
+    found = mean_tokens(load_config(write_config(tmp_path / "texts.yaml", tree)))
+    task = preflight.check(parse_config(tree)).task
+    batch = task.batch(np.arange(len(task)))
+    inputs, targets = int(batch.inputs["attention_mask"].sum()), int((batch.targets != -100).sum())
+    assert targets > 0
+    assert found == pytest.approx((inputs + targets) / len(task))
+
+
+def test_a_comparison_that_is_asked_to_stop_is_not_done(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tsqlora_scale.commands.compare import main
+
+    def stopped(self: object, launch: object) -> None:
+        raise Stopped("asked to stop")
+
+    monkeypatch.setattr("tsqlora_scale.comparison.comparison_run.ComparisonRun.run", stopped)
+    assert main(["--config", str(file), "--out", str(file.parent / "out")]) == 1

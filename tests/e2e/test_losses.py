@@ -11,13 +11,15 @@ import pytest
 import torch
 from transformers.generation import GenerationMixin
 
-from tests.runs import go, read_lines, run_tree
+from tests.runs import go, losses_of, read_lines, run_tree
 from tests.worlds import run_on_ranks
 from tsqlora_scale.config.load import parse_config
 from tsqlora_scale.engine.collectives import World
 from tsqlora_scale.run import preflight
 from tsqlora_scale.run.adapted_model import build_base
 from tsqlora_scale.tasks.evaluation import evaluate
+from tsqlora_scale.tasks.losses import class_losses, on_known_terms
+from tsqlora_scale.tasks.objectives.label_heads import LabelObjective
 
 TEXTS = ["loss", "perplexity"]
 
@@ -26,6 +28,35 @@ def metrics_on(world: World, tree: dict[str, Any]) -> dict[str, float]:
     described = preflight.check(parse_config(tree))
     base, _ = build_base(described, device=world.device)
     return evaluate(base, described.task, world, batch_size=3)
+
+
+class ByPairs(LabelObjective):
+    """The cross-entropy, summed over terms of its own: twice as many as there are samples."""
+
+    def losses(self, logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        losses, terms = class_losses(logits, targets)
+        return 2 * losses, 2 * terms
+
+
+def test_an_objective_s_own_terms_change_no_ratio(tmp_path: Path, models_dir: Path) -> None:
+    """Neither the losses that a step learns, nor their size."""
+    plain = run_tree("bert", tmp_path, models_dir, "plain", adapter={"method": "lora"}, train={"max_steps": 3})
+    go(plain)
+    own = run_tree("bert", tmp_path, models_dir, "own", adapter={"method": "lora"}, train={"max_steps": 3})
+    own["task"]["objective"] = f"{__name__}:ByPairs"
+    go(own)
+    found, expected = (losses_of(tmp_path / "runs" / name) for name in ("own", "plain"))
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_terms_that_are_none_have_no_loss() -> None:
+    losses, counts = torch.tensor([6.0, 0.0, 4.0], requires_grad=True), torch.tensor([3.0, 0.0, 2.0])
+    targets = torch.tensor([[1, 2, 3], [-100, -100, -100], [1, 2, -100]])
+    found, terms = on_known_terms(losses, counts, targets)
+    assert found.tolist() == [6.0, 0.0, 4.0] and terms.tolist() == [3.0, 0.0, 2.0]
+    half, _ = on_known_terms(losses, counts / 2, targets)
+    half.sum().backward()
+    assert half.tolist() == [12.0, 0.0, 8.0] and torch.isfinite(losses.grad).all()
 
 
 def test_the_loss_is_what_decides(tmp_path: Path, models_dir: Path) -> None:

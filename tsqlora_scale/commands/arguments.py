@@ -42,7 +42,8 @@ def add_trained(parser: argparse.ArgumentParser) -> None:
     """What a run has trained: one of two options, for the same things."""
     either = parser.add_mutually_exclusive_group(required=True)
     either.add_argument("--adapter", metavar="DIR", help="the adapter folder that a run wrote, or a checkpoint of it")
-    either.add_argument("--run", metavar="DIR", help="a run folder, for its adapter and its config.yaml")
+    # torchrun takes --run for a short form of its own options
+    either.add_argument("--run", "--run-dir", metavar="DIR", help="a run folder, for its adapter and its config.yaml")
 
 
 def trained_place(options: argparse.Namespace) -> str:

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_intermixed_args(argv)
     codes: list[int] = []
     code = guard(lambda: codes.append(_compare(options)), resume="")
-    return code or next(iter(codes), 0)
+    return code or next(iter(codes), 1)  # nothing is said by one that was asked to stop: runs are missing
 
 
 def _compare(options: argparse.Namespace) -> int:

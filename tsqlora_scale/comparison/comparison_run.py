@@ -161,7 +161,6 @@ def mean_tokens(config: Config) -> float:
     for start in range(0, len(rows), 64):
         batch = task.batch(rows[start : start + 64])
         total += int(batch.inputs["attention_mask"].sum())
-        labels = batch.inputs.get("labels")
-        if config.task.type == "seq2seq" and labels is not None:
-            total += int((labels != IGNORED).sum())
+        if config.task.type == "seq2seq":  # of other tasks they are among the inputs
+            total += int((batch.targets != IGNORED).sum())
     return total / len(rows)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tsqlora_scale.config.model_section import ADAPTER_TRAITS
-from tsqlora_scale.config.quality_sections import GRADIENT_SELECTORS, QUERY_SELECTORS
+from tsqlora_scale.config.quality_sections import EVEN_SELECTORS, GRADIENT_SELECTORS, QUERY_SELECTORS
 from tsqlora_scale.config.rank_sections import COMPONENT_POLICIES
 
 if TYPE_CHECKING:
@@ -156,6 +156,11 @@ def draws_agree(config: Config) -> None:
             "shares of the draws; remove one of them"
         )
     selector = config.sampling.selector
+    if config.sampling.use == "weight" and selector in EVEN_SELECTORS:
+        raise ValueError(
+            f"'sampling.use: weight' weighs losses by probabilities, and 'sampling.selector: {selector}' has none: all "
+            "that it keeps count alike; remove one of them"
+        )
     if selector in QUERY_SELECTORS and config.task.query is None:
         raise ValueError(
             f"'sampling.selector: {selector}' chooses by the rows of 'task.query', which is not set; name a file"

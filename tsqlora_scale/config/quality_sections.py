@@ -29,6 +29,8 @@ SELECTORS = (*BLIND_SELECTORS, *FORWARD_SELECTORS, *OUTPUT_SELECTORS, *GRADIENT_
 QUERY_SELECTORS = ("query", "rho", "rds", "dsir", "less")
 #: Those that know by themselves what is worth training on; others need ``sampling.keep_fraction`` to choose anything.
 SIZING_SELECTORS = ("full", "random", "quality", "query", "file", "infobatch")
+#: Those that rate samples and draw evenly from the best: no probabilities, by which losses could be weighed.
+EVEN_SELECTORS = tuple(name for name in SELECTORS if name not in (*BLIND_SELECTORS, "quality", "query"))
 
 
 class ScoringConfig(Section):

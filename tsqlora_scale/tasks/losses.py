@@ -27,6 +27,14 @@ def loss_terms(targets: Tensor) -> Tensor:
     return (targets != IGNORED).sum(dim=1).float()
 
 
+def on_known_terms(losses: Tensor, counts: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses (B,) that were summed over ``counts`` (B,) terms, as if over as many as :func:`loss_terms` says, by which
+    a step is normalised before any forward: their ratios, the samples' own losses, stay."""
+    terms = loss_terms(targets)
+    rescaled = losses / torch.where(counts > 0, counts, 1) * terms
+    return torch.where(counts == terms, losses, rescaled), terms
+
+
 def class_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy of logits (B, C) and class ids (B,)."""
     return F.cross_entropy(logits.float(), targets, reduction="none"), loss_terms(targets)

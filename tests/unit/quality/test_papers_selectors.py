@@ -21,6 +21,7 @@ from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.load import parse_config
 from tsqlora_scale.engine.collectives import World
 from tsqlora_scale.model.adapters.adapter_type import adapter_type
+from tsqlora_scale.quality.draws.subset import share_of
 from tsqlora_scale.quality.features.last_layer import LastLayerLook
 from tsqlora_scale.quality.gradients.sketch import Sketch
 from tsqlora_scale.quality.selectors import less
@@ -250,6 +251,20 @@ def test_dsir_prefers_the_words_of_the_query(site: Site) -> None:
 def test_rho_is_the_label_term_alone(site: Site) -> None:
     table = site.scored("rho").table
     np.testing.assert_array_equal(table.quality, table.terms["log_q"] - table.terms["log_p"])
+
+
+def test_a_random_part_can_keep_the_classes_shares(site: Site) -> None:
+    classes = site.task.class_ids()
+    assert classes is not None
+    shares = np.bincount(classes[:ROWS], minlength=2)
+    differ = []
+    for count in range(2, ROWS, 3):
+        for stratify in (True, "auto"):
+            rows = site.selector("random", stratify=stratify, keep_fraction=count / ROWS).subset()
+            found = np.bincount(classes[rows[rows < ROWS]], minlength=2)
+            assert found.sum() == share_of(count / ROWS, ROWS)
+            differ.append(abs(found - shares * found.sum() / ROWS).max())
+    assert max(differ[::2]) < 1 <= max(differ[1::2])
 
 
 def test_rounds_are_drawn_anew(site: Site) -> None:

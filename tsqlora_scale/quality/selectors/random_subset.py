@@ -10,9 +10,13 @@ from tsqlora_scale.quality.selectors.full import FullSelector
 
 
 class RandomSelector(FullSelector):
-    """Draws from ``ceil(keep_fraction * N)`` samples, drawn once by the seed."""
+    """Draws from ``ceil(keep_fraction * N)`` samples, drawn once by the seed; with ``sampling.stratify: true`` in the
+    shares that labels have in the pool.
+    """
 
     def subset(self) -> np.ndarray:
         """The part."""
         sampling, seed = self.config.sampling, self.config.run.seed
-        return positions(select_subset(len(self.pool), None, sampling, seed=seed, always=self.pool.query_rows))
+        strata = self.pool.strata() if sampling.stratify is True else None
+        size, own = len(self.pool), self.pool.query_rows
+        return positions(select_subset(size, None, sampling, seed=seed, strata=strata, always=own))
