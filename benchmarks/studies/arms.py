@@ -27,6 +27,10 @@ LATE_FROM, HELD_OUT, LEAST = 50, 0.2, 0.01
 PROBABILITIES = ("probability_wrong", "probability", "audit_probability")
 #: The part of a pool that every selector of the table of selectors keeps.
 KEPT = 0.3
+#: As the papers have it: the best of the pool, whatever their labels are.
+ALL_TOGETHER = "sampling.stratify=false"
+#: Selectors of others that choose by the query.
+_OF_A_QUERY = ("less", "rds", "dsir", "rho")
 
 
 class Unavailable(Exception):
@@ -286,8 +290,10 @@ ARMS: dict[str, Arm] = {
     "ours, even": Arm(chosen_by("query", "sampling.soft=false", share="auto"), is_selected=True, needs=("query",)),
     "ours, true share": Arm(chosen_by("query"), is_selected=True, needs=("query",)),
     "random+q": Arm(random_with_query, needs=("query",), sized_by="ours"),
-    **{name: Arm(chosen_by(name), is_selected=True, needs=("query",)) for name in ("less", "rds", "dsir", "rho")},
-    "less, in turn": Arm(chosen_by("less", "sampling.less=round_robin"), is_selected=True, needs=("query",)),
+    **{name: Arm(chosen_by(name, ALL_TOGETHER), is_selected=True, needs=("query",)) for name in _OF_A_QUERY},
+    "less, in turn": Arm(
+        chosen_by("less", "sampling.less=round_robin", ALL_TOGETHER), is_selected=True, needs=("query",)
+    ),
     "oracle": Arm(without_wrong, needs=("wrong",)),
     "oracle, put right": Arm(put_right, needs=("wrong",)),
     "drop": Arm(suspects_dropped, needs=("audit",)),
@@ -303,17 +309,19 @@ ARMS: dict[str, Arm] = {
     "redundancy": Arm(by_quality("sampling.redundancy=1"), is_selected=True),
     "kept: random": Arm(kept_by("random")),
     **{
-        f"kept: {name}": Arm(kept_by(name), is_selected=True)
-        for name in ("quality", "grad_norm", "el2n", "k_center", "ts_dshapley", "instruction_mining", "rs2")
+        f"kept: {name}": Arm(kept_by(name, ALL_TOGETHER), is_selected=True)
+        for name in ("grad_norm", "el2n", "k_center", "ts_dshapley", "instruction_mining")
     },
+    **{f"kept: {name}": Arm(kept_by(name), is_selected=True) for name in ("quality", "rs2")},
+    "kept: query": Arm(kept_by("query", query=True), is_selected=True, needs=("query",)),
     **{
-        f"kept: {name}": Arm(kept_by(name, query=True), is_selected=True, needs=("query",))
-        for name in ("query", "less", "rds", "dsir", "rho")
+        f"kept: {name}": Arm(kept_by(name, ALL_TOGETHER, query=True), is_selected=True, needs=("query",))
+        for name in _OF_A_QUERY
     },
     "kept: paper": Arm(kept_by("quality", "scoring.preset=paper"), is_selected=True),
     **{
         f"kept: less, {form}": Arm(
-            kept_by("less", f"sampling.less={key}", query=True), is_selected=True, needs=("query",)
+            kept_by("less", f"sampling.less={key}", ALL_TOGETHER, query=True), is_selected=True, needs=("query",)
         )
         for form, key in (("max", "max"), ("in turn", "round_robin"), ("subspace", "subspace"))
     },

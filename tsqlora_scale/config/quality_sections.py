@@ -31,6 +31,8 @@ QUERY_SELECTORS = ("query", "rho", "rds", "dsir", "less")
 SIZING_SELECTORS = ("full", "random", "quality", "query", "file", "infobatch")
 #: Those that rate samples and draw evenly from the best: no probabilities, by which losses could be weighed.
 EVEN_SELECTORS = tuple(name for name in SELECTORS if name not in (*BLIND_SELECTORS, "quality", "query"))
+#: Those whose best rows may all be of one class, after a short warm-up or by a small query (docs/results.md).
+ONE_SIDED_SELECTORS = ("el2n", "grad_norm", "less", "rho")
 
 
 class ScoringConfig(Section):
@@ -172,6 +174,8 @@ class SamplingConfig(Section):
     replacement: bool = True
     #: Classification: Eq. 2 within every label, so that each keeps its share of the draws; likewise within every set
     #: of a mixture that asks for shares. ``auto`` is yes, but for ``scoring.preset: paper``, which is to the letter.
+    #: Of selectors that rate once, and of ``random``: S has the labels' shares; ``auto`` is yes for ``el2n``,
+    #: ``grad_norm``, ``less`` and ``rho``, whose best rows may all be of one label.
     stratify: Literal["auto"] | bool = "auto"
     #: p_i is divided by this power of the number of samples that teach the same as i, itself included. 0: by nothing.
     redundancy: NonNegativeFloat = 0.0

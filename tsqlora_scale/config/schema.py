@@ -22,6 +22,7 @@ from tsqlora_scale.config.pretrain_section import PretrainConfig, pretraining_se
 from tsqlora_scale.config.quality_sections import (
     BLIND_SELECTORS,
     FORWARD_SELECTORS,
+    ONE_SIDED_SELECTORS,
     SELECTORS,
     SIZING_SELECTORS,
     SamplingConfig,
@@ -216,6 +217,13 @@ class Config(Section):
         if self.sampling.stratify == "auto":
             grouped = self.task.type == "classification" or self.task.asks_for_shares
             return self.scores_data and grouped and self.scoring.preset != "paper"
+        return self.sampling.stratify
+
+    @property
+    def chooses_within_labels(self) -> bool:
+        """Whether a selector that rates the pool once takes the best of every label (``sampling.stratify``)."""
+        if self.sampling.stratify == "auto":
+            return self.task.type == "classification" and self.sampling.selector in ONE_SIDED_SELECTORS
         return self.sampling.stratify
 
     @property

@@ -111,7 +111,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory, models_dir: Path) -> Site:
 
 
 def assert_chosen(selector: Any, site: Site) -> None:
-    """As many as were asked for, the best ones, and the query's rows; drawn evenly."""
+    """As many as were asked for, the best ones of all, and the query's rows; drawn evenly."""
     table, size = selector.table, len(site.task) - site.task.query_rows
     kept = -(-size // 2)
     assert np.isfinite(table.quality).all()
@@ -125,10 +125,10 @@ def assert_chosen(selector: Any, site: Site) -> None:
 
 @pytest.mark.parametrize("name", RATED)
 def test_selectors_keep_the_best_and_go_on_as_they_were(name: str, site: Site) -> None:
-    selector = site.scored(name)
+    selector = site.scored(name, stratify=False)
     assert_chosen(selector, site)
     assert not selector.due(1)
-    resumed = site.selector(name)
+    resumed = site.selector(name, stratify=False)
     resumed.load_state_dict(selector.state_dict())
     np.testing.assert_array_equal(resumed.table.quality, selector.table.quality)
     np.testing.assert_array_equal(resumed.draw(7), selector.draw(7))
@@ -142,7 +142,7 @@ def test_selectors_of_generated_texts(name: str, texts: Site) -> None:
 
 @pytest.mark.parametrize("name", ["k_center", "ts_dshapley", "instruction_mining", "grad_norm", "el2n"])
 def test_selectors_that_do_without_a_query(name: str, alone: Site) -> None:
-    assert_chosen(alone.scored(name), alone)
+    assert_chosen(alone.scored(name, stratify=False), alone)
 
 
 def own_sketches(site: Site, pool: Any) -> np.ndarray:
@@ -176,6 +176,21 @@ def test_less_against_one_sample_at_a_time(form: str, site: Site, monkeypatch: p
     else:
         expected = cosines.mean(1) if form == "mean" else cosines.max(1)
         np.testing.assert_allclose(table.quality, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["el2n", "grad_norm", "less", "rho", "rds"])
+def test_what_may_be_of_one_class_is_chosen_within_classes(name: str, site: Site) -> None:
+    """Without being asked to: the best of every label, as many as it has of the pool; others take the best of all."""
+    tables = {stratify: site.scored(name, stratify=stratify).table for stratify in ("auto", True, False)}
+    chosen = {stratify: table.selected.tolist() for stratify, table in tables.items()}
+    assert chosen["auto"] == chosen[name != "rds"]
+    classes, rows = site.task.class_ids(), tables[True].selected[:ROWS]
+    assert classes is not None
+    for label, of_pool in enumerate(np.bincount(classes[:ROWS])):
+        own = classes[:ROWS] == label
+        assert abs(rows[own].sum() - of_pool / 2) <= 0.5
+        quality = tables[True].quality[:ROWS]
+        assert quality[own & rows].min() >= quality[own & ~rows].max()
 
 
 class OneClassFirst(RankedSelector):

@@ -25,8 +25,8 @@ class Rating:
         quality: the higher the better, (N,) float64, finite; the query's rows at the end count, too.
         terms: what it was made of, by name, (N,) float64 each; they stand in the score files.
         keep: samples worth training on, for ``sampling.keep_fraction: auto``; None: all.
-        shares: of the strata in S, up to a constant; None: as large as the pool has them if ``sampling.stratify`` is
-            true, else whatever they are among the best.
+        shares: of the strata in S, up to a constant; None: as large as the pool has them if the config
+            ``chooses_within_labels``, else whatever they are among the best.
         strata: (N,) numbers from 0 that ``shares`` are of; None: the pool's own.
         weights: by which samples of S are drawn, (N,), up to a constant; None: evenly.
         findings: what is worth a line in the result.
@@ -131,7 +131,7 @@ class RankedSelector(FullSelector):
         if self.config.sampling.keep_fraction == "auto":
             count = rating.keep or self.choices
         strata, quota = None, np.array([min(count, self.choices)])
-        if rating.shares is not None or self.config.sampling.stratify is True:
+        if rating.shares is not None or self.config.chooses_within_labels:
             strata = self.pool.strata() if rating.strata is None else rating.strata
         if strata is not None:
             strata = strata[rest]
