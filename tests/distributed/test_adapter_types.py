@@ -51,6 +51,7 @@ ON = {
     "zero2-2": [name for name in KINDS if name not in (*LATE, "eva")],
     "zero3-2": [name for name in KINDS if name != "eva"],
 }
+SHARDED = "zero3-2"
 
 
 @pytest.mark.parametrize("engine", ON)
@@ -58,6 +59,8 @@ def test_an_engine_trains_them_alike(tmp_path: Path, models_dir: Path, plain: Pa
     configs = []
     for method in ON[engine]:
         configs.append(str(write_config(tmp_path / f"{method}.yaml", tree_of(method, tmp_path, models_dir, method))))
+        if engine != SHARDED:
+            continue
         on = tree_of(method, plain.parent, models_dir, f"{method}-on")  # the data are its checkpoint's
         on["run"]["output_dir"] = str(tmp_path / "runs")
         goes_on = write_config(tmp_path / f"{method}-on.yaml", on)
@@ -69,8 +72,9 @@ def test_an_engine_trains_them_alike(tmp_path: Path, models_dir: Path, plain: Pa
         assert losses_of(run) == pytest.approx(expected, abs=1e-5), method
         assert result_of(run)["trainable_parameters"] == result_of(plain / method)["trainable_parameters"]
         assert result_of(run)["metrics"] == pytest.approx(result_of(plain / method)["metrics"], abs=1e-6)
-        # a checkpoint of one process goes on there, and its own in one process
-        assert losses_of(tmp_path / "runs" / f"{method}-on") == pytest.approx(expected[MIDDLE:], abs=1e-5), method
+        # a checkpoint of one process goes on where everything is sharded, and any engine's own in one process
+        if engine == SHARDED:
+            assert losses_of(tmp_path / "runs" / f"{method}-on") == pytest.approx(expected[MIDDLE:], abs=1e-5), method
         resumed = tree_of(method, tmp_path, models_dir, f"{method}-alone")
         go(resumed, resume=str(run / "checkpoints" / f"step-{MIDDLE:08d}"))
         assert losses_of(tmp_path / "runs" / f"{method}-alone") == pytest.approx(expected[MIDDLE:], abs=1e-5), method
