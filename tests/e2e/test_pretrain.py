@@ -80,6 +80,25 @@ def test_the_next_token_of_a_file_before_a_causal_task(tmp_path: Path, models_di
     assert result_of(tmp_path / "runs" / "run")["pretraining"]["texts"] == 11 * 3
 
 
+@pytest.mark.parametrize("method", ["lora", "houlsby", "full"])
+def test_spans_before_texts_to_be_written(tmp_path: Path, models_dir: Path, method: str) -> None:
+    """The task begins with what was learned from the spans, of every type of adapter."""
+    tree = run_tree("t5", tmp_path, models_dir, "run", train={"max_steps": 2}, adapter={"method": method})
+    tree = {key: tree[key] for key in ("run", "model", "task", "adapter", "train")}
+    tree["pretrain"] = {"objective": "span", "max_steps": 3, "batch_size": 8}
+    assert train(tmp_path, tree) == 0
+    runs = tmp_path / "runs"
+    found = result_of(runs / "run")["pretraining"]
+    assert (found["objective"], found["steps"]) == ("span", 3)
+    assert found["metrics_before"]["loss"] != found["metrics"]["loss"]
+    by_hand = {key: tree[key] for key in ("model", "task", "train")} | {
+        "run": tree["run"] | {"name": "by-hand"},
+        "adapter": tree["adapter"] | {"init_from": str(runs / "run-pretrain")},
+    }
+    assert train(tmp_path, by_hand) == 0
+    assert losses_of(runs / "by-hand") == losses_of(runs / "run")
+
+
 @pytest.mark.parametrize(
     ("kind", "objective", "part"),
     [
