@@ -15,6 +15,7 @@ from tsqlora_scale.engine.transfers import HostCopy, to_device
 from tsqlora_scale.quality.online.sample_listener import DeafListener, SampleListener
 from tsqlora_scale.tasks.evaluation import evaluating
 from tsqlora_scale.tasks.logit_gaps import squared_gaps
+from tsqlora_scale.tasks.losses import on_known_terms
 
 if TYPE_CHECKING:
     from tsqlora_scale.engine.collectives import World
@@ -165,7 +166,7 @@ def optimizer_step(
             _announce(one, batch, place * micro_batch_size)
         with engine.micro_batch():
             outputs = task.outputs(engine.module, batch, forward=engine.forward)
-            sums, counts = task.loss_sums(outputs, batch)
+            sums, counts = on_known_terms(*task.loss_sums(outputs, batch), task.loss_terms(batch))
             own, share, of_all = sums.detach() / counts, share.to(sums), terms.to(sums)
             sums = sums * share
             loss_sum += sums.detach().double().sum()

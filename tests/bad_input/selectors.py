@@ -78,6 +78,13 @@ FITS = [
         "'sampling.selector: el2n' has none",
         sampling={"selector": "el2n", "keep_fraction": 0.5, "use": "weight"},
     ),
+    settings(
+        "weights of even draws by a query",
+        "'sampling.use: weight'",
+        "'sampling.selector: query' with 'soft: false' has none",
+        task={"query": "query.jsonl"},
+        sampling={"selector": "query", "soft": False, "use": "weight"},
+    ),
     settings("an unknown use", "sampling.use='both'", "'draw' or 'weight'", sampling={"use": "both"}),
     settings("an unknown form of less", "sampling.less='min'", "round_robin", sampling={"less": "min"}),
     settings("a selector of no file", "'selector: file'", "not set", sampling={"selector": "file"}),

@@ -60,6 +60,7 @@ def _compare(options: argparse.Namespace) -> int:
         overrides=options.overrides,
         leave_out=options.leave_out_refused,
         shard=Shard() if options.shard is None else Shard.parse(options.shard),
+        runs=not (options.tables_only or options.figures_only),
     )
     if options.dry_run:
         print("\n".join([f"folder: {comparison.out}", *comparison.plan()]))

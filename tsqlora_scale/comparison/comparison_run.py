@@ -51,6 +51,7 @@ class ComparisonRun:
         small: as the file's section ``small`` says.
         overrides: ``section.key=value`` for all runs.
         leave_out: arms whose config is refused count as failed, and the others run.
+        runs: whether anything is to be run, for which arms need a length that suits them.
 
     Raises:
         UserError: a mistake in the file or, of any arm on any task, in the config.
@@ -65,13 +66,14 @@ class ComparisonRun:
         overrides: Sequence[str] = (),
         leave_out: bool = False,
         shard: Shard | None = None,
+        runs: bool = True,
     ) -> None:
         self.comparison: Comparison = read_comparison(path, small=small)
         name = f"{self.comparison.name}-small" if small else self.comparison.name
         self.out = Path("runs") / "compare" / name if out is None else Path(out)
         self._shard = shard or Shard()
         self.trials = TrialPlan(self.comparison, self.out, overrides)
-        self.trials.check(leave_out=leave_out)
+        self.trials.check(leave_out=leave_out, runs=runs)
         self.queue = TrialQueue(self.trials, shard=self._shard, mean_tokens=mean_tokens)
 
     def plan(self) -> list[str]:

@@ -69,7 +69,7 @@ class Crew:
                     worker.process.kill()
             for number, handler in before.items():
                 signal.signal(number, handler)
-        if self._asked:
+        if self._asked and self._done < self._total:
             raise Stopped(
                 f"stopped on request, {self._done} of {self._total} runs are finished",
                 interrupted=self._asked[0] == signal.SIGINT,

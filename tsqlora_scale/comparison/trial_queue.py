@@ -216,9 +216,10 @@ def steps_in(seconds: float, pilot: dict[str, Any]) -> int:
     """Steps that fit into some seconds of training, scoring and resizing, by a pilot's ``result.json``.
 
     A schedule of fractions has as many events in a pilot as in the whole run, and so many passes of scores: what these
-    take is spent once.
+    take is spent once, and so is what plain text before the task takes.
     """
     spent = pilot["seconds"]
+    seconds -= (pilot.get("pretraining") or {}).get("seconds", 0.0)
     each = sum(spent.get(name, 0.0) for name in ("warmup", "training")) / pilot["steps"]
     return max(1, int((seconds - spent.get("scoring", 0.0) - spent.get("resizing", 0.0)) / each))
 

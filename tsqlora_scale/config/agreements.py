@@ -156,10 +156,12 @@ def draws_agree(config: Config) -> None:
             "shares of the draws; remove one of them"
         )
     selector = config.sampling.selector
-    if config.sampling.use == "weight" and selector in EVEN_SELECTORS:
+    is_even = selector in EVEN_SELECTORS or (selector == "query" and not config.sampling.soft)
+    if config.sampling.use == "weight" and is_even:
+        what = f"'sampling.selector: {selector}'" + (" with 'soft: false'" if selector == "query" else "")
         raise ValueError(
-            f"'sampling.use: weight' weighs losses by probabilities, and 'sampling.selector: {selector}' has none: all "
-            "that it keeps count alike; remove one of them"
+            f"'sampling.use: weight' weighs losses by probabilities, and {what} has none: all that it keeps count "
+            "alike; remove one of them"
         )
     if selector in QUERY_SELECTORS and config.task.query is None:
         raise ValueError(

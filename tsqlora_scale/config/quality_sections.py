@@ -175,7 +175,7 @@ class SamplingConfig(Section):
     #: Classification: Eq. 2 within every label, so that each keeps its share of the draws; likewise within every set
     #: of a mixture that asks for shares. ``auto`` is yes, but for ``scoring.preset: paper``, which is to the letter.
     #: Of selectors that rate once, and of ``random``: S has the labels' shares; ``auto`` is yes for ``el2n``,
-    #: ``grad_norm``, ``less`` and ``rho``, whose best rows may all be of one label.
+    #: ``grad_norm``, ``less: mean`` and ``rho``, whose best rows may all be of one label.
     stratify: Literal["auto"] | bool = "auto"
     #: p_i is divided by this power of the number of samples that teach the same as i, itself included. 0: by nothing.
     redundancy: NonNegativeFloat = 0.0

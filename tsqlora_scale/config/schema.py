@@ -223,7 +223,8 @@ class Config(Section):
     def chooses_within_labels(self) -> bool:
         """Whether a selector that rates the pool once takes the best of every label (``sampling.stratify``)."""
         if self.sampling.stratify == "auto":
-            return self.task.type == "classification" and self.sampling.selector in ONE_SIDED_SELECTORS
+            is_mean = self.sampling.selector != "less" or self.sampling.less == "mean"  # other forms are not one-sided
+            return self.task.type == "classification" and self.sampling.selector in ONE_SIDED_SELECTORS and is_mean
         return self.sampling.stratify
 
     @property

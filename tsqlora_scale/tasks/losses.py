@@ -27,10 +27,9 @@ def loss_terms(targets: Tensor) -> Tensor:
     return (targets != IGNORED).sum(dim=1).float()
 
 
-def on_known_terms(losses: Tensor, counts: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses (B,) that were summed over ``counts`` (B,) terms, as if over as many as :func:`loss_terms` says, by which
-    a step is normalised before any forward: their ratios, the samples' own losses, stay."""
-    terms = loss_terms(targets)
+def on_known_terms(losses: Tensor, counts: Tensor, terms: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses that an objective of one's own has summed over ``counts`` terms, as if over ``terms``, by which a step is
+    normalised before any forward: their ratios, the samples' own losses, stay. All (B,)."""
     rescaled = losses / torch.where(counts > 0, counts, 1) * terms
     return torch.where(counts == terms, losses, rescaled), terms
 

@@ -17,7 +17,7 @@ from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.schema import TaskConfig
 from tsqlora_scale.tasks.batch import Batch, class_logits, places_of
 from tsqlora_scale.tasks.known_padding import known_padding, padding_of
-from tsqlora_scale.tasks.losses import loss_terms, losses_at, on_known_terms
+from tsqlora_scale.tasks.losses import loss_terms, losses_at
 from tsqlora_scale.tasks.metrics import METRICS, SampleLosses, compute_metrics, needs_answers, needs_losses
 from tsqlora_scale.tasks.needed_logits import at_places, needed_logits, token_shift
 from tsqlora_scale.tasks.objective_names import check_members, objective_class
@@ -173,7 +173,7 @@ class Task:
         """
         logits, places = self.needed(outputs, batch), batch.places
         if places is None or self._shift is None:
-            return on_known_terms(*self._objective.losses(logits, batch.targets), batch.targets)
+            return self._objective.losses(logits, batch.targets)
         return losses_at(logits, batch.targets, places, shift=self._shift)
 
     def needed(self, outputs: Any, batch: Batch) -> Tensor:

@@ -113,6 +113,8 @@ def test_what_a_method_does_must_happen_within_its_length(tmp_path: Path) -> Non
         assert said.startswith("tsqlora on words: schedule.start=300") and "nothing has been run" in said
         assert ("budget.pilot_steps=20" in said) == ("seconds" in budget)
     comparison(tmp_path, budget={"steps": 400}, **late)
+    short = ComparisonRun(tmp_path / "fake.yaml", out=tmp_path / "out", runs=False, overrides=["schedule.start=900"])
+    assert short.trials.refused == {}, "tables of what has been run"
     comparison(tmp_path, budget={"seconds": 60, "pilot_steps": 400}, **late)
     assert not (tmp_path / "out").exists()
 

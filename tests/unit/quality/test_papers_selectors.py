@@ -178,19 +178,35 @@ def test_less_against_one_sample_at_a_time(form: str, site: Site, monkeypatch: p
         np.testing.assert_allclose(table.quality, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["el2n", "grad_norm", "less", "rho", "rds"])
-def test_what_may_be_of_one_class_is_chosen_within_classes(name: str, site: Site) -> None:
+def test_what_may_be_of_one_class_is_chosen_within_classes(site: Site) -> None:
     """Without being asked to: the best of every label, as many as it has of the pool; others take the best of all."""
-    tables = {stratify: site.scored(name, stratify=stratify).table for stratify in ("auto", True, False)}
-    chosen = {stratify: table.selected.tolist() for stratify, table in tables.items()}
-    assert chosen["auto"] == chosen[name != "rds"]
-    classes, rows = site.task.class_ids(), tables[True].selected[:ROWS]
+    classes, differ = site.task.class_ids(), 0
     assert classes is not None
-    for label, of_pool in enumerate(np.bincount(classes[:ROWS])):
-        own = classes[:ROWS] == label
-        assert abs(rows[own].sum() - of_pool / 2) <= 0.5
-        quality = tables[True].quality[:ROWS]
-        assert quality[own & rows].min() >= quality[own & ~rows].max()
+    for name in ("el2n", "grad_norm", "less", "rho", "rds"):
+        tables = {stratify: site.scored(name, stratify=stratify).table for stratify in ("auto", True, False)}
+        chosen = {stratify: table.selected.tolist() for stratify, table in tables.items()}
+        assert chosen["auto"] == chosen[name != "rds"]
+        differ += chosen[True] != chosen[False]
+        quality, rows = tables[True].quality[:ROWS], tables[True].selected[:ROWS]
+        for label, of_pool in enumerate(np.bincount(classes[:ROWS])):
+            own = classes[:ROWS] == label
+            assert abs(rows[own].sum() - of_pool / 2) <= 0.5
+            assert quality[own & rows].min() >= quality[own & ~rows].max()
+    assert differ >= 3, "or nothing is shown"
+    for form in ("max", "round_robin"):
+        tables = {stratify: site.scored("less", less=form, stratify=stratify).table for stratify in ("auto", False)}
+        assert tables["auto"].selected.tolist() == tables[False].selected.tolist()
+
+
+def test_what_was_not_looked_at_is_not_above_what_was(site: Site) -> None:
+    """Where the query's rows choose in turn, from a part of the pool, within labels."""
+    limited = Site(site.tree | {"scoring": site.tree["scoring"] | {"max_samples": 14}}, site.task, site.module)
+    quality = limited.scored("less", less="round_robin", stratify=True, keep_fraction=0.25).table.quality
+    values, counts = np.unique(quality, return_counts=True)
+    unseen = values[counts.argmax()]
+    others = quality[(quality <= 1) & (quality != unseen)]
+    assert counts.max() == len(quality) - 14
+    assert others.min() <= unseen <= others.max()
 
 
 class OneClassFirst(RankedSelector):

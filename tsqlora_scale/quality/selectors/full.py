@@ -131,11 +131,13 @@ class FullSelector:
         if lost:
             self._has_warned = True
             log.warning(
-                "sampling.selector=%r: S holds no sample of %d of the %d classes; set sampling.stratify=true, by which "
-                "they keep their shares",
+                "sampling.selector=%r: S holds no sample of %d of the %d classes; %s",
                 self.config.sampling.selector,
                 lost,
                 np.count_nonzero(of_pool),
+                "too few rows are kept for all of them: raise sampling.keep_fraction"
+                if self.config.chooses_within_labels or self.config.stratifies
+                else "set sampling.stratify=true, by which they keep their shares",
             )
 
     def _balance(self, rows: np.ndarray, weighted: np.ndarray) -> None:

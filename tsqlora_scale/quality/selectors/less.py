@@ -73,7 +73,8 @@ class LessSelector(RankedSelector):
         if likeness is not None:
             among = np.flatnonzero(usable[: self.choices])
             ratings[among] = rated_by_turns(likeness[among], min(self.places, len(among)))
-        ratings[~looked] = ratings[usable].mean()
+        others = usable & (ratings <= 1)  # the query's picks stand above all likeness
+        ratings[~looked] = ratings[others if others.any() else usable].mean()
         ratings[looked & ~usable] = ratings[usable].min() - 1
         return ratings
 
