@@ -274,24 +274,16 @@ def test_texts_with_several_answers_are_no_copies(tmp_path: Path, models_dir: Pa
     assert others == [4 if i in (1, 15, 16, 17, 18) else 0 for i in range(19)]
 
 
-def test_one_source_that_all_rows_have(tmp_path: Path, models_dir: Path) -> None:
-    """An instruction without an input: nothing tells rows apart but their answers, and every fold has some."""
-    tree = run_tree("llama", tmp_path, models_dir, "instructed", scoring={"folds": 2})
+@pytest.mark.parametrize("audit_by", ["adapters, of answers that are texts", "features", "both"])
+def test_one_text_that_all_rows_have(tmp_path: Path, models_dir: Path, audit_by: str) -> None:
+    """An instruction without an input, say: nothing tells rows apart but their answers, and every fold has some."""
+    if audit_by in ("features", "both"):
+        tree, _ = planted(tmp_path, models_dir, "same", scoring={"audit": audit_by, "folds": 2})
+    else:
+        tree = run_tree("llama", tmp_path, models_dir, "same", scoring={"folds": 2})
     tree["train"]["max_steps"] = 2
-    path = tmp_path / "data-causal" / "train.jsonl"
+    path = tmp_path / f"data-{tree['task']['type']}" / "train.jsonl"
     rows = [row | {"text": "write a line", "source": "write a line"} for row in read_lines(path)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    table = pq.read_table(audit(parse_config(tree)).table)
-    assert len(table) == len(rows)
-    assert np.isfinite(table.column("audit_suspicion").to_numpy()).all()
-
-
-@pytest.mark.parametrize("sources", ["features", "both"])
-def test_texts_that_are_all_the_same(tmp_path: Path, models_dir: Path, sources: str) -> None:
-    tree, _ = planted(tmp_path, models_dir, "same", scoring={"audit": sources, "folds": 2})
-    tree["train"]["max_steps"] = 2
-    path = tmp_path / "data-classification" / "train.jsonl"
-    rows = [row | {"text": "a film"} for row in read_lines(path)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     table = pq.read_table(audit(parse_config(tree)).table)
     assert len(table) == len(rows)

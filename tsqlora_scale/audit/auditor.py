@@ -58,11 +58,11 @@ def audit_pool(run: Run, *, similarity: float, parts: Path) -> Findings | None:
         if run.is_main:
             exact = same_texts(texts_of_pool(run))
             near = exact if states is None else nearly_same(states, exact, similarity, seed=config.run.seed)
-        groups = folds = None
+        groups = folds = same = None
         if run.is_main:
-            size, strata = len(run.task), run.task.strata()
-            groups, copies = copy_groups(np.concatenate([exact, near]), size), copy_groups(exact, size)
-            folds = plan_folds(groups, strata, config.scoring.folds, seed=config.run.seed, copies=copies)
+            groups = copy_groups(np.concatenate([exact, near]), len(run.task))
+            same = copy_groups(exact, len(run.task))
+            folds = plan_folds(groups, run.task.strata(), config.scoring.folds, seed=config.run.seed, copies=same)
         if states is not None and groups is not None:
             with run.record.phase("regression"):
                 sources["features"] = by_features(run, states, groups)
@@ -73,12 +73,11 @@ def audit_pool(run: Run, *, similarity: float, parts: Path) -> Findings | None:
             with run.record.phase("adapters"):
                 scores = cross_fitted_scores(run, folds, folder=parts)
             sources["adapters"] = scores.astype(np.float64)
-        if groups is None:
+        if groups is None or same is None:
             return None
         size = len(run.task) - run.task.query_rows
         with run.record.phase("judging"):
             judged = judge(run, {name: scores[:size] for name, scores in sources.items()})
-            same = copy_groups(exact, len(run.task))
             if TARGET_KEY in text_columns(run.config.task):
                 groups, same = with_same_answer(run, same, near)
     return Findings(

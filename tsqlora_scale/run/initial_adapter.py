@@ -16,7 +16,7 @@ from tsqlora_scale.config.model_section import ADAPTER_TRAITS
 from tsqlora_scale.config.schema import AdapterConfig, Config
 from tsqlora_scale.engine.sharded import whole_shape, write_parameter
 from tsqlora_scale.model.adapters.adapter_type import adapter_type, check_sizes, own_type
-from tsqlora_scale.model.adapters.loratrf import blocks_of, check_filters, reached_blocks
+from tsqlora_scale.model.adapters.loratrf import blocks_of, check_filters, filtered_blocks
 from tsqlora_scale.model.adapters.placed_model import in_whole_module
 from tsqlora_scale.model.base_model import skeleton
 from tsqlora_scale.model.block_depths import block_of, chosen_blocks
@@ -94,9 +94,7 @@ def _check_kind(config: Config, description: dict[str, Any], key: str) -> None:
 
 def _check_filtered(adapter: AdapterConfig, folder: Path, bare: nn.Module, unreached: Collection[str]) -> None:
     """The blocks that saved filters stand behind against those of this run."""
-    wanted = set(reached_blocks(bare, unreached))
-    if adapter.layers is not None:
-        wanted &= chosen_blocks(bare, adapter.layers)
+    wanted = set(filtered_blocks(bare, unreached, adapter.layers))
     differing = sorted(wanted ^ set(blocks_of(folder, bare)))
     if differing:
         which = "no filter" if differing[0] in wanted else "a filter"

@@ -37,10 +37,15 @@ def in_filter(name: str) -> bool:
     return f".{SLOT}." in name
 
 
-def reached_blocks(base: nn.Module, unreached: Collection[str]) -> list[str]:
-    """The blocks that texts pass through: not those of a tower for pictures, or that attend to pictures alone."""
+def filtered_blocks(base: nn.Module, unreached: Collection[str], layers: list[int] | str | None) -> list[str]:
+    """The blocks of ``adapter.layers`` that texts pass through: not those of a tower for pictures, or that attend to
+    pictures alone."""
     found = (block_of(name) for name in linear_layers(base) if name not in unreached)
-    return list(dict.fromkeys(block for block in found if block is not None))
+    reached = list(dict.fromkeys(block for block in found if block is not None))
+    if layers is None:
+        return reached
+    wanted = chosen_blocks(base, layers)
+    return [block for block in reached if block in wanted]
 
 
 def blocks_of(folder: Path, bare: nn.Module) -> list[str]:
@@ -95,10 +100,8 @@ class LoraTrfAdapter(LoraAdapter):
 
     def build(self, base: nn.Module, placement: Placement) -> PeftModel:
         """See :class:`~.lora.LoraAdapter`; then a filter behind every block."""
-        blocks, size = reached_blocks(base, placement.unreached), hidden_size(base)
-        if placement.adapter.layers is not None:
-            wanted = chosen_blocks(base, placement.adapter.layers)
-            blocks = [name for name in blocks if name in wanted]
+        blocks = filtered_blocks(base, placement.unreached, placement.adapter.layers)
+        size = hidden_size(base)
         model = super().build(base, placement)
         rank = placement.adapter.filter_rank or placement.adapter.r
         place_filters(model.get_base_model(), blocks, size, rank, placement.generator)

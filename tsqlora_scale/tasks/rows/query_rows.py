@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import compress
 from typing import Any
 
 import datasets
@@ -66,7 +67,10 @@ def check_query(
             + (", and train on the others" if len(rows) > MOST else "")
         )
     known = {text: place for place, text in enumerate(_texts(rows, columns.values()))}
+    asks = [key != TARGET_KEY for key in columns]
+    questions = {tuple(compress(text, asks)) for text in known} if any(asks) and not all(asks) else set()
     for name, others in sets.items():
+        alike = 0
         for place, text in enumerate(_texts(others, columns.values())):
             if text in known:
                 title = f"the held-out set {name!r}" if name else "the held-out set"
@@ -75,17 +79,13 @@ def check_query(
                     f"{_id(others, place)}); metrics on what the data is chosen by would be too good: take it out of "
                     "one of them"
                 )
-    asked = [column for key, column in columns.items() if key != TARGET_KEY]
-    if 0 < len(asked) < len(columns):
-        questions = set(_texts(rows, asked))
-        for name, others in sets.items():
-            alike = sum(text in questions for text in _texts(others, asked))
-            if alike:
-                log.warning(
-                    "%s: %s asks what %d of the %d held-out rows%s ask, too, with another answer; where one source "
-                    "has several answers, keep these on one side",
-                    *(KEY, printable(str(where)), alike, len(others), f" of {name!r}" if name else ""),
-                )
+            alike += tuple(compress(text, asks)) in questions
+        if alike:
+            log.warning(
+                "%s: %s asks what %d of the %d held-out rows%s ask, too, with another answer; where one source has "
+                "several answers, keep these on one side",
+                *(KEY, printable(str(where)), alike, len(others), f" of {name!r}" if name else ""),
+            )
     ours = pa.array(rows[SAMPLE_ID][:], pa.string())
     view = train.select_columns([SAMPLE_ID]).with_format("arrow")
     for block in blocks(len(view), _ROWS):
