@@ -83,7 +83,7 @@ class HoulsbyAdapter(OwnAdapter):
         blocks = None if adapter.layers is None else chosen_blocks(base, adapter.layers)
         self.place(base, adapter.r, placement.generator, blocks)
 
-    def place_saved(self, base: nn.Module, description: Mapping[str, Any]) -> None:
+    def put_saved(self, base: Any, description: Mapping[str, Any]) -> None:
         """In the blocks that the adapter has some in."""
         blocks = {block_of(name) for name in description["parameters"] if f".{SLOT}." in name}
         self.place(base, description["r"], torch.Generator(), blocks)

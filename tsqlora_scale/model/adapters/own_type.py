@@ -102,11 +102,8 @@ class OwnAdapter(ABC):
         self.place(base, getattr(placement.adapter, self.width_key), placement.generator)
 
     def put_saved(self, base: Any, description: Mapping[str, Any]) -> None:
-        """:meth:`place` for an adapter of which :func:`~tsqlora_scale.model.weight_files.check_own` tells this."""
-        self.place_saved(base, description)
-
-    def place_saved(self, base: nn.Module, description: Mapping[str, Any]) -> None:
-        """Put modules as a saved adapter has them into ``base``, of which only the structure need be there."""
+        """:meth:`place` for an adapter of which :func:`~tsqlora_scale.model.weight_files.check_own` tells this; of
+        ``base`` only the structure need be there."""
         self.place(base, description["r"] or 0, torch.Generator())
 
     def wrapped(self, base: nn.Module, whole_modules: Iterable[str]) -> PlacedModel:
@@ -215,7 +212,7 @@ class OwnAdapter(ABC):
         """
         description = check_own(folder, self.name)
         self.check(bare)
-        self.place_saved(bare, description)
+        self.put_saved(bare, description)
         own = {f"{PREFIX}{name}": tuple(param.shape) for name, param in bare.named_parameters()}
         for name, shape in description["shapes"].items():
             if not heads and in_whole_module(name, description["whole_modules"]):
