@@ -236,6 +236,11 @@ def _for_scoring(config: Config, adapter: str | Path | None) -> Config:
             f"--adapter {str(adapter)!r} (adapter): sampling.selector={config.sampling.selector!r} looks at the base "
             "alone, without any adapter; leave it out"
         )
+    if adapter is not None and config.sampling.selector == "less" and config.sampling.less_gradients == "adam":
+        raise UserError(
+            f"--adapter {str(adapter)!r} (adapter): sampling.less_gradients='adam' takes the optimizer's moments, "
+            "which no adapter's folder has; leave it out, or set sampling.less_gradients=plain"
+        )
     return config.for_scoring()
 
 

@@ -325,6 +325,14 @@ ARMS: dict[str, Arm] = {
         )
         for form, key in (("max", "max"), ("in turn", "round_robin"), ("subspace", "subspace"))
     },
+    **{
+        f"kept: less, {form}": Arm(
+            kept_by("less", f"sampling.less={key}", "sampling.less_gradients=adam", ALL_TOGETHER, query=True),
+            is_selected=True,
+            needs=("query",),
+        )
+        for form, key in (("as published", "mean"), ("as published, in turn", "round_robin"))
+    },
     "kept: quality as weights": Arm(kept_by("quality", "sampling.use=weight"), is_selected=True),
     "infobatch": Arm(lambda site: [*even(site), "sampling.selector=infobatch"]),
     **{

@@ -34,6 +34,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory, models_dir: Path) -> dict[tup
             )  # fmt: skip
             configs.append(str(write_config(folder / f"{engine}-{kind}.yaml", tree)))
             found[engine, kind] = folder / engine / "runs" / kind
+        less = queried(
+            "bert", folder / engine, models_dir, "less",
+            sampling={"selector": "less", "less": "max", "less_gradients": "adam", "keep_fraction": 0.5},
+            scoring={"shard_size": 20, "batch_size": 8, "warmup_steps": 4},
+            train={"max_steps": 6, "micro_batch_size": 6},
+        )  # fmt: skip
+        configs.append(str(write_config(folder / f"{engine}-less.yaml", less)))
+        found[engine, "less"] = folder / engine / "runs" / "less"
         launch(engine, WORKER, configs, folder)
     return found
 
@@ -59,3 +67,15 @@ def test_the_same_choice(runs: dict[tuple[str, str], Path], engine: str, kind: s
     losses = losses_of(runs["plain", kind])
     assert len(losses) == 3
     assert losses_of(runs[engine, kind]) == pytest.approx(losses, abs=1e-5)
+
+
+@pytest.mark.parametrize("engine", LAUNCHED[1:])
+def test_the_same_gradients_through_the_same_optimizer(runs: dict[tuple[str, str], Path], engine: str) -> None:
+    """``less`` as published needs Adam's moments, which ZeRO keeps in shards."""
+    processes, _, distributed_type = ENGINES[engine]
+    result = result_of(runs[engine, "less"])
+    assert (result["world_size"], result["distributed_type"]) == (processes, distributed_type)
+    (ours, _), (wanted, _) = (ScoreTable.read(runs[name, "less"] / "scores") for name in (engine, "plain"))
+    spread = np.ptp(wanted.quality)
+    assert spread > 0.05
+    np.testing.assert_allclose(ours.quality, wanted.quality, atol=0.02 * spread)

@@ -17,17 +17,23 @@ from tsqlora_scale import training as loop
 pytestmark = pytest.mark.slow
 
 #: Killed before and after the choice, which the warm-up of two steps comes before.
-RUNS = [("less", 6), ("less", 1), ("infobatch", 9), ("rs2", 6)]
+RUNS: list[tuple[str, int, dict[str, str]]] = [
+    ("less", 6, {}),
+    ("less", 3, {"less_gradients": "adam"}),
+    ("less", 1, {"less_gradients": "adam"}),
+    ("infobatch", 9, {}),
+    ("rs2", 6, {}),
+]
 
 
-@pytest.mark.parametrize(("name", "step"), RUNS)
+@pytest.mark.parametrize(("name", "step", "keys"), RUNS)
 def test_a_killed_run_goes_on(
-    name: str, step: int, tmp_path: Path, models_dir: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, step: int, keys: dict[str, str], tmp_path: Path, models_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng = random.Random(0)
     rows = [{"text": " ".join(rng.choices(WORDS, k=6)), "label": "yes"} for _ in range(12)]
     (tmp_path / "query.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    sampling = {"selector": name, "keep_fraction": "auto" if name == "infobatch" else 0.5}
+    sampling = {"selector": name, "keep_fraction": "auto" if name == "infobatch" else 0.5} | keys
 
     def tree(run: str) -> dict[str, Any]:
         found = run_tree(

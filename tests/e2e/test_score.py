@@ -151,6 +151,14 @@ def test_suspects_are_errors_and_not_a_class(tmp_path: Path, models_dir: Path) -
     assert found >= 20, "by chance there would be three"
 
 
+BY_MOMENTS = [
+    "task.query=q.jsonl",
+    "sampling.selector=less",
+    "sampling.keep_fraction=0.5",
+    "sampling.less_gradients=adam",
+]
+
+
 def test_scoring_by_a_trained_adapter(tmp_path: Path, models_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tree = run_tree("deberta", tmp_path, models_dir, "trained", scoring={"refresh": "none"})
     run = go(tree)
@@ -184,7 +192,11 @@ def test_scoring_by_a_trained_adapter(tmp_path: Path, models_dir: Path, capsys: 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
-    [(["adapter.method=lora"], "nothing to score"), (["sampling.selector=full", "scoring.enabled=false"], "nothing")],
+    [
+        (["adapter.method=lora"], "nothing to score"),
+        (["sampling.selector=full", "scoring.enabled=false"], "nothing"),
+        (["--adapter", "x", *BY_MOMENTS], "the optimizer's moments, which no adapter's folder has"),
+    ],
 )
 def test_nothing_to_score(
     tmp_path: Path, models_dir: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], message: str

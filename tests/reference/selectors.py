@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from tsqlora_scale.engine.train_state import ParamState
+
 
 def neighbours_worth(likeness: np.ndarray, match: np.ndarray, members: Sequence[int], neighbours: int) -> float:
     """What a set of players is worth to a row: the sum of match over its nearest, divided by K."""
@@ -109,6 +111,35 @@ def own_gradients(module: nn.Module, losses, batch) -> list[torch.Tensor]:  # ty
     factors = [p for name, p in module.named_parameters() if "lora_" in name]
     (loss,) = losses(module, batch)
     return list(torch.autograd.grad(loss, factors))
+
+
+def after_steps_of_torch(gradients: Sequence[torch.Tensor], betas: tuple[float, float], eps: float) -> ParamState:
+    """A parameter that starts at zero, and its moments, after torch's Adam has had these gradients."""
+    parameter = torch.zeros(3, 4, dtype=torch.float64)
+    mean, square = torch.zeros_like(parameter), torch.zeros_like(parameter)
+    if gradients:
+        optimizer = torch.optim.Adam([parameter], lr=0.1, betas=betas, eps=eps)
+        for gradient in gradients:
+            parameter.grad = gradient.double()
+            optimizer.step()
+        mean, square = optimizer.state[parameter]["exp_avg"], optimizer.state[parameter]["exp_avg_sq"]
+    return ParamState(parameter.float(), mean.float(), square.float())
+
+
+def step_by_torch(
+    state: ParamState, steps: int, gradient: torch.Tensor, betas: tuple[float, float], eps: float
+) -> torch.Tensor:
+    """What a step of torch's Adam by one gradient takes off a parameter, at a learning rate of 1."""
+    parameter = torch.zeros_like(state.value, dtype=torch.float64)
+    optimizer = torch.optim.Adam([parameter], lr=1.0, betas=betas, eps=eps)
+    optimizer.state[parameter] = {
+        "step": torch.tensor(float(steps)),
+        "exp_avg": state.exp_avg.double(),
+        "exp_avg_sq": state.exp_avg_sq.double(),
+    }
+    parameter.grad = gradient.double()
+    optimizer.step()
+    return -parameter.float()
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> float:

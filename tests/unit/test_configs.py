@@ -168,7 +168,7 @@ def test_unknown_key_like_no_other_lists_the_section() -> None:
     text = message(tree(sampling__xyzzyplugh=1))
     assert text.endswith(
         "unknown key 'sampling.xyzzyplugh'; known here: selector, tau, keep_fraction, soft, replacement, "
-        "stratify, redundancy, similarity, unbiased, max_weight, use, less, file"
+        "stratify, redundancy, similarity, unbiased, max_weight, use, less, less_gradients, file"
     )
 
 
@@ -250,6 +250,13 @@ def test_contradictions(changes: dict[str, Any], words: str) -> None:
 def test_bounds_do_not_bind_methods_of_fixed_rank() -> None:
     assert parse_config(tree(adapter__method="lora", allocation__r_max=4)).adapter.r == 8
     assert parse_config(tree(adapter__method="lora", scoring__enabled=False)).scores_data is False
+
+
+def test_a_pool_is_scored_with_the_ranks_that_a_file_gives() -> None:
+    """Training starts with them; ranks that move have not moved yet."""
+    config = parse_config(tree(allocation__policy="file", allocation__file="ranks.yaml"))
+    assert config.for_scoring().allocation == config.allocation
+    assert parse_config(tree(allocation__policy="gain")).for_scoring().allocation.policy == "fixed"
 
 
 def test_several_faults_are_all_named() -> None:

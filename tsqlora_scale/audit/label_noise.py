@@ -71,7 +71,7 @@ def judge_labels(scores: np.ndarray, labels: np.ndarray, *, seed: int) -> LabelN
     for number, rate in enumerate(rates):
         start, likelihood = fit(scaled[:, part], ids[part], float(rate), start)
         parameters.append(start)
-        evidence[number] = likelihood * size / len(part)
+        evidence[number] = likelihood  # of the part: what was not fitted on says nothing of the rate
     return _averaged(scaled, ids, rates, believed(evidence, rates), parameters)
 
 

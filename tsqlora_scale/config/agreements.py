@@ -210,6 +210,11 @@ def selector_fits(config: Config) -> None:
             f"'sampling.selector: {selector}' is for answers that are "
             f"{' or '.join(ANSWERS[each] for each in fits)}, and 'task.type' is {kind!r}; choose another selector"
         )
+    if selector == "less" and config.sampling.less_gradients == "adam" and config.scoring.warmup_steps == 0:
+        raise ValueError(
+            "'sampling.less_gradients: adam' takes the optimizer's moments, and 'scoring.warmup_steps: 0' leaves it "
+            "none; give some steps, or set 'less_gradients: plain'"
+        )
     warmed_up = config.looks_at_pool and not config.looks_before_training and not config.scores_data
     if warmed_up and config.scoring.proxy_model is not None:
         raise ValueError(

@@ -75,7 +75,8 @@ class ScoringConfig(Section):
     shard_size: PositiveInt = 4096
     #: Leave the raw numbers and the sketches of the last pass (4 sketch_dim bytes a sample) in ``score-parts/``.
     keep_sketches: bool = False
-    #: Score a uniform subsample and give the rest the mean score.
+    #: Score a uniform subsample and give the rest the mean score. Of passes of gradients and of Eq. 1: selectors that
+    #: look at the whole pool by a forward pass, or at its texts alone, do so whatever stands here.
     max_samples: PositiveInt | None = None
     #: Texts are cut to so many tokens where they are scored; none: ``task.max_length``.
     max_length: PositiveInt | None = None
@@ -194,6 +195,9 @@ class SamplingConfig(Section):
     #: ``selector: less``: what counts of the cosines to the query's rows: their mean, as published, their maximum, the
     #: maximum within the query's own leading directions, or the query's rows choose in turn.
     less: Literal["mean", "max", "subspace", "round_robin"] = "mean"
+    #: ``selector: less``: what the pool's gradients are taken for. ``plain``: themselves; ``adam``: the step that the
+    #: optimizer would take by each alone, with the moments that it has then, as published. The query's are plain.
+    less_gradients: Literal["plain", "adam"] = "plain"
     #: ``selector: file``: a list of sample ids to train on (``.txt``, an id a line, or a table with a column
     #: ``sample_id`` or ``id``), or scores of the whole pool (a table with a column ``score``, too), the higher the
     #: better; found from the current folder.

@@ -38,7 +38,7 @@ def read_parameter(param: nn.Parameter) -> torch.Tensor:
     """A copy of a parameter's whole value. Of a sharded one a collective."""
     if fsdp_internals.is_sharded(param):
         return fsdp_internals.whole(param)
-    if not hasattr(param, "ds_id"):
+    if not hasattr(param, "ds_id") or zero_internals.is_in_use(param):
         return param.detach().clone()
     import deepspeed
 

@@ -174,6 +174,12 @@ def is_sharded(param: Any) -> bool:
     return hasattr(param, "ds_id") and bool(not param.ds_persist and param.ds_tensor.numel() < param.ds_numel)
 
 
+def is_in_use(param: Any) -> bool:
+    """Whether ZeRO-3 has the parameter whole for a module: inside its pass, and after a backward pass that ends at the
+    module, as nothing before it needs a gradient. DeepSpeed's own steps let go of it; it frees no such parameter."""
+    return bool(getattr(param, "ds_active_sub_modules", ()))
+
+
 def held_part(param: Any) -> torch.Tensor:
     """What this rank holds of a parameter between its uses: its shard (of one rank: the whole), or all of it."""
     part: torch.Tensor = param.ds_tensor if hasattr(param, "ds_id") and not param.ds_persist else param.data

@@ -16,7 +16,7 @@ from tsqlora_scale.common.failures import Watchdog
 from tsqlora_scale.common.quiet import quiet_libraries
 from tsqlora_scale.config.schema import Config
 from tsqlora_scale.engine.collectives import World
-from tsqlora_scale.engine.engine import start_engine
+from tsqlora_scale.engine.engine import Engine, start_engine
 from tsqlora_scale.engine.start import shards_parameters, start_accelerator
 from tsqlora_scale.engine.train_state import TrainState
 from tsqlora_scale.model.adapters.adapter_type import adapter_type
@@ -97,10 +97,10 @@ def build_run(
     with record.phase("load"), quiet_libraries():
         state, tree = find_state(preflight, resume, world)
         config = taken_over(config, preflight.task, tree)
-        selector = build_selector(preflight, world, stop, watchdog)
+        engines: list[Engine] = []  # the selector is checked before there is one, and asks it later
+        selector = build_selector(preflight, world, stop, watchdog, train_state=lambda: engines[0].gather())
         targets = scale_of_targets(preflight, world) if tree is None and adapter is None else None
-        init = "default" if adapter else None
-        model = build_model(preflight, device=accelerator.device, init=init, targets=targets)
+        model = build_model(preflight, device=accelerator.device, init="default" if adapter else None, targets=targets)
         ranks = build_controller(config, plan, without_batch=preflight.findings.without_batch)
         start = (None if tree is None else tree["ranks"], state)
         set_start(model, preflight, *start, adapter=adapter, pretrained=pretrained, accelerator=accelerator)
@@ -113,6 +113,7 @@ def build_run(
             state=state,
             lr_scales=depth_scales(config),
         )
+        engines.append(engine)
         check_loaded(config, engine.module, preflight.task, world)
         config = with_found_words(config, preflight.task, engine.module, world)
         run = Run(
@@ -308,7 +309,14 @@ def build_controller(config: Config, plan: RunPlan, *, without_batch: Collection
     )
 
 
-def build_selector(preflight: Preflight, world: World, stop: StopRequest, watchdog: Watchdog) -> Selector:
+def build_selector(
+    preflight: Preflight,
+    world: World,
+    stop: StopRequest,
+    watchdog: Watchdog,
+    *,
+    train_state: Callable[[], TrainState] | None = None,
+) -> Selector:
     """The data half: one that scores nothing where it is off."""
     config, plan = preflight.config, preflight.plan
     bar = Progress("scoring", shows=world.is_main, beat=watchdog.beat)
@@ -328,6 +336,7 @@ def build_selector(preflight: Preflight, world: World, stop: StopRequest, watchd
         progress=progress,
         parts_folder=config.run_dir / PARTS,
         without_batch=preflight.findings.without_batch,
+        train_state=train_state,
     )
     return selector_class(config.sampling.selector)(context)
 

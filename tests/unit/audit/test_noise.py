@@ -87,6 +87,10 @@ def test_large_pools_are_fitted_on_a_part(monkeypatch: pytest.MonkeyPatch) -> No
     part = judge_labels(scores, given_labels, seed=0)
     assert len(part.wrong) == 1200
     assert abs(part.share.share - whole.share.share) < 0.05
+    monkeypatch.setattr(label_noise, "FIT_SAMPLES", 75)
+    small = judge_labels(scores, given_labels, seed=0)
+    widths = [judged.share.interval()[1] - judged.share.interval()[0] for judged in (whole, small)]
+    assert widths[1] > 1.5 * widths[0], "what a part says of the rate is as unsure as the part is small"
 
 
 @pytest.mark.parametrize("share", [0.0, 0.15])

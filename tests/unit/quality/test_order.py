@@ -54,6 +54,24 @@ def test_the_largest_are_those_of_a_sort(pool, block, counters, data):
         assert np.flatnonzero(smallest(keys.copy(), count)).tolist() == chosen.tolist()
 
 
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), min_size=1, max_size=40), st.data())
+def test_equal_keys_are_drawn_among(pool, data):
+    keys, strata = np.array([float(key) for key, _ in pool]), np.array([stratum for _, stratum in pool])
+    quota = np.array([data.draw(st.integers(0, int((strata == s).sum()))) for s in range(3)])
+    found = largest(keys, quota, strata, ties=np.random.default_rng(0))
+    assert np.bincount(strata[found], minlength=3).tolist() == quota.tolist()
+    for s in range(3):
+        inside, outside = keys[found & (strata == s)], keys[~found & (strata == s)]
+        assert not len(inside) or not len(outside) or inside.min() >= outside.max()
+
+
+def test_equal_keys_have_equal_chances():
+    keys = np.array([2.0, *[1.0] * 10, 0.0])
+    found = np.mean([largest(keys, np.array([6]), ties=np.random.default_rng(seed)) for seed in range(400)], axis=0)
+    assert (found[0], found[-1]) == (1, 0)
+    assert np.abs(found[1:-1] - 0.5).max() < 0.12
+
+
 @settings(max_examples=100)
 @given(
     st.integers(1, 60).flatmap(keys_of), st.sampled_from([1, 7, 1000]), st.sampled_from([1, 5, 1000]),

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import random
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,100 +11,19 @@ import pytest
 import torch
 
 from tests.reference import selectors as reference
-from tests.runs import run_tree, write_data
 from tests.tiny import WORDS
+from tests.unit.quality.sites import QUERY, ROWS, Site, make_site
 from tests.worlds import run_on_ranks
 from tsqlora_scale.common.errors import UserError
-from tsqlora_scale.config.load import parse_config
 from tsqlora_scale.engine.collectives import World
-from tsqlora_scale.model.adapters.adapter_type import adapter_type
 from tsqlora_scale.quality.draws.subset import share_of
 from tsqlora_scale.quality.features.last_layer import LastLayerLook
-from tsqlora_scale.quality.gradients.sketch import Sketch
-from tsqlora_scale.quality.selectors import less
 from tsqlora_scale.quality.selectors.ranked import RankedSelector, Rating
-from tsqlora_scale.quality.selectors.selector import SelectorContext
-from tsqlora_scale.quality.selectors.selector_names import selector_class
-from tsqlora_scale.run import preflight
-from tsqlora_scale.run.adapted_model import build_model
 from tsqlora_scale.tasks import Task
 from tsqlora_scale.tasks.rows.mixed_sets import MixedSets
 
-ROWS, QUERY, KEPT = 18, 10, 0.5
 BY_QUERY = ("rho", "rds", "dsir", "less")
 RATED = (*BY_QUERY, "k_center", "ts_dshapley", "instruction_mining", "grad_norm", "el2n")
-
-
-@dataclass
-class Site:
-    """A small pool with a query, and a model with an adapter whose factors have moved.
-
-    Attributes:
-        tree: of a config.
-        task: the pool.
-        module: the model.
-    """
-
-    tree: dict[str, Any]
-    task: Task
-    module: torch.nn.Module
-
-    def selector(self, name: str, world: World | None = None, **sampling: Any) -> Any:
-        """A selector of the site's pool, keeping :data:`KEPT` of it."""
-        tree = self.tree | {"sampling": {"selector": name, "keep_fraction": KEPT} | sampling}
-        config = parse_config(tree)
-        return selector_class(name)(
-            SelectorContext(
-                config=config,
-                pool=self.task,
-                theta=adapter_type(config.adapter.type).theta,
-                world=world or World(),
-                scoring_step=0,
-            )
-        )
-
-    def scored(self, name: str, world: World | None = None, **sampling: Any) -> Any:
-        """The same after its look at the pool."""
-        selector = self.selector(name, world, **sampling)
-        selector.score(self.module, 0)
-        return selector
-
-
-def make_site(kind: str, folder: Path, models: Path, *, with_query: bool = True) -> Site:
-    """Rows of random words, and a query of them."""
-    tree = run_tree(kind, folder, models, "run", allocation={"policy": "fixed"}, train={"max_steps": 4})
-    task = tree["task"] = write_data(folder / f"data-{kind}", tree["task"]["type"], ROWS)
-    if with_query:
-        rng = random.Random(1)
-        rows = [
-            {"text": " ".join(rng.choices(WORDS[:12], k=rng.randint(5, 9))), "label": "yes", "summary": "the film"}
-            for _ in range(QUERY)
-        ]
-        (folder / "query.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        task["query"] = str(folder / "query.jsonl")
-    tree["sampling"] = {"selector": "full"}
-    checked = preflight.check(parse_config(tree))
-    module = build_model(checked, device=torch.device("cpu"))
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in module.named_parameters():
-        if "lora_" in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
-    return Site(tree, checked.task, module)
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory, models_dir: Path) -> Site:
-    return make_site("bert", tmp_path_factory.mktemp("site"), models_dir)
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory, models_dir: Path) -> Site:
-    return make_site("llama", tmp_path_factory.mktemp("texts"), models_dir)
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory, models_dir: Path) -> Site:
-    return make_site("bert", tmp_path_factory.mktemp("alone"), models_dir, with_query=False)
 
 
 def assert_chosen(selector: Any, site: Site) -> None:
@@ -145,39 +61,6 @@ def test_selectors_that_do_without_a_query(name: str, alone: Site) -> None:
     assert_chosen(alone.scored(name, stratify=False), alone)
 
 
-def own_sketches(site: Site, pool: Any) -> np.ndarray:
-    """Sketches of every sample's gradient, one sample at a time, by autograd."""
-    sketch = Sketch(site.tree["scoring"]["sketch_dim"], seed=site.tree["run"]["seed"])
-    names = [name for name, _ in site.module.named_parameters() if "lora_" in name]
-    found = []
-    for row in range(len(pool)):
-        batch = pool.batch(np.array([row]))
-        gradients = reference.own_gradients(site.module, pool.losses, batch)
-        by_name = {name: gradient[None] for name, gradient in zip(names, gradients, strict=True)}
-        found.append(sketch(by_name).numpy()[0])
-    return np.stack(found)
-
-
-@pytest.mark.parametrize("form", ["mean", "max", "round_robin", "subspace"])
-def test_less_against_one_sample_at_a_time(form: str, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(less, "DIRECTIONS", 3)
-    table = site.scored("less", less=form).table
-    assert site.task.query is not None
-    pool, query = own_sketches(site, site.task), own_sketches(site, site.task.query)
-    cosines = np.array([[reference.cosine(a, b) for b in query] for a in pool])
-    if form == "subspace":
-        of_length_one = query / np.linalg.norm(query, axis=1, keepdims=True)
-        cosines = reference.cosines_within(pool, of_length_one, 3)
-    if form == "round_robin":
-        found = np.argsort(-table.quality[:ROWS])[: ROWS // 2]
-        taken = [cosines[pick, turn % QUERY] for turn, pick in enumerate(found)]
-        expected = [cosines[pick, turn % QUERY] for turn, pick in enumerate(reference.in_turn(cosines[:ROWS], 9))]
-        np.testing.assert_allclose(taken, expected, atol=1e-3)  # nearly equal ones may change places
-    else:
-        expected = cosines.mean(1) if form == "mean" else cosines.max(1)
-        np.testing.assert_allclose(table.quality, expected, atol=1e-4)
-
-
 def test_what_may_be_of_one_class_is_chosen_within_classes(site: Site) -> None:
     """Without being asked to: the best of every label, as many as it has of the pool; others take the best of all."""
     classes, differ = site.task.class_ids(), 0
@@ -196,17 +79,6 @@ def test_what_may_be_of_one_class_is_chosen_within_classes(site: Site) -> None:
     for form in ("max", "round_robin"):
         tables = {stratify: site.scored("less", less=form, stratify=stratify).table for stratify in ("auto", False)}
         assert tables["auto"].selected.tolist() == tables[False].selected.tolist()
-
-
-def test_what_was_not_looked_at_is_not_above_what_was(site: Site) -> None:
-    """Where the query's rows choose in turn, from a part of the pool, within labels."""
-    limited = Site(site.tree | {"scoring": site.tree["scoring"] | {"max_samples": 14}}, site.task, site.module)
-    quality = limited.scored("less", less="round_robin", stratify=True, keep_fraction=0.25).table.quality
-    values, counts = np.unique(quality, return_counts=True)
-    unseen = values[counts.argmax()]
-    others = quality[(quality <= 1) & (quality != unseen)]
-    assert counts.max() == len(quality) - 14
-    assert others.min() <= unseen <= others.max()
 
 
 class OneClassFirst(RankedSelector):
@@ -373,14 +245,6 @@ def test_not_finite_samples_come_last(site: Site, monkeypatch: pytest.MonkeyPatc
         table = site.scored(name).table
         assert table.quality[4] == table.quality.min()
         assert not table.selected[4]
-
-
-def test_a_part_of_the_pool_is_looked_at(site: Site) -> None:
-    limited = Site(site.tree | {"scoring": site.tree["scoring"] | {"max_samples": 8}}, site.task, site.module)
-    quality = limited.scored("less").table.quality
-    values, counts = np.unique(quality, return_counts=True)
-    assert counts.max() == len(quality) - 8
-    assert values[counts.argmax()] == pytest.approx(np.delete(quality, quality == values[counts.argmax()]).mean())
 
 
 class WithWeights(RankedSelector):

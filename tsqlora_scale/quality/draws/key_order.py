@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from tsqlora_scale.common.disk_arrays import BLOCK, blocks, new_array
+from tsqlora_scale.common.random_streams import uniform
 
 #: Bins that :class:`Order` counts keys in, as a power of two, and samples that it sorts at once.
 BITS, WINDOW = 20, 2 * BLOCK
@@ -26,7 +27,13 @@ def descending(keys: np.ndarray) -> np.ndarray:
     return np.where(bits >> np.uint64(63), bits, bits ^ np.uint64(2**63 - 1))
 
 
-def largest(keys: np.ndarray, quota: np.ndarray, strata: np.ndarray | None = None) -> np.ndarray:
+def largest(
+    keys: np.ndarray,
+    quota: np.ndarray,
+    strata: np.ndarray | None = None,
+    *,
+    ties: np.random.Generator | None = None,
+) -> np.ndarray:
     """Which are among the ``quota[s]`` largest keys of their stratum s, (n,) bool; of equal ones the earlier.
 
     A radix selection finds the last key that belongs, some of its leading bits in every pass over the keys. Memory:
@@ -36,7 +43,24 @@ def largest(keys: np.ndarray, quota: np.ndarray, strata: np.ndarray | None = Non
         keys: (n,), no NaN.
         quota: samples to take in every stratum, no more than it has.
         strata: the stratum of each sample, (n,); None is one.
+        ties: draws among equal keys in the place of the order.
     """
+    last, left = _last_keys(keys, quota, strata)
+    if ties is None:
+        return _members(keys, last, left, strata)
+    chances = uniform(ties, len(keys))
+    for block in blocks(len(keys)):
+        differ = descending(keys[block]) != last[stratum_of(strata, block)]
+        chances[block][differ] = -np.inf
+    member = largest(chances, left, strata)
+    for block in blocks(len(keys)):
+        member[block] |= descending(keys[block]) < last[stratum_of(strata, block)]
+    return member
+
+
+def _last_keys(keys: np.ndarray, quota: np.ndarray, strata: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Of every stratum the last key that belongs, as :func:`descending` numbers it, and how many that are equal to it
+    do."""
     groups = np.arange(len(quota))
     width = max(COUNTERS - (len(quota) - 1).bit_length(), 4)
     last = np.zeros(len(quota), dtype=np.uint64)  # the leading bits known of the last key that belongs
@@ -57,7 +81,7 @@ def largest(keys: np.ndarray, quota: np.ndarray, strata: np.ndarray | None = Non
         left -= np.where(digit > 0, sums[groups, digit - 1], 0)
         last = (last << np.uint64(width)) | digit.astype(np.uint64)
         known += width
-    return _members(keys, last, left, strata)
+    return last, left
 
 
 def smallest(keys: np.ndarray, count: int) -> np.ndarray:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from tsqlora_scale.quality.gradients.sketch import Sketch
+
+#: From a parameter's name and its gradients of the samples, (B, ...), to what is sketched of them, of that shape.
+Update = Callable[[str, Tensor], Tensor]
 
 
 class Folds:
@@ -21,16 +25,20 @@ class Folds:
     Args:
         size: samples in the batch.
         sketch: None where no sketches are wanted.
+        update: what the sketches are of, by a parameter's name and gradients (B, ...); None: the gradients.
 
     Attributes:
+        scale: how many times what they should be the gradients are; known before the backward pass.
         held: the most bytes of gradients that were there at once; a factor's own twice, the second time on its way
-            into the sketch.
+            into the sketch, and once more where its update is.
     """
 
-    def __init__(self, size: int, sketch: Sketch | None) -> None:
+    def __init__(self, size: int, sketch: Sketch | None, update: Update | None = None) -> None:
         self.held = 0
+        self.scale = 1.0
         self._size = size
         self._sketch = sketch
+        self._update = update
         self._calls: Counter[str] = Counter()
         self._heard: Counter[str] = Counter()
         self._squares: dict[str, Tensor] = {}
@@ -45,7 +53,7 @@ class Folds:
         self._heard[module] += 1
         present = sum(gradient.nbytes for gradient in gradients.values())
         largest = max((gradient.nbytes for gradient in gradients.values()), default=0)
-        self.held = max(self.held, present + largest)
+        self.held = max(self.held, present + largest * self._copies)
         if self._heard[module] >= self._calls[module]:
             for kind in ("weight", "bias"):
                 gradient = gradients.pop(f"{module}.{kind}", None)
@@ -59,7 +67,17 @@ class Folds:
         if self._sketch is not None:
             if self._sketches is None:
                 self._sketches = torch.zeros(self._size, self._sketch.dim, dtype=torch.float64, device=gradient.device)
-            self._sketch.add(self._sketches, name, gradient)
+            self._sketch.add(self._sketches, name, self._sketched(name, gradient))
+
+    def _sketched(self, name: str, gradient: Tensor) -> Tensor:
+        if self._update is None:
+            return gradient
+        return self._update(name, gradient if self.scale == 1 else gradient / self.scale)
+
+    @property
+    def _copies(self) -> int:
+        """How many of a factor's gradients there are beside itself at once."""
+        return 1 if self._update is None else 2 if self.scale == 1 else 3
 
     def takes_rows(self, module: str, delta: Tensor, x: Tensor) -> bool:
         """Whether :meth:`add_rows` is right, and cheaper than the gradient: T^2 (d_in + d_out) multiplications in
@@ -74,9 +92,11 @@ class Folds:
         products = torch.bmm(delta, delta.transpose(1, 2)).mul_(torch.bmm(x, x.transpose(1, 2)))
         self._squares[name] = products.sum((1, 2)).clamp_(min=0)
 
-    def result(self, scale: float) -> tuple[Tensor, Tensor]:
-        """Norms (B,) and sketches (B, dim) float32, of gradients that were ``scale`` times what they should be."""
+    def result(self) -> tuple[Tensor, Tensor]:
+        """Norms (B,) of the gradients and sketches (B, dim), float32."""
         assert self._squares, "the loss does not depend on any adapter"
         squares = torch.stack([self._squares[name] for name in sorted(self._squares)]).sum(0)
-        sketches = squares.new_zeros(self._size, 0) if self._sketches is None else self._sketches / scale
-        return (squares.sqrt() / scale).float(), sketches.float()
+        sketches = squares.new_zeros(self._size, 0) if self._sketches is None else self._sketches
+        if self._update is None:
+            sketches = sketches / self.scale
+        return (squares.sqrt() / self.scale).float(), sketches.float()

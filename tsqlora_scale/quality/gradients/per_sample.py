@@ -28,7 +28,7 @@ from tsqlora_scale.engine.arithmetic import unit_roundoff
 from tsqlora_scale.quality.gradients.batch_memory import LiveBytes
 from tsqlora_scale.quality.gradients.batchless import NoSecondBatch, give_batch, same_mark
 from tsqlora_scale.quality.gradients.evaluation_mode import evaluation_mode
-from tsqlora_scale.quality.gradients.folds import Folds
+from tsqlora_scale.quality.gradients.folds import Folds, Update
 from tsqlora_scale.quality.gradients.sketch import Sketch
 from tsqlora_scale.quality.pool import BatchT, LossFn
 from tsqlora_scale.tasks.packing import Packing
@@ -151,12 +151,15 @@ class PerSampleGradients:
             gradients = {name: gradient / self._scale for name, gradient in gradients.items()}
         return values, gradients
 
-    def folded(self, losses: LossFn[BatchT], batch: BatchT, *, sketch: Sketch | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Losses (B,), norms (B,) and sketches (B, dim; 0 wide without ``sketch``) of the samples' gradients, float32.
+    def folded(
+        self, losses: LossFn[BatchT], batch: BatchT, *, sketch: Sketch | None, update: Update | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses (B,), norms (B,) and sketches (B, dim; 0 wide without ``sketch``) of the samples' gradients, float32;
+        with ``update`` sketches of what it makes of them.
 
         What :meth:`per_sample` says of batches without their dimension holds here, too.
         """
-        self._folds = folds = Folds(batch.size, sketch)
+        self._folds = folds = Folds(batch.size, sketch, update)
         try:
             values, left = self._backward("fold", losses, batch)
             for name in sorted(left):  # of modules some calls of which the loss does not depend on
@@ -164,7 +167,7 @@ class PerSampleGradients:
         finally:
             self._folds = None
         self.held = folds.held
-        return values, *folds.result(self._scale)
+        return values, *folds.result()
 
     def losses_alone(self, losses: LossFn[BatchT], batch: BatchT) -> Tensor:
         """Losses (B,) float32, by a forward pass without a graph."""
@@ -188,6 +191,8 @@ class PerSampleGradients:
                     values = losses(self.module, batch)
                 assert values.shape == (batch.size,), f"losses of shape {tuple(values.shape)} for {batch.size} samples"
                 self._scale = _loss_scale(values.detach().float()) if self._half else 1.0
+                if self._folds is not None:
+                    self._folds.scale = self._scale
                 torch.autograd.backward(values.float().sum() * self._scale)
         finally:
             self._mode = "idle"

@@ -23,6 +23,7 @@ from tsqlora_scale.quality.gradients.batch_memory import (
     free_bytes,
     reuse_freed_memory,
 )
+from tsqlora_scale.quality.gradients.folds import Update
 from tsqlora_scale.quality.gradients.per_sample import PerSampleGradients
 from tsqlora_scale.quality.gradients.sketch import Sketch
 from tsqlora_scale.quality.pool import BatchT, Pool
@@ -52,6 +53,8 @@ class Measurer(Generic[BatchT]):
 
     Every pass goes through a :class:`.MemoryGuard`, those of the checks and of the probe for memory among them.
 
+    With ``update`` the sketches are of what it makes of gradients (:class:`.Folds`), in first-order passes.
+
     Attributes:
         one_at_a_time: the decision; None before the first batch of more than one sample.
         batch_size: samples per batch; None before ``scoring.batch_size: auto`` is decided.
@@ -67,7 +70,9 @@ class Measurer(Generic[BatchT]):
         seed: int,
         eta: float,
         world: World,
+        update: Update | None = None,
     ) -> None:
+        assert update is None or scoring.delta_loss == "first_order", "updates are sketched where gradients are folded"
         self.scoring = scoring
         self.eta = eta
         self.world = world
@@ -78,6 +83,7 @@ class Measurer(Generic[BatchT]):
         self.batch_size: int | None = None if scoring.batch_size == "auto" else scoring.batch_size
         self.kind: Kind | None = None
         self._sketch = Sketch(scoring.sketch_dim, seed=seed)
+        self._update = update
         self._sketches_wanted = scoring.convergence != "loss_trend"
         self._gradients: PerSampleGradients | None = None
         self._fits: int | None = None  # after an allocation failed
@@ -210,7 +216,7 @@ class Measurer(Generic[BatchT]):
             norm = delta = torch.full_like(before, torch.nan)
         elif kind == "first_order":
             wanted = self._sketch if self._sketches_wanted else None
-            before, norm, sketch = gradients.folded(self.losses, batch, sketch=wanted)
+            before, norm, sketch = gradients.folded(self.losses, batch, sketch=wanted, update=self._update)
             delta = self.eta * norm**2
         else:
             before, of_theta = gradients.per_sample(self.losses, batch)
@@ -261,7 +267,9 @@ class Measurer(Generic[BatchT]):
             own = 2 * gradients.held  # there twice, the second time on its way into the sketch
         else:
             sketch = self._sketch if self._sketches_wanted else None
-            kept = bytes_kept(gradients.module, lambda: gradients.folded(self.losses, batch, sketch=sketch))
+            kept = bytes_kept(
+                gradients.module, lambda: gradients.folded(self.losses, batch, sketch=sketch, update=self._update)
+            )
             own = gradients.held
         return kept + (gradients.recomputed or 0) + own
 

@@ -24,6 +24,7 @@ from tsqlora_scale.engine.sharded import read_parameter
 from tsqlora_scale.quality.draws.key_order import smallest
 from tsqlora_scale.quality.draws.redundancy import count_similar
 from tsqlora_scale.quality.draws.subset import draws_of, share_of
+from tsqlora_scale.quality.gradients.folds import Update
 from tsqlora_scale.quality.gradients.sketch import cosines
 from tsqlora_scale.quality.pool import BatchT, Pool
 from tsqlora_scale.quality.scores.equations import Standardisation, term_weights
@@ -63,6 +64,7 @@ class QualityScorer(Generic[BatchT]):
             the same trained weights.
         progress: told (samples done, samples of the pass).
         parts_folder: where the numbers of a pass are kept while it runs; None keeps them in memory.
+        update: what sketches are of; None: gradients (:class:`.Measurer`).
 
     Attributes:
         table: the last table; None before the first pass.
@@ -88,6 +90,7 @@ class QualityScorer(Generic[BatchT]):
         model_name: str = "",
         progress: Callable[[int, int], None] | None = None,
         parts_folder: Path | None = None,
+        update: Update | None = None,
     ) -> None:
         assert len(pool) > 0, "an empty pool"
         self.scoring = scoring
@@ -108,7 +111,8 @@ class QualityScorer(Generic[BatchT]):
         self._model_name = model_name
         self._parts_folder = parts_folder
         self.parts = Parts(None)
-        self._measurer = Measurer(scoring, pool=pool, theta=theta, seed=seed, eta=eta, world=world)
+        self._measurer = Measurer(scoring, pool=pool, theta=theta, seed=seed, eta=eta, world=world, update=update)
+        self._sketches_updates = update is not None
         self._standardisation = Standardisation(gate=scoring.gates_convergence)
         self._kind = PassKind(scoring, self._measurer, world=world)
 
@@ -263,6 +267,7 @@ class QualityScorer(Generic[BatchT]):
             "seed": self.seed,
             "eta": self.eta,
             "measured": self._kind.asked,
+            "updates": self._sketches_updates,
             **{f"scoring.{key}": settings[key] for key in keys},
         }
 

@@ -9,19 +9,27 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from tsqlora_scale.quality.gradients.folds import Update
 from tsqlora_scale.quality.pool import Pool
 from tsqlora_scale.quality.scores.scorer import QualityScorer
 from tsqlora_scale.quality.selectors.selector import SelectorContext
 
 
 def gradient_pass(
-    context: SelectorContext, module: nn.Module, pool: Pool[Any], *, name: str, sketches: bool
+    context: SelectorContext,
+    module: nn.Module,
+    pool: Pool[Any],
+    *,
+    name: str,
+    sketches: bool,
+    update: Update | None = None,
 ) -> QualityScorer[Any]:
     """A scorer after its one pass over ``pool``, by first-order numbers alone. A collective.
 
     Args:
         name: of the pass among those that one selector makes.
         sketches: keep sketches of the gradients; on rank 0, in the scorer's ``parts``.
+        update: what the sketches are of; None: the gradients.
 
     Raises:
         UserError: no sample has a finite loss and gradient.
@@ -43,6 +51,7 @@ def gradient_pass(
         model_name=config.model.weights_name,
         progress=context.progress,
         parts_folder=None if context.parts_folder is None else context.parts_folder / name,
+        update=update,
     )
     scorer.score(module)
     return scorer

@@ -1,9 +1,9 @@
 """``sampling.selector: less``: gradients that point where the query's point.
 
 Xia et al., *LESS: Selecting Influential Data for Targeted Instruction Tuning*, 2402.04333: cosines of projected
-gradients of the adapter after a warm-up. There gradients of the pool are divided by Adam's second moments, and the
-cosines of several checkpoints are added; here they are plain ones, of one. There the model is trained anew on what was
-chosen; here training goes on.
+gradients of the adapter after a warm-up. There the pool's gradients are what Adam makes of them
+(``sampling.less_gradients: adam``), and the cosines of several checkpoints are added; here they are of one. There the
+model is trained anew on what was chosen; here training goes on.
 
 ``sampling.less: subspace`` is after Min et al., *GIST: Targeted Data Selection for Instruction Tuning via Coupled
 Optimization Geometry*, 2602.18584: both sides are projected on the leading directions of the query's gradients, which
@@ -18,6 +18,9 @@ import numpy as np
 from torch import nn
 
 from tsqlora_scale.common.disk_arrays import filled, new_array
+from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.model.block_depths import lr_scales
+from tsqlora_scale.quality.gradients.adam_update import AdamUpdate, Moments
 from tsqlora_scale.quality.scores.scorer import QualityScorer
 from tsqlora_scale.quality.selectors.gradient_passes import gradient_pass, sketches_of
 from tsqlora_scale.quality.selectors.in_turn import rated_by_turns
@@ -40,8 +43,10 @@ class LessSelector(RankedSelector):
         """A pass of gradients over the query and one over the pool."""
         query, context = self.pool.query, self.context
         assert query is not None, "needs a query"
+        # before any pass: ZeRO-3 gathers nothing that a pass has just used
+        update = self._update(module) if self.config.sampling.less_gradients == "adam" else None
         of_query = gradient_pass(context, module, query, name="query", sketches=True)
-        of_pool = gradient_pass(context, module, self.pool, name="pool", sketches=True)
+        of_pool = gradient_pass(context, module, self.pool, name="pool", sketches=True, update=update)
 
         def found() -> np.ndarray:
             rows, wanted = (np.concatenate(parts) for parts in zip(*sketches_of(of_query), strict=True))
@@ -52,6 +57,23 @@ class LessSelector(RankedSelector):
         if not self.config.scoring.keep_sketches:
             of_pool.discard_parts()
         return Rating(ratings)
+
+    def _update(self, module: nn.Module) -> AdamUpdate:
+        """What the run's optimizer makes of a gradient now. A collective.
+
+        Raises:
+            UserError: it has not made a step.
+        """
+        assert self.context.train_state is not None, "needs an optimizer"
+        state, train = self.context.train_state(), self.config.train
+        if state.optimizer_steps == 0:
+            raise UserError(
+                "sampling.less_gradients='adam': the optimizer has made no step, so that it has no moments; raise "
+                "scoring.warmup_steps, leave --adapter out, or set sampling.less_gradients=plain"
+            )
+        moments = {name: Moments(entry.exp_avg, entry.exp_avg_sq) for name, entry in state.params.items()}
+        scales = lr_scales(module, train.lr_decay)
+        return AdamUpdate(moments, steps=state.optimizer_steps, betas=train.betas, eps=train.eps, scales=scales)
 
     def _ratings(self, scorer: QualityScorer[Any], wanted: np.ndarray) -> np.ndarray:
         """Of every sample, (N,); on rank 0."""
@@ -74,7 +96,7 @@ class LessSelector(RankedSelector):
             among = np.flatnonzero(usable[: self.choices])
             ratings[among] = rated_by_turns(likeness[among], min(self.places, len(among)))
         others = usable & (ratings <= 1)  # the query's picks stand above all likeness
-        ratings[~looked] = ratings[others if others.any() else usable].mean()
+        ratings[~looked] = ratings[others].mean() if others.any() else ratings[usable].min() - 0.5
         ratings[looked & ~usable] = ratings[usable].min() - 1
         return ratings
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from tsqlora_scale.common.disk_arrays import blocks, copied, counts, filled, positions
 from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.common.random_streams import philox
 from tsqlora_scale.quality.draws.key_order import largest
 from tsqlora_scale.quality.draws.subset import quotas, share_of
 from tsqlora_scale.quality.scores.score_table import ScoreTable
@@ -137,7 +138,9 @@ class RankedSelector(FullSelector):
             strata = strata[rest]
             quota = quota_of(counts(strata), int(quota[0]), rating.shares)
         selected = filled(size, bool, True)
-        selected[rest] = largest(copied(rating.quality[rest]), quota, strata)
+        # many may be alike, as all that were not looked at, and their order in the file says nothing
+        ties = philox(self.config.run.seed, "ties")
+        selected[rest] = largest(copied(rating.quality[rest]), quota, strata, ties=ties)
         self._warn_of_lost_classes(positions(selected))
         table = ScoreTable.empty(size)
         table.quality, table.selected, table.terms = rating.quality, selected, rating.terms

@@ -12,6 +12,7 @@ from torch import nn
 
 from tsqlora_scale.config.schema import Config
 from tsqlora_scale.engine.collectives import World
+from tsqlora_scale.engine.train_state import TrainState
 from tsqlora_scale.quality.online.sample_listener import SampleListener
 from tsqlora_scale.quality.pool import Pool
 from tsqlora_scale.quality.scores.score_table import ScoreTable
@@ -32,6 +33,8 @@ class SelectorContext:
         progress: told (samples done, samples of the pass) while the pool is scored.
         parts_folder: where the numbers of a pass are kept while it runs.
         without_batch: linear layers of the base that never get the batch as their first dimension.
+        train_state: what the run trains and the optimizer's moments, whole, on every rank; a collective. None where
+            nothing is trained.
     """
 
     config: Config
@@ -44,6 +47,7 @@ class SelectorContext:
     progress: Callable[[int, int], None] | None = None
     parts_folder: Path | None = None
     without_batch: frozenset[str] = frozenset()
+    train_state: Callable[[], TrainState] | None = None
 
 
 class Selector(Protocol):
