@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-import time
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +37,7 @@ def take_scores(run: Run, scores: ProxyScores) -> bool:
     """Draw by a proxy's scores; whether a checkpoint holds them. A collective."""
     assert isinstance(run.selector, QualitySelector)
     run.record.seconds["scoring"] = run.record.seconds.get("scoring", 0.0) + scores.seconds
+    run.record.note_code(scores.code)
     run.selector.adopt(scores.table, run.step)
     run.note_scores()
     run.evaluate_on_start()  # here, or a run killed between this checkpoint and the next would do it again
@@ -46,10 +46,11 @@ def take_scores(run: Run, scores: ProxyScores) -> bool:
 
 @dataclass(frozen=True)
 class ProxyScores:
-    """The table of a proxy's pass, and what it took to get there."""
+    """The table of a proxy's pass, what it took to get there, all processes together, and by which code."""
 
     table: ScoreTable
     seconds: float
+    code: list[str]
 
 
 def discard_parts(config: Config) -> None:
@@ -76,7 +77,6 @@ def pretrain(
     config = preflight.config
     if preflight.pretraining is None or (resume is not None and has_checkpoint(config.run_dir, resume)):
         return None
-    start = time.perf_counter()
     with naming("pretrain"):
         run = build_run(preflight.pretraining, resume="auto" if resume is not None else None, stop=stop, lock=lock)
     _prepare_folder(preflight, run)
@@ -94,7 +94,8 @@ def pretrain(
             "texts": run.plan.pool_size,
             "metrics_before": result["metrics_before"],
             "metrics": result["metrics_last"],
-            "seconds": round(time.perf_counter() - start, 3),
+            "seconds": result["wall_seconds"],  # of the processes before this one, too
+            "code": run.record.state_dict()["code"],
         },
     )
     _free(run)
@@ -131,7 +132,6 @@ def score_by_proxy(
     """
     if preflight.proxy is None or (resume is not None and has_checkpoint(preflight.config.run_dir, resume)):
         return None
-    start = time.perf_counter()
     with naming_the_proxy(preflight.config):
         run = build_run(preflight.proxy, resume="auto" if resume is not None else None, stop=stop, lock=lock)
     _prepare_folder(preflight, run)
@@ -140,4 +140,4 @@ def score_by_proxy(
     table = run.selector.table
     assert table is not None
     _free(run)
-    return ProxyScores(table, time.perf_counter() - start)
+    return ProxyScores(table, sum(run.record.seconds.values()), run.record.state_dict()["code"])

@@ -63,6 +63,7 @@ CASES = [
             ),
             ("biases", "is of LoRA's two factors, and not for 'adapter.type: bitfit'", {"method": "bitfit"}, {}),
             ("an adapter", "remove one of them", {"init_from": "there"}, {}),
+            ("dropout", "'dropout' (0.1) of their input would drop that part of the base", {"dropout": 0.1}, {}),
         )
     ),
     _today(

@@ -19,6 +19,7 @@ from tsqlora_scale.config.load import parse_config
 from tsqlora_scale.ranks import current_ranks
 from tsqlora_scale.run import preflight
 from tsqlora_scale.run.build import build_run
+from tsqlora_scale.run.rank_file import read_rank_file
 
 EVEN = {"selector": "full", "keep_fraction": 1.0}
 
@@ -69,6 +70,17 @@ def test_a_run_finds_its_size_and_the_next_one_takes_it(
     assert all(bool(value.any()) for name, value in values.items() if ".lora_" in name), "no factor stayed zero"
 
 
+@pytest.mark.parametrize("place", ["", "adapter", "result.json"])
+def test_ranks_of_a_run_are_those_of_the_adapter_that_it_kept(tmp_path: Path, place: str) -> None:
+    """Of the best evaluation, they may differ from those at the end; an older run does not say."""
+    (tmp_path / "adapter").mkdir()
+    result: dict[str, Any] = {"ranks_end": {"query": 2}, "kept": {"which": "best", "ranks": {"query": 4}}}
+    for expected in (4, 2):
+        (tmp_path / "result.json").write_text(json.dumps(result))
+        assert read_rank_file(tmp_path / place, key="key") == ({"query": expected}, None)
+        result["kept"].pop("ranks", None)
+
+
 def test_names_ends_of_names_and_ranks_of_0(tmp_path: Path, models_dir: Path) -> None:
     (tmp_path / "ranks.json").write_text(json.dumps({"layer.0.attention.self.query": 7, "query": 0, "(key|value)": 2}))
     tree = tree_of(tmp_path, models_dir, "run", policy="file", file=str(tmp_path / "ranks.json"))
@@ -83,6 +95,7 @@ def test_names_ends_of_names_and_ranks_of_0(tmp_path: Path, models_dir: Path) ->
     ("text", "words"),
     [
         ("{qurey: 4}", "'qurey' is no layer that is adapted"),
+        ("{(query|key): 2, key: 3, qurey: 4}", "'qurey' is no layer that is adapted"),
         ("{query: many}", "'query' has 'many', which is no rank"),
         ("{query: -1}", "'query' has -1"),
         ("{query: true}", "'query' has True"),

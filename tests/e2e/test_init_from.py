@@ -17,6 +17,7 @@ from tsqlora_scale.config.load import parse_config
 from tsqlora_scale.run import preflight
 from tsqlora_scale.run.build import build_run
 from tsqlora_scale.run.checkpoint import read_checkpoint
+from tsqlora_scale.run.initial_adapter import _check_ranks
 from tsqlora_scale.run.training_run import Run
 
 LABELS_OF_OTHERS = "its labels were others"
@@ -147,6 +148,32 @@ def test_what_is_refused_before_anything_is_loaded(
         preflight.check(parse_config(tree))
     assert str(caught.value).startswith("adapter.init_from=")
     assert [word for word in words if word not in str(caught.value)] == [], str(caught.value)
+
+
+GAIN = {"allocation": {"policy": "gain", "budget": "auto", "ceiling": 8.0}}
+
+
+@pytest.mark.parametrize(
+    ("sections", "rank", "scaling", "words"),
+    [
+        (GAIN, 32, 2.0, None),
+        (GAIN, 33, 2.0, "outside of allocation.r_min=1 to allocation.r_max=32"),
+        ({}, 17, 2.0, "outside of allocation.r_min=1 to allocation.r_max=16"),
+        ({"adapter": {"method": "rslora"}}, 16, 2.0, None),
+        ({"adapter": {"method": "rslora"}}, 16, 4.0, "adapter.alpha and its rank make it 2; set adapter.alpha=16"),
+    ],
+)
+def test_bounds_are_the_policys_and_scalings_the_types(
+    tmp_path: Path, models_dir: Path, sections: dict[str, Any], rank: int, scaling: float, words: str | None
+) -> None:
+    """With ``adapter.r`` 4 and ``adapter.alpha`` 8."""
+    config = parse_config(run_tree("bert", tmp_path, models_dir, "run", **sections))
+    if words is None:
+        _check_ranks(config, {"query": rank}, {"query": scaling}, "key")
+        return
+    with pytest.raises(UserError) as caught:
+        _check_ranks(config, {"query": rank}, {"query": scaling}, "key")
+    assert words in str(caught.value)
 
 
 def test_another_base_of_the_same_shapes(tmp_path: Path, models_dir: Path, source: Path) -> None:

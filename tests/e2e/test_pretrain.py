@@ -16,6 +16,7 @@ from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.load import parse_config
 from tsqlora_scale.run import preflight
 from tsqlora_scale.run.build import build_run
+from tsqlora_scale.run.plan import fitting_micro_batch
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,27 @@ def test_the_next_token_of_a_file_before_a_causal_task(tmp_path: Path, models_di
     tree = {key: tree[key] for key in ("run", "model", "task", "adapter", "train")}
     tree["pretrain"] = {"objective": "causal", "file": str(corpus), "text": "line", "max_steps": 2}
     assert train(tmp_path, tree) == 0
-    assert result_of(tmp_path / "runs" / "run")["pretraining"]["texts"] == 11 * 3
+    found, own = (result_of(tmp_path / "runs" / name) for name in ("run", "run-pretrain"))
+    assert found["pretraining"]["texts"] == 11 * 3
+    assert found["pretraining"]["seconds"] == own["wall_seconds"], "also of processes before the last one"
+    assert found["pretraining"]["code"] == [found["code"]["source"]] and found["code"]["earlier"] == []
+
+
+def test_no_more_samples_at_once_than_the_task_takes(tmp_path: Path, models_dir: Path) -> None:
+    tree = run_tree("llama", tmp_path, models_dir, "run", train={"max_steps": 2}, adapter={"r": 4, "method": "lora"})
+    tree = {key: tree[key] for key in ("run", "model", "task", "adapter", "train")}
+    tree["pretrain"] = {"objective": "causal", "max_steps": 2, "batch_size": 8}
+    checked = preflight.check(parse_config(tree))
+    assert tree["train"]["micro_batch_size"] == 6
+    assert checked.pretraining is not None and checked.pretraining.plan.micro_batch_size == 4
+
+
+@pytest.mark.parametrize(
+    ("batch", "most", "ranks", "expected"),
+    [(8, 6, 1, 4), (24, 8, 2, 6), (8, 12, 1, 8), (7, 4, 1, 1), (8, None, 2, None), (9, 2, 2, None), (1, 1, 2, None)],
+)
+def test_micro_batches_that_fit(batch: int, most: int | None, ranks: int, expected: int | None) -> None:
+    assert fitting_micro_batch(batch, most, ranks) == expected
 
 
 @pytest.mark.parametrize("method", ["lora", "houlsby", "full"])

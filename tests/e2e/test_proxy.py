@@ -13,8 +13,10 @@ import pytest
 from tests.runs import losses_of, ranks_of, result_of, run_tree, write_config
 from tests.steps import signalled_in_step
 from tests.tiny import tiny_model
+from tsqlora_scale import proxy
 from tsqlora_scale.commands import main as cli
 from tsqlora_scale.quality import BatchSampler, ScoreTable
+from tsqlora_scale.run.training_run import Run
 
 
 def tree_with_proxy(tmp_path: Path, models_dir: Path, **train: Any) -> dict[str, Any]:
@@ -58,15 +60,23 @@ def test_a_proxy_scores_the_pool(tmp_path: Path, models_dir: Path) -> None:
     assert (losses_of(run_dir), ranks_of(run_dir)) == (losses, ranks)
 
 
-def test_a_run_killed_after_its_proxy(tmp_path: Path, models_dir: Path) -> None:
-    """Without a checkpoint of its own, it takes the proxy's pass up where that was."""
+def test_a_run_killed_after_its_proxy(tmp_path: Path, models_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a checkpoint of its own, it takes the proxy's pass up where that was, its seconds too."""
     config = write_config(tmp_path / "config.yaml", tree_with_proxy(tmp_path, models_dir))
     assert cli.main(["train", "--config", str(config)]) == 0
     run_dir = tmp_path / "runs" / "run"
     losses = losses_of(run_dir)
     shutil.rmtree(run_dir)
+    score = proxy.warm_up_and_score
+
+    def after_long(run: Run) -> None:
+        run.record.seconds["warmup"] += 1000  # as if the process that was killed had taken so long
+        score(run)
+
+    monkeypatch.setattr(proxy, "warm_up_and_score", after_long)
     assert cli.main(["train", "--config", str(config), "--resume", "auto"]) == 0
     assert losses_of(run_dir) == losses
+    assert result_of(run_dir)["seconds"]["scoring"] > 1000
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from tsqlora_scale.config.load import parse_config
 from tsqlora_scale.config.schema import Config
 from tsqlora_scale.quality.draws.batch_sampler import BatchSampler
 from tsqlora_scale.quality.scores.score_parts import Parts, PassPart
+from tsqlora_scale.report import record
 from tsqlora_scale.run import checkpoint, preflight
 from tsqlora_scale.run.build import build_run
 from tsqlora_scale.run.lr_schedule import learning_rate
@@ -126,6 +127,20 @@ def test_resuming_a_finished_run_adds_nothing(
     assert lines_of(run_dir / "metrics.jsonl") == before
     assert "the run is finished: all of its 13 steps are done" in caplog.text
     assert result_of(run_dir)["lengths"] == []
+
+
+def test_a_run_that_goes_on_with_other_code_says_so(
+    tmp_path: Path, models_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = run_tree("bert", tmp_path, models_dir, "run", adapter={"method": "lora"}, train={"max_steps": 3})
+    go(tree)
+    before = result_of(tmp_path / "runs" / "run")["code"]
+    assert before["earlier"] == []
+    for digest in ("e" * 16, "f" * 16):
+        monkeypatch.setattr(record, "SOURCE", digest)
+        go(tree, resume="auto")
+    expected = before | {"source": "f" * 16, "earlier": [before["source"], "e" * 16]}
+    assert result_of(tmp_path / "runs" / "run")["code"] == expected
 
 
 def test_a_longer_run_is_the_run_of_that_length(tmp_path: Path, models_dir: Path) -> None:

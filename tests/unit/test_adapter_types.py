@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, ModernBertConfig
@@ -20,16 +23,17 @@ from tests.placed import base_of, built, some_inputs
 from tests.reference import adapters as reference
 from tests.runs import go
 from tests.tiny import AUTO, tiny_model
+from tests.unit.config_trees import tree as config_tree
 from tests.unit.quality.toys import RandomPool
 from tsqlora_scale.api import evaluate
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.load import parse_config
 from tsqlora_scale.config.schema import AdapterConfig
-from tsqlora_scale.model.adapters.adapter_type import adapter_type, own_type
+from tsqlora_scale.model.adapters.adapter_type import adapter_type, check_sizes, own_type
 from tsqlora_scale.model.adapters.bitfit import BitFitAdapter
 from tsqlora_scale.model.adapters.bottleneck import Bottleneck
 from tsqlora_scale.model.adapters.data_start import LeadingInputs
-from tsqlora_scale.model.adapters.lora import lora_layers
+from tsqlora_scale.model.adapters.lora import has_factors, lora_config_of, lora_layers
 from tsqlora_scale.model.adapters.loratrf import check_filters
 from tsqlora_scale.model.adapters.placement import Placement
 from tsqlora_scale.model.adapters.task_filter import TaskFilter
@@ -37,6 +41,9 @@ from tsqlora_scale.model.base_model import skeleton
 from tsqlora_scale.model.blocks import block_names, outputs
 from tsqlora_scale.model.linear_layers import resolve_targets
 from tsqlora_scale.quality.gradients.per_sample import PerSampleGradients
+from tsqlora_scale.ranks import start_with_ranks
+from tsqlora_scale.run.build import give
+from tsqlora_scale.run.initial_adapter import start_from
 
 OWN = ["bitfit", "houlsby", "pfeiffer", "full"]
 PLACED = ["loratrf", "houlsby", "pfeiffer"]
@@ -49,6 +56,15 @@ def shaken(model: nn.Module) -> None:
         for _, param in sorted(model.named_parameters()):
             if param.requires_grad:
                 param.add_(torch.empty(param.shape).normal_(0, 0.3, generator=generator))
+
+
+def written(method: str, model: Any, folder: Path, **changes: Any) -> Path:
+    """The model's adapter in a folder, some keys of its description changed."""
+    values = {name: param.detach() for name, param in model.named_parameters() if param.requires_grad}
+    kind, description = adapter_type(method), folder / "adapter_config.json"
+    kind.save(model, values | kind.untrained(model), folder, base_name="base")
+    description.write_text(json.dumps(json.loads(description.read_text()) | changes))
+    return folder
 
 
 @settings(max_examples=25, deadline=None)
@@ -247,7 +263,7 @@ def test_own_types_are_those_with_a_file_of_their_own() -> None:
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])
 def test_factors_taken_out_of_weights(models_dir: Path, tmp_path: Path, init: str, kind: str) -> None:
     """PEFT's factors up to sign, the base's logits at the start, and a file for the base as it was."""
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import LoraConfig, get_peft_model
 
     base, model, inputs = base_of(kind, models_dir), built("lora", kind, models_dir, init=init), some_inputs(kind)
     logits = base(**inputs).logits
@@ -265,10 +281,7 @@ def test_factors_taken_out_of_weights(models_dir: Path, tmp_path: Path, init: st
     if kind == "gpt2":  # no new head
         torch.testing.assert_close(model.eval()(**inputs).logits, logits, atol=1e-5, rtol=1e-4)
     shaken(model)
-    values = {name: param.detach() for name, param in model.named_parameters() if param.requires_grad}
-    method = adapter_type("lora")
-    method.save(model, values | method.untrained(model), tmp_path, base_name="base")
-    opened = PeftModel.from_pretrained(base, str(tmp_path)).eval()
+    opened = PeftModel.from_pretrained(base, str(written("lora", model, tmp_path))).eval()
     torch.testing.assert_close(opened(**inputs).logits, model.eval()(**inputs).logits, atol=2e-5, rtol=1e-4)
 
 
@@ -345,3 +358,71 @@ def test_a_filter_stands_behind_blocks_that_texts_pass_through(tmp_path: Path, m
     save_file(cut, folder / "adapter_model.safetensors")
     with pytest.raises(UserError, match="is missing, for this model it is"):
         check_filters(folder, run.engine.module.get_base_model())
+
+
+@pytest.mark.parametrize(("kind", "other"), [("dora", "lora"), ("dora", "svd"), ("lora", "dora")])
+def test_magnitudes_are_neither_left_behind_nor_made_up(
+    models_dir: Path, tmp_path: Path, kind: str, other: str
+) -> None:
+    folder = written(kind, built(kind, "bert", models_dir), tmp_path)
+    check_sizes(folder, AdapterConfig(method=None, type=kind))
+    with pytest.raises(UserError, match="magnitudes"):
+        check_sizes(folder, AdapterConfig(method=None, type=other))
+    with pytest.raises(UserError, match="magnitudes"):
+        adapter_type(other).read(built(other, "bert", models_dir), folder)
+
+
+def test_scalings_are_found_by_ends_of_names(models_dir: Path, tmp_path: Path) -> None:
+    """By PEFT's rule, as whoever opens the adapter does."""
+    model = built("lora", "bert", models_dir)  # alpha 16, rank 4
+    every = {"lora_alpha": 32, "alpha_pattern": {"(query|key|value|dense)": 16}}
+    ranks, _ = adapter_type("lora").read(model, written("lora", model, tmp_path, **every))
+    assert set(ranks.values()) == {4}
+    folder = written("lora", model, tmp_path, lora_alpha=16, alpha_pattern={"query": 32})
+    with pytest.raises(UserError, match=r"layer\.0\.attention\.self\.query by 8, .* say 4"):
+        adapter_type("lora").read(model, folder)
+
+
+def test_rslora_scales_by_the_rank_that_a_layer_starts_with(models_dir: Path, tmp_path: Path) -> None:
+    """So does who opens the file, and a model that takes up its ranks and values, as a resumed run does."""
+
+    def scalings(model: Any) -> dict[str, float]:
+        return {name: layer.scaling["default"] for name, layer in lora_layers(model).items() if has_factors(layer)}
+
+    model, fresh, inputs = built("rslora", "bert", models_dir), built("rslora", "bert", models_dir), some_inputs("bert")
+    ranks = {name: place % 4 for place, name in enumerate(lora_layers(model))}
+    start_with_ranks(model, ranks, seed=0)
+    expected = {name: 16 / rank**0.5 for name, rank in ranks.items() if rank}
+    assert scalings(model) == pytest.approx(expected)
+    shaken(model)
+    folder = written("rslora", model, tmp_path)
+    give(fresh, *adapter_type("rslora").read(fresh, folder))
+    opened = PeftModel.from_pretrained(base_of("bert", models_dir), str(folder))
+    for other in (fresh, opened):
+        assert scalings(other) == pytest.approx(expected)
+        torch.testing.assert_close(other.eval()(**inputs).logits, model.eval()(**inputs).logits, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("method", ["lora", "bitfit"])
+def test_a_trained_head_that_is_left_behind_is_told_of(
+    models_dir: Path, tmp_path: Path, method: str, trained: bool
+) -> None:
+    source = built(method, "bert", models_dir)
+    if trained:
+        shaken(source)
+    folder = written(method, source, tmp_path)
+    keys = {"adapter__method": method, "adapter__init_from": str(folder), "adapter__train_head": False}
+    lines = start_from(built(method, "bert", models_dir, train_head=False), parse_config(config_tree(**keys)))
+    told = (
+        f"adapter.init_from={str(folder)!r}: its trained head is left behind, as adapter.train_head=false keeps that "
+        "of model.name_or_path='some/model'"
+    )
+    assert lines == ([told] if trained else [])
+
+
+def test_peft_is_not_asked_for_what_is_loratrfs_own(models_dir: Path, tmp_path: Path) -> None:
+    folder = written("loratrf", built("loratrf", "bert", models_dir), tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Unexpected keyword")
+        assert lora_config_of(folder).r == 4

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tsqlora_scale.common.code_version import source_digest
+import pytest
+
+from tsqlora_scale.common import code_version
+from tsqlora_scale.common.code_version import SOURCE, UNKNOWN, source_digest
+from tsqlora_scale.report.record import RunRecord
 
 
 def test_it_is_that_of_the_modules_and_their_places(tmp_path: Path) -> None:
@@ -20,3 +24,12 @@ def test_it_is_that_of_the_modules_and_their_places(tmp_path: Path) -> None:
     assert len(set(found[:5])) == 5
     assert found[5] == found[0]
     assert len(source_digest()) == 16
+
+
+def test_a_runs_code_is_that_which_its_process_started_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files may change under it; and of a checkpoint that does not say by which code it was written, that is said."""
+    monkeypatch.setattr(code_version, "source_digest", lambda: "of changed files")
+    record = RunRecord(tmp_path, writes=False)
+    assert record.state_dict() == {"seconds": {}, "code": [SOURCE]}
+    record.load_state_dict({"seconds": {"load": 1.0}})
+    assert record.state_dict() == {"seconds": {"load": 1.0}, "code": [UNKNOWN, SOURCE]}

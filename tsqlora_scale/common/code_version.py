@@ -20,3 +20,9 @@ def source_digest(folder: Path = PACKAGE) -> str:
         digest.update(f"{path.relative_to(folder).as_posix()}\0{len(content)}\0".encode())
         digest.update(content)
     return digest.hexdigest()[:16]
+
+
+#: Of the code that this process runs: taken when it starts, as files may change under a run that takes hours.
+SOURCE = source_digest()
+#: In the place of a digest where a checkpoint of an earlier version has none.
+UNKNOWN = "unknown"

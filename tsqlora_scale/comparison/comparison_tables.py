@@ -118,7 +118,7 @@ def detailed(found: Found, table: TaskTable) -> list[str]:
     seeds = max(len(method.runs) for method in table.methods.values())
     wanted = len(comparison.seeds)
     about = (
-        f"Model {_model(model)}, code {code['version']} ({code['source'][:8]}), data {_digests(table)}, "
+        f"Model {_model(model)}, code {code['version']} ({_source(code, 8)}), data {_digests(table)}, "
         f"{seeds} seed{'s' if seeds > 1 else ''}"
     )
     has_baseline = comparison.baseline is not None
@@ -189,7 +189,13 @@ def with_interval(estimate: Estimate, form: str = ".4f") -> str:
 
 def _identity(table: TaskTable) -> dict[str, Any]:
     model, code = table.identity["model"], table.identity["code"]
-    return {"model": _model(model), "code": f"{code['version']} {code['source']}"}
+    return {"model": _model(model), "code": f"{code['version']} {_source(code)}"}
+
+
+def _source(code: dict[str, Any], digits: int = 16) -> str:
+    """The digest of the code, and of the code that had made a part of the runs before."""
+    earlier = ", ".join(each[:digits] for each in code.get("earlier", ()))
+    return str(code["source"])[:digits] + (f", begun with {earlier}" if earlier else "")
 
 
 def _model(model: dict[str, Any]) -> str:
@@ -199,13 +205,15 @@ def _model(model: dict[str, Any]) -> str:
 
 
 def _digests(table: TaskTable) -> str:
-    """Digests of the held-out rows, and of those trained on; of parts that every seed draws for itself, how many."""
+    """Digests of the held-out rows, and of those trained on; where these differ, how many."""
     parts = []
     for split in ("train", "dev"):
         found = sorted(
             {str(run["data"][split])[:8] for method in table.methods.values() for run in method.runs.values()}
         )
-        parts.append(f"{split} {found[0]}" if len(found) == 1 else f"{split} of {len(found)} kinds by seed or query")
+        parts.append(
+            f"{split} {found[0]}" if len(found) == 1 else f"{split} of {len(found)} kinds by seed, query or variant"
+        )
     return ", ".join(parts)
 
 

@@ -151,7 +151,8 @@ def _of_cell(queue: TrialQueue, cell: Cell, failures: dict[str, str], missing: l
 
 
 def _tables(trials: TrialPlan, task: str, outcomes: Sequence[Outcome]) -> list[TaskTable]:
-    """One table for every model and every state of the code: a table never mixes them."""
+    """One table for every model and every state of the code, or states one after the other where runs went on with
+    other code: a table never mixes them."""
     groups: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
         groups.setdefault(_same(outcome), []).append(outcome)
@@ -185,7 +186,8 @@ def _same(outcome: Outcome) -> str:
 
 
 def check_data(trials: TrialPlan, outcomes: Sequence[Outcome]) -> None:
-    """Runs of a table are of the same data: of every seed the same rows, of all where none draws a part.
+    """Runs of a table are of the same data: of every seed the same rows, of all where none draws a part. Variants that
+    set keys of the data have each their own.
 
     Raises:
         UserError: naming two runs.
@@ -196,13 +198,16 @@ def check_data(trials: TrialPlan, outcomes: Sequence[Outcome]) -> None:
         config = trials.config(outcome.trial)
         task, seed = config.task, outcome.trial.seed
         own_query = json.dumps([task.query, task.train_on_query])  # its rows may be among those trained on
+        _, _, variant = trials.comparison.methods[outcome.trial.cell.method]
+        changes = trials.comparison.variants.get(variant, {})
+        own_data = json.dumps({name: value for name, value in changes.items() if name.startswith("task.")})
         drawn = {
             "train": any(each.max_train_samples is not None for each in task.datasets),
             "dev": any(each.max_dev_samples is not None for each in task.datasets),
         }
         for split, is_part in drawn.items():
             digest = str(outcome.result["data"][split])
-            key = f"{split} {own_query if split == 'train' else ''} {seed if is_part else ''}"
+            key = f"{split} {own_data} {own_query if split == 'train' else ''} {seed if is_part else ''}"
             other, first = seen.setdefault(key, (outcome, digest))
             if first != digest:
                 what = "training" if split == "train" else "held-out"

@@ -11,6 +11,7 @@ from typing import Any
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.files import written_whole
 from tsqlora_scale.common.printing import printable, shortened
+from tsqlora_scale.comparison.comparison_file import LENGTHS
 from tsqlora_scale.comparison.trials import Trial, TrialPlan, same_config
 from tsqlora_scale.config.load import load_config
 
@@ -41,15 +42,24 @@ def outcome_of(trials: TrialPlan, trial: Trial) -> Outcome:
     """What is there of a run.
 
     Raises:
-        UserError: a finished run is there that another config has made, or its files cannot be read.
+        UserError: a finished run is there that another config has made, or one that would go on, or has, with another
+            length than it began with; or its files cannot be read.
     """
     folder = trials.folder(trial)
-    result = read_result(folder)
+    result, written = read_result(folder), folder / "config.yaml"
+    remedy = "remove that folder to run it again, or give another --out"
     if result is None:
+        if written.is_file() and any((folder / "checkpoints").glob("step-*")):  # it goes on from there
+            longer = same_config(trials.config(trial), load_config(written), keys=LENGTHS)
+            if longer is not None:
+                raise UserError(f"{folder}: was begun with {longer}; {remedy}")
         return Outcome(trial, None, _noted(trials.log(trial)))
-    differs = same_config(trials.config(trial), load_config(folder / "config.yaml"))
+    differs = same_config(trials.config(trial), load_config(written))
     if differs is not None:
-        raise UserError(f"{folder}: was run with {differs}; remove that folder to run it again, or give another --out")
+        raise UserError(f"{folder}: was run with {differs}; {remedy}")
+    if result.get("lengths"):  # its learning rates and events are those of no run that was so long from the start
+        before = result["lengths"][0]["before"]
+        raise UserError(f"{folder}: was begun with {before} steps and then made longer or shorter; {remedy}")
     return Outcome(trial, result)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.common.errors import UserError, naming
 from tsqlora_scale.comparison.trial_outcome import Outcome, outcome_of
 from tsqlora_scale.comparison.trials import Cell, Trial, TrialPlan
 from tsqlora_scale.config.schema import Config
@@ -82,6 +82,7 @@ class TrialQueue:
 
         Raises:
             LookupError: a pilot run says, and it is not finished.
+            UserError: it says that a budget of seconds is spent before the first step.
         """
         budget = self.trials.comparison.budget
         if budget is None:
@@ -100,7 +101,8 @@ class TrialQueue:
         result = self.outcome(self.pilot(cell)).result
         if result is None:
             raise LookupError(cell)
-        return steps_in(budget.seconds, result)
+        with naming(str(cell)):
+            return steps_in(budget.seconds, result)
 
     def pilot(self, cell: Cell) -> Trial:
         """The short run that says how long a step of a cell takes."""
@@ -217,11 +219,19 @@ def steps_in(seconds: float, pilot: dict[str, Any]) -> int:
 
     A schedule of fractions has as many events in a pilot as in the whole run, and so many passes of scores: what these
     take is spent once, and so is what plain text before the task takes.
+
+    Raises:
+        UserError: nothing is left for training.
     """
     spent = pilot["seconds"]
-    seconds -= (pilot.get("pretraining") or {}).get("seconds", 0.0)
+    once = {"pretraining": (pilot.get("pretraining") or {}).get("seconds", 0.0)}
+    once |= {name: spent.get(name, 0.0) for name in ("scoring", "resizing")}
+    left = seconds - sum(once.values())
+    if left <= 0:
+        parts = ", ".join(f"{name} {value:.1f} s" for name, value in once.items() if value)
+        raise UserError(f"budget.seconds={seconds:g} leaves none for training: {parts} (by the pilot run); raise it")
     each = sum(spent.get(name, 0.0) for name in ("warmup", "training")) / pilot["steps"]
-    return max(1, int((seconds - spent.get("scoring", 0.0) - spent.get("resizing", 0.0)) / each))
+    return max(1, int(left / each))
 
 
 def signed_metric(result: dict[str, Any]) -> float:

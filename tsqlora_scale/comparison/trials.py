@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -150,6 +150,7 @@ class TrialPlan:
                 config = self.config(self.probe(cell))
                 if not config.task.has_dev:
                     raise UserError(f"{self.comparison.tasks[cell.task].config}: has no held-out set to compare on")
+                self._check_choice(config)
                 if runs:
                     self._check_length(cell)
             except UserError as error:
@@ -160,6 +161,21 @@ class TrialPlan:
                 reasons.setdefault(reason, []).append(cell)
             parts = [f"{_named(cells)}: {reason}" for reason, cells in reasons.items()]
             raise UserError(f"{'; '.join(parts)}; nothing has been run (--leave-out-refused goes on without them)")
+
+    def _check_choice(self, config: Config) -> None:
+        """Where one half of the held-out rows chooses, nothing is chosen by the other one, which is reported.
+
+        Raises:
+            UserError: naming the key.
+        """
+        train = config.train
+        if self.is_halved and (train.keep == "best" or train.patience is not None):
+            key = "train.keep=best" if train.keep == "best" else f"train.patience={train.patience}"
+            remedy = "train.keep: last" if train.keep == "best" else "train.patience: null"
+            raise UserError(
+                f"{key} chooses by evaluations of the rows that are reported, and with tuning.half one half chooses "
+                f"and the other is reported; set {remedy}"
+            )
 
     def _check_length(self, cell: Cell) -> None:
         """What a method does in the middle of a run has to happen within as many steps as are known of.
@@ -219,14 +235,19 @@ def _named(cells: Sequence[Cell]) -> str:
     return f"{', '.join(methods)} on {', '.join(tasks)}"
 
 
-def same_config(config: Config, written: Config) -> str | None:
+def same_config(config: Config, written: Config, *, keys: Collection[str] | None = None) -> str | None:
     """What makes a run that is there another one than what is asked for, or None.
 
     Folders may have moved, and what is left to the run is filled in by it (:data:`FILLED_IN`).
+
+    Args:
+        keys: look at these alone, as ``section.key``.
     """
     ours, theirs = config.model_dump(mode="json"), written.model_dump(mode="json")
     for section, values in ours.items():
         for key, value in values.items():
+            if keys is not None and f"{section}.{key}" not in keys:
+                continue
             other = theirs[section][key]
             is_left_open = section == "task" and key in FILLED_IN and value == FILLED_IN[key]
             if key != "output_dir" and not is_left_open and value != other:

@@ -37,13 +37,15 @@ POLICY_VALUES: dict[str, dict[str, Any]] = {
 }
 #: AdaLoRA's γ, the one of most of its GLUE tasks.
 ORTHOGONALITY = 0.1
-#: What a method says of other keys.
+#: What a method says of other keys, and what every other method says of them.
 MORE_OF_PRESETS = {"loratrf": {"adapter.target_modules": "loratrf"}}
+USUAL = {"adapter.target_modules": "auto"}
 
 
 def taken_out(tree: Mapping[str, Any], key: str, value: str) -> list[str]:
-    """What a method that is given on the command line takes out of a file: what it has values of its own for, and, in
-    a config that is spelled out, those that the file's own method has given.
+    """What a method that is given on the command line takes out of a file: what it has values of its own for (of
+    :data:`USUAL` keys where they have the usual value), and, in a config that is spelled out, those that the file's
+    own method has given.
 
     Args:
         tree: the file's mappings.
@@ -55,9 +57,8 @@ def taken_out(tree: Mapping[str, Any], key: str, value: str) -> list[str]:
     new, old = (PRESETS[name][2] if name in PRESETS else "" for name in (value, before))
     found = [*PRESET_KEYS, "adapter.orthogonality", *POLICY_VALUES.get(new, ())]
     given = POLICY_VALUES.get(str(_get(tree, "allocation.policy", old)), {}) | MORE_OF_PRESETS.get(before, {})
-    usual = dict.fromkeys(MORE_OF_PRESETS.get(value, {}), "auto")  # as it says of every other method
-    both = [*given.items(), *usual.items()]
-    return found + [name for name, its in both if _is_whole(tree, name) and _get(tree, name) == its]
+    found += [name for name, its in given.items() if _is_whole(tree, name) and _get(tree, name) == its]
+    return found + [name for name in MORE_OF_PRESETS.get(value, ()) if _get(tree, name) == USUAL[name]]
 
 
 def _is_whole(tree: Mapping[str, Any], key: str) -> bool:

@@ -122,12 +122,11 @@ class Config(Section):
 
     def for_scoring(self) -> Config:
         """The same run up to its first pass over the pool, whose raw numbers stay; nothing else happens in it."""
-        return self.model_copy(
-            update={
-                "scoring": self.scoring.model_copy(update={"keep_sketches": True}),
-                **self._nothing_but_scores(),
-            }
-        )
+        sections = self._nothing_but_scores()
+        if self.allocation.policy == "file":  # whose ranks are those that training starts with
+            sections["allocation"] = self.allocation
+        scoring = self.scoring.model_copy(update={"keep_sketches": True})
+        return self.model_copy(update={"scoring": scoring, **sections})
 
     def for_audit(self) -> Config:
         """The same run as an audit takes it: even draws, fixed ranks, no evaluations, no scores."""

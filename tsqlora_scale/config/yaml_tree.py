@@ -20,7 +20,7 @@ MOST_NODES = 20_000
 MOST_LEVELS = 30
 
 
-#: The mappings of a file, an override's key and its value -> keys, as ``section.name``.
+#: The mappings of a file, an override's key and its value without quotes -> keys, as ``section.name``.
 Resets = Callable[[Mapping[str, Any], str, str], Sequence[str]]
 
 
@@ -54,7 +54,7 @@ def read_tree(
         _check_size(value, where)
         try:
             written: Any = OmegaConf.to_container(tree, resolve=False)
-            for reset in () if resets is None else resets(written, key.strip(), value.strip()):
+            for reset in () if resets is None else resets(written, key.strip(), _unquoted(value)):
                 _remove(tree, reset, kept=overrides)
             tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([override]))
         except Exception as error:
@@ -68,6 +68,12 @@ def read_tree(
         raise UserError(f"{path}: an interpolation ${{...}} leads back to itself; write the value out") from None
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
+
+
+def _unquoted(value: str) -> str:
+    """An override's value as YAML reads it, as text; a list or mapping as it is written."""
+    node = yaml.compose(value, Loader=yaml.SafeLoader)
+    return str(node.value) if isinstance(node, yaml.ScalarNode) else value.strip()
 
 
 def _remove(tree: Any, key: str, *, kept: Sequence[str]) -> None:

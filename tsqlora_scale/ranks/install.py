@@ -13,7 +13,7 @@ from tsqlora_scale.common.random_streams import layer_generator
 from tsqlora_scale.config.schema import ResizeConfig
 from tsqlora_scale.engine.sharded import write_parameter
 from tsqlora_scale.engine.train_state import ParamState, TrainState
-from tsqlora_scale.model.adapters.lora import ADAPTER, has_factors, lora_layers
+from tsqlora_scale.model.adapters.lora import ADAPTER, has_factors, lora_layers, scaling_at
 from tsqlora_scale.model.adapters.svd import INITIAL_STD, Diagonal, add_diagonal, diagonals_of
 from tsqlora_scale.ranks.policies.policy import Plan
 from tsqlora_scale.ranks.rearrange import Triplets, most_important, rearrange
@@ -151,7 +151,7 @@ def layer_factors(model: nn.Module, state: TrainState) -> dict[str, tuple[Tensor
 
 def start_with_ranks(model: nn.Module, ranks: Mapping[str, int], *, seed: int) -> None:
     """Give a model with a fresh adapter other ranks, its factors fresh, too: A drawn by layer, B zero; of triplets both
-    drawn, E zero. Scalings stay.
+    drawn, E zero. Scalings stay, but for rsLoRA's, which follow the ranks.
 
     Raises:
         UserError: when ``ranks`` names other layers than the model adapts.
@@ -174,7 +174,8 @@ def start_with_ranks(model: nn.Module, ranks: Mapping[str, int], *, seed: int) -
 
 
 def set_ranks(model: nn.Module, ranks: Mapping[str, int]) -> None:
-    """Give the factors the shapes of ``ranks``, to load a checkpoint into. Changed factors are zero until then.
+    """Give the factors the shapes of ``ranks``, to load a checkpoint into. Changed factors are zero until then, and
+    scaled as :func:`.scaling_at` says.
 
     Raises:
         UserError: when ``ranks`` names other layers than the model adapts.
@@ -192,6 +193,8 @@ def set_ranks(model: nn.Module, ranks: Mapping[str, int]) -> None:
             d_in, d_out = _dims(layer)
             e = torch.zeros(rank) if diagonals_of(layer) is not None else None
             _install(layer, torch.zeros(rank, d_in), torch.zeros(d_out, rank), e)
+            if rank:
+                layer.scaling[ADAPTER] = scaling_at(layer, rank)
 
 
 def _dims(layer: LoraLayer) -> tuple[int, int]:

@@ -9,13 +9,14 @@ import os
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tsqlora_scale.common.code_version import SOURCE, UNKNOWN
 from tsqlora_scale.common.files import written_whole
 from tsqlora_scale.report.peak_memory import PeakMemory
 
@@ -49,6 +50,8 @@ class RunRecord:
     Attributes:
         seconds: wall seconds by phase.
         memory: peaks by phase.
+        code: digest of the code that runs.
+        earlier_code: digests of other code that has worked on the run, or on one before it.
     """
 
     def __init__(self, folder: Path, *, writes: bool, device: torch.device | None = None) -> None:
@@ -56,9 +59,24 @@ class RunRecord:
         self._writes = writes
         self.seconds: dict[str, float] = defaultdict(float)
         self.memory = PeakMemory(device)
+        self.code = SOURCE
+        self.earlier_code: list[str] = []
         self._waiting: dict[str, list[str]] = defaultdict(list)
         #: Files whose lines wait, as has been said.
         self._full: set[str] = set()
+
+    def note_code(self, digests: Iterable[str]) -> None:
+        """Remember code that has worked on the run, or on one before it."""
+        self.earlier_code += [each for each in digests if each not in (*self.earlier_code, self.code)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run goes on with: seconds by phase, and all code that has worked on it."""
+        return {"seconds": dict(self.seconds), "code": [*self.earlier_code, self.code]}
+
+    def load_state_dict(self, tree: dict[str, Any]) -> None:
+        """Go on from a checkpoint's state; one of an earlier version does not say by which code it was written."""
+        self.seconds.update(tree["seconds"])
+        self.note_code(tree.get("code", [UNKNOWN]))
 
     def __enter__(self) -> RunRecord:
         return self

@@ -7,15 +7,18 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from safetensors import safe_open
 from torch import nn
 
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.locations import resolve
 from tsqlora_scale.config.model_section import ADAPTER_TRAITS
 from tsqlora_scale.config.schema import AdapterConfig, Config
-from tsqlora_scale.engine.sharded import whole_shape, write_parameter
+from tsqlora_scale.engine.sharded import read_parameter, whole_shape, write_parameter
 from tsqlora_scale.model.adapters.adapter_type import adapter_type, check_sizes, own_type
+from tsqlora_scale.model.adapters.lora import ADAPTER
 from tsqlora_scale.model.adapters.loratrf import blocks_of, check_filters, filtered_blocks
 from tsqlora_scale.model.adapters.placed_model import in_whole_module
 from tsqlora_scale.model.base_model import skeleton
@@ -24,6 +27,7 @@ from tsqlora_scale.model.linear_layers import resolve_targets
 from tsqlora_scale.model.weight_files import (
     DESCRIPTION,
     PREFIX,
+    WEIGHTS,
     check_adapter,
     check_layers,
     kind_of,
@@ -33,6 +37,7 @@ from tsqlora_scale.model.weight_files import (
     require_adapter,
 )
 from tsqlora_scale.ranks import set_ranks
+from tsqlora_scale.ranks.policies.gain import most_ranks
 from tsqlora_scale.run.trained_adapter import adapter_folder, config_of
 from tsqlora_scale.tasks import auto_class_of
 
@@ -126,15 +131,16 @@ def _check_base(config: Config, description: dict[str, Any], key: str) -> None:
 
 def _check_ranks(config: Config, ranks: dict[str, int], scalings: dict[str, float], key: str) -> None:
     adapter = config.adapter
-    wanted = adapter.alpha / (math.sqrt(adapter.r) if adapter.type == "rslora" else adapter.r)
+    follows = adapter.type == "rslora"  # a layer's own rank
     for name, scaling in scalings.items():
+        wanted = adapter.alpha / (math.sqrt(ranks[name]) if follows else adapter.r)
         if abs(scaling - wanted) > 1e-6 * wanted:
             raise UserError(
-                f"{key}: {name} is scaled by {scaling:g}, adapter.alpha and adapter.r make it {wanted:g}; set "
-                f"adapter.alpha={adapter.alpha * scaling / wanted:g}"
+                f"{key}: {name} is scaled by {scaling:g}, adapter.alpha and {'its rank' if follows else 'adapter.r'} "
+                f"make it {wanted:g}; set adapter.alpha={adapter.alpha * scaling / wanted:g}"
             )
     if config.adapts_ranks:
-        lowest, highest = config.allocation.r_min, config.allocation.r_max or 4 * adapter.r
+        lowest, highest = config.allocation.r_min, most_ranks(config.allocation, adapter.r)
         for name, rank in ranks.items():
             if not lowest <= rank <= highest:
                 raise UserError(
@@ -159,8 +165,14 @@ def start_from(model: nn.Module, config: Config) -> list[str]:
     """
     place = config.adapter.init_from
     assert place is not None
+    lines = []
     with adapter_folder(place, option="adapter.init_from") as folder:
         ranks, values = adapter_type(config.adapter.type).read(model, folder, whole=False)
+        if not config.adapter.train_head and _has_other_head(folder, model):
+            lines.append(
+                f"adapter.init_from={place!r}: its trained head is left behind, as adapter.train_head=false keeps that "
+                f"of model.name_or_path={config.model.name_or_path!r}"
+            )
     params = {name: param for name, param in model.named_parameters() if param.requires_grad}
     heads = adapter_type(config.adapter.type).heads(model)
     reason = other_task(config, place)
@@ -172,9 +184,25 @@ def start_from(model: nn.Module, config: Config) -> list[str]:
     for name, value in sorted(values.items()):
         if name not in heads or reason is None:
             write_parameter(params[name], value)
-    if not heads or reason is None:
-        return []
-    return [f"adapter.init_from={place!r}: the head is newly drawn, as {reason}"]
+    if heads and reason is not None:
+        lines.append(f"adapter.init_from={place!r}: the head is newly drawn, as {reason}")
+    return lines
+
+
+def _has_other_head(folder: Path, model: nn.Module) -> bool:
+    """Whether a saved adapter has other values than the model of a parameter that does not train there. Values, as a
+    head that has never trained is saved, too. With ZeRO-3 a collective."""
+    differs = False
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        present = set(file.keys())
+        for name, param in model.named_parameters():
+            key = name.replace(f".modules_to_save.{ADAPTER}.", ".")
+            if param.requires_grad or key not in present:
+                continue
+            own, theirs = read_parameter(param).cpu(), file.get_tensor(key)
+            coarser = min(own.dtype, theirs.dtype, key=lambda kind: kind.itemsize)
+            differs |= not torch.equal(own.to(coarser), theirs.to(coarser))
+    return differs
 
 
 def other_task(config: Config, place: str) -> str | None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from tsqlora_scale.common.code_version import source_digest
 from tsqlora_scale.config.model_section import ADAPTER_TRAITS
 from tsqlora_scale.config.prompt_template import words_by_class
 from tsqlora_scale.model.adapters.lora import short_name
@@ -96,8 +95,18 @@ def _identity(run: Run) -> dict[str, Any]:
             "quantization": model.quantization,
         },
         "data": {"train": run.task.digest(), "dev": run.task.digest("dev") if run.task.dev is not None else None},
-        "code": {"version": versions().get("tsqlora-scale", "not installed"), "source": source_digest()},
+        "code": {
+            "version": versions().get("tsqlora-scale", "not installed"),
+            "source": run.record.code,
+            "earlier": _earlier_code(run),
+        },
     }
+
+
+def _earlier_code(run: Run) -> list[str]:
+    """Digests of other code by which a part of the run, or of one before it, was made."""
+    before = [] if run.pretraining is None else run.pretraining.get("code", [])
+    return [each for each in dict.fromkeys([*before, *run.record.earlier_code]) if each != run.record.code]
 
 
 def _average(run: Run) -> dict[str, Any] | None:

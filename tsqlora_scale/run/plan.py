@@ -127,6 +127,18 @@ def _micro_batch_size(config: Config, world_size: int) -> int:
     return micro
 
 
+def fitting_micro_batch(batch_size: int, most: int | None, world_size: int) -> int | None:
+    """The largest micro-batch of at most ``most`` samples into which a rank's share of a step divides.
+
+    None, which means all of the share at once, where nothing bounds it, or where ranks do not divide the step, which is
+    :func:`plan_run`'s to refuse.
+    """
+    share, left = divmod(batch_size, world_size)
+    if most is None or left:
+        return None
+    return max(size for size in range(1, min(most, share) + 1) if share % size == 0)
+
+
 def total_steps(train: TrainConfig, subset: int) -> int:
     """Optimizer steps of a run that trains on ``subset`` samples.
 

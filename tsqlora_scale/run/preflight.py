@@ -135,11 +135,15 @@ def check_pretraining(after: Preflight) -> Preflight:
     Raises:
         UserError: naming the key; or the adapter of the one model does not fit the other.
     """
+    from tsqlora_scale.run.plan import fitting_micro_batch
     from tsqlora_scale.tasks.rows.corpus_rows import corpus_data
 
     config = after.config
     with naming(f"pretrain.objective={config.pretrain.objective!r}"):
         own = config.of_pretraining()
+        if config.pretrain.batch_size is not None:  # as many samples at once as the run's own take, or fewer
+            size = fitting_micro_batch(own.train.batch_size, config.train.micro_batch_size, launched_size())
+            own = own.model_copy(update={"train": own.train.model_copy(update={"micro_batch_size": size})})
         found = check(own, data=corpus_data(own, after.task if config.pretrain.file is None else None))
         wanted, adapted = adapted_layers(after), adapted_layers(found)
         if not wanted <= adapted:

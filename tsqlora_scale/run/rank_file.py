@@ -66,12 +66,12 @@ def ranks_by_file(config: Config, names: Collection[str]) -> dict[str, int]:
         matching = pattern_of(name, pattern, where=key)
         used |= {matching}
         found[name] = (config.adapter.r if otherwise is None else otherwise) if matching is None else pattern[matching]
-    idle = sorted(pattern.keys() - used)
-    if idle and all(pattern_of(name, idle[:1], where=key) is None for name in names):
-        raise UserError(
-            f"{key}: {idle[0]!r} is no layer that is adapted; set adapter.target_modules to the layers that it names, "
-            "or remove it"
-        )
+    for idle in sorted(pattern.keys() - used):  # of no use where an earlier name has its layers, and no mistake then
+        if all(pattern_of(name, [idle], where=key) is None for name in names):
+            raise UserError(
+                f"{key}: {idle!r} is no layer that is adapted; set adapter.target_modules to the layers that it names, "
+                "or remove it"
+            )
     return found
 
 
@@ -96,7 +96,9 @@ def read_rank_file(path: Path, *, key: str) -> tuple[dict[str, int], int | None]
         gone = dict.fromkeys([removed] if isinstance(removed, str) else removed, 0)
         tree, otherwise = {**gone, **(tree.get("rank_pattern") or {})}, tree.get("r")
     elif isinstance(tree, Mapping):
-        tree = next((tree[name] for name in ("ranks_end", "rank_pattern") if name in tree), tree)
+        kept = tree.get("kept")  # of a run, the ranks of what its adapter/ holds, which may be an earlier step's
+        kept = kept.get("ranks") if isinstance(kept, Mapping) else None
+        tree = kept or next((tree[name] for name in ("ranks_end", "rank_pattern") if name in tree), tree)
     if not isinstance(tree, Mapping) or (not tree and otherwise is None):
         raise UserError(f"{key}: holds no ranks; {ADVICE}")
     for name, rank in [*tree.items(), *([] if otherwise is None else [("r", otherwise)])]:

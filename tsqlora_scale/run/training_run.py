@@ -373,7 +373,7 @@ class Run:
             "draws": self.draws.state_dict(),
             "config": self.config.model_dump(mode="json"),
             "data": self.task.digest(),
-            "seconds": dict(self.record.seconds),
+            **self.record.state_dict(),
         }
 
     def load_state_dict(self, tree: dict[str, Any]) -> None:
@@ -394,7 +394,7 @@ class Run:
             self.early_stop = tree.get("early_stop")
         self.engine.load_scaler_state(tree["loss_scaler"])
         self.metrics_before, self.initial_ranks = tree["metrics_before"], tree["initial_ranks"]
-        self.record.seconds.update(tree["seconds"])
+        self.record.load_state_dict(tree)
         self.write_on_main(
             f"{str(self.record.folder)!r}", lambda: self.record.rewind(self.step, last_step=self.plan.total_steps)
         )

@@ -221,6 +221,18 @@ def test_a_table_never_mixes_codes_or_models(launch: FakeLaunch, tmp_path: Path)
     assert "lora (2 of 3 seeds)" in text and "lora (1 of 3 seeds)" in text
 
 
+def test_runs_that_went_on_with_other_code_have_a_table_of_their_own(launch: FakeLaunch, tmp_path: Path) -> None:
+    def results(config: Config) -> dict[str, Any]:
+        earlier = ["f" * 16] if config.run.seed == 2 else []
+        return result_of(config, accuracy_of(config), code={"version": "1", "source": "0" * 16, "earlier": earlier})
+
+    found = comparison(tmp_path)
+    found.run(replace(launch, results=results))
+    text = found.report().text
+    assert text.count("## words") == 2
+    assert text.count("code 1 (00000000),") == text.count("code 1 (00000000, begun with ffffffff),") == 1
+
+
 def test_a_table_never_mixes_data(launch: FakeLaunch, tmp_path: Path) -> None:
     def results(config: Config) -> dict[str, Any]:
         train = ("x" if config.run.seed == 1 and config.adapts_ranks else "a") * 64
@@ -239,6 +251,40 @@ def test_parts_that_every_seed_draws_may_differ_by_seed(launch: FakeLaunch, tmp_
     found = comparison(tmp_path, common={"task.dataset.max_train_samples": 10})
     found.run(replace(launch, results=results))
     assert "train of 3 kinds" in found.report().text
+
+
+def test_variants_may_have_data_of_their_own(launch: FakeLaunch, tmp_path: Path) -> None:
+    def results(config: Config) -> dict[str, Any]:
+        rows = str(config.task.dataset.max_train_samples)
+        return result_of(config, accuracy_of(config), data={"train": rows.ljust(64, "0"), "dev": "b" * 64})
+
+    def mixed(config: Config) -> dict[str, Any]:
+        return results(config) | ({"data": {"train": "x" * 64, "dev": "b" * 64}} if config.adapts_ranks else {})
+
+    variants = {f"n{rows}": {"task.dataset.max_train_samples": rows} for rows in (10, 20)}
+    found = comparison(tmp_path, variants=variants, seeds=[0])
+    found.run(replace(launch, results=results))
+    assert "train of 2 kinds" in found.report().text
+    other = comparison(tmp_path / "mixed", variants=variants, seeds=[0])
+    other.run(replace(launch, scratch=tmp_path / "others", results=mixed))
+    with pytest.raises(UserError, match="tsqlora-n10 on words, seed 0 has other training rows than lora-n10 on words"):
+        other.report()
+
+
+def test_a_run_that_was_begun_with_another_length_is_an_error(launch: FakeLaunch, tmp_path: Path) -> None:
+    """Resumed, it would be no run that was so long from the start."""
+    begun = comparison(tmp_path, budget={"steps": 5})
+    trial = begun.queue.known()[0]
+    folder = begun.trials.folder(trial)
+    (folder / "checkpoints" / "step-00000002").mkdir(parents=True)
+    (folder / "config.yaml").write_text(begun.trials.config(trial).to_yaml(), encoding="utf-8")
+    assert begun.plan()[0] == f"to run: {trial}"
+    with pytest.raises(UserError, match=r"was begun with train.max_steps=5, and it is now 9; remove that folder"):
+        comparison(tmp_path, budget={"steps": 9}).plan()
+    lengths = [{"step": 2, "before": 5, "after": 9}]
+    finished = comparison(tmp_path / "finished", budget={"steps": 9})
+    with pytest.raises(UserError, match=r"was begun with 5 steps and then made longer or shorter; remove that folder"):
+        finished.run(replace(launch, results=lambda config: result_of(config, 0.5, lengths=lengths)))
 
 
 def test_a_finished_run_of_another_config_is_an_error(launch: FakeLaunch, tmp_path: Path) -> None:
@@ -263,6 +309,12 @@ def test_budgets(launch: FakeLaunch, tmp_path: Path) -> None:
     assert launch.started == ["lora/pilot-seed0", "tsqlora/pilot-seed0", "lora/seed0", "tsqlora/seed0"]
     # (0.5 + 4 * 0.5) / 4 seconds a step; scoring takes 2
     assert [found.queue.steps(cell) for cell in found.trials.cells] == [16, 12]
+
+
+def test_a_budget_that_is_spent_before_the_first_step(launch: FakeLaunch, tmp_path: Path) -> None:
+    found = comparison(tmp_path, budget={"seconds": 10, "pilot_steps": 4}, seeds=[0])
+    with pytest.raises(UserError, match=r"lora on words: budget.seconds=10 leaves none .* pretraining 12.0 s .* raise"):
+        found.run(replace(launch, results=lambda config: result_of(config, 0.5, pretraining={"seconds": 12.0})))
 
 
 def test_a_budget_of_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,6 +139,29 @@ def test_a_variant_of_an_arm_can_have_values_of_its_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("small", [False, True])
+def test_loratrf_adapts_its_papers_layers(small: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whatever layers the tasks' files name."""
+    monkeypatch.chdir(CONFIGS.parent)
+    plan = TrialPlan(read_comparison(CONFIGS / "compare" / "loratrf_table1.yaml", small=small), tmp_path)
+    layers = {(cell.method, str(plan.config(plan.probe(cell)).adapter.target_modules)) for cell in plan.cells}
+    assert layers == {(name, "loratrf" if name == "loratrf" else "auto") for name in plan.comparison.arms}
+
+
+@pytest.mark.parametrize(("key", "value"), [("train.keep", "best"), ("train.patience", 2)])
+@pytest.mark.parametrize("place", ["arm", "common"])
+def test_nothing_is_chosen_by_the_half_that_is_reported(place: str, key: str, value: Any, tmp_path: Path) -> None:
+    chooses = {"train.eval_every": 2, key: value}
+    lora = {"adapter.method": "lora"}
+    changes: dict[str, Any] = {"arms": {"lora": lora | chooses}}
+    if place == "common":
+        changes = {"arms": {"lora": lora}, "common": chooses}
+    said = rf"lora on words: {key}={value} chooses .*; set {key}: .* nothing has been run"
+    with pytest.raises(UserError, match=said):
+        comparison(tmp_path, lrs=[1e-3, 2e-3], **changes)
+    comparison(tmp_path, **changes)  # without rates to choose from there are no halves
+
+
+@pytest.mark.parametrize("small", [False, True])
 @pytest.mark.parametrize("name", ["tsqlora_table2", "tsqlora_table4", "loratrf_table1"])
 def test_adalora_ends_with_the_rank_of_the_others(name: str, small: bool) -> None:
     """``adapter.r`` is what it starts with."""

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.reference.components import ada_kept, ela_exchange, smoothed
 from tests.unit.config_trees import tree as config_tree
 from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.comparison.comparison_file import as_overrides
 from tsqlora_scale.config.load import load_config, parse_config
 from tsqlora_scale.config.schema import AllocationConfig, SensitivityConfig
 from tsqlora_scale.engine.collectives import World
@@ -216,6 +218,7 @@ def test_a_method_of_the_command_line_brings_its_own_values(tmp_path: Path) -> N
     config = load_config(written, ["adapter.method=adalora"])
     assert (config.sensitivity.uncertainty, config.sensitivity.window, config.allocation.r_min) == (0.85, None, 0)
     assert config.adapter.orthogonality == 0.1
+    assert load_config(written, as_overrides({"adapter.method": "adalora"})) == config, "in quotes, too"
     written.write_text(config.to_yaml(), encoding="utf-8")
     assert load_config(written, []) == config
     assert load_config(written, ["adapter.method=lora"]).adapter.orthogonality == 0.0
@@ -273,6 +276,10 @@ def test_a_method_of_the_command_line_leaves_nothing_of_the_files_own(tmp_path: 
     assert told(config_tree(allocation={"r_min": 0}), "adapter.method=tsqlora").allocation.r_min == 0
     own = config_tree(adapter={"method": "lora", "target_modules": ["query"]})
     assert told(own, "adapter.method=loratrf").adapter.target_modules == ["query"]
+    # the usual layers are no choice of the file's, in a short one either
+    written.write_text(yaml.safe_dump(config_tree(adapter={"target_modules": "auto"})), encoding="utf-8")
+    assert load_config(written, ["adapter.method=loratrf"]).adapter.target_modules == "loratrf"
+    assert load_config(written, ["adapter.method=lora"]).adapter.target_modules == "auto"
 
 
 def test_no_method_sets_nothing() -> None:

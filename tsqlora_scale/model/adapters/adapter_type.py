@@ -15,7 +15,7 @@ from tsqlora_scale.model.adapters.bitfit import BitFitAdapter
 from tsqlora_scale.model.adapters.bottleneck import HoulsbyAdapter, PfeifferAdapter
 from tsqlora_scale.model.adapters.dora import DoraAdapter
 from tsqlora_scale.model.adapters.full_tuning import FullTuning
-from tsqlora_scale.model.adapters.lora import LoraAdapter
+from tsqlora_scale.model.adapters.lora import LoraAdapter, check_magnitudes
 from tsqlora_scale.model.adapters.loratrf import LoraTrfAdapter, check_filter_rank, check_filters
 from tsqlora_scale.model.adapters.own_type import OwnAdapter
 from tsqlora_scale.model.adapters.placement import Placement
@@ -137,7 +137,8 @@ def check_saved(folder: Path, bare: nn.Module, *, kind: str) -> None:
 
 
 def check_sizes(folder: Path, adapter: AdapterConfig) -> None:
-    """Check that a saved adapter that is to go on has the sizes of the config's, ranks of layers aside.
+    """Check that a saved adapter that is to go on has the sizes of the config's, ranks of layers aside, and DoRA's
+    magnitudes where that has them.
 
     Raises:
         UserError: naming the key.
@@ -145,7 +146,9 @@ def check_sizes(folder: Path, adapter: AdapterConfig) -> None:
     own = own_type(adapter.type)
     if own is not None:
         own.check_width(folder, adapter)
-    elif adapter.type == "loratrf":
+        return
+    check_magnitudes(folder, adapter.type)
+    if adapter.type == "loratrf":
         check_filter_rank(folder, adapter)
 
 
@@ -184,7 +187,7 @@ def load_adapter(base: nn.Module, folder: str | Path, *, dtype: str | None = Non
 
 
 def check_kind(folder: Path, kind: str) -> None:
-    """Variants of LoRA are told apart by whoever cares.
+    """Variants of LoRA are told apart by whoever cares (:func:`check_sizes` of those that go on).
 
     Raises:
         UserError: a saved adapter is of a type that another one's code cannot open.

@@ -23,7 +23,15 @@ from tsqlora_scale.model.adapters.weight_start import start_in_weights, start_va
 from tsqlora_scale.model.base_model import use_autocast
 from tsqlora_scale.model.heads import has_head, head_modules
 from tsqlora_scale.model.linear_layers import is_idle, linear_layers, resolve_targets
-from tsqlora_scale.model.weight_files import DESCRIPTION, PREFIX, WEIGHTS, check_adapter, read_json
+from tsqlora_scale.model.weight_files import (
+    ADVICE,
+    DESCRIPTION,
+    PREFIX,
+    WEIGHTS,
+    check_adapter,
+    layer_scalings,
+    read_json,
+)
 
 #: PEFT's name of the one adapter that a run trains.
 ADAPTER = "default"
@@ -48,6 +56,13 @@ def has_factors(layer: LoraLayer) -> bool:
 def short_name(layer: str) -> str:
     """A layer's name without PEFT's wrapping, as ``rank_pattern`` and people write it."""
     return layer.removeprefix("base_model.model.")
+
+
+def scaling_at(layer: LoraLayer, rank: int) -> float:
+    """What a layer multiplies B A by once it has a rank, not 0: rsLoRA's follows the rank, any other stays."""
+    if layer.use_rslora.get(ADAPTER):
+        return float(layer.lora_alpha[ADAPTER]) / math.sqrt(rank)
+    return float(layer.scaling[ADAPTER])
 
 
 def theta_modules(module: nn.Module, *, include_head: bool = False) -> dict[str, nn.Linear]:
@@ -123,8 +138,30 @@ def with_start(
 def lora_config_of(folder: Path) -> LoraConfig:
     """PEFT's config of a saved adapter with LoRA factors, whatever else it has."""
     described = read_json(folder / DESCRIPTION)
-    described.pop("filter_rank", None)
+    for own in ("filter_rank", "filtered_blocks"):  # LoRATRF's, which PEFT would warn of
+        described.pop(own, None)
     return LoraConfig.from_peft_type(**{**described, "peft_type": "LORA"})  # type: ignore[no-any-return]
+
+
+def check_magnitudes(folder: Path, kind: str) -> None:
+    """Check that a saved LoRA adapter that is to go on has DoRA's magnitudes where its type trains them, and there
+    alone.
+
+    Args:
+        kind: ``adapter.type``.
+
+    Raises:
+        UserError: they would be left behind, or are missing.
+    """
+    has_magnitudes = bool(read_json(folder / DESCRIPTION).get("use_dora"))
+    if has_magnitudes and kind != "dora":
+        raise UserError(
+            f"adapter {str(folder)!r}: is of adapter.type='dora', and adapter.type={kind!r} would leave its magnitudes "
+            "behind; give the config that it was trained with, or a base that it is merged into (export --format "
+            "merged)"
+        )
+    if kind == "dora" and not has_magnitudes:
+        raise UserError(f"adapter {str(folder)!r}: has no magnitudes, which adapter.type='dora' trains; {ADVICE}")
 
 
 def _whole_modules(model: nn.Module) -> dict[str, ModulesToSaveWrapper]:
@@ -268,9 +305,10 @@ class LoraAdapter:
             whole: whether what is trained beside the layers, a head, must be there, too.
 
         Raises:
-            UserError: when the folder holds no adapter, or one of other layers or another scaling.
+            UserError: when the folder holds no adapter, or one of other layers, magnitudes or another scaling.
         """
         check_adapter(folder)
+        check_magnitudes(folder, self.name)
         tensors, heads = self._tensors(folder), self.heads(model)
         config: Any = lora_config_of(folder)
         removed = set(config.exclude_modules or [])
@@ -287,15 +325,16 @@ class LoraAdapter:
                     raise UserError(f"adapter {str(folder)!r} has no {key}; give the config that it was trained with")
                 values[name] = tensors[key].float()
         ranks = {name: len(values.get(f"{name}.lora_A.{ADAPTER}.weight", ())) for name in lora_layers(model)}
+        scalings = layer_scalings(folder)
         for name, layer in lora_layers(model).items():
             if not ranks[name]:
                 continue
-            alpha = config.alpha_pattern.get(short_name(name), config.lora_alpha)
-            scaling = alpha / (math.sqrt(ranks[name]) if config.use_rslora else ranks[name])
-            if abs(scaling - layer.scaling[ADAPTER]) > 1e-6 * layer.scaling[ADAPTER]:
+            scaling = scalings[short_name(name).replace(f".modules_to_save.{ADAPTER}", "")]
+            wanted = scaling_at(layer, ranks[name])
+            if abs(scaling - wanted) > 1e-6 * wanted:
                 raise UserError(
                     f"adapter {str(folder)!r} scales {short_name(name)} by {scaling:g}, adapter.alpha and "
-                    f"adapter.r of the config say {layer.scaling[ADAPTER]:g}; give the config that it was trained with"
+                    f"adapter.r of the config say {wanted:g}; give the config that it was trained with"
                 )
         return ranks, values
 
