@@ -63,8 +63,11 @@ CASES = [
             ),
             ("biases", "is of LoRA's two factors, and not for 'adapter.type: bitfit'", {"method": "bitfit"}, {}),
             ("an adapter", "remove one of them", {"init_from": "there"}, {}),
-            ("dropout", "'dropout' (0.1) of their input would drop that part of the base", {"dropout": 0.1}, {}),
         )
+    ),
+    settings(
+        "init with dropout", "adapter.init='pissa'", "adapter.dropout=0.1 of their input would drop",
+        adapter={"method": "lora", "init": "pissa", "dropout": 0.1},
     ),
     _today(
         "init with ranks of a file", "draws factors of its ranks", "'adapter.init: eva' starts them otherwise",

@@ -18,6 +18,7 @@ from tests.runs import go, run_tree, write_config
 from tsqlora_scale.api import truncate
 from tsqlora_scale.commands import main as cli
 from tsqlora_scale.run.training_run import Run
+from tsqlora_scale.run.truncations import _layers
 
 AUTO: dict[str, Any] = {
     "bart": AutoModelForSeq2SeqLM,
@@ -208,6 +209,24 @@ def test_cuts_of_triplets_leave_their_diagonals_behind(tmp_path: Path, models_di
     del again["scoring"]
     again |= {"adapter": tree["adapter"] | {"init_from": str(tmp_path / "cuts" / "rank-2")}}
     again["allocation"] = {"policy": "fixed"}
+    assert go(again).step == 2
+
+
+def test_cuts_of_rslora_scale_by_their_own_ranks(tmp_path: Path, models_dir: Path) -> None:
+    """So that a run may start from them, with the alpha of the run that they were cut from."""
+    method = {"method": "rslora", "r": 6, "alpha": 12}
+    go(run_tree("bert", tmp_path, models_dir, "run", adapter=method, train={"max_steps": 3}))
+    adapter, cut = tmp_path / "runs" / "run" / "adapter", tmp_path / "cuts" / "rank-3"
+    truncate(adapter, [3], tmp_path / "cuts", by="total")
+    before, after = _layers(adapter), _layers(cut)
+    assert len({len(layer.a) for layer in after.values()}) > 1, "or nothing is shown"
+    for name, layer in after.items():
+        assert layer.scaling == pytest.approx(12 / len(layer.a) ** 0.5)
+        whole, part = (torch.linalg.svdvals(each.scaling * each.b @ each.a) for each in (before[name], layer))
+        torch.testing.assert_close(part[: len(layer.a)], whole[: len(layer.a)], rtol=1e-4, atol=1e-6)
+    again = run_tree(
+        "bert", tmp_path, models_dir, "again", adapter=method | {"r": 3, "init_from": str(cut)}, train={"max_steps": 2}
+    )
     assert go(again).step == 2
 
 

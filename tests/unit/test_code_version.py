@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
-from tsqlora_scale.common import code_version
 from tsqlora_scale.common.code_version import SOURCE, UNKNOWN, source_digest
 from tsqlora_scale.report.record import RunRecord
 
@@ -26,9 +23,7 @@ def test_it_is_that_of_the_modules_and_their_places(tmp_path: Path) -> None:
     assert len(source_digest()) == 16
 
 
-def test_a_runs_code_is_that_which_its_process_started_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files may change under it; and of a checkpoint that does not say by which code it was written, that is said."""
-    monkeypatch.setattr(code_version, "source_digest", lambda: "of changed files")
+def test_the_code_of_a_checkpoint_is_said_and_so_is_that_it_does_not_say(tmp_path: Path) -> None:
     record = RunRecord(tmp_path, writes=False)
     assert record.state_dict() == {"seconds": {}, "code": [SOURCE]}
     record.load_state_dict({"seconds": {"load": 1.0}})

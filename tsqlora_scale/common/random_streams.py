@@ -6,6 +6,7 @@ stream                      who draws from it                      depends on, b
 ``philox "draw"``           minibatches with replacement           the step
 ``philox "epoch from S"``   minibatches without replacement        the sampler's first step S, the epoch
 ``philox "select"``         the subset S, and a random part        nothing more
+``philox "ties"``           samples of S among those rated alike   nothing more
 ``philox "subsample"``      ``scoring.max_samples``                nothing more
 ``philox "refresh"``        the share that a refresh scores        the pass
 ``philox "sketch/NAME"``    offset, pitch and signs of sketches    the parameter's name

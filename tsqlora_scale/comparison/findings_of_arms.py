@@ -33,6 +33,18 @@ def seconds_of(result: dict[str, Any], phase: str) -> float:
     return float(before + sum(result["seconds"].get(part, 0.0) for part in PHASES[phase]))
 
 
+#: Keys of ``task.dataset`` that are of the pool alone.
+OF_THE_POOL = ("train_file", "train_split", "max_train_samples", "exclude", "weight", "id_column")
+#: Keys beside it that say what rows hold.
+CONTENTS = tuple(
+    f"task.{name}"
+    for name in (
+        *("mixture", "text", "label", "labels", "source", "target", "input", "prefix"),
+        *("messages", "tools", "completion", "system", "demonstrations"),
+    )
+)
+
+
 @dataclass(frozen=True)
 class MethodRuns:
     """The finished runs of a method on a task, by seed, and the learning rate that they have in common."""
@@ -144,7 +156,9 @@ def _of_cell(queue: TrialQueue, cell: Cell, failures: dict[str, str], missing: l
     try:
         outcomes = [queue.outcome(trial) for trial in queue.reported(cell)]
     except LookupError:
-        if not any(key.startswith(str(cell)) for key in (*failures, *missing)):
+        if cell in queue.spent:
+            failures[str(cell)] = queue.spent[cell]
+        elif not any(key.startswith(str(cell)) for key in (*failures, *missing)):
             missing.append(str(cell))
         return []
     return [outcome for outcome in outcomes if outcome.result is not None]
@@ -185,6 +199,15 @@ def _same(outcome: Outcome) -> str:
     return json.dumps([decides, result["model"], result["code"]], sort_keys=True)
 
 
+def _says_rows_of(split: str, key: str) -> bool:
+    """Whether a config's key says which rows there are of a split, ``train`` or ``dev``, or what they hold."""
+    other = {"train": ("dev_file", "dev_split", "max_dev_samples", "dev_half"), "dev": OF_THE_POOL}[split]
+    section, _, name = key.removeprefix("task.").partition(".")
+    if section == "dataset":
+        return name not in other
+    return key in CONTENTS
+
+
 def check_data(trials: TrialPlan, outcomes: Sequence[Outcome]) -> None:
     """Runs of a table are of the same data: of every seed the same rows, of all where none draws a part. Variants that
     set keys of the data have each their own.
@@ -200,13 +223,13 @@ def check_data(trials: TrialPlan, outcomes: Sequence[Outcome]) -> None:
         own_query = json.dumps([task.query, task.train_on_query])  # its rows may be among those trained on
         _, _, variant = trials.comparison.methods[outcome.trial.cell.method]
         changes = trials.comparison.variants.get(variant, {})
-        own_data = json.dumps({name: value for name, value in changes.items() if name.startswith("task.")})
         drawn = {
             "train": any(each.max_train_samples is not None for each in task.datasets),
             "dev": any(each.max_dev_samples is not None for each in task.datasets),
         }
         for split, is_part in drawn.items():
             digest = str(outcome.result["data"][split])
+            own_data = json.dumps({name: value for name, value in changes.items() if _says_rows_of(split, name)})
             key = f"{split} {own_data} {own_query if split == 'train' else ''} {seed if is_part else ''}"
             other, first = seen.setdefault(key, (outcome, digest))
             if first != digest:

@@ -14,6 +14,7 @@ from tsqlora_scale.common.printing import printable, shortened
 from tsqlora_scale.comparison.comparison_file import LENGTHS
 from tsqlora_scale.comparison.trials import Trial, TrialPlan, same_config
 from tsqlora_scale.config.load import load_config
+from tsqlora_scale.run.checkpoint import has_checkpoints
 
 #: Lines at the end of a log in which its reason is looked for, and characters of it.
 LAST_LINES, REASON = 200, 300
@@ -49,7 +50,7 @@ def outcome_of(trials: TrialPlan, trial: Trial) -> Outcome:
     result, written = read_result(folder), folder / "config.yaml"
     remedy = "remove that folder to run it again, or give another --out"
     if result is None:
-        if written.is_file() and any((folder / "checkpoints").glob("step-*")):  # it goes on from there
+        if written.is_file() and has_checkpoints(folder / "checkpoints"):  # it goes on from there
             longer = same_config(trials.config(trial), load_config(written), keys=LENGTHS)
             if longer is not None:
                 raise UserError(f"{folder}: was begun with {longer}; {remedy}")

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tsqlora_scale.common.errors import UserError, naming
+from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.comparison.trial_outcome import Outcome, outcome_of
 from tsqlora_scale.comparison.trials import Cell, Trial, TrialPlan
 from tsqlora_scale.config.schema import Config
@@ -56,6 +56,8 @@ class TrialQueue:
         self.outcomes: dict[Trial, Outcome] = {}
         #: Runs that have failed and are not tried again.
         self.failed: dict[Trial, str] = {}
+        #: Cells whose budget is spent before the first step, and on what.
+        self.spent: dict[Cell, str] = {}
         self.running: set[Trial] = set()
 
     def outcome(self, trial: Trial) -> Outcome:
@@ -81,8 +83,7 @@ class TrialQueue:
         """Optimizer steps that the budget is worth; None: the config's own length.
 
         Raises:
-            LookupError: a pilot run says, and it is not finished.
-            UserError: it says that a budget of seconds is spent before the first step.
+            LookupError: a pilot run says, and it is not finished; or it says that nothing is left (:attr:`spent`).
         """
         budget = self.trials.comparison.budget
         if budget is None:
@@ -101,8 +102,11 @@ class TrialQueue:
         result = self.outcome(self.pilot(cell)).result
         if result is None:
             raise LookupError(cell)
-        with naming(str(cell)):
+        try:
             return steps_in(budget.seconds, result)
+        except UserError as error:  # of this cell alone
+            self.spent[cell] = str(error)
+            raise LookupError(cell) from None
 
     def pilot(self, cell: Cell) -> Trial:
         """The short run that says how long a step of a cell takes."""

@@ -150,8 +150,8 @@ class TrialPlan:
                 config = self.config(self.probe(cell))
                 if not config.task.has_dev:
                     raise UserError(f"{self.comparison.tasks[cell.task].config}: has no held-out set to compare on")
-                self._check_choice(config)
                 if runs:
+                    self._check_choice(config)
                     self._check_length(cell)
             except UserError as error:
                 self.refused[cell] = str(error).removeprefix(f"{cell}: ")

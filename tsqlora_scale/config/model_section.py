@@ -204,11 +204,6 @@ class AdapterConfig(Section):
             raise ValueError(
                 f"'init: {self.init}' says how factors start, and 'init_from' gives them; remove one of them"
             )
-        if self.starts_in_base and self.dropout:
-            raise ValueError(
-                f"'init: {self.init}' moves a part of the weight into the factors, and 'dropout' ({self.dropout:g}) of "
-                "their input would drop that part of the base, too; set 'dropout: 0' or 'init: default'"
-            )
         if self.filter_rank is not None and self.type != "loratrf":
             raise ValueError(f"'filter_rank' is of 'adapter.type: loratrf', not of {kind}; remove it")
         if self.prompt_tokens != AdapterConfig.model_fields["prompt_tokens"].default and not traits.prompts:

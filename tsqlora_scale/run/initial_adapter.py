@@ -137,7 +137,7 @@ def _check_ranks(config: Config, ranks: dict[str, int], scalings: dict[str, floa
         if abs(scaling - wanted) > 1e-6 * wanted:
             raise UserError(
                 f"{key}: {name} is scaled by {scaling:g}, adapter.alpha and {'its rank' if follows else 'adapter.r'} "
-                f"make it {wanted:g}; set adapter.alpha={adapter.alpha * scaling / wanted:g}"
+                f"make it {wanted:g}; set adapter.alpha={adapter.alpha * scaling / wanted:.9g}"
             )
     if config.adapts_ranks:
         lowest, highest = config.allocation.r_min, most_ranks(config.allocation, adapter.r)

@@ -97,6 +97,7 @@ def check(config: Config, *, data: Data | None = None, starts: bool = True) -> P
     plan = plan_run(config, len(task), launched_size(), query_rows=task.query_rows)
     if starts:
         check_ranks_can_move(config)
+        check_base_stays_whole(config)
     check_scoring(config, described.task, starts=starts)
     dropped = set_layer_drop(described.model_config)
     if dropped and launched_rank() == 0:
@@ -124,6 +125,21 @@ def check(config: Config, *, data: Data | None = None, starts: bool = True) -> P
                 raise UserError("its tokenizer makes nothing of rows that the model reads; take them out of the data")
     found = Preflight(**vars(described), plan=plan, findings=findings, proxy=proxy)
     return replace(found, pretraining=check_pretraining(found)) if starts and config.pretrains else found
+
+
+def check_base_stays_whole(config: Config) -> None:
+    """What takes a part of the base into the factors does not go with what drops their input.
+
+    Raises:
+        UserError: naming both keys.
+    """
+    adapter = config.adapter
+    if adapter.starts_in_base and adapter.dropout:
+        raise UserError(
+            f"adapter.init={adapter.init!r} moves a part of the weight into the factors, and adapter.dropout="
+            f"{adapter.dropout:g} of their input would drop that part of the base, too; set adapter.dropout=0 or "
+            "adapter.init=default"
+        )
 
 
 def check_pretraining(after: Preflight) -> Preflight:

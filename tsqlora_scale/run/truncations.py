@@ -109,20 +109,23 @@ def _size(layers: Mapping[str, LayerFactors]) -> int:
 
 
 def _write(adapter: Path, out: Path, layers: Mapping[str, LayerFactors], *, error: float) -> None:
-    """An adapter's folder with other factors, every layer's scaling as it was."""
+    """An adapter's folder with other factors, every layer's scaling as it was. RsLoRA's follows the rank, and B makes
+    up for it, so that the cut is an adapter of the same alpha."""
     out.mkdir()
     copy_adapter(adapter, out)
     (out / DIAGONALS).unlink(missing_ok=True)  # of other ranks
     tensors = load_file(adapter / WEIGHTS)
+    described = read_json(adapter / DESCRIPTION)
+    ranks, alphas = {name: len(layer.a) for name, layer in layers.items()}, {}
     for name, layer in layers.items():
-        for side, factor in (("A", layer.a), ("B", layer.b)):
+        before, b = len(tensors[f"{PREFIX}{name}.lora_A.weight"]), layer.b
+        alphas[name] = layer.scaling * ranks[name]
+        if described.get("use_rslora"):
+            alphas[name], b = layer.scaling * math.sqrt(before), b * math.sqrt(ranks[name] / before)
+        for side, factor in (("A", layer.a), ("B", b)):
             key = f"{PREFIX}{name}.lora_{side}.weight"
             tensors[key] = factor.to(tensors[key].dtype).contiguous()
     save_file(tensors, out / WEIGHTS, metadata={"format": "pt"})
-    described = read_json(adapter / DESCRIPTION)
-    ranks = {name: len(layer.a) for name, layer in layers.items()}
-    divisor = {name: math.sqrt(rank) if described.get("use_rslora") else rank for name, rank in ranks.items()}
-    alphas = {name: layer.scaling * divisor[name] for name, layer in layers.items()}
     first = next(iter(ranks))
     described |= {"r": ranks[first], "lora_alpha": alphas[first]}
     is_uniform = len(set(ranks.values())) == len(set(alphas.values())) == 1

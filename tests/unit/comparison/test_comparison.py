@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -270,6 +271,15 @@ def test_variants_may_have_data_of_their_own(launch: FakeLaunch, tmp_path: Path)
     with pytest.raises(UserError, match="tsqlora-n10 on words, seed 0 has other training rows than lora-n10 on words"):
         other.report()
 
+    def judged_by_others(config: Config) -> dict[str, Any]:
+        few = config.task.dataset.max_train_samples == 10
+        return results(config) | {"data": {"train": "x" * 64, "dev": ("a" if few else "b") * 64}}
+
+    judged = comparison(tmp_path / "judged", variants=variants, seeds=[0])
+    judged.run(replace(launch, scratch=tmp_path / "third", results=judged_by_others))
+    with pytest.raises(UserError, match="lora-n20 on words, seed 0 has other held-out rows than lora-n10 on words"):
+        judged.report()
+
 
 def test_a_run_that_was_begun_with_another_length_is_an_error(launch: FakeLaunch, tmp_path: Path) -> None:
     """Resumed, it would be no run that was so long from the start."""
@@ -312,9 +322,19 @@ def test_budgets(launch: FakeLaunch, tmp_path: Path) -> None:
 
 
 def test_a_budget_that_is_spent_before_the_first_step(launch: FakeLaunch, tmp_path: Path) -> None:
+    """It ends that arm, and no other."""
+
+    def results(config: Config) -> dict[str, Any]:
+        more = {"pretraining": {"seconds": 12.0}} if config.adapts_ranks else {}
+        return result_of(config, accuracy_of(config), **more)
+
     found = comparison(tmp_path, budget={"seconds": 10, "pilot_steps": 4}, seeds=[0])
-    with pytest.raises(UserError, match=r"lora on words: budget.seconds=10 leaves none .* pretraining 12.0 s .* raise"):
-        found.run(replace(launch, results=lambda config: result_of(config, 0.5, pretraining={"seconds": 12.0})))
+    found.run(replace(launch, results=results))
+    report = found.report()
+    (reason,) = report.failed.values()
+    assert [*report.failed] == ["tsqlora on words"]
+    assert re.fullmatch(r"budget.seconds=10 leaves none for training: pretraining 12.0 s.*; raise it", reason)
+    assert "| lora |" in report.text
 
 
 def test_a_budget_of_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
