@@ -30,6 +30,15 @@ def _file_as_output(below: str = "") -> Callable[[Place], None]:
     return make
 
 
+def _own_list(place: Place) -> None:
+    """The list of an audit in the run's own folder."""
+    audit = place.run_dir / "audit"
+    audit.mkdir(parents=True)
+    (audit / "fixes.csv").write_text("sample_id\n1\n")
+    place.tree["task"]["dataset"]["exclude"] = str(audit / "fixes.csv")
+    place.arguments.append("--overwrite")
+
+
 def resumed(name: str, damage: Callable[[Place], Any], *words: str) -> Case:
     """A finished run, something changed, and ``--resume auto``."""
 
@@ -81,6 +90,9 @@ IN_THE_WAY = [
     *(
         Case(f"a run folder with {name}", ("already holds a run", "--overwrite"), _holding(name))
         for name in ("config.yaml", "result.json", "adapter", "checkpoints", "metrics.jsonl")
+    ),
+    Case(
+        "overwriting what is read", ("task.dataset.exclude=", "of which --overwrite removes it", "run.name"), _own_list
     ),
     Case("score: a run folder", ("already holds a run", "--overwrite"), _holding("config.yaml"), "score"),
     Case("a file in the place of the output folder", ("run.output_dir=", "cannot be written"), _file_as_output()),

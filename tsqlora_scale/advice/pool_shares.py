@@ -9,12 +9,13 @@ import numpy as np
 from tsqlora_scale.advice.paired import LEVEL, resampled_means
 from tsqlora_scale.advice.pool_sample import PoolSample
 from tsqlora_scale.advice.query_choice import PoolRatio
-from tsqlora_scale.audit.auditor import nearly_same, texts_of_pool
+from tsqlora_scale.audit.auditor import of_one_variance, texts_of_pool
 from tsqlora_scale.audit.findings import WEAK_EXPLAINED, WEAK_GAIN
 from tsqlora_scale.audit.label_noise import judge_labels
 from tsqlora_scale.audit.number_noise import judge_numbers
 from tsqlora_scale.audit.ridge import left_out_predictions
 from tsqlora_scale.common.copies import copy_groups, text_groups
+from tsqlora_scale.quality.draws.redundancy import similar_pairs
 from tsqlora_scale.run.training_run import Run
 
 #: Cosine of two samples' features from which on they are nearly the same.
@@ -87,8 +88,8 @@ def near_copies(run: Run, sample: PoolSample) -> tuple[np.ndarray, np.ndarray]:
         times = np.bincount(member)[member]
     _, first, own = np.unique(member, return_index=True, return_inverse=True)
     exact = np.column_stack([first[own], np.arange(sample.count)])
-    none = np.empty((0, 2), dtype=np.int64)  # all of them are compared: they are few
-    near = nearly_same(sample.states[: sample.count], none, SIMILARITY, seed=run.config.run.seed)
+    states = of_one_variance(sample.states[: sample.count], np.arange(sample.count))
+    near = similar_pairs(states, SIMILARITY, seed=run.config.run.seed)  # all pairs: the rows are few
     if sample.shape.kind == "text":  # features are of what is asked: with another answer it is another row
         answers = text_groups([texts[-1]] for texts in run.task.texts(sample.rows))
         near = near[answers[near[:, 0]] == answers[near[:, 1]]]

@@ -70,8 +70,8 @@ def decide(
         )
     if redundant is not None and redundant.low >= TOLD:
         reasons.append(
-            f"about {redundant.share:.0%} of the rows are copies or near-copies of others; the audit lists them, and "
-            "task.dataset.exclude takes the list"
+            f"about {redundant.share:.0%} of the rows are copies or near-copies of others; the audit's list, which "
+            "task.dataset.exclude takes, has the copies, and of classes and numbers its table the near ones, too"
         )
     return Verdict(way, tuple(reasons))
 

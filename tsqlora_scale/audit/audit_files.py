@@ -16,6 +16,7 @@ from tsqlora_scale.audit.findings import Findings
 from tsqlora_scale.audit.page import write_page
 from tsqlora_scale.common.disk_arrays import blocks
 from tsqlora_scale.common.files import written_whole
+from tsqlora_scale.common.printing import printable
 from tsqlora_scale.tasks import Task
 
 #: samples of a row group, with their texts
@@ -92,4 +93,5 @@ def write_fixes(findings: Findings, task: Task, path: Path) -> None:
         for place, reason in findings.fixes():
             wrong = "" if findings.wrong is None else f"{findings.wrong[place]:.4f}"
             suggestion = findings.suggestion(place) if "probably wrong" in reason else ""
-            writer.writerow([findings.ids[place], task.preview(place), task.answer(place), suggestion, reason, wrong])
+            texts = (printable(text) for text in (task.preview(place), task.answer(place)))  # no NUL: it is read again
+            writer.writerow([findings.ids[place], *texts, suggestion, reason, wrong])

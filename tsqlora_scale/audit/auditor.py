@@ -18,7 +18,7 @@ from tsqlora_scale.audit.ridge import left_out_predictions
 from tsqlora_scale.common.copies import copy_groups, same_texts, text_groups
 from tsqlora_scale.common.disk_arrays import blocks
 from tsqlora_scale.common.random_streams import philox
-from tsqlora_scale.quality.draws.redundancy import similar_pairs
+from tsqlora_scale.quality.draws.redundancy import linked
 from tsqlora_scale.run.training_run import Run
 from tsqlora_scale.tasks.rows.wanted import TARGET_KEY, text_columns
 
@@ -120,20 +120,27 @@ def with_same_answer(run: Run, same: np.ndarray, near: np.ndarray) -> tuple[np.n
 
 
 def nearly_same(states: np.ndarray, exact: np.ndarray, similarity: float, *, seed: int) -> np.ndarray:
-    """Pairs (m, 2) of samples whose features, each of variance 1, have a cosine of at least ``similarity``; of samples
-    of which the same is read the first alone, as all their pairs may be too many.
+    """Pairs (m, 2), each of a group's first sample and another one: groups are samples that a chain of cosines of at
+    least ``similarity`` links, of features of variance 1; of samples of which the same is read, the first alone.
 
     Args:
         exact: pairs of samples of which the same is read, the second of which each is in one alone.
     """
-    middle, spread = states.mean(0), states.std(0)
     is_first = np.ones(len(states), dtype=bool)
     is_first[exact[:, 1]] = False
     rows = np.flatnonzero(is_first)
-    scaled = states if len(rows) == len(states) else states[rows]
-    scaled = (scaled - middle) / np.where(spread > 1e-6 * spread.max(initial=0.0), spread, np.inf)
-    found: np.ndarray = rows[similar_pairs(scaled, similarity, seed=seed)]
+    leaders = linked(of_one_variance(states, rows), similarity, seed=seed)
+    others = np.flatnonzero(leaders != np.arange(len(leaders)))
+    found: np.ndarray = np.column_stack([rows[leaders[others]], rows[others]])
     return found
+
+
+def of_one_variance(states: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Some rows of features (n, width), each feature of mean 0 and variance 1 over all rows."""
+    middle, spread = states.mean(0), states.std(0)
+    some = states if len(rows) == len(states) else states[rows]
+    scaled: np.ndarray = (some - middle) / np.where(spread > 1e-6 * spread.max(initial=0.0), spread, np.inf)
+    return scaled
 
 
 def by_features(run: Run, states: np.ndarray, groups: np.ndarray) -> np.ndarray:

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tsqlora_scale.common.copies import copy_groups
 from tsqlora_scale.quality.draws import redundancy
-from tsqlora_scale.quality.draws.redundancy import count_similar, groups, neighbours, similar_pairs
+from tsqlora_scale.quality.draws.redundancy import count_similar, groups, linked, neighbours, similar_pairs
 
 
 def slow_pairs(sketches: np.ndarray, threshold: float) -> list[list[int]]:
@@ -31,6 +32,19 @@ def test_pairs_are_all_pairs(size, seed, threshold):
     assert pairs.tolist() == slow_pairs(sketches, threshold)
     counts = neighbours(pairs, size)
     assert counts.sum() == size + 2 * len(pairs)
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 30), st.integers(0, 2**31 - 1), st.sampled_from([0.3, 0.7, 0.95]), st.sampled_from([2, 7, 100]))
+def test_chains_are_those_of_all_pairs(size, seed, threshold, block):
+    generator = np.random.default_rng(seed)
+    sketches = generator.normal(size=(max(size // 3, 1), 3))[generator.integers(0, max(size // 3, 1), size)]
+    sketches = (sketches + 0.2 * generator.normal(size=(size, 3))).astype(np.float32)
+    sketches[: size // 8] = np.nan
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(redundancy, "BLOCK", block)
+        found = linked(sketches, threshold)
+    assert found.tolist() == copy_groups(np.array(slow_pairs(sketches, threshold)).reshape(-1, 2), size).tolist()
 
 
 def test_a_threshold_of_one_finds_all_copies():

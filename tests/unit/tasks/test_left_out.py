@@ -49,6 +49,31 @@ def test_rows_are_left_out_by_their_ids(
     assert "2 rows that task.dataset.exclude lists are left out" in caplog.text
 
 
+def test_a_list_leaves_the_drawn_rows_as_they_were(write: Write, tmp_path: Path) -> None:
+    """It is of a part that somebody has looked at; of another one nobody has."""
+    write(
+        "train.tsv", "text\tlabel\tw\n" + "".join(f"film {i}\t{('good', 'bad')[i % 2]}\t{i % 5}\n" for i in range(60))
+    )
+    for dataset in ({}, {"weight": "w"}):
+        before = load(tmp_path, max_train_samples=12, **dataset).train["sample_id"][:]
+        write("out.txt", "\n".join([*before[:5], next(str(i) for i in range(60) if str(i) not in before)]))
+        after = load(tmp_path, max_train_samples=12, exclude="out.txt", **dataset).train["sample_id"][:]
+        assert after == before[5:]
+        write("out.txt", "\n".join(before))
+        with pytest.raises(UserError, match="leaves no row of those that max_train_samples=12 draws"):
+            load(tmp_path, max_train_samples=12, exclude="out.txt", **dataset)
+
+
+def test_a_list_of_nothing_leaves_nothing_out(write: Write, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As an audit writes it that has found nothing."""
+    write("fixes.csv", "sample_id,text\n")
+    assert len(load(tmp_path, exclude="fixes.csv").train) == 3
+    assert "0 rows that task.dataset.exclude lists are left out" in caplog.text
+    write("other.csv", "name,text\n")
+    with pytest.raises(UserError, match="has no column 'sample_id' or 'id'"):
+        load(tmp_path, exclude="other.csv")
+
+
 def test_ids_of_several_files(write: Write, tmp_path: Path) -> None:
     write("drop_1.txt", "a\n")
     write("drop_2.csv", "id\nc\n")

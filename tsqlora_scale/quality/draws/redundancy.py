@@ -40,6 +40,42 @@ def similar_pairs(sketches: np.ndarray, threshold: float, *, seed: int = 0) -> n
     return pairs
 
 
+def linked(sketches: np.ndarray, threshold: float, *, seed: int = 0) -> np.ndarray:
+    """The first sample of each one's group, (n,) int64: of samples that a chain of :func:`similar_pairs` links, whose
+    pairs are never there at once."""
+    usable, units = _directions(sketches)
+    threshold = min(threshold, 1 - ROUNDING)
+    first = np.arange(len(units))
+    for bucket in _buckets(units, seed):
+        for start in range(0, len(bucket), BLOCK):
+            rows = bucket[start : start + BLOCK]
+            for other in range(start, len(bucket), BLOCK):
+                columns = bucket[other : other + BLOCK]
+                near = units[rows] @ units[columns].T >= threshold
+                if other == start:
+                    near = np.triu(near, 1)
+                for place in np.flatnonzero(near.any(1)).tolist():
+                    _link(first, rows[place], columns[near[place]])
+    found = np.arange(len(sketches))
+    found[usable] = usable[_roots(first, np.arange(len(first)))]
+    return found
+
+
+def _link(first: np.ndarray, row: np.int64, others: np.ndarray) -> None:
+    """Make one group of those of ``row`` and of ``others`` (k,), in place: each sample names one before it."""
+    roots = np.unique(_roots(first, np.append(others, row)))
+    first[roots] = roots[0]
+    first[others] = roots[0]
+
+
+def _roots(first: np.ndarray, samples: np.ndarray) -> np.ndarray:
+    """The first of the groups of ``samples`` (k,)."""
+    roots: np.ndarray = first[samples]
+    while not np.array_equal(above := first[roots], roots):
+        roots = above
+    return roots
+
+
 def count_similar(sketches: np.ndarray, threshold: float, *, seed: int = 0) -> np.ndarray:
     """Number of samples that each is like, itself included, (n,): :func:`neighbours` of :func:`similar_pairs`, whose
     pairs, half of n^2 where all samples are alike, are never there at once."""

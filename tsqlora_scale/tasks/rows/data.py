@@ -120,10 +120,11 @@ def load_pool(
         excluded = part.own_ids(excluded)
     raw, where = opened.rows, opened.where
     ids = _ids(cfg, opened)
-    kept = filled_array(len(raw), bool, True)
+    kept, listed = filled_array(len(raw), bool, True), filled_array(len(raw), bool, False)
     if excluded is not None:
         assert cfg.dataset.exclude is not None
         kept &= not_excluded(ids, excluded, value=cfg.dataset.exclude, where=where)
+        np.logical_not(kept, out=listed)
         _say_left_out(where, len(excluded), "that task.dataset.exclude lists")
     weights = None
     if cfg.dataset.weight is not None:
@@ -131,6 +132,7 @@ def load_pool(
         before = int(np.count_nonzero(kept))
         for block in blocks(len(kept)):
             kept[block] &= weights[block] > 0
+            listed[block] &= weights[block] > 0
         if before > np.count_nonzero(kept):
             _say_left_out(where, before - int(np.count_nonzero(kept)), f"whose {cfg.dataset.weight!r} is 0")
         if not kept.any():
@@ -144,9 +146,15 @@ def load_pool(
         counted = _with_text(cfg, opened, kept) if cfg.dataset.drop_empty else kept
         labels = infer_labels(column, where=where, name=cfg.label, names=opened.classes, kept=counted)
     cfg = cfg.model_copy(update={"labels": labels})
-    dataset = _checked(cfg, opened, ids, kept, weights, identity=digest_of(excluded), part=part)
+    dataset, stays = _checked(cfg, opened, ids, kept, weights, identity=digest_of(excluded), part=part)
     split = "train" if part is None else f"train {part.name}"
-    return _part(dataset, cfg.dataset.max_train_samples, seed, split), labels
+    dataset = _part(dataset, cfg.dataset.max_train_samples, seed, split, stays=stays, listed=listed)
+    if not len(dataset):
+        raise UserError(
+            f"task.dataset.exclude={cfg.dataset.exclude!r}: leaves no row of those that max_train_samples="
+            f"{cfg.dataset.max_train_samples} draws from {where}; raise it"
+        )
+    return dataset, labels
 
 
 def load_dev_set(
@@ -161,7 +169,7 @@ def load_dev_set(
     opened = open_dev(cfg.dataset, name, wanted_columns(cfg, pool=False), label=label_column(cfg))
     check_numbered_alike(cfg, opened, classes)
     kept = filled_array(len(opened.rows), bool, True)
-    dataset = _checked(cfg, opened, _ids(cfg, opened), kept, None, identity="", part=part)
+    dataset, _ = _checked(cfg, opened, _ids(cfg, opened), kept, None, identity="", part=part)
     split = f"dev {name}" if name else "dev"
     if cfg.dataset.dev_half is not None:
         dataset = dataset.select(half_rows(len(dataset), cfg.dataset.dev_half, split=split))
@@ -183,7 +191,7 @@ def load_query(
     check_numbered_alike(cfg, opened, classes)
     kept = filled_array(len(opened.rows), bool, True)
     weights = None if cfg.dataset.weight is None else filled_array(len(kept), np.float64, 1.0)
-    rows = _checked(cfg, opened, query_ids(_ids(cfg, opened)), kept, weights, identity="query", part=None)
+    rows, _ = _checked(cfg, opened, query_ids(_ids(cfg, opened)), kept, weights, identity="query", part=None)
     check_query(rows, train, sets, text_columns(cfg), where=opened.where)
     ours = {DATA_SET: len(cfg.mixture), ROW_WEIGHT: 1.0} if cfg.mixture else {}
     return as_in_pool(rows, train, own_id=cfg.dataset.id_column, where=opened.where, ours=ours)
@@ -220,8 +228,9 @@ def _checked(
     *,
     identity: str,
     part: SetColumns | None,
-) -> datasets.Dataset:
-    """The rows that are ``kept`` (N,), with the columns of ours; of a ``part`` of a mixture with these alone.
+) -> tuple[datasets.Dataset, np.ndarray]:
+    """The rows that are ``kept`` (N,), with the columns of ours; of a ``part`` of a mixture with these alone. And which
+    rows of the source these are in the end, (N,): not those whose text is empty.
 
     Args:
         identity: what the kept rows depend on beside the config and the source.
@@ -264,7 +273,7 @@ def _checked(
     if not len(dataset):
         keys = "task.messages" if cfg.messages is not None else "task.text, task.source and task.target"
         raise UserError(f"{where}: every row has an empty text; check {keys}")
-    return dataset
+    return dataset, filled
 
 
 def _with_text(cfg: TaskConfig, opened: Opened, kept: np.ndarray) -> np.ndarray:
@@ -290,11 +299,36 @@ def _say_left_out(where: Origin, rows: int, which: str) -> None:
     log.warning("%s: %d rows %s are left out", printable(str(where)), rows, which)
 
 
-def _part(dataset: datasets.Dataset, limit: int | None, seed: int, split: str) -> datasets.Dataset:
-    """A random part of ``limit`` rows: files are often sorted, so a head is no sample."""
-    if limit is None or limit >= len(dataset):
+def _part(
+    dataset: datasets.Dataset,
+    limit: int | None,
+    seed: int,
+    split: str,
+    *,
+    stays: np.ndarray | None = None,
+    listed: np.ndarray | None = None,
+) -> datasets.Dataset:
+    """A random part of ``limit`` rows: files are often sorted, so a head is no sample.
+
+    What a list leaves out is drawn, too, and then left out, so that the other rows are those of a run without the list:
+    a list is of a part that somebody has looked at, and another part would be one that nobody has.
+
+    Args:
+        stays: the rows of the source that the dataset has, (N,).
+        listed: those that a list leaves out, (N,); none: nothing is.
+    """
+    if limit is None:
         return dataset
-    return dataset.select(subset_rows(len(dataset), limit, seed=seed, split=split))
+    if stays is None or listed is None or not listed.any():
+        if limit >= len(dataset):
+            return dataset
+        return dataset.select(subset_rows(len(dataset), limit, seed=seed, split=split))
+    source = np.flatnonzero(stays | listed)
+    if limit >= len(source):
+        return dataset
+    drawn = filled_array(len(stays), bool, False)
+    drawn[source[subset_rows(len(source), limit, seed=seed, split=split)]] = True
+    return dataset.select(np.flatnonzero(drawn[stays]))
 
 
 def _targets(cfg: TaskConfig, opened: Opened, label: str, kept: np.ndarray) -> np.ndarray:

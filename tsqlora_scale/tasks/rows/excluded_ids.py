@@ -24,7 +24,7 @@ COLUMNS = (SAMPLE_ID, "id")
 
 def read_ids(value: str) -> pa.Array:
     """The ids that a file lists, or several, each once and as it is written: lines of a ``.txt``, else a column of a
-    table.
+    table. None at all where all are tables with a column of ids and no row, as an audit that has found nothing writes.
 
     Args:
         value: the file, found from the current folder, or a pattern of several.
@@ -33,10 +33,11 @@ def read_ids(value: str) -> pa.Array:
         UserError: no such file, no column of ids, or an empty one.
     """
     ids: list[str | None] = []
-    for path in find_files([value], None, key=KEY):
+    paths = find_files([value], None, key=KEY)
+    for path in paths:
         ids += _lines(path) if path.suffix.lower() == ".txt" else _column(path)
     given = [text for text in ids if text is not None and text.strip()]
-    if not given:
+    if not given and (ids or any(path.suffix.lower() == ".txt" for path in paths)):
         raise UserError(f"{KEY}={value!r}: holds no ids; leave the key out to exclude nothing")
     return pa.array(list(dict.fromkeys(given)), pa.string())
 
@@ -53,7 +54,7 @@ def _lines(path: Path) -> list[str | None]:
 def _column(path: Path) -> list[str | None]:
     ids: list[str | None] = []
     wanted = Wanted({}, {f"{KEY}: {name}": name for name in COLUMNS})
-    for table in read_tables(path, wanted):
+    for table in read_tables(path, wanted, may_be_empty=True):
         name = next((name for name in COLUMNS if name in table.column_names), None)
         if name is None:
             break

@@ -31,6 +31,7 @@ def read_tables(
     column_names: Sequence[str] | None = None,
     quoting: Quoting = "auto",
     keys: Sequence[str] | None = None,
+    may_be_empty: bool = False,
 ) -> Iterator[pa.Table]:
     """The rows of one file, in order, as tables of one schema.
 
@@ -40,6 +41,7 @@ def read_tables(
         column_names: names of a csv/tsv file without a header row; ignored by formats that name their columns.
         quoting: what a quote means in csv and tsv files.
         keys: of all rows of a json file, where they are known: a column may then first appear anywhere.
+        may_be_empty: of a csv or tsv file whether a header without rows will do.
 
     Raises:
         UserError: unknown format, wrong encoding, a missing column, or a malformed row.
@@ -58,7 +60,7 @@ def read_tables(
                 quotes = quoting == "double" or (quoting == "auto" and kind == "csv")
                 present, rows = header_and_rows(fields, path, column_names, quotes=quotes)
                 names, rows = _chosen(present, rows, wanted, path)
-            yield from _tables(names, rows, path)
+            yield from _tables(names, rows, path, may_be_empty=may_be_empty)
     except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
         raise UserError(f"{path}: cannot be read as {kind}: {error}; is it damaged, or of another format?") from None
 
@@ -111,7 +113,7 @@ def _chosen(present: Sequence[str], rows: Iterator[Row], wanted: Wanted, path: P
     return names, rows if len(places) == len(present) else ([row[place] for place in places] for row in rows)
 
 
-def _tables(names: list[str], rows: Iterator[Row], path: Path) -> Iterator[pa.Table]:
+def _tables(names: list[str], rows: Iterator[Row], path: Path, *, may_be_empty: bool) -> Iterator[pa.Table]:
     schema = pa.schema([(name, pa.string()) for name in names])
     done = 0
     for chunk in _chunks(rows):
@@ -121,7 +123,9 @@ def _tables(names: list[str], rows: Iterator[Row], path: Path) -> Iterator[pa.Ta
             number = next(number for number, row in enumerate(chunk, done + 1) if not_text(row) is not None)
             raise UserError(f"{path}, row {number}: not valid text (half a surrogate pair); mend the row") from None
         done += len(chunk)
-    if not done:
+    if not done and may_be_empty:
+        yield schema.empty_table()
+    elif not done:
         raise UserError(f"{path}: the file holds no rows; it needs at least one")
 
 
