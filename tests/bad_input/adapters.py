@@ -65,6 +65,18 @@ CASES = [
             ("an adapter", "remove one of them", {"init_from": "there"}, {}),
         )
     ),
+    *(
+        settings(
+            f"label words of a base that {key} changes",
+            f"'task.label_words: auto' asks the base alone, which '{key}' changes",
+            task={"prompt": "{text} It was {mask}.", "label_words": "auto"}, adapter=adapter, **sections,
+        )
+        for key, adapter, sections in (
+            ("adapter.init_from", {"method": "full", "init_from": "there"}, {}),
+            ("pretrain", {"method": "bitfit"}, {"pretrain": {"objective": "mlm"}}),
+            ("adapter.init: pissa", {"method": "lora", "init": "pissa"}, {}),
+        )
+    ),
     settings(
         "init with dropout", "adapter.init='pissa'", "adapter.dropout=0.1 of their input would drop",
         adapter={"method": "lora", "init": "pissa", "dropout": 0.1},

@@ -315,6 +315,23 @@ WRONG_CLASSES = [
         Case(f"causal: {kind}, an encoder", ("model.name_or_path=", *LEAK), of_the_zoo(kind, "causal"))
         for kind in ("roberta", "bert", "electra", "xlm")
     ),
+    Case(
+        "activations of XLM",
+        ("model.gradient_checkpointing=true: XLM", "set it to false"),
+        of_the_zoo("xlm", "classification", model={"gradient_checkpointing": True}),
+    ),
+    *(
+        Case(
+            f"{key} of XLM",
+            (f"{key}: XLM", "(attentions, ffns, layer_norm1, layer_norm2)", "cannot be told"),
+            of_the_zoo("xlm", "classification", **sections),
+        )
+        for key, sections in (
+            ("train.lr_decay=0.9", {"train": {"lr_decay": 0.9}}),
+            ("adapter.layers='top:1'", {"adapter": {"layers": "top:1"}}),
+            ("adapter.type='loratrf'", {"adapter": {"method": "loratrf"}}),
+        )
+    ),
     Case("causal: no head", (*NO_HEAD, "lm_head.weight"), _without("llama", "causal", "lm_head")),
     Case("seq2seq: no head", (*NO_HEAD, "lm_head.weight"), _without("bart-untied", "seq2seq", "lm_head")),
     Case("seq2seq: an encoder alone", (*NO_HEAD, "decoder."), _without("t5", "seq2seq", "decoder")),

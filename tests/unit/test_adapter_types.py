@@ -30,11 +30,12 @@ from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.load import parse_config
 from tsqlora_scale.config.schema import AdapterConfig
 from tsqlora_scale.model.adapters.adapter_type import adapter_type, check_sizes, own_type
-from tsqlora_scale.model.adapters.bitfit import BitFitAdapter
+from tsqlora_scale.model.adapters.bitfit import BitFitAdapter, bias_names
 from tsqlora_scale.model.adapters.bottleneck import Bottleneck
 from tsqlora_scale.model.adapters.data_start import LeadingInputs
 from tsqlora_scale.model.adapters.lora import has_factors, lora_config_of, lora_layers
 from tsqlora_scale.model.adapters.loratrf import check_filters
+from tsqlora_scale.model.adapters.placed_model import make_float32
 from tsqlora_scale.model.adapters.placement import Placement
 from tsqlora_scale.model.adapters.task_filter import TaskFilter
 from tsqlora_scale.model.base_model import skeleton
@@ -426,3 +427,16 @@ def test_peft_is_not_asked_for_what_is_loratrfs_own(models_dir: Path, tmp_path: 
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Unexpected keyword")
         assert lora_config_of(folder).r == 4
+
+
+def test_what_is_sharded_has_the_shape_that_it_has_whole() -> None:
+    """A matrix that is called a bias (XLNet) trains on no engine, and no weight counts as a norm's vector."""
+    layer = nn.Linear(3, 2, dtype=torch.bfloat16)
+    layer.r_w_bias = nn.Parameter(torch.zeros(2, 3, dtype=torch.bfloat16))
+    layer.weight.requires_grad_(False)
+    layer.r_w_bias.requires_grad_(False)
+    for param in layer.parameters():
+        param.ds_shape, param.data = param.shape, torch.empty(0, dtype=param.dtype)  # type: ignore[attr-defined]
+    assert bias_names(layer) == {"bias"}
+    make_float32(layer)
+    assert (layer.bias.dtype, layer.weight.dtype) == (torch.float32, torch.bfloat16)

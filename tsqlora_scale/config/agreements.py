@@ -56,24 +56,24 @@ def base_agrees(config: Config) -> None:
             f"'allocation.policy: file' draws factors of its ranks, and 'adapter.init: {config.adapter.init}' starts "
             "them otherwise; remove one of them"
         )
-    if config.task.label_words == "auto" and config.adapter.starts_in_base:
+    changes = _changes_base(config)
+    if config.task.label_words == "auto" and changes is not None:
+        raise ValueError(f"'task.label_words: auto' asks the base alone, which '{changes}' changes; give the words")
+    if config.looks_before_training and config.sampling.selector != "file" and changes is not None:
         raise ValueError(
-            f"'task.label_words: auto' asks the base alone, which 'adapter.init: {config.adapter.init}' changes; give "
-            "the words"
-        )
-    learned = kind in ("bitfit", "full") and (config.adapter.init_from is not None or config.pretrains)
-    if (
-        config.looks_before_training
-        and config.sampling.selector != "file"
-        and (learned or config.adapter.starts_in_base)
-    ):
-        key = f"adapter.init: {config.adapter.init}"
-        if learned:
-            key = "pretrain" if config.adapter.init_from is None else "adapter.init_from"
-        raise ValueError(
-            f"'sampling.selector: {config.sampling.selector}' looks at the base alone, which '{key}' "
+            f"'sampling.selector: {config.sampling.selector}' looks at the base alone, which '{changes}' "
             "changes; choose another of either"
         )
+
+
+def _changes_base(config: Config) -> str | None:
+    """What gives the base other values than its own before the run, and cannot be switched off; None: nothing does."""
+    if config.adapter.type in ("bitfit", "full"):
+        if config.adapter.init_from is not None:
+            return "adapter.init_from"
+        if config.pretrains:
+            return "pretrain"
+    return f"adapter.init: {config.adapter.init}" if config.adapter.starts_in_base else None
 
 
 def ranks_agree(config: Config) -> None:

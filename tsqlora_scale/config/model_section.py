@@ -176,7 +176,8 @@ class AdapterConfig(Section):
     dropout: Below1 = 0.0
     #: Module-name suffixes, or ``auto``: every linear layer of attention and feed-forward blocks that text gives a
     #: gradient to. ``loratrf``: that paper's choice, of encoders and encoder-decoders the value projections and the
-    #: feed-forward blocks' two matrices, of decoders the attention's output in the place of the values.
+    #: feed-forward blocks' two matrices, of decoders with a language head the attention's output in the place of the
+    #: values.
     target_modules: list[str] | Literal["auto", "loratrf"] = "auto"
     #: Adapt (``bitfit``, ``full``: train) these blocks alone: their numbers, from 0 at the bottom and in an
     #: encoder-decoder through the encoder and then the decoder, or ``top:K``, the K uppermost; none: all of them.

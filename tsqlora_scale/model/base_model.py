@@ -50,6 +50,11 @@ def skeleton(auto_class: Any, model_config: Any, *, trust_remote_code: bool = Fa
     return bare
 
 
+def can_checkpoint(model: nn.Module) -> bool:
+    """Whether a model, bare or with an adapter, can compute its activations again in the backward pass."""
+    return any(getattr(part, "supports_gradient_checkpointing", False) for part in model.modules())
+
+
 def _is_the_files_fault(error: Exception) -> bool:
     """Whether weights could not be loaded for what is in their files."""
     if isinstance(error, RuntimeError):

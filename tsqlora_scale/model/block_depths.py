@@ -108,11 +108,36 @@ def chosen_blocks(model: nn.Module, layers: list[int] | str) -> set[str]:
 
 
 def check_depth(config: Config, model: nn.Module) -> None:
-    """``train.lr_decay`` against a bare model.
+    """What goes by blocks, ``train.lr_decay``, ``adapter.layers`` and LoRATRF's filters, against a bare model.
 
     Raises:
-        UserError: the model has no blocks to tell depths by.
+        UserError: the model has no blocks to tell depths by, or they cannot be told.
     """
-    decay = config.train.lr_decay
+    decay, layers = config.train.lr_decay, config.adapter.layers
     if decay < 1 and not blocks_of(model):
         raise UserError(f"train.lr_decay={decay:g}: {type(model).__name__} has no repeated blocks; set it to 1")
+    asked = {
+        f"train.lr_decay={decay:g}": decay < 1,
+        f"adapter.layers={layers!r}": layers is not None,
+        "adapter.type='loratrf'": config.adapter.type == "loratrf",
+    }
+    key = next((key for key, is_asked in asked.items() if is_asked), None)
+    if key is not None and (parts := _parts_of_blocks(model)):
+        raise UserError(
+            f"{key}: {type(model).__name__} keeps the parts of its blocks in lists of their own ({', '.join(parts)}), "
+            "so that what is a block cannot be told; remove it, or choose another model"
+        )
+
+
+def _parts_of_blocks(model: nn.Module) -> list[str]:
+    """Lists of one module that have as many entries each, of which a block is one of every list (XLM)."""
+    lists: dict[str, dict[str, set[str]]] = {}
+    for name in blocks_of(model):
+        place, _, number = name.rpartition(".")
+        parent, _, own = place.rpartition(".")
+        lists.setdefault(parent, {}).setdefault(own, set()).add(number)
+    for found in lists.values():
+        alike = [own for own, numbers in found.items() if len(numbers) > 1 and [*found.values()].count(numbers) > 1]
+        if alike:
+            return sorted(alike)
+    return []

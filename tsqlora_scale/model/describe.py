@@ -144,7 +144,7 @@ def check_architecture(config: Config, model_config: Any, tokenizer: Any) -> lis
         weight is read without a call of the layer, or what its files say.
     """
     from tsqlora_scale.model.adapters.adapter_type import own_type
-    from tsqlora_scale.model.base_model import skeleton
+    from tsqlora_scale.model.base_model import can_checkpoint, skeleton
     from tsqlora_scale.model.block_depths import check_depth
     from tsqlora_scale.model.heads import check_language_head
     from tsqlora_scale.model.linear_layers import heads_of, read_past
@@ -165,10 +165,15 @@ def check_architecture(config: Config, model_config: Any, tokenizer: Any) -> lis
     path = resolve(config.model.name_or_path, key="model.name_or_path")
     if config.task.prompt is not None and Path(path).is_dir():  # those of a hub name are checked as they are loaded
         check_language_head(bare, names_in_files(path, revision=None), key=config.model.name_or_path)
+    if config.model.gradient_checkpointing and not can_checkpoint(bare):
+        raise UserError(
+            f"model.gradient_checkpointing=true: {type(bare).__name__} keeps its activations in any case; set it to "
+            "false, and lower train.micro_batch_size where memory is short"
+        )
     _check_attention(config, model_config, auto_class)
+    check_depth(config, bare)
     _check_adapter_type(config, bare)
     prompt_ids(config.adapter, tokenizer)
-    check_depth(config, bare)
     own = own_type(config.adapter.type)
     check_lengths(config.task, bare, ahead=0 if own is None else own.tokens_ahead(config.adapter))
     if stored_quantization(model_config) is not None:

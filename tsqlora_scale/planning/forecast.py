@@ -12,6 +12,7 @@ from transformers import AutoModelForSeq2SeqLM
 
 from tsqlora_scale.config.locations import resolve
 from tsqlora_scale.config.schema import Config
+from tsqlora_scale.model.base_model import can_checkpoint
 from tsqlora_scale.model.describe import describe_model
 from tsqlora_scale.model.dropouts import set_layer_drop, set_no_rescaling
 from tsqlora_scale.model.probe import run_probe
@@ -318,14 +319,18 @@ class Forecaster:
         return None
 
     def least(self) -> EngineMemory:
-        """The candidate that needs least: as few samples at once as may be, with checkpointing."""
-        micro = micro_batch_sizes(self.config, self.plan)[-1]
-        found = [self.memory_of(engine, micro, True) for engine in engines_for(self.config, self.plan.world_size)]
+        """The candidate that needs least: as few samples at once as may be, with checkpointing where the model can."""
+        micro, engines = micro_batch_sizes(self.config, self.plan)[-1], engines_for(self.config, self.plan.world_size)
+        found = [self.memory_of(engine, micro, self._can_checkpoint) for engine in engines]
         return min(found, key=lambda memory: memory.total)
+
+    @property
+    def _can_checkpoint(self) -> bool:
+        return can_checkpoint(self.passes.phantom(checkpointing=False).model)
 
     def _candidates(self) -> Iterator[tuple[bool, str, int]]:
         choices = [True] if self.config.model.gradient_checkpointing else [False, True]
-        for checkpointing in choices:
+        for checkpointing in choices if self._can_checkpoint else [False]:
             for engine in engines_for(self.config, self.plan.world_size):
                 for micro in micro_batch_sizes(self.config, self.plan):
                     yield checkpointing, engine, micro

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.engine.sharded import whole_shape
 from tsqlora_scale.model.adapters.own_type import OwnAdapter
 
 
@@ -17,7 +18,7 @@ def bias_names(model: nn.Module) -> set[str]:
     return {
         name
         for name, param in model.named_parameters()
-        if param.dim() == 1 and (name.rsplit(".", 1)[-1] == "bias" or name.endswith("_bias"))
+        if len(whole_shape(param)) == 1 and (name.rsplit(".", 1)[-1] == "bias" or name.endswith("_bias"))
     }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tsqlora_scale.engine.sharded import read_parameter
+from tsqlora_scale.engine.sharded import read_parameter, whole_shape
 from tsqlora_scale.model.weight_files import PREFIX
 
 
@@ -61,7 +61,7 @@ def make_float32(model: nn.Module) -> None:
     for module in model.modules():
         own = dict(module.named_parameters(recurse=False))
         trains = any(param.requires_grad for param in own.values())
-        is_norm = all(param.dim() == 1 for param in own.values())
+        is_norm = all(len(whole_shape(param)) == 1 for param in own.values())  # of a shard's all are
         for name, param in own.items():
             if param.dtype == torch.float32 or not (param.requires_grad or (trains and is_norm)):
                 continue
