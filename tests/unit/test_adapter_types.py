@@ -41,6 +41,7 @@ from tsqlora_scale.model.adapters.task_filter import TaskFilter
 from tsqlora_scale.model.base_model import skeleton
 from tsqlora_scale.model.blocks import block_names, outputs
 from tsqlora_scale.model.linear_layers import resolve_targets
+from tsqlora_scale.model.weight_files import layer_scalings
 from tsqlora_scale.quality.gradients.per_sample import PerSampleGradients
 from tsqlora_scale.ranks import start_with_ranks
 from tsqlora_scale.run.build import give
@@ -284,6 +285,19 @@ def test_factors_taken_out_of_weights(models_dir: Path, tmp_path: Path, init: st
     shaken(model)
     opened = PeftModel.from_pretrained(base, str(written("lora", model, tmp_path))).eval()
     torch.testing.assert_close(opened(**inputs).logits, model.eval()(**inputs).logits, atol=2e-5, rtol=1e-4)
+
+
+def test_rslora_that_starts_in_weights_scales_by_its_files_ranks(models_dir: Path, tmp_path: Path) -> None:
+    """Which are twice those that were trained; so that it can be scored by, and gone on from."""
+    base, inputs = base_of("bert", models_dir), some_inputs("bert")
+    model = built("rslora", "bert", models_dir, init="pissa")
+    shaken(model)
+    folder = written("rslora", model, tmp_path)
+    assert all(scaling == pytest.approx(16 / 8**0.5) for scaling in layer_scalings(folder).values())
+    opened = PeftModel.from_pretrained(base, str(folder)).eval()
+    torch.testing.assert_close(opened(**inputs).logits, model.eval()(**inputs).logits, atol=2e-5, rtol=1e-4)
+    ranks, _ = adapter_type("rslora").read(built("rslora", "bert", models_dir), folder)
+    assert set(ranks.values()) == {8}
 
 
 def test_directions_of_inputs_are_the_leading_ones(models_dir: Path) -> None:

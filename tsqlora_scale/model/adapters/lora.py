@@ -115,7 +115,8 @@ def with_ranks(model: PeftModel, *, base_name: str, revision: str | None) -> Lor
 def with_start(
     description: dict[str, Any], layers: Mapping[str, LoraLayer], start: Mapping[str, torch.Tensor]
 ) -> dict[str, Any]:
-    """An adapter's description for the base as it was: every layer has the factors of its start, too.
+    """An adapter's description for the base as it was: every layer has the factors of its start, too. RsLoRA's scaling
+    follows that rank, and B makes up for it.
 
     Args:
         start: these factors by name (:func:`.start_values`).
@@ -125,12 +126,16 @@ def with_start(
     for name, layer in layers.items():
         short = short_name(name)
         ranks[short] = layer.r[ADAPTER] + len(start[f"{name}.start_A"])
-        alphas[short] = layer.scaling[ADAPTER] * (math.sqrt(ranks[short]) if config["use_rslora"] else ranks[short])
+        times = {}
+        alphas[short] = layer.scaling[ADAPTER] * ranks[short]
+        if config["use_rslora"]:
+            alphas[short] = layer.scaling[ADAPTER] * math.sqrt(layer.r[ADAPTER])
+            times = {"B": {"times": math.sqrt(ranks[short] / layer.r[ADAPTER])}}
         for side in "AB":
             trained = f"{name}.lora_{side}.{ADAPTER}.weight"
             key = keys.pop(trained, f"{name}.lora_{side}.weight")
             own = trained if has_factors(layer) else None
-            joins[key] = {"trained": own, "start": f"{name}.start_{side}", "side": side}
+            joins[key] = {"trained": own, "start": f"{name}.start_{side}", "side": side, **times.get(side, {})}
     config |= {"rank_pattern": ranks, "alpha_pattern": alphas, "exclude_modules": None}
     return {"config": config, "keys": keys, "joined": joins}
 

@@ -68,9 +68,10 @@ def joined(values: Mapping[str, Tensor], place: Mapping[str, Any]) -> Tensor:
     Args:
         values: by name.
         place: ``start``, the name of the factor of the start; ``side``, A or B; and ``trained``, the name of the
-            trained one, or none where the layer has lost its rank.
+            trained one, or none where the layer has lost its rank; ``times``, what B is multiplied by, if anything.
     """
     start = values[place["start"]]
     start = -start if place["side"] == "B" else start
     own = [values[place["trained"]]] if place["trained"] else []
-    return torch.cat([*own, start.to(own[0]) if own else start], dim=0 if place["side"] == "A" else 1)
+    whole = torch.cat([*own, start.to(own[0]) if own else start], dim=0 if place["side"] == "A" else 1)
+    return whole * place["times"] if "times" in place else whole
