@@ -46,8 +46,12 @@ class PretrainConfig(Section):
             raise ValueError("'text' names a column of 'file', which is not set; name the file, or remove 'text'")
         return self
 
-    def task(self, *, max_length: int) -> dict[str, Any]:
-        """The task section of the pretraining's own run."""
+    def task(self, *, max_length: int, language: str | None = None) -> dict[str, Any]:
+        """The task section of the pretraining's own run.
+
+        Args:
+            language: of the texts, for models that are told it (mBART).
+        """
         assert self.objective is not None
         name, kind = OBJECTIVES[self.objective]
         length = self.max_length or max_length
@@ -62,6 +66,8 @@ class PretrainConfig(Section):
             "max_length": length,
             "max_target_length": length,
             "metrics": ["loss"],
+            "num_beams": 1,  # nothing is written
+            **({"source_lang": language, "target_lang": language} if language and kind == "seq2seq" else {}),
         }
 
 
@@ -80,7 +86,9 @@ def pretraining_sections(config: Any, nothing_else: Any) -> dict[str, Section]:
     return {
         "run": config.run.model_copy(update={"name": f"{config.run.name}-pretrain"}),
         "allocation": config.allocation if by_file else nothing_else.allocation,
-        "task": TaskConfig.model_validate(own.task(max_length=config.task.max_length)),
+        "task": TaskConfig.model_validate(
+            own.task(max_length=config.task.max_length, language=config.task.source_lang)
+        ),
         "scoring": config.scoring.model_copy(update={"proxy_model": None, "max_length": None}),
         "train": nothing_else.train.model_copy(update={**length, "checkpoint_every": train.checkpoint_every}),
     }

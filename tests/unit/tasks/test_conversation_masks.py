@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from tests.unit.tasks.cases import LENGTHS, task_config
 from tests.unit.tasks.vocabularies import SENTENCES, whole_text_bpe
 from tsqlora_scale.common.errors import UserError
-from tsqlora_scale.tasks.objectives.conversation_tokens import ConversationTokens, inside
+from tsqlora_scale.tasks.objectives.conversation_tokens import ConversationTokens, _exchanges, inside
 from tsqlora_scale.tasks.objectives.turn_spans import UnwrittenTurn
 
 FOLDER = Path(__file__).parent / "chat_templates"
@@ -391,3 +391,10 @@ def test_earlier_answers_may_be_written_otherwise(text: str, expected: list[str]
     tokens = tokens_of(made, tmp_path)
     found = tokens.marked(conversation(TURNS[1]), None, 10_000, 1)
     assert [made.decode(ids) for told, ids in grouped(found.ids, found.learned) if told] == expected
+
+
+def test_a_developers_prompt_stays_as_a_systems_does() -> None:
+    turns = [{"role": role, "content": "x"} for role in ("user", "assistant", "user", "assistant")]
+    for prompts in ([], ["system"], ["developer"], ["system", "developer"]):
+        messages = [*({"role": role, "content": "y"} for role in prompts), *turns]
+        assert _exchanges(messages) == (len(prompts), [len(prompts) + 2])

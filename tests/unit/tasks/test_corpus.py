@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -20,7 +21,8 @@ from tsqlora_scale.tasks.batch import IGNORED
 from tsqlora_scale.tasks.losses import loss_terms
 from tsqlora_scale.tasks.metrics import SampleLosses, mean_loss
 from tsqlora_scale.tasks.objectives.corpus import CorruptedText, MaskedText, PlainText, hidden_spans
-from tsqlora_scale.tasks.rows.corpus_rows import _without
+from tsqlora_scale.tasks.rows.corpus_rows import _masked, _without
+from tsqlora_scale.tasks.rows.data import wanted_columns
 
 TEXTS = [" ".join(WORDS[start : start + 30]) for start in range(0, 5)] + ["film"]
 STREAMS = list(range(len(TEXTS)))
@@ -65,6 +67,21 @@ def test_masked_tokens_are_learned_and_the_rest_is_not(models_dir: Path) -> None
             assert int(targets[row, place]) == token
             kinds["mask" if seen == tokenizer.mask_token_id else "same" if seen == token else "other"] += 1
     assert kinds["mask"] > kinds["same"] + kinds["other"]
+
+
+def test_a_span_goes_on_over_what_the_tokenizer_does_not_know(models_dir: Path) -> None:
+    """And has one mark, of which there are only so many."""
+    tokenizer: PreTrainedTokenizerFast = tiny_tokenizer()
+    marks = [f"<extra_id_{number}>" for number in range(4)]
+    tokenizer.add_tokens(marks, special_tokens=True)
+    objective = CorruptedText(task("span"), tokenizer, config_of("bart", models_dir))  # type: ignore[arg-type]
+    text = " ½ ".join((WORDS * 4)[:80])
+    assert tokenizer(text)["input_ids"].count(tokenizer.unk_token_id) == 79
+    inputs, targets = objective.collate({"text": [text] * 5, "mask_stream": list(range(5))}, 200)
+    ids = tokenizer.convert_tokens_to_ids(marks)
+    for source, target in zip(inputs["input_ids"].tolist(), targets.tolist(), strict=True):
+        assert [token for token in source if token in ids] == [token for token in target if token in ids] == ids
+        assert tokenizer.unk_token_id in target
 
 
 @pytest.mark.parametrize("sentinels", [True, False])
@@ -142,3 +159,31 @@ def test_a_table_without_some_rows_is_parts_of_it(size: int, data: st.DataObject
     assert found["text"].to_pylist() == [f"text {i}" for i in range(size) if i not in set(apart.tolist())]
     addresses = {table["text"].chunk(0).buffers()[2].address}
     assert {chunk.buffers()[2].address for chunk in found["text"].chunks} == addresses, "nothing is copied"
+
+
+def test_a_corpus_is_known_by_what_it_was_made_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fingerprint of the table would write all of it once for every part of it."""
+    monkeypatch.setattr(datasets.arrow_dataset, "generate_fingerprint", lambda _: pytest.fail("the table was written"))
+    table = pa.table({"text": ["a", "b"], "sample_id": ["0", "1"]})
+    made = [
+        _masked(table, seed, stream, copies, source=source)._fingerprint
+        for seed, stream, copies, source in (
+            (0, "masks", 1, "x"), (1, "masks", 1, "x"), (0, "held out", 1, "x"), (0, "masks", 2, "x"),
+            (0, "masks", 1, "y"), (0, "masks", 1, "x"),
+        )
+    ]  # fmt: skip
+    assert len(set(made[:5])) == 5
+    assert made[5] == made[0]
+
+
+def test_a_corpus_is_a_column_of_its_file() -> None:
+    """Whatever else the file has; an objective of a user's own may read all of it."""
+    assert not wanted_columns(task("causal"), pool=True).others
+    own = task("causal").model_copy(update={"objective": "mine.py:Objective"})
+    assert wanted_columns(own, pool=True).others
+
+
+def test_a_models_languages_and_no_beams_are_those_of_its_texts() -> None:
+    found = PretrainConfig(objective="span").task(max_length=20, language="en_XX")
+    assert (found["source_lang"], found["target_lang"], found["num_beams"]) == ("en_XX", "en_XX", 1)
+    assert "source_lang" not in PretrainConfig(objective="mlm").task(max_length=20, language="en_XX")

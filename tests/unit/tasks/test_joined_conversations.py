@@ -88,8 +88,9 @@ def test_turns_that_weigh_nothing_are_not_learned(chat_task: Make) -> None:
         chat_task([{"prompt": unlearned[:2]}], completion=None)
 
 
-def test_a_column_of_system_prompts(chat_task: Make, tmp_path: Path) -> None:
-    own = {"role": "system", "content": "awful"}
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_a_column_of_system_prompts(chat_task: Make, tmp_path: Path, role: str) -> None:
+    own = {"role": role, "content": "awful"}
     rows = [
         {"prompt": FIRST, "s": "lovely music"}, {"prompt": FIRST, "s": None}, {"prompt": FIRST, "s": " "},
         {"prompt": [own, *FIRST], "s": "lovely music"},

@@ -13,7 +13,7 @@ from tsqlora_scale.config.schema import TaskConfig
 from tsqlora_scale.tasks.objectives.early_cut import head, is_long, longest_end, tail
 from tsqlora_scale.tasks.objectives.tokenizing import TextEncoder
 from tsqlora_scale.tasks.objectives.turn_spans import Span, TurnTemplate, UnwrittenTurn
-from tsqlora_scale.tasks.rows.conversations import ASSISTANT, Message, is_learned, up_to_last_answer
+from tsqlora_scale.tasks.rows.conversations import ASSISTANT, PROMPTS, Message, is_learned, up_to_last_answer
 
 Tools = list[dict[str, Any]] | None
 T = TypeVar("T")
@@ -159,7 +159,7 @@ class ConversationTokens:
         """
         first, asked = _exchanges(messages)
         part = [*messages[:first], *messages[asked[-1] if asked else first :]]
-        asking = [place for place, turn in enumerate(part) if turn["role"] not in ("system", ASSISTANT)]
+        asking = [place for place, turn in enumerate(part) if turn["role"] not in (*PROMPTS, ASSISTANT)]
         asking = [place for place in asking if isinstance(part[place]["content"], str)]
         for place in sorted(asking, key=lambda one: -len(part[one]["content"])):
             text, offsets = self._texts.with_offsets(tail(part[place]["content"], limit, self._length))
@@ -220,7 +220,7 @@ class ConversationTokens:
 
 def _exchanges(messages: list[Message]) -> tuple[int, list[int]]:
     """Where the system prompt ends, and where exchanges after the first one begin."""
-    first = next((place for place, turn in enumerate(messages) if turn["role"] != "system"), len(messages))
+    first = next((place for place, turn in enumerate(messages) if turn["role"] not in PROMPTS), len(messages))
     asked = [
         place
         for place in range(first + 1, len(messages))

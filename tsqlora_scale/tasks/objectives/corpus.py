@@ -6,6 +6,7 @@ in a resumed run. Shares are those of BERT (1810.04805) and T5 (1910.10683).
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -148,6 +149,9 @@ class CorruptedText(Seq2SeqObjective):
         noise = np.zeros(len(ids), dtype=bool)
         most = len(self._sentinels) or len(ids)
         noise[free] = hidden_spans(len(free), philox(stream, "hidden spans"), most=most)
+        for one, following in pairwise(free.tolist()):  # what is special inside a span, an unknown token, goes with it
+            if noise[one] and noise[following]:
+                noise[one:following] = True
         source: list[int] = []
         target: list[int] = []
         spans = 0

@@ -19,6 +19,8 @@ from tsqlora_scale.tasks.rows.origin import Origin
 Message = dict[str, Any]
 
 ASSISTANT = "assistant"
+#: Who says at the beginning how to answer, in OpenAI's older words and in its newer ones.
+PROMPTS = ("system", "developer")
 #: A key of an assistant's turn by which it is not learned where its value is 0, as in OpenAI's files.
 WEIGHT = "weight"
 #: ShareGPT's words for who speaks. All others are taken as they are: a template knows which it has.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from math import ceil
 from typing import TYPE_CHECKING
@@ -44,7 +45,7 @@ def corpus_data(config: Config, own: Task | None) -> Data:
     """
     task, train, seed = config.task, config.train, config.run.seed
     column = str(task.source)
-    table = _of_file(config, column) if own is None else _of_task(own, column)
+    table, source = _of_file(config, column) if own is None else (_of_task(own, column), own.digest())
     if len(table) < 2:
         raise UserError(f"a corpus of {len(table)} texts is none; give pretrain.file more, or leave pretraining out")
     order = philox(seed, "corpus").permutation(len(table))
@@ -52,13 +53,17 @@ def corpus_data(config: Config, own: Task | None) -> Data:
     apart = np.sort(order[:count])
     held_out, learned = table.take(apart), _without(table, apart)
     copies = max(1, min(COPIES, ceil((train.max_steps or 1) * train.batch_size / len(learned))))
-    return Data(_masked(learned, seed, "masks", copies), _masked(held_out, seed, "held-out masks", 1))
+    return Data(
+        _masked(learned, seed, "masks", copies, source=source),
+        _masked(held_out, seed, "held-out masks", 1, source=source),
+    )
 
 
-def _of_file(config: Config, column: str) -> pa.Table:
-    pool = load_data(config.task, seed=config.run.seed).train.with_format("arrow")
-    table: pa.Table = pool[:]
-    return table.select([column, SAMPLE_ID])
+def _of_file(config: Config, column: str) -> tuple[pa.Table, str]:
+    """Texts and ids, and what says which they are."""
+    pool = load_data(config.task, seed=config.run.seed).train
+    table: pa.Table = pool.with_format("arrow")[:]
+    return table.select([column, SAMPLE_ID]), f"{pool._fingerprint} {column}"
 
 
 def _of_task(own: Task, column: str) -> pa.Table:
@@ -79,8 +84,13 @@ def _without(table: pa.Table, apart: np.ndarray) -> pa.Table:
     return pa.concat_tables(parts)
 
 
-def _masked(table: pa.Table, seed: int, stream: str, copies: int) -> datasets.Dataset:
-    """``copies`` of the rows, one behind the other; the texts themselves are there once."""
+def _masked(table: pa.Table, seed: int, stream: str, copies: int, *, source: str) -> datasets.Dataset:
+    """``copies`` of the rows, one behind the other; the texts themselves are there once.
+
+    Args:
+        source: what says which texts there are. With seed, stream and copies it makes the fingerprint: one that is
+            taken of the table would write all of it for every one of its parts.
+    """
     parts = []
     for number in range(copies):
         streams = philox(seed, stream, number).integers(2**62, size=len(table))
@@ -88,4 +98,6 @@ def _masked(table: pa.Table, seed: int, stream: str, copies: int) -> datasets.Da
         part = table.set_column(table.column_names.index(SAMPLE_ID), SAMPLE_ID, ids)
         parts.append(part.append_column(MASK_STREAM, pa.array(streams)))
     whole = pa.concat_tables(parts, promote_options="permissive")
-    return datasets.Dataset(datasets.table.InMemoryTable(whole))
+    identity = repr((source, seed, stream, copies, len(table)))
+    fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:16]
+    return datasets.Dataset(datasets.table.InMemoryTable(whole), fingerprint=fingerprint)

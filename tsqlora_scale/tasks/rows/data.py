@@ -43,6 +43,9 @@ from tsqlora_scale.tasks.rows.wanted import (
 
 log = logging.getLogger("tsqlora_scale")
 
+#: What the names of objectives begin with that the package brings itself.
+OWN_OBJECTIVES = "tsqlora_scale."
+
 
 @dataclass(frozen=True)
 class Data:
@@ -100,7 +103,9 @@ def wanted_columns(cfg: TaskConfig, *, pool: bool) -> Wanted:
         optional[ID_KEY] = (
             cfg.dataset.id_column
         )  # ids tell the samples of the pool apart; held-out files often have none
-    return Wanted(required, optional, others=cfg.objective is not None)
+    # an objective of one's own may read any column; that of a pretraining, which is named likewise, reads one
+    others = cfg.objective is not None and not cfg.objective.startswith(OWN_OBJECTIVES)
+    return Wanted(required, optional, others=others)
 
 
 def label_column(cfg: TaskConfig) -> str | None:

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from tsqlora_scale.common.disk_arrays import blocks
-from tsqlora_scale.tasks.rows.conversations import ASSISTANT, WEIGHT, Message, read_cells, read_conversation
+from tsqlora_scale.tasks.rows.conversations import ASSISTANT, PROMPTS, WEIGHT, Message, read_cells, read_conversation
 from tsqlora_scale.tasks.rows.origin import Origin
 from tsqlora_scale.tasks.rows.row_ids import made_column
 from tsqlora_scale.tasks.rows.wanted import COMPLETION_KEY, SYSTEM_KEY
@@ -74,6 +74,6 @@ def _given(message: Message) -> Message:
 
 def _behind(system: Any, messages: list[Message]) -> list[Message]:
     """The messages behind a system prompt, if there is one and they have none of their own."""
-    if not system or not str(system).strip() or (messages and messages[0]["role"] == "system"):
+    if not system or not str(system).strip() or (messages and messages[0]["role"] in PROMPTS):
         return messages
     return [{"role": "system", "content": system}, *messages]
