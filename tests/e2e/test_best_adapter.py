@@ -16,7 +16,7 @@ from tsqlora_scale import api
 from tsqlora_scale import training as loop
 from tsqlora_scale.commands import main as cli
 from tsqlora_scale.common.errors import UserError
-from tsqlora_scale.config.load import parse_config
+from tsqlora_scale.config.load import load_config, parse_config
 from tsqlora_scale.report.result_table import print_result
 from tsqlora_scale.run.checkpoint import read_checkpoint
 from tsqlora_scale.run.trained_adapter import adapter_folder
@@ -212,6 +212,7 @@ def test_patience(
     assert go(tree, resume="auto").step == 13
     found = result_of(folder)
     assert (found["stopped_early"], found["kept"]["step"], found["metrics"]) == (None, 10, {"accuracy": 0.9})
+    assert load_config(folder / "config.yaml").train.patience == 3, "training from it repeats the run"
     assert found["metrics_last"] == {"accuracy": 0.3}
 
 

@@ -20,7 +20,7 @@ from tsqlora_scale.config.schema import Config
 from tsqlora_scale.quality.draws.batch_sampler import BatchSampler
 from tsqlora_scale.quality.scores.score_parts import Parts, PassPart
 from tsqlora_scale.report import record
-from tsqlora_scale.run import checkpoint, preflight
+from tsqlora_scale.run import build, checkpoint, preflight
 from tsqlora_scale.run.build import build_run
 from tsqlora_scale.run.lr_schedule import learning_rate
 from tsqlora_scale.run.preflight import check_run_dir
@@ -252,6 +252,29 @@ def test_a_run_that_went_back_is_not_resumed_from_the_future_it_left(
         with pytest.raises(Killed):
             go(tree, resume=str(checkpoints / "step-00000004"))
     assert [folder.name[-2:] for folder in sorted(checkpoints.iterdir())] == ["02", "04", "06"]
+    assert not (checkpoints.parent / "result.json").exists(), "it is no finished run any more"
+
+
+def test_what_leads_on_goes_first(tmp_path: Path, models_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a run that is cut short as it begins would go on from what was given up, without its record."""
+    tree = run_tree("bert", tmp_path, models_dir, "run", train={"checkpoint_every": 2, "checkpoint_keep": 9})
+    go(tree)
+    folder = tmp_path / "runs" / "run"
+    before = read_lines(folder / "metrics.jsonl")
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "drop_after", fails)
+        with pytest.raises(Killed):
+            go(tree, resume=str(folder / "checkpoints" / "step-00000004"))
+    assert read_lines(folder / "metrics.jsonl") == before
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", fails)
+        with pytest.raises(Killed):
+            record.RunRecord(folder, writes=True).prepare("")
+    assert not (folder / "checkpoints").exists()
+
+
+def fails(*_: Any, **__: Any) -> None:
+    raise Killed
 
 
 def test_every_other_key_must_be_the_same(tmp_path: Path, models_dir: Path) -> None:

@@ -138,8 +138,8 @@ def nearly_same(states: np.ndarray, exact: np.ndarray, similarity: float, *, see
 def of_one_variance(states: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Some rows of features (n, width), each feature of mean 0 and variance 1 over all rows."""
     middle, spread = states.mean(0), states.std(0)
-    some = states if len(rows) == len(states) else states[rows]
-    scaled: np.ndarray = (some - middle) / np.where(spread > 1e-6 * spread.max(initial=0.0), spread, np.inf)
+    chosen = states if len(rows) == len(states) else states[rows]
+    scaled: np.ndarray = (chosen - middle) / np.where(spread > 1e-6 * spread.max(initial=0.0), spread, np.inf)
     return scaled
 
 

@@ -22,8 +22,9 @@ from tsqlora_scale.report.peak_memory import PeakMemory
 
 log = logging.getLogger("tsqlora_scale")
 
-#: All that a run writes.
+#: All that a run writes; what another start would go on from comes first, so that no half of a run is left behind it.
 CONTENTS = (
+    "checkpoints",
     "config.yaml",
     "metrics.jsonl",
     "ranks.jsonl",
@@ -31,7 +32,6 @@ CONTENTS = (
     "scores.json",
     "score-parts",
     "audit",
-    "checkpoints",
     "adapter",
     "result.json",
 )
@@ -106,7 +106,7 @@ class RunRecord:
             (self.folder / "config.yaml").write_text(config_yaml, encoding="utf-8")
 
     def change_config(self, config_yaml: str) -> None:
-        """Go on by another config: it takes the old one's place, and a result of the old one goes."""
+        """Go on, perhaps by another config: it takes the old one's place, and the result of what was goes."""
         if self._writes:
             with written_whole(self.folder / "config.yaml") as partial:
                 partial.write_text(config_yaml, encoding="utf-8")

@@ -237,28 +237,30 @@ def taken_over(config: Config, task: Task, tree: dict[str, Any] | None) -> Confi
 
 def open_folder(run: Run, tree: dict[str, Any] | None, resume: str | None) -> None:
     """Make the run folder new, or go on in it from the checkpoint's state ``tree``. A collective."""
-    folder = run.record.folder
+    folder, name = run.record.folder, f"{str(run.record.folder)!r}"
     continues = tree is not None and resumes_in(run.config, str(resume))
     if not continues:
-        run.write_on_main(f"{str(folder)!r}", lambda: run.record.prepare(run.config.to_yaml()))
+        run.write_on_main(name, lambda: run.record.prepare(run.config.to_yaml()))
     if tree is not None:
         run.load_state_dict(tree)
-        note_length(run, length_before(tree, run.plan), goes_on_here=continues)
-        run.write_on_main(f"{str(folder)!r}", lambda: drop_after(folder / "checkpoints", run.step))
+        # first what another start would go on from, or it would find the later steps and not what led to them
+        run.write_on_main(name, lambda: drop_after(folder / "checkpoints", run.step))
+        run.write_on_main(name, lambda: run.record.rewind(run.step, last_step=run.plan.total_steps))
+        note_length(run, length_before(tree, run.plan))
         if not continues:
             run.best = run.checkpoints.best = None  # their checkpoints lie in the other folder
+        elif not run.is_over or tree["config"] != run.config.model_dump(mode="json"):
+            run.write_on_main(name, lambda: run.record.change_config(run.config.to_yaml()))
 
 
-def note_length(run: Run, before: int, *, goes_on_here: bool) -> None:
-    """Say and write down that a resumed run is longer or shorter than it was. A collective."""
+def note_length(run: Run, before: int) -> None:
+    """Say and note that a resumed run is longer or shorter than it was."""
     total = run.plan.total_steps
     if total == before:
         return
     run.lengths.append({"step": run.step, "before": before, "after": total})
     if run.is_main and run.early_stop is None:
         log.warning("%s", restated(run.config.train, run.plan, step=run.step, before=before))
-    if goes_on_here:
-        run.write_on_main(f"{str(run.record.folder)!r}", lambda: run.record.change_config(run.config.to_yaml()))
 
 
 def start_new(model: torch.nn.Module, config: Config, *, says: bool) -> None:

@@ -395,6 +395,3 @@ class Run:
         self.engine.load_scaler_state(tree["loss_scaler"])
         self.metrics_before, self.initial_ranks = tree["metrics_before"], tree["initial_ranks"]
         self.record.load_state_dict(tree)
-        self.write_on_main(
-            f"{str(self.record.folder)!r}", lambda: self.record.rewind(self.step, last_step=self.plan.total_steps)
-        )
