@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from pathlib import Path
 
@@ -10,7 +9,6 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
-@functools.cache
 def source_digest(folder: Path = PACKAGE) -> str:
     """16 hexadecimal digits of the package's modules, their places and contents: a release has one, and so has every
     state in between, committed or not."""

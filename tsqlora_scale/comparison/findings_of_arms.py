@@ -24,15 +24,6 @@ PHASES = {
     "evaluation": ("evaluation",),
     "other": ("load", "checkpointing"),
 }
-
-
-def seconds_of(result: dict[str, Any], phase: str) -> float:
-    """Wall seconds of one of :data:`PHASES` in a ``result.json``. What a run has learned from plain text before
-    (``pretrain``) is training, too."""
-    before = (result.get("pretraining") or {}).get("seconds", 0.0) if phase == "training" else 0.0
-    return float(before + sum(result["seconds"].get(part, 0.0) for part in PHASES[phase]))
-
-
 #: Keys of ``task.dataset`` that are of the pool alone.
 OF_THE_POOL = ("train_file", "train_split", "max_train_samples", "exclude", "weight", "id_column")
 #: Keys beside it that say what rows hold.
@@ -43,6 +34,13 @@ CONTENTS = tuple(
         *("messages", "tools", "completion", "system", "demonstrations"),
     )
 )
+
+
+def seconds_of(result: dict[str, Any], phase: str) -> float:
+    """Wall seconds of one of :data:`PHASES` in a ``result.json``. What a run has learned from plain text before
+    (``pretrain``) is training, too."""
+    before = (result.get("pretraining") or {}).get("seconds", 0.0) if phase == "training" else 0.0
+    return float(before + sum(result["seconds"].get(part, 0.0) for part in PHASES[phase]))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from tests.reference import selectors as reference
 from tests.unit.quality.sites import QUERY, ROWS, Site, make_site
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.engine.train_state import ParamState, TrainState
-from tsqlora_scale.quality.gradients.adam_update import AdamUpdate, Moments
+from tsqlora_scale.quality.gradients.adam_update import AdamUpdate
 from tsqlora_scale.quality.gradients.sketch import Sketch
 from tsqlora_scale.quality.selectors import less
 
@@ -137,10 +137,10 @@ def test_an_update_is_what_a_step_of_torch_changes(
     history = [torch.randn(3, 4, generator=generator) for _ in range(steps)]
     gradients = torch.randn(batch, 3, 4, generator=generator)
     state = reference.after_steps_of_torch(history, (first, second), eps)
-    moments = {"w": Moments(state.exp_avg, state.exp_avg_sq)}
+    moved_there = TrainState({"w": state}, steps)
     for scale in (1.0, 0.25):
         scales = {"w": 0.25} if scale != 1 else None
-        update = AdamUpdate(moments, steps=steps, betas=(first, second), eps=eps, scales=scales)
+        update = AdamUpdate(moved_there, betas=(first, second), eps=eps, scales=scales)
         for row, gradient in zip(update("w", gradients), gradients, strict=True):
             expected = scale * reference.step_by_torch(state, steps, gradient, (first, second), eps)
             torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-5)

@@ -45,8 +45,8 @@ def largest(
         strata: the stratum of each sample, (n,); None is one.
         ties: draws among equal keys in the place of the order.
     """
-    last, left = _last_keys(keys, quota, strata)
-    if ties is None:
+    last, left, equal = _last_keys(keys, quota, strata)
+    if ties is None or not ((left > 0) & (left < equal)).any():
         return _members(keys, last, left, strata)
     chances = uniform(ties, len(keys))
     for block in blocks(len(keys)):
@@ -58,9 +58,11 @@ def largest(
     return member
 
 
-def _last_keys(keys: np.ndarray, quota: np.ndarray, strata: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Of every stratum the last key that belongs, as :func:`descending` numbers it, and how many that are equal to it
-    do."""
+def _last_keys(
+    keys: np.ndarray, quota: np.ndarray, strata: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of every stratum the last key that belongs, as :func:`descending` numbers it, how many that are equal to it
+    belong, and how many there are."""
     groups = np.arange(len(quota))
     width = max(COUNTERS - (len(quota) - 1).bit_length(), 4)
     last = np.zeros(len(quota), dtype=np.uint64)  # the leading bits known of the last key that belongs
@@ -81,7 +83,7 @@ def _last_keys(keys: np.ndarray, quota: np.ndarray, strata: np.ndarray | None) -
         left -= np.where(digit > 0, sums[groups, digit - 1], 0)
         last = (last << np.uint64(width)) | digit.astype(np.uint64)
         known += width
-    return last, left
+    return last, left, counters[groups, digit]
 
 
 def smallest(keys: np.ndarray, count: int) -> np.ndarray:

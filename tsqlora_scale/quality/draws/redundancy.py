@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -28,14 +29,11 @@ def similar_pairs(sketches: np.ndarray, threshold: float, *, seed: int = 0) -> n
         sketches: (n, dim).
     """
     usable, units = _directions(sketches)
-    threshold = min(threshold, 1 - ROUNDING)
     found = [np.empty((0, 2), np.int64)]
     for bucket in _buckets(units, seed):
-        for start in range(0, len(bucket), BLOCK):
-            rows = bucket[start : start + BLOCK]
-            near = units[rows] @ units[bucket[start:]].T >= threshold
-            i, j = np.nonzero(np.triu(near, 1))
-            found.append(usable[np.column_stack([rows[i], bucket[start:][j]])])
+        for rows, columns, near in _near(units, bucket, threshold):
+            i, j = np.nonzero(near)
+            found.append(usable[np.column_stack([rows[i], columns[j]])])
     pairs: np.ndarray = np.unique(np.sort(np.concatenate(found), axis=1), axis=0)
     return pairs
 
@@ -44,18 +42,11 @@ def linked(sketches: np.ndarray, threshold: float, *, seed: int = 0) -> np.ndarr
     """The first sample of each one's group, (n,) int64: of samples that a chain of :func:`similar_pairs` links, whose
     pairs are never there at once."""
     usable, units = _directions(sketches)
-    threshold = min(threshold, 1 - ROUNDING)
     first = np.arange(len(units))
     for bucket in _buckets(units, seed):
-        for start in range(0, len(bucket), BLOCK):
-            rows = bucket[start : start + BLOCK]
-            for other in range(start, len(bucket), BLOCK):
-                columns = bucket[other : other + BLOCK]
-                near = units[rows] @ units[columns].T >= threshold
-                if other == start:
-                    near = np.triu(near, 1)
-                for place in np.flatnonzero(near.any(1)).tolist():
-                    _link(first, rows[place], columns[near[place]])
+        for rows, columns, near in _near(units, bucket, threshold):
+            for place in np.flatnonzero(near.any(1)).tolist():
+                _link(first, rows[place], columns[near[place]])
     found = np.arange(len(sketches))
     found[usable] = usable[_roots(first, np.arange(len(first)))]
     return found
@@ -80,25 +71,29 @@ def count_similar(sketches: np.ndarray, threshold: float, *, seed: int = 0) -> n
     """Number of samples that each is like, itself included, (n,): :func:`neighbours` of :func:`similar_pairs`, whose
     pairs, half of n^2 where all samples are alike, are never there at once."""
     usable, units = _directions(sketches)
-    threshold = min(threshold, 1 - ROUNDING)
     counts = np.ones(len(units), dtype=np.int64)
     codes = _codes(units, seed)
     for table, code in enumerate(codes):
         for bucket in _same(code):
-            for start in range(0, len(bucket), BLOCK):
-                rows = bucket[start : start + BLOCK]
-                for other in range(start, len(bucket), BLOCK):
-                    columns = bucket[other : other + BLOCK]
-                    near = units[rows] @ units[columns].T >= threshold
-                    if other == start:
-                        near = np.triu(near, 1)
-                    for earlier in codes[:table]:  # which has counted the pair
-                        near &= earlier[rows][:, None] != earlier[columns][None]
-                    counts[rows] += near.sum(1)
-                    counts[columns] += near.sum(0)
+            for rows, columns, near in _near(units, bucket, threshold):
+                for earlier in codes[:table]:  # which has counted the pair
+                    near &= earlier[rows][:, None] != earlier[columns][None]
+                counts[rows] += near.sum(1)
+                counts[columns] += near.sum(0)
     found = np.ones(len(sketches), dtype=np.int64)
     found[usable] = counts
     return found
+
+
+def _near(units: np.ndarray, bucket: np.ndarray, threshold: float) -> Iterator[tuple[np.ndarray, ...]]:
+    """Blocks of rows (k,) and columns (l,) of a bucket, and which of their pairs are alike (k, l); every pair once."""
+    threshold = min(threshold, 1 - ROUNDING)
+    for start in range(0, len(bucket), BLOCK):
+        rows = bucket[start : start + BLOCK]
+        for other in range(start, len(bucket), BLOCK):
+            columns = bucket[other : other + BLOCK]
+            near = units[rows] @ units[columns].T >= threshold
+            yield rows, columns, np.triu(near, 1) if other == start else near
 
 
 def _directions(sketches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

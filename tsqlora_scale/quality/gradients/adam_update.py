@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-
-class Moments(NamedTuple):
-    """Adam's means of one parameter's gradient and of its square, of the parameter's shape, float32."""
-
-    mean: Tensor
-    square: Tensor
+from tsqlora_scale.engine.train_state import TrainState
 
 
 class AdamUpdate:
@@ -28,25 +22,24 @@ class AdamUpdate:
     whole gradient is needed.
 
     Args:
-        moments: of the parameters, by name.
-        steps: that they have behind them, ``t``.
+        state: the moments, and how many steps they have behind them, ``t``.
         betas, eps: the optimizer's.
         scales: of the parameters' learning rates, by name; all others' are 1.
     """
 
     def __init__(
         self,
-        moments: Mapping[str, Moments],
+        state: TrainState,
         *,
-        steps: int,
         betas: Sequence[float],
         eps: float,
         scales: Mapping[str, float] | None = None,
     ) -> None:
-        self._moments = dict(moments)
+        self._moments = {name: (entry.exp_avg, entry.exp_avg_sq) for name, entry in state.params.items()}
         self._scales = dict(scales or {})
         self._betas = float(betas[0]), float(betas[1])
-        self._rests = 1 - self._betas[0] ** (steps + 1), 1 - self._betas[1] ** (steps + 1)
+        first, second = (beta ** (state.optimizer_steps + 1) for beta in self._betas)
+        self._rests = 1 - first, 1 - second
         self._eps = eps
 
     def __call__(self, name: str, gradient: Tensor) -> Tensor:
@@ -57,8 +50,8 @@ class AdamUpdate:
         step = torch.add(mean * first, gradient, alpha=1 - first).div_(rest).div_(divisor)
         return step.mul_(self._scales.get(name, 1.0))
 
-    def _on(self, name: str, device: torch.device) -> Moments:
-        found = self._moments[name]
-        if found.mean.device != device:
-            found = self._moments[name] = Moments(found.mean.to(device), found.square.to(device))
+    def _on(self, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
+        """A parameter's moments, which stay on the device that they are first asked for."""
+        mean, square = self._moments[name]
+        found = self._moments[name] = mean.to(device), square.to(device)
         return found

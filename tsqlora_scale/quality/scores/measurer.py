@@ -53,9 +53,8 @@ class Measurer(Generic[BatchT]):
 
     Every pass goes through a :class:`.MemoryGuard`, those of the checks and of the probe for memory among them.
 
-    With ``update`` the sketches are of what it makes of gradients (:class:`.Folds`), in first-order passes.
-
     Attributes:
+        update: what sketches are of, in first-order passes alone (:class:`.Folds`); None: gradients.
         one_at_a_time: the decision; None before the first batch of more than one sample.
         batch_size: samples per batch; None before ``scoring.batch_size: auto`` is decided.
         kind: of passes that the two were decided for; they are decided anew where another kind needs it.
@@ -83,7 +82,7 @@ class Measurer(Generic[BatchT]):
         self.batch_size: int | None = None if scoring.batch_size == "auto" else scoring.batch_size
         self.kind: Kind | None = None
         self._sketch = Sketch(scoring.sketch_dim, seed=seed)
-        self._update = update
+        self.update = update
         self._sketches_wanted = scoring.convergence != "loss_trend"
         self._gradients: PerSampleGradients | None = None
         self._fits: int | None = None  # after an allocation failed
@@ -216,7 +215,7 @@ class Measurer(Generic[BatchT]):
             norm = delta = torch.full_like(before, torch.nan)
         elif kind == "first_order":
             wanted = self._sketch if self._sketches_wanted else None
-            before, norm, sketch = gradients.folded(self.losses, batch, sketch=wanted, update=self._update)
+            before, norm, sketch = gradients.folded(self.losses, batch, sketch=wanted, update=self.update)
             delta = self.eta * norm**2
         else:
             before, of_theta = gradients.per_sample(self.losses, batch)
@@ -268,7 +267,7 @@ class Measurer(Generic[BatchT]):
         else:
             sketch = self._sketch if self._sketches_wanted else None
             kept = bytes_kept(
-                gradients.module, lambda: gradients.folded(self.losses, batch, sketch=sketch, update=self._update)
+                gradients.module, lambda: gradients.folded(self.losses, batch, sketch=sketch, update=self.update)
             )
             own = gradients.held
         return kept + (gradients.recomputed or 0) + own

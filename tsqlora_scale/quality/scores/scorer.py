@@ -112,7 +112,6 @@ class QualityScorer(Generic[BatchT]):
         self._parts_folder = parts_folder
         self.parts = Parts(None)
         self._measurer = Measurer(scoring, pool=pool, theta=theta, seed=seed, eta=eta, world=world, update=update)
-        self._sketches_updates = update is not None
         self._standardisation = Standardisation(gate=scoring.gates_convergence)
         self._kind = PassKind(scoring, self._measurer, world=world)
 
@@ -267,7 +266,7 @@ class QualityScorer(Generic[BatchT]):
             "seed": self.seed,
             "eta": self.eta,
             "measured": self._kind.asked,
-            "updates": self._sketches_updates,
+            "updates": self._measurer.update is not None,
             **{f"scoring.{key}": settings[key] for key in keys},
         }
 

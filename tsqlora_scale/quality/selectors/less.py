@@ -20,7 +20,7 @@ from torch import nn
 from tsqlora_scale.common.disk_arrays import filled, new_array
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.model.block_depths import lr_scales
-from tsqlora_scale.quality.gradients.adam_update import AdamUpdate, Moments
+from tsqlora_scale.quality.gradients.adam_update import AdamUpdate
 from tsqlora_scale.quality.scores.scorer import QualityScorer
 from tsqlora_scale.quality.selectors.gradient_passes import gradient_pass, sketches_of
 from tsqlora_scale.quality.selectors.in_turn import rated_by_turns
@@ -43,7 +43,7 @@ class LessSelector(RankedSelector):
         """A pass of gradients over the query and one over the pool."""
         query, context = self.pool.query, self.context
         assert query is not None, "needs a query"
-        # before any pass: ZeRO-3 gathers nothing that a pass has just used
+        # first: without moments there is nothing to do, and a pass is dear
         update = self._update(module) if self.config.sampling.less_gradients == "adam" else None
         of_query = gradient_pass(context, module, query, name="query", sketches=True)
         of_pool = gradient_pass(context, module, self.pool, name="pool", sketches=True, update=update)
@@ -71,9 +71,7 @@ class LessSelector(RankedSelector):
                 "sampling.less_gradients='adam': the optimizer has made no step, so that it has no moments; raise "
                 "scoring.warmup_steps, leave --adapter out, or set sampling.less_gradients=plain"
             )
-        moments = {name: Moments(entry.exp_avg, entry.exp_avg_sq) for name, entry in state.params.items()}
-        scales = lr_scales(module, train.lr_decay)
-        return AdamUpdate(moments, steps=state.optimizer_steps, betas=train.betas, eps=train.eps, scales=scales)
+        return AdamUpdate(state, betas=train.betas, eps=train.eps, scales=lr_scales(module, train.lr_decay))
 
     def _ratings(self, scorer: QualityScorer[Any], wanted: np.ndarray) -> np.ndarray:
         """Of every sample, (N,); on rank 0."""
