@@ -70,6 +70,8 @@ def test_equal_keys_have_equal_chances():
     found = np.mean([largest(keys, np.array([6]), ties=np.random.default_rng(seed)) for seed in range(400)], axis=0)
     assert (found[0], found[-1]) == (1, 0)
     assert np.abs(found[1:-1] - 0.5).max() < 0.12
+    either = {tuple(largest(np.ones(2), np.array([1]), ties=np.random.default_rng(seed))) for seed in range(20)}
+    assert either == {(True, False), (False, True)}
 
 
 @settings(max_examples=100)
