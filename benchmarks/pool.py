@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
@@ -38,7 +39,8 @@ from tsqlora_scale.config.schema import SamplingConfig, ScoringConfig  # noqa: E
 from tsqlora_scale.engine.collectives import World  # noqa: E402
 from tsqlora_scale.engine.train_state import TrainState  # noqa: E402
 from tsqlora_scale.quality import BatchSampler, QualityScorer  # noqa: E402
-from tsqlora_scale.quality.scores.score_parts import PassPart  # noqa: E402
+from tsqlora_scale.quality.scores.measurer import Measurer  # noqa: E402
+from tsqlora_scale.quality.scores.score_parts import Kind, PassPart  # noqa: E402
 from tsqlora_scale.run.checkpoint import read_checkpoint, write_checkpoint  # noqa: E402
 
 STEPS = ("pass", "uniform draws", "set-up of draws", "score file", "checkpoint", "resumption", "refresh")
@@ -57,41 +59,32 @@ class RowNumbers(Sequence[str]):
         return [str(i) for i in range(*key.indices(self.size))] if isinstance(key, slice) else str(key)
 
 
-class RandomMeasurer:
-    """Stands where the model is measured: random numbers that belong to the sample and the pass."""
+class RandomMeasurer(Measurer[Any]):
+    """Measures no model: random numbers that belong to the sample and the pass."""
 
-    batch_size, one_at_a_time, eta = 32, False, 0.1
-
-    def __init__(self, sketch_dim: int) -> None:
-        self.sketch_dim = sketch_dim
-        self.passes = 0
+    passes = 0
 
     @contextmanager
-    def on(self, module: Any) -> Iterator[None]:
+    def on(self, module: nn.Module) -> Iterator[None]:
         """Nothing to prepare."""
         yield
         self.passes += 1
 
-    def measure(self, indices: np.ndarray, **_: Any) -> PassPart:
+    def measure(
+        self, indices: np.ndarray, *, kind: Kind, progress: Callable[[int], None] | None = None
+    ) -> PassPart | None:
         """Numbers of a shard."""
         generator = philox(self.passes, "benchmark", int(indices[0]))
         values = np.exp(0.5 * generator.standard_normal((len(indices), 3)))
-        sketches = generator.random((len(indices), self.sketch_dim), dtype=np.float32) - np.float32(0.3)
-        return PassPart(indices, values, sketches, 1e-7, self.batch_size)
+        width = self.scoring.sketch_dim
+        sketches = generator.random((len(indices), width), dtype=np.float32) - np.float32(0.3)
+        return PassPart(indices, values, sketches, 1e-7, self.prepare(indices, kind))
 
-    def state_dict(self) -> dict[str, Any]:
-        """As that of a model's."""
-        return {"one_at_a_time": self.one_at_a_time, "batch_size": self.batch_size}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing changes."""
-
-    def prepare(self, indices: np.ndarray, kind: str) -> int:
+    def prepare(self, indices: np.ndarray, kind: Kind) -> int:
         """There are no batches."""
+        assert self.batch_size is not None
+        self.one_at_a_time = False
         return self.batch_size
-
-    def resume(self, batch_size: int, one_at_a_time: bool | None, kind: str) -> None:
-        """Nothing changes."""
 
 
 class Peaks(Watch):
@@ -153,20 +146,28 @@ class NumberedPool:
         raise NotImplementedError
 
 
+def no_layers(module: nn.Module) -> dict[str, nn.Linear]:
+    """Of a model that is not there."""
+    return {}
+
+
 def scorer_of(size: int, folder: Path, sketch_dim: int, shard: int, strata: np.ndarray | None) -> QualityScorer:
     """A scorer of a pool without a model."""
+    scoring = ScoringConfig(sketch_dim=sketch_dim, shard_size=shard, batch_size=32, refresh_fraction=0.1)
+    pool, world, eta = NumberedPool(size, strata), World(), 0.1
     scorer: QualityScorer = QualityScorer(
-        ScoringConfig(sketch_dim=sketch_dim, shard_size=shard, batch_size=32, refresh_fraction=0.1),
+        scoring,
         SamplingConfig(keep_fraction=0.5),
-        pool=NumberedPool(size, strata),
-        theta=lambda module: {},
-        world=World(),
+        pool=pool,
+        theta=no_layers,
+        world=world,
         seed=0,
-        eta=0.1,
+        eta=eta,
         stratify=True,
         parts_folder=folder / "parts",
     )
-    scorer._measurer = scorer._kind._measurer = RandomMeasurer(sketch_dim)  # type: ignore[assignment]
+    measurer = RandomMeasurer(scoring, pool=pool, theta=no_layers, seed=0, eta=eta, world=world)
+    scorer._measurer = scorer._kind._measurer = measurer
     return scorer
 
 
@@ -194,7 +195,7 @@ def measure(folder: Path, size: int, *, sketch_dim: int, shard: int, batch: int)
         strata = filled(size, np.int32, 0)
         strata[:: size // 3] = 1
         scorer, seen = scorer_of(size, folder, sketch_dim, shard, strata), filled(size, np.uint8, 0)
-        model = torch.nn.Identity()
+        model = nn.Identity()
         uniform = BatchSampler(counted(size), None, batch_size=batch, seed=0, replacement=False)
         timed("uniform draws", lambda: uniform.draw(0))
         table = timed("pass", lambda: scorer.score(model))
