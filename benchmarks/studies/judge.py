@@ -7,7 +7,7 @@
 ``OUT/results.jsonl`` is of study ``settings`` (run.py), ``--settings`` the folder of settings.py with the same seeds.
 Advice is asked for on every setting and seed that was run, and kept below ``--advice``: started again, the command goes
 on with what is missing. A verdict names an arm: ``query`` ours, ``query alone`` the query's rows alone, ``even``
-uniform draws, of pool and query where there is one.
+uniform draws, of the query, too, unless advice leaves it out.
 
 Following it is *right* on a setting if, in the mean over the seeds, the arms that it names are not worse than the best
 of uniform, uniform+q, query and ours by more than half of the width of that difference's interval (bootstrap over
@@ -71,15 +71,16 @@ class Judged:
         return self.gain.value < LOSS - 1e-12
 
 
-def arm_of(verdict: str, *, has_query: bool) -> str:
-    """The arm that a verdict names."""
-    return {"query": "ours", "query alone": "query"}.get(verdict, "uniform+q" if has_query else "uniform")
+def arm_of(advice: dict[str, Any], *, has_query: bool) -> str:
+    """The arm that advice names."""
+    joins_query = has_query and advice.get("config", {}).get("task", {}).get("train_on_query", True)
+    return {"query": "ours", "query alone": "query"}.get(advice["verdict"], "uniform+q" if joins_query else "uniform")
 
 
-def judge(pool: PoolRuns, verdicts: dict[int, str]) -> Judged | None:
-    """Of a setting, by the verdicts of its seeds; None where an arm that was named or uniform draws were not run."""
-    seeds = [seed for seed in pool.seeds if seed in verdicts]
-    named = {seed: arm_of(verdicts[seed], has_query="uniform+q" in pool.arms) for seed in seeds}
+def judge(pool: PoolRuns, advice: dict[int, dict[str, Any]]) -> Judged | None:
+    """Of a setting, by the advice on its seeds; None where an arm that was named or uniform draws were not run."""
+    seeds = [seed for seed in pool.seeds if seed in advice]
+    named = {seed: arm_of(advice[seed], has_query="uniform+q" in pool.arms) for seed in seeds}
     there = [name for name in ARMS if name in pool.arms]
     if not seeds or "uniform" not in there or not set(named.values()) <= set(there):
         return None
@@ -141,14 +142,14 @@ def main() -> None:
     pools = gather(trials, STUDIES[plan["study"]], most=plan["steps"], tuning=plan["tuning_seeds"])
     judged, absent = [], []
     for pool in pools:
-        verdicts = {}
+        advice = {}
         for seed in pool.seeds:
             setting = options.settings / f"seed-{seed}" / pool.pool
             pilot = options.pilot if "uniform+q" in pool.arms else "heads"
             found = ask(setting, options.advice, pilot=pilot, rows=options.rows, overrides=options.overrides)
-            verdicts[seed] = found["verdict"]
+            advice[seed] = found
             print(f"{setting.parent.name}/{setting.name}: {found['verdict']}", file=sys.stderr, flush=True)
-        one = judge(pool, verdicts)
+        one = judge(pool, advice)
         if one is None:
             absent.append(pool.pool)
         else:

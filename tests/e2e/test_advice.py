@@ -97,7 +97,9 @@ def test_a_pool_that_is_all_on_target_is_drawn_from_evenly(tmp_path: Path, model
     result = advise(parse_config(tree))
     assert result.verdict == "even"
     assert not result.summary["query against pool"]["evident"]
-    assert result.config == {"sampling": {"selector": "full", "keep_fraction": "auto"}}
+    alone = {"task": {"train_on_query": False}}  # nothing speaks for rows that are as the pool's are
+    assert result.config == {**alone, "sampling": {"selector": "full", "keep_fraction": "auto"}}
+    assert "even less pool alone" in result.summary["trials"]["accuracy"]
     assert result.summary["expected gain over even draws"]["accuracy"] == [0.0, 0.0, 0.0]
     again = advise(parse_config(tree))
     times = ("cost in seconds",)
@@ -241,8 +243,9 @@ def test_a_query_that_is_not_trained_on(tmp_path: Path, models_dir: Path) -> Non
     name = "query less query alone"
     without, joined = (found.summary["trials"]["nats a row"][name][0] for found in (result, trained))
     assert without < joined, "what is chosen lacks the query's rows"
-    accuracy = [found.summary["trials"]["accuracy"]["query alone"] for found in (result, trained)]
-    assert accuracy[0] == accuracy[1]
+    accuracy = [found.summary["trials"]["accuracy"] for found in (result, trained)]
+    assert accuracy[0]["query alone"] == accuracy[1]["query alone"]
+    assert accuracy[0]["even"] == accuracy[1]["pool alone"] and "pool alone" not in accuracy[0]
 
 
 @pytest.mark.parametrize("pilot", ["heads", "adapters"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tsqlora_scale.advice.pilot import ALONE, EVEN, QUERY, WAYS, Pilot
+from tsqlora_scale.advice.pilot import ALONE, EVEN, POOL, QUERY, Pilot, ways_of
 from tsqlora_scale.advice.pool_sample import PoolSample
 from tsqlora_scale.advice.query_choice import choice_by_others
 from tsqlora_scale.audit.cross_fit import restored
@@ -32,8 +32,9 @@ def adapter_pilot(run: Run, config: Config, sample: PoolSample, *, steps: int, c
     answers = sample.answers
     strata = answers[count:].astype(np.int64) if labelled else None
     halves = folds_of(strata, rows, 2, seed=run.config.run.seed, purpose="advice folds")
-    fits = {way: np.zeros(rows) for way in WAYS}
-    hits = {way: np.zeros(rows) for way in WAYS}
+    ways = ways_of(config)
+    fits = {way: np.zeros(rows) for way in ways}
+    hits = {way: np.zeros(rows) for way in ways}
     spread = 1.0 if labelled else float(answers.std()) or 1.0  # one for all: a half of the query may be all alike
     initial = run.engine.gather()
     for half in range(2):
@@ -57,11 +58,13 @@ def draw_weights(config: Config, sample: PoolSample, out: np.ndarray, *, classes
     _, chosen = choice_by_others(config, sample, ~known[count:], classes=classes)
     drawn, own = np.split(np.where(known, sample.weights, 0.0), [count])
     joined = own * float(config.task.train_on_query)
-    return {
+    weights = {
         EVEN: np.concatenate([drawn, joined]),
         ALONE: np.concatenate([np.zeros(count), own]),
         QUERY: np.concatenate([drawn * chosen, joined]),
+        POOL: np.concatenate([drawn, np.zeros_like(own)]),
     }
+    return {way: weights[way] for way in ways_of(config)}
 
 
 def train_way(

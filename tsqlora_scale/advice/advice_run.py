@@ -13,8 +13,8 @@ from tsqlora_scale.advice.adapter_pilot import adapter_pilot
 from tsqlora_scale.advice.advice_result import AdviceResult
 from tsqlora_scale.advice.advised_config import config_lines, loses_held_out
 from tsqlora_scale.advice.head_pilot import head_pilot
-from tsqlora_scale.advice.paired import LEVEL
-from tsqlora_scale.advice.pilot import ALONE, EVEN, QUERY, Pilot
+from tsqlora_scale.advice.paired import LEVEL, Gain
+from tsqlora_scale.advice.pilot import ALONE, EVEN, POOL, QUERY, Pilot
 from tsqlora_scale.advice.pool_sample import PoolSample, look_at_sample
 from tsqlora_scale.advice.pool_shares import PoolShare, near_copies, off_target, redundant, wrong_labels
 from tsqlora_scale.advice.query_choice import PoolRatio
@@ -26,8 +26,8 @@ from tsqlora_scale.quality import BatchSampler
 from tsqlora_scale.run.training_run import Run
 from tsqlora_scale.step import optimizer_step
 
-#: Ways that are compared: the first less the second.
-PAIRS = ((QUERY, EVEN), (ALONE, EVEN), (QUERY, ALONE))
+#: Ways that are compared: the first less the second, where both were tried.
+PAIRS = ((QUERY, EVEN), (ALONE, EVEN), (QUERY, ALONE), (EVEN, POOL))
 #: Steps that are timed, after one that is not.
 TIMED = 3
 
@@ -76,8 +76,9 @@ def look_and_judge(run: Run, config: Config, *, rows: int, steps: int | None) ->
         trials=None if pilot is None else trials_of(pilot, seed=seed),
         wrong=found.shares["wrong labels"],
         redundant=found.shares["redundant rows"],
+        joins_query=config.task.train_on_query,
     )
-    lines = config_lines(config, verdict.way, steps=run.plan.total_steps, labels=run.config.task.labels)
+    lines = config_lines(config, verdict, steps=run.plan.total_steps, labels=run.config.task.labels)
     if verdict.way == ALONE and loses_held_out(config):
         gone = "the held-out rows come with the pool; give task.dataset.dev_file a file of such rows to evaluate on"
         verdict = replace(verdict, reasons=(*verdict.reasons, gone))
@@ -124,12 +125,12 @@ def pool_findings(run: Run, sample: PoolSample, *, classes: int) -> PoolFindings
 
 def trials_of(pilot: Pilot, *, seed: int) -> Trials:
     """The differences that a verdict looks at."""
-    return Trials(*(pilot.gain(way, less, seed=seed) for way, less in PAIRS))
+    return Trials(*_gains(pilot, seed=seed).values())
 
 
 def trials_told(pilot: Pilot, *, seed: int) -> dict[str, Any]:
     """For a file: differences in nats and, of classes, in accuracy, and the accuracies themselves."""
-    gains = {f"{way} less {less}": pilot.gain(way, less, seed=seed) for way, less in PAIRS}
+    gains = _gains(pilot, seed=seed)
     nats = {name: gain.nats.rounded() for name, gain in gains.items()}
     told = {"of": pilot.kind, **pilot.notes, "judged on": len(pilot.fits[EVEN]), "nats a row": nats}
     if pilot.hits is None:
@@ -137,6 +138,11 @@ def trials_told(pilot: Pilot, *, seed: int) -> dict[str, Any]:
     accuracy: dict[str, Any] = {way: round(float(hits.mean()), 4) for way, hits in pilot.hits.items()}
     points = {name: gain.points.rounded() for name, gain in gains.items() if gain.points is not None}
     return {**told, "accuracy": accuracy | points}
+
+
+def _gains(pilot: Pilot, *, seed: int) -> dict[str, Gain]:
+    tried = ((way, less) for way, less in PAIRS if {way, less} <= pilot.fits.keys())
+    return {f"{way} less {less}": pilot.gain(way, less, seed=seed) for way, less in tried}
 
 
 def timed_step(run: Run) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tsqlora_scale.advice.pilot import ALONE, QUERY
+from tsqlora_scale.advice.verdict import Verdict
 from tsqlora_scale.config.schema import Config
 from tsqlora_scale.config.task_section import SET_COLUMNS
 
@@ -16,19 +17,23 @@ def config_of_look(config: Config) -> Config:
     return config.model_copy(update={"task": task})
 
 
-def config_lines(config: Config, way: str, *, steps: int, labels: list[str] | int | None = None) -> dict[str, Any]:
+def config_lines(
+    config: Config, verdict: Verdict, *, steps: int, labels: list[str] | int | None = None
+) -> dict[str, Any]:
     """What of a run's config is to be set, and no more.
 
     Args:
-        way: of the verdict.
         steps: of an even run as the config says.
         labels: the classes of the pool, where the config leaves them to the data; None: there are none.
     """
+    way = verdict.way
     lines: dict[str, Any] = {"sampling": {"selector": QUERY if way == QUERY else "full", "keep_fraction": "auto"}}
     if config.sampling.file is not None:
         lines["sampling"]["file"] = None
     if way in (QUERY, ALONE) and config.train.epochs is not None:  # passes over what is not the pool any more
         lines["train"] = {"epochs": None, "max_steps": steps}
+    if config.task.train_on_query and not verdict.joins_query:
+        lines = {"task": {"train_on_query": False}, **lines}
     if way != ALONE:
         return lines
     dataset: dict[str, Any] = {"train_file": config.task.query}

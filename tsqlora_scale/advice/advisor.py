@@ -25,7 +25,7 @@ def advise(
     Args:
         rows: of the pool that are looked at.
         pilot: what is trained for the trials: ``heads`` on frozen features, in closed form, or the config's own
-            ``adapters``, for some steps: six trainings.
+            ``adapters``, for some steps: eight trainings.
         steps: of each of these; 60 if not given.
 
     Raises:

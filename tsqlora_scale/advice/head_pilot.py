@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from tsqlora_scale.advice.pilot import ALONE, EVEN, QUERY, WAYS, Pilot
+from tsqlora_scale.advice.pilot import ALONE, EVEN, POOL, QUERY, Pilot, ways_of
 from tsqlora_scale.advice.pool_sample import PoolSample
 from tsqlora_scale.advice.query_choice import choice_by_others
 from tsqlora_scale.config.schema import Config
@@ -32,8 +32,9 @@ def head_pilot(config: Config, sample: PoolSample, *, classes: int) -> Pilot:
     labelled = sample.shape.kind == "classes"
     strata = answers.astype(np.int64) if labelled else None
     folds = folds_of(strata, rows, min(FOLDS, rows), seed=config.run.seed, purpose="advice folds")
-    fits = {way: np.zeros(rows) for way in WAYS}
-    hits = {way: np.zeros(rows) for way in WAYS}
+    ways = ways_of(config)
+    fits = {way: np.zeros(rows) for way in ways}
+    hits = {way: np.zeros(rows) for way in ways}
     for fold in np.unique(folds):
         out = folds == fold
         for way, (fit, hit) in _judged(config, sample, out, classes=classes).items():
@@ -57,15 +58,17 @@ def _judged(
         seen, found = sample.shape.split(numbers)
         features[name] = likeness.standardised(seen)[:, :, 0].astype(np.float64)
         targets[name] = np.eye(classes)[found.astype(np.int64)] if labelled else found.astype(np.float64)[:, None]
-    own = sample.weights[count:][others] * (1.0 if config.task.train_on_query else LEAST)
+    all_of_it = sample.weights[count:][others]
+    joined, none_of_it = all_of_it * (1.0 if config.task.train_on_query else LEAST), all_of_it * LEAST
     drawn = sample.weights[:count] * known
-    of_pool = {EVEN: drawn, ALONE: np.zeros(count), QUERY: drawn * chosen}
+    of_pool = {EVEN: drawn, ALONE: np.zeros(count), QUERY: drawn * chosen, POOL: drawn}
+    of_query = {EVEN: joined, ALONE: all_of_it, QUERY: joined, POOL: none_of_it}
     judged = {}
-    for way in WAYS:
+    for way in ways_of(config):
         used = of_pool[way] > 0
         x = np.concatenate([features["pool"][used], features["rest"]])
         y = np.concatenate([targets["pool"][used], targets["rest"]])
-        weights = np.concatenate([of_pool[way][used], sample.weights[count:][others] if way == ALONE else own])
+        weights = np.concatenate([of_pool[way][used], of_query[way]])
         place = np.arange(int(used.sum()), len(x))
         copies = sample.copies[np.append(used, others)]
         heads, left_out = fit_heads(x, y, weights=_of_effect(weights), judged=place, copies=copies)

@@ -1,4 +1,4 @@
-"""What short trials say: three ways to train, judged on the query's rows that had no part in any of them."""
+"""What short trials say: ways to train, judged on the query's rows that had no part in any of them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,16 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tsqlora_scale.advice.paired import Difference, Gain
+from tsqlora_scale.config.schema import Config
 
-#: The ways: the pool and the query, evenly; the query's rows alone; what is chosen by the query, and the query.
-EVEN, ALONE, QUERY = "even", "query alone", "query"
-WAYS = (EVEN, ALONE, QUERY)
+#: The ways: the pool and the query, evenly; the query's rows alone; what is chosen by the query, and the query; the
+#: pool without the query's rows, evenly.
+EVEN, ALONE, QUERY, POOL = "even", "query alone", "query", "pool alone"
+
+
+def ways_of(config: Config) -> tuple[str, ...]:
+    """What is tried for a run: where ``task.train_on_query`` is off, its even draws are of the pool alone."""
+    return (EVEN, ALONE, QUERY, POOL) if config.task.train_on_query else (EVEN, ALONE, QUERY)
 
 
 @dataclass(frozen=True)

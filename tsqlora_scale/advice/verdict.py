@@ -21,6 +21,7 @@ class Trials:
     query_less_even: Gain
     alone_less_even: Gain
     query_less_alone: Gain
+    even_less_pool: Gain | None = None
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,12 @@ class Verdict:
     Attributes:
         way: ``query``, ``query alone`` or ``even``.
         reasons: a line each.
+        joins_query: whether the query's rows, if there are any, are to be trained on beside what is drawn of the pool.
     """
 
     way: str
     reasons: tuple[str, ...]
+    joins_query: bool = True
 
 
 def decide(
@@ -43,6 +46,7 @@ def decide(
     trials: Trials | None = None,
     wrong: PoolShare | None = None,
     redundant: PoolShare | None = None,
+    joins_query: bool = True,
 ) -> Verdict:
     """The verdict.
 
@@ -52,16 +56,23 @@ def decide(
     gain. ``query alone`` where the query's rows alone are better than both, beyond doubt. ``even`` otherwise: a choice
     without evidence costs samples.
 
+    Even draws are of the query's rows, too, where these stand out of the pool and trials do not speak against it, or
+    where trials show a gain by them. Elsewhere they are as the pool's rows are, and stay unseen, for a check.
+
     Args:
         evidence: standard errors by which the query stands out of the pool; None without a query.
         trials: None where none could be made.
         wrong: the share of wrong labels, where it can be told.
         redundant: the share of copies, where there are any.
+        joins_query: whether the run that is asked about trains on the query's rows.
     """
     if evidence is None:
         way, reasons = EVEN, ["there is no task.query to choose by, and no choice without one has beaten even draws"]
     else:
         way, reasons = _by_query(evidence, is_evident, trials)
+        if way == EVEN and joins_query:
+            joins_query, reason = _joined(is_evident, None if trials is None else trials.even_less_pool)
+            reasons.append(reason)
     if wrong is not None and wrong.low >= TOLD and not wrong.note:
         reasons.append(
             f"about {wrong.share:.0%} of the labels are wrong ({wrong.low:.0%} to {wrong.high:.0%}); dropping, "
@@ -73,7 +84,7 @@ def decide(
             f"about {redundant.share:.0%} of the rows are copies or near-copies of others; the audit's list, which "
             "task.dataset.exclude takes, has the copies, and of classes and numbers its table the near ones, too"
         )
-    return Verdict(way, tuple(reasons))
+    return Verdict(way, tuple(reasons), joins_query)
 
 
 def _by_query(evidence: float, is_evident: bool, trials: Trials | None) -> tuple[str, list[str]]:
@@ -100,6 +111,18 @@ def _by_query(evidence: float, is_evident: bool, trials: Trials | None) -> tuple
     if gain.leans_up and evidence > CLEAR:
         return QUERY, [f"{stands}, which is clear", f"and trials lean to the choice: {_told(gain)}"]
     return EVEN, [stands, f"but trials show no gain by the choice over even draws: {_told(gain)}"]
+
+
+def _joined(is_evident: bool, gain: Gain | None) -> tuple[bool, str]:
+    """Whether even draws are of the query's rows, too, and why."""
+    tried = "" if gain is None else f": {_told(gain)}"
+    if gain is not None and gain.is_above:
+        return True, f"in trials the query's rows are a gain beside the pool{tried}"
+    if not is_evident:
+        return False, f"nothing shows a gain by the query's rows beside the pool{tried}; not trained on, they can judge"
+    if gain is not None and gain.is_below:
+        return False, f"in trials the query's rows are a loss beside the pool{tried}"
+    return True, f"the query's rows, which are of another kind, are trained on beside the pool{tried}"
 
 
 def _told(found: Gain) -> str:

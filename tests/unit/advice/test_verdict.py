@@ -13,7 +13,7 @@ from tests.runs import run_tree
 from tsqlora_scale.advice.advised_config import config_lines, loses_held_out
 from tsqlora_scale.advice.paired import Difference, Gain
 from tsqlora_scale.advice.pool_shares import PoolShare
-from tsqlora_scale.advice.verdict import Trials, decide
+from tsqlora_scale.advice.verdict import Trials, Verdict, decide
 from tsqlora_scale.config.load import parse_config
 
 UP, DOWN = Gain(Difference(0.2, 0.1, 0.3)), Gain(Difference(-0.2, -0.3, -0.1))
@@ -48,6 +48,30 @@ def test_a_query(evidence: float, gain: Gain, alone: Gain, over_alone: Gain, exp
     assert way(evidence, gain, alone, over_alone) == expected
 
 
+@pytest.mark.parametrize(
+    ("evidence", "joined", "expected"),
+    [
+        (1.0, RATHER_UP, False),
+        (1.0, UP, True),
+        (1.0, DOWN, False),
+        (4.0, RATHER_DOWN, True),
+        (4.0, RATHER_UP, True),
+        (4.0, DOWN, False),
+    ],
+)
+def test_even_draws_are_of_the_query_where_that_may_help(evidence: float, joined: Gain, expected: bool) -> None:
+    trials = Trials(RATHER_DOWN, RATHER_DOWN, RATHER_UP, joined)
+    found = decide(evidence=evidence, is_evident=evidence > 3, trials=trials)
+    assert (found.way, found.joins_query) == ("even", expected)
+    assert "beside the pool" in found.reasons[-1]
+    left_out = decide(evidence=evidence, is_evident=evidence > 3, trials=trials, joins_query=False)
+    assert (left_out.way, left_out.joins_query, left_out.reasons) == ("even", False, found.reasons[:-1])
+
+
+def test_a_choice_is_beside_the_query() -> None:
+    assert decide(evidence=10.0, is_evident=True, trials=Trials(UP, RATHER_UP, UP, DOWN)).joins_query
+
+
 def test_without_a_query_there_is_nothing_to_choose_by() -> None:
     found = decide(evidence=None, wrong=PoolShare(0.3, 0.2, 0.4), redundant=PoolShare(0.1, 0.1, 0.1))
     assert found.way == "even"
@@ -67,6 +91,7 @@ def test_labels_that_may_all_be_right_are_not_spoken_of(wrong: PoolShare | None)
 def test_texts_without_a_trial(evidence: float, expected: str) -> None:
     found = decide(evidence=evidence, is_evident=evidence > 3)
     assert found.way == expected
+    assert found.joins_query == (evidence > 3)
     assert "--pilot adapters" in found.reasons[0]
 
 
@@ -104,7 +129,7 @@ def test_the_lines_are_a_config(sections: dict[str, dict[str, Any]], way: str, t
     tree["task"]["query"] = "query.jsonl"
     tree["task"]["dataset"] |= {"weight": "w", "max_train_samples": 20}
     asked = parse_config(tree)
-    lines = config_lines(asked, way, steps=77, labels=["no", "yes"])
+    lines = config_lines(asked, Verdict(way, (), joins_query=way != "even"), steps=77, labels=["no", "yes"])
     for section, values in lines.items():
         dataset = values.pop("dataset", {})
         tree[section] |= values
@@ -112,6 +137,7 @@ def test_the_lines_are_a_config(sections: dict[str, dict[str, Any]], way: str, t
             tree[section]["dataset"] |= dataset
     config = parse_config(tree)
     assert config.sampling.selector == ("query" if way == "query" else "full")
+    assert config.task.train_on_query == (way != "even")
     if way == "query alone":
         assert config.task.dataset.train_file == "query.jsonl"
         assert config.task.query is config.task.dataset.weight is config.task.dataset.max_train_samples is None
@@ -132,7 +158,7 @@ def test_held_out_rows_that_go_with_the_pool(source: str, tmp_path: Any, models_
         tree["task"] |= {"mixture": [{"name": "a", "dataset": files}, {"name": "b", "dataset": files}]}
     config = parse_config(tree)
     assert loses_held_out(config)
-    lines = config_lines(config, "query alone", steps=77)
+    lines = config_lines(config, Verdict("query alone", ()), steps=77)
     assert lines["train"] == {"eval_every": None, "patience": None, "keep": "last"}
     dataset = lines["task"].pop("dataset")
     tree["task"] |= lines["task"] | {"dataset": tree["task"].get("dataset", {}) | dataset}
@@ -143,7 +169,7 @@ def test_held_out_rows_that_go_with_the_pool(source: str, tmp_path: Any, models_
 def test_columns_that_the_sets_alone_name(tmp_path: Any, models_dir: Any) -> None:
     tree = mixed_tree(tmp_path, models_dir, "run", selector="query")
     tree["task"] |= {"query": str(tmp_path / "few.jsonl")}
-    lines = config_lines(parse_config(tree), "query alone", steps=77, labels=["no", "yes"])
+    lines = config_lines(parse_config(tree), Verdict("query alone", ()), steps=77, labels=["no", "yes"])
     for section, values in lines.items():
         tree[section] = tree.get(section, {}) | values
     config = parse_config(tree)
@@ -155,7 +181,7 @@ def test_snapshots_that_followed_the_evaluations(tmp_path: Any, models_dir: Any)
     train = {"eval_every": 5, "average_last": 2, "keep": "average"}
     tree = run_tree("bert", tmp_path, models_dir, "run", train=train)
     tree["task"] |= {"query": "query.jsonl", "dataset": {"name": "glue", "subset": "sst2"}}
-    lines = config_lines(parse_config(tree), "query alone", steps=77)
+    lines = config_lines(parse_config(tree), Verdict("query alone", ()), steps=77)
     assert lines["train"] == {"eval_every": None, "average_every": 5}
     tree["task"]["dataset"] |= lines["task"].pop("dataset")
     tree["task"] |= lines["task"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -27,6 +28,11 @@ MIXED = {
     "ours": (0.70, 0.76, 0.74),
 }
 PLAIN = {"uniform": (0.80, 0.81, 0.79), "quality": (0.9, 0.9, 0.9)}
+
+
+def said(verdict: str, joins_query: bool = True) -> dict[str, Any]:
+    """Advice."""
+    return {"verdict": verdict, "config": {} if joins_query else {"task": {"train_on_query": False}}}
 
 
 def write_results(folder: Path, pools: dict[str, dict[str, tuple[float, ...]]]) -> Path:
@@ -63,7 +69,7 @@ def runs_of(folder: Path, arms: dict[str, tuple[float, ...]]) -> PoolRuns:
 def test_what_is_named_is_compared_with_the_best(
     verdicts: list[str], is_right: bool, behind: float, gain: float, tmp_path: Path
 ) -> None:
-    found = judge(runs_of(tmp_path, MIXED), dict(enumerate(verdicts)))
+    found = judge(runs_of(tmp_path, MIXED), {seed: said(verdict) for seed, verdict in enumerate(verdicts)})
     assert found is not None
     assert (found.best, found.is_right, found.is_dear) == ("ours", is_right, False)
     assert found.behind.value == pytest.approx(behind, abs=1e-3)
@@ -72,7 +78,7 @@ def test_what_is_named_is_compared_with_the_best(
 
 def test_a_loss_is_dear(tmp_path: Path) -> None:
     arms = MIXED | {"ours": (0.48, 0.52, 0.52)}
-    found = judge(runs_of(tmp_path, arms), dict.fromkeys(range(3), "query"))
+    found = judge(runs_of(tmp_path, arms), dict.fromkeys(range(3), said("query")))
     assert found is not None and found.is_dear and not found.is_right
     assert "More than 0.5 points are lost on 1: sst2-mix-500." in table([found], [])
     assert "Right on 0 of 1 settings (0 %)." in table([found], [])
@@ -81,22 +87,24 @@ def test_a_loss_is_dear(tmp_path: Path) -> None:
 def test_what_was_not_run_is_not_judged(tmp_path: Path) -> None:
     arms = {name: values for name, values in MIXED.items() if name != "ours"}
     runs = runs_of(tmp_path, arms)
-    assert judge(runs, dict.fromkeys(range(3), "query")) is None
-    assert judge(runs, dict.fromkeys(range(3), "even")) is not None
+    assert judge(runs, dict.fromkeys(range(3), said("query"))) is None
+    assert judge(runs, dict.fromkeys(range(3), said("even"))) is not None
     assert judge(runs, {}) is None
 
 
-def test_even_draws_are_of_the_query_too_where_there_is_one() -> None:
-    assert [arm_of("even", has_query=has_query) for has_query in (True, False)] == ["uniform+q", "uniform"]
+def test_even_draws_are_of_the_query_too_where_there_is_one_and_advice_leaves_it_in() -> None:
+    cases = [("even", True, True), ("even", False, True), ("even", True, False), ("query", True, True)]
+    named = [arm_of(said(verdict, joins), has_query=has_query) for verdict, joins, has_query in cases]
+    assert named == ["uniform+q", "uniform", "uniform", "ours"]
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     results = write_results(tmp_path, {"sst2-mix-500": MIXED, "sst2-clean-500": PLAIN})
     for seed, verdict in enumerate(["query", "query", "even"]):
-        for setting, said in (("sst2-mix-500", verdict), ("sst2-clean-500", "even")):
+        for setting, told in (("sst2-mix-500", verdict), ("sst2-clean-500", "even")):
             folder = tmp_path / "advice" / "heads-2000" / f"seed-{seed}" / setting / "advice"
             folder.mkdir(parents=True)
-            (folder / "advice.json").write_text(json.dumps({"verdict": said}), encoding="utf-8")
+            (folder / "advice.json").write_text(json.dumps(said(told)), encoding="utf-8")
     command = ["judge.py", results, "--settings", tmp_path / "settings", "--advice", tmp_path / "advice"]
     monkeypatch.setattr(sys, "argv", [str(word) for word in command])
     judging.main()
