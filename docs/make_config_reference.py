@@ -43,6 +43,7 @@ WORDS = {
     "MixedSetConfig": "sets",
     "DistillConfig": "section",
     "Layers": "list of numbers of blocks, or `top:K`",
+    "KeptOrNot": "text, `auto` or `off`",
     "IsoDate": "date, as 'YYYY-MM-DD'",
     "bool": "true or false",
     "int": "integer",
@@ -50,6 +51,10 @@ WORDS = {
     "str": "text",
     "None": "null",
 }
+
+
+#: Defaults that a section works out from its other keys.
+WORKED_OUT = {("task", "metrics"): "by `type`"}
 
 
 def comments(section: type[BaseModel]) -> dict[str, tuple[str, str]]:
@@ -120,7 +125,8 @@ def section_lines(name: str, section: type[BaseModel]) -> list[str]:
             nested += section_lines(f"{name}.{key}", inner)
             continue
         text, annotation = texts[key]
-        cells = [f"`{key}`", kind(annotation), shown(field.default), text]
+        default = WORKED_OUT.get((name, key), shown(field.default))
+        cells = [f"`{key}`", kind(annotation), default, text]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         for part in get_args(inner):  # a section that may be left out
             if isinstance(part, type) and issubclass(part, BaseModel) and get_origin(inner) is not list:

@@ -16,6 +16,7 @@ from tsqlora_scale.advice.advisor import advise as advise
 from tsqlora_scale.audit.audit_result import AuditResult
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.quiet import prepare_environment
+from tsqlora_scale.config.model_section import ADAPTER_TRAITS
 from tsqlora_scale.config.quality_sections import BLIND_SELECTORS
 from tsqlora_scale.config.schema import Config
 from tsqlora_scale.planning.planner import plan as plan
@@ -223,9 +224,11 @@ def _for_scoring(config: Config, adapter: str | Path | None) -> Config:
             "model.name_or_path to it and scoring.proxy_model=null"
         )
     if config.sampling.selector in BLIND_SELECTORS:
-        raise UserError(
-            f"there is nothing to score: sampling.selector is {config.sampling.selector!r}; set it to 'quality'"
-        )
+        kind = config.adapter.type
+        remedy = "set it to 'quality'"
+        if not ADAPTER_TRAITS[kind].scored:
+            remedy = f"and adapter.type={kind!r} has no gradients by sample; set adapter.type=lora, and it to 'quality'"
+        raise UserError(f"there is nothing to score: sampling.selector is {config.sampling.selector!r}; {remedy}")
     if config.scores_online:
         raise UserError(
             "scoring.source='online' scores while it trains, and leaves the scores in the run folder; "

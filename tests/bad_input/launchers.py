@@ -105,6 +105,8 @@ CASES = [
     launcher("mixed precision", {"ACCELERATE_MIXED_PRECISION": "bf16"}, "mixed_precision='bf16'", "model.dtype='fp32'"),
     launcher("mixed precision of another kind", {"ACCELERATE_MIXED_PRECISION": "fp16"}, "model.dtype='bf16'",
              "--mixed_precision no", dtype="bf16"),
+    launcher("mixed precision that DeepSpeed has not", DEEPSPEED | {"ACCELERATE_MIXED_PRECISION": "fp16"},
+             "mixed_precision='fp16'", "set model.dtype=bf16"),
     launcher("eight bits", {"ACCELERATE_MIXED_PRECISION": "fp8"}, "mixed_precision='fp8'", "not supported"),
     launcher("FSDP of old", {"ACCELERATE_USE_FSDP": "true"}, "version '1'", "fsdp_version: 2"),
     launcher("FSDP2 with offload", FSDP | {"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params=true", "ZeRO-3"),

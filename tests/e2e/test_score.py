@@ -193,7 +193,8 @@ def test_scoring_by_a_trained_adapter(tmp_path: Path, models_dir: Path, capsys: 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["adapter.method=lora"], "nothing to score"),
+        (["adapter.method=lora"], "nothing to score: sampling.selector is 'full'; set it to 'quality'"),
+        (["adapter.method=dora"], "'dora' has no gradients by sample; set adapter.type=lora"),
         (["sampling.selector=full", "scoring.enabled=false"], "nothing"),
         (["--adapter", "x", *BY_MOMENTS], "the optimizer's moments, which no adapter's folder has"),
     ],

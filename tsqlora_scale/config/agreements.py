@@ -168,9 +168,10 @@ def draws_agree(config: Config) -> None:
             f"'sampling.selector: {selector}' chooses by the rows of 'task.query', which is not set; name a file"
         )
     if selector in ("query", "file") and config.sampling.keep_fraction == "auto" and config.train.epochs is not None:
+        remedy = ", or 'keep_fraction' to a number" + (" where the file has scores" if selector == "file" else "")
         raise ValueError(
             "'train.epochs' counts passes over S, whose size 'sampling.keep_fraction: auto' finds in the run; set "
-            "'train.max_steps', or 'keep_fraction' to a number"
+            f"'train.max_steps'{remedy}"
         )
     if selector not in GRADIENT_SELECTORS:
         return

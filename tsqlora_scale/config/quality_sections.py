@@ -160,13 +160,16 @@ class SamplingConfig(Section):
     #: ``full``: the whole pool, evenly; ``random``: a random part of it, evenly; ``quality``: by Eq. 2; ``query``: what
     #: is like the rows of ``task.query``, by the density ratio of wanted to pool; others as papers have them
     #: (docs/selectors.md); or a selector of one's own, ``FILE.py:NAME`` or ``package.module:NAME``. By default it is
-    #: ``query`` where there is a query, ``quality`` where a key of ``scoring`` or another one of ``sampling`` is set,
-    #: else ``full``; for the plain methods ``full``. (What stands here is that of the section alone.)
+    #: ``query`` where there is a query, ``quality`` where a key says how to score (of ``scoring``: all but
+    #: ``batch_size``, ``shard_size``, ``keep_sketches``, ``max_length``, ``include_head``, ``folds`` and ``audit``) or
+    #: to draw by scores (``tau``, ``keep_fraction``, ``redundancy``, ``similarity``, ``unbiased``, ``use``), else
+    #: ``full``; for the plain methods ``full``. (What stands here is that of the section alone.)
     selector: name_or_extension(*SELECTORS) = "quality"  # type: ignore[valid-type]
     #: Temperature of Eq. 2: the lower, the more the best samples are drawn.
     tau: PositiveFloat = 0.7
-    #: Size of S as a share of the pool (the query's rows, which S always has, not counted). ``auto``: what the selector
-    #: finds worth training on, for ``query``; the whole pool for others.
+    #: Size of S as a share of the pool (the query's rows, which S always has, not counted). ``auto``: for
+    #: ``query`` what it finds worth training on, for ``file`` what the list names, the whole pool for ``full``,
+    #: ``random``, ``quality`` and ``infobatch``; others need a number.
     keep_fraction: UnitInterval | Literal["auto"] = "auto"
     #: ``selector: query``: draw the samples of S by the estimated probability that each is wanted, not evenly. With
     #: ``keep_fraction: 1.0`` nothing is cut off.

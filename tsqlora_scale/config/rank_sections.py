@@ -59,7 +59,7 @@ class AllocationConfig(Section):
     policy: name_or_extension("tsqlora", "gain", "adalora", "elalora", "fixed", "file") = "tsqlora"  # type: ignore[valid-type]
     #: The ranks of ``policy: file``: a run folder, its ``result.json``, an adapter's folder or ``adapter_config.json``,
     #: or a yaml or json file of names and ranks, as PEFT's ``rank_pattern`` has them. Layers that it does not name
-    #: have ``adapter.r``.
+    #: have the ``r`` of an adapter's file, where it is one, else ``adapter.r``.
     file: Annotated[str, Field(min_length=1)] | None = None
     #: ``fixed``: the ranks at the start, times φ. ``auto``, with ``policy: gain``: the run finds the total as well, the
     #: fewest ranks that leave no more than ``tolerance`` of what is to be gained …
@@ -78,7 +78,7 @@ class AllocationConfig(Section):
     #: ``sensitivity.estimator: adapter``, which then hears nothing of it, only when all others are full; with
     #: ``adalora`` and ``elalora`` never). 0 with ``adalora``, unless set.
     r_min: Annotated[int, Field(ge=0)] = 1
-    #: None means 4 r.
+    #: None means 4 r, with ``budget: auto`` ``ceiling`` r where that is more.
     r_max: PositiveInt | None = None
     #: Most ranks that a layer may gain or lose at an event; none: any number.
     max_change: PositiveInt | None = None

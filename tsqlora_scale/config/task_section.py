@@ -92,7 +92,8 @@ class TaskConfig(Section):
     dataset: DatasetConfig = DatasetConfig()
     #: Several data sets in the place of ``task.dataset``: a list of sets with ``name``, ``dataset`` (its keys are those
     #: above), ``weight``, ``prefix``, and the names of its columns: of ``text``, ``label``, ``source``, ``target`` and
-    #: ``messages`` where they are not the task's, of ``input`` and ``tools`` where it has them.
+    #: ``messages`` where they are not the task's, of ``input``, ``tools``, ``completion`` and ``system`` where it has
+    #: them.
     mixture: list[MixedSetConfig] = []
     #: Shares of the draws are as the sets' sizes to the power of 1 / temperature: 1 is as many as there are, more makes
     #: them more alike. In the place of the sets' weights.

@@ -83,7 +83,8 @@ class TrainConfig(Section):
     #: A step whose loss or gradient is not finite is left out, and its samples are logged; more of them than this end
     #: the run. Steps that fp16's loss scaler leaves out while it looks for its scale do not count.
     max_nonfinite: Annotated[int, Field(ge=0)] = 10
-    #: Optimizer steps between checkpoints; none writes one after a better evaluation and on a stop alone.
+    #: Optimizer steps between checkpoints; none writes one before the first scoring pass, after a better
+    #: evaluation, on a stop, and at the end.
     checkpoint_every: PositiveInt | None = None
     #: How many of the newest checkpoints stay, beside the best one.
     checkpoint_keep: PositiveInt = 2

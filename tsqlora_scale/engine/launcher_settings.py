@@ -76,6 +76,8 @@ def check_launcher(model: ModelConfig, *, adapter: str = "lora") -> None:
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if precision not in ("", "no", model.dtype):
         remedy = f"or set model.dtype={precision}" if precision in ("bf16", "fp16") else "(fp8 is not supported)"
+        if precision == "fp16" and (deepspeed_wanted() or fsdp_wanted()):
+            remedy = "and set model.dtype=bf16 for 16 bits (fp16 goes with one process or DDP alone)"
         raise UserError(
             f"the launcher's mixed_precision={shown(precision)} (ACCELERATE_MIXED_PRECISION) contradicts "
             f"model.dtype={model.dtype!r}, which decides the precision; launch with --mixed_precision no, {remedy}"

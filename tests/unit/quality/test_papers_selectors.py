@@ -337,6 +337,14 @@ def test_a_list_of_samples(kind: str, site: Site, tmp_path: Path) -> None:
     assert np.flatnonzero(selector.table.selected).tolist() == [3, 7, 11, *range(ROWS, ROWS + QUERY)]
 
 
+def test_a_list_that_lacks_a_class_is_to_be_longer(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(site.task, "class_ids", lambda: (np.arange(len(site.task)) == 0).astype(np.int64))
+    site.scored("file", file=LISTS["txt"](tmp_path), keep_fraction="auto")
+    assert "no sample of 1 of the 2 classes; sampling.file lists none of them: add some" in caplog.text
+
+
 def test_scores_of_a_file_and_our_own(site: Site, tmp_path: Path) -> None:
     lines = "".join(f"{row}\t{-row / 2}\n" for row in reversed(range(ROWS + 5)))  # more than the pool has
     selector = site.scored("file", file=_written(tmp_path / "s.tsv", "sample_id\tscore\n" + lines))

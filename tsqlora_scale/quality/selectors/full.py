@@ -130,14 +130,18 @@ class FullSelector:
         lost = int(np.count_nonzero((of_pool > 0) & (kept == 0)))
         if lost:
             self._has_warned = True
+            if self.config.sampling.selector == "file" and self.config.sampling.keep_fraction == "auto":
+                remedy = "sampling.file lists none of them: add some"
+            elif self.config.chooses_within_labels or self.config.stratifies:
+                remedy = "too few rows are kept for all of them: raise sampling.keep_fraction"
+            else:
+                remedy = "set sampling.stratify=true, by which they keep their shares"
             log.warning(
                 "sampling.selector=%r: S holds no sample of %d of the %d classes; %s",
                 self.config.sampling.selector,
                 lost,
                 np.count_nonzero(of_pool),
-                "too few rows are kept for all of them: raise sampling.keep_fraction"
-                if self.config.chooses_within_labels or self.config.stratifies
-                else "set sampling.stratify=true, by which they keep their shares",
+                remedy,
             )
 
     def _balance(self, rows: np.ndarray, weighted: np.ndarray) -> None:
