@@ -71,16 +71,18 @@ class Judged:
         return self.gain.value < LOSS - 1e-12
 
 
-def arm_of(advice: dict[str, Any], *, has_query: bool) -> str:
+def arm_of(advice: dict[str, Any]) -> str:
     """The arm that advice names."""
-    joins_query = has_query and advice.get("config", {}).get("task", {}).get("train_on_query", True)
-    return {"query": "ours", "query alone": "query"}.get(advice["verdict"], "uniform+q" if joins_query else "uniform")
+    if advice["verdict"] == "query" and not advice["trains on query"]:
+        return "ours without q"  # which no study runs
+    evenly = "uniform+q" if advice["trains on query"] else "uniform"
+    return {"query": "ours", "query alone": "query"}.get(advice["verdict"], evenly)
 
 
 def judge(pool: PoolRuns, advice: dict[int, dict[str, Any]]) -> Judged | None:
     """Of a setting, by the advice on its seeds; None where an arm that was named or uniform draws were not run."""
     seeds = [seed for seed in pool.seeds if seed in advice]
-    named = {seed: arm_of(advice[seed], has_query="uniform+q" in pool.arms) for seed in seeds}
+    named = {seed: arm_of(advice[seed]) for seed in seeds}
     there = [name for name in ARMS if name in pool.arms]
     if not seeds or "uniform" not in there or not set(named.values()) <= set(there):
         return None
@@ -96,13 +98,14 @@ def ask(setting: Path, out: Path, *, pilot: str, rows: int, overrides: Sequence[
     """The advice on a setting; what ``out`` has kept of it, if it has."""
     out = out / "-".join([pilot, str(rows), *(f"{crc32(each.encode()):08x}" for each in overrides)])
     file = out / setting.parent.name / setting.name / "advice" / "advice.json"
-    if not file.exists():
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if "trains on query" not in found:  # not asked for yet, or of an earlier rule
         from tsqlora_scale.api import advise
         from tsqlora_scale.config.load import load_config
 
         place = [f"run.output_dir={out / setting.parent.name}", f"run.name={setting.name}"]
         advise(load_config(setting / "config.yaml", [*place, *overrides]), pilot=pilot, rows=rows)  # type: ignore[arg-type]
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8"))
     return found
 
 

@@ -14,10 +14,11 @@ import pytest
 from tests.queried import queried
 from tests.runs import go, read_lines, run_tree, write_config
 from tests.tiny import WORDS
-from tsqlora_scale.advice import advice_run, pool_shares
+from tsqlora_scale.advice import adapter_pilot, advice_run, pool_shares
 from tsqlora_scale.advice.pool_sample import look_at_sample
 from tsqlora_scale.advice.query_choice import PoolRatio, chosen_weights
 from tsqlora_scale.api import advise
+from tsqlora_scale.audit.trial_step import trial_step
 from tsqlora_scale.commands import main as cli
 from tsqlora_scale.config.load import parse_config
 from tsqlora_scale.run import preflight
@@ -246,6 +247,36 @@ def test_a_query_that_is_not_trained_on(tmp_path: Path, models_dir: Path) -> Non
     accuracy = [found.summary["trials"]["accuracy"] for found in (result, trained)]
     assert accuracy[0]["query alone"] == accuracy[1]["query alone"]
     assert accuracy[0]["even"] == accuracy[1]["pool alone"] and "pool alone" not in accuracy[0]
+
+
+def test_epochs_of_a_run_that_leaves_the_query_out(tmp_path: Path, models_dir: Path) -> None:
+    """The length that is advised is that of the run that was asked about."""
+    tree = planted("bert", tmp_path, models_dir, on_target=50)
+    tree["task"]["train_on_query"] = False
+    tree["train"] |= {"max_steps": None, "epochs": 2, "batch_size": 6}
+    tree["sampling"] = {"selector": "full"}
+    result = advise(parse_config(tree))
+    assert result.config["train"] == {"epochs": None, "max_steps": 54}, "2 * 160 / 6, the query's 40 rows left out"
+    assert result.summary["cost in seconds"]["steps"] == 54
+    assert result.summary["trains on query"] is False
+
+
+def test_a_part_stands_for_all_without_replacement_too(
+    tmp_path: Path, models_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = planted("bert", tmp_path, models_dir, on_target=150, size=400)
+    tree["sampling"] |= {"replacement": False, "selector": "full"}
+    drawn: list[np.ndarray] = []
+
+    def watched(run: Any, rows: np.ndarray, **more: Any) -> Any:
+        drawn.append(np.asarray(rows))
+        return trial_step(run, rows, **more)
+
+    monkeypatch.setattr(adapter_pilot, "trial_step", watched)
+    advise(parse_config(tree), rows=40, pilot="adapters", steps=8)
+    of_query = [float((rows >= 400).mean()) for rows in np.array_split(np.concatenate(drawn), 8)]
+    evenly = np.array(of_query)[[0, 4]]  # of each half the first way
+    assert evenly.max() < 0.2, "of 400 rows and 20 of the query, and not of 40 and 20"
 
 
 @pytest.mark.parametrize("pilot", ["heads", "adapters"])

@@ -21,6 +21,7 @@ from tests.runs import go, run_tree, write_config
 from tsqlora_scale.commands import main as cli
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.locations import lasting
+from tsqlora_scale.model.model_card import model_card, result_beside
 from tsqlora_scale.run.training_run import Run
 
 FRESH = """
@@ -143,6 +144,20 @@ def test_the_card(trained: tuple[Run, Path], tmp_path: Path) -> None:
         exec(code.replace('"."', repr(str(folder))), opened)
         torch.testing.assert_close(class_logits(opened["model"]), class_logits(run.engine.module), rtol=0, atol=1e-5)
     assert "every layer has rank 4" in (exported["padded"] / "README.md").read_text()
+
+
+def test_files_of_a_held_out_set_are_named_one_by_one(trained: tuple[Run, Path], tmp_path: Path) -> None:
+    run, _ = trained
+    shards = [f"dev-{number:05}-of-00020.jsonl" for number in range(20)]  # one name of all would be too long for a path
+    dataset = run.config.task.dataset.model_copy(update={"dev_file": {"news": shards, "mail": "mail.jsonl"}})
+    card = model_card(run.config.with_task(dataset=dataset), {}, merged=False)
+    assert all(f"`{name}`" in card for name in [*shards, "mail.jsonl"])
+
+
+def test_a_card_tells_the_result_of_the_adapters_own_run(tmp_path: Path) -> None:
+    (tmp_path / "result.json").write_text('{"steps": 3}')
+    assert result_beside(tmp_path / "adapter") == {"steps": 3}
+    assert result_beside(tmp_path / "adapter-x1y2") == {}, "written out for a checkpoint, among other files"
 
 
 @pytest.fixture

@@ -59,10 +59,10 @@ def draw_weights(config: Config, sample: PoolSample, out: np.ndarray, *, classes
     drawn, own = np.split(np.where(known, sample.weights, 0.0), [count])
     joined = own * float(config.task.train_on_query)
     weights = {
-        EVEN: np.concatenate([drawn, joined]),
+        EVEN: np.concatenate([sample.in_shares(drawn), joined]),
         ALONE: np.concatenate([np.zeros(count), own]),
-        QUERY: np.concatenate([drawn * chosen, joined]),
-        POOL: np.concatenate([drawn, np.zeros_like(own)]),
+        QUERY: np.concatenate([sample.in_shares(drawn * chosen), joined]),
+        POOL: np.concatenate([sample.in_shares(drawn), np.zeros_like(own)]),
     }
     return {way: weights[way] for way in ways_of(config)}
 
@@ -81,12 +81,14 @@ def train_way(
     engine, config = run.engine, run.config
     engine.rebuild(lambda module, _: restored(module, initial))
     used = weights > 0
+    alike = np.ptp(weights[used]) == 0
     sampler = BatchSampler(
         np.concatenate([sample.rows, sample.query])[used],
-        weights[used],
+        None if alike else weights[used],
         batch_size=config.train.batch_size,
         seed=config.run.seed,
-        replacement=config.sampling.replacement,
+        # a row of a part stands for many, and is drawn as often as these
+        replacement=not alike and (config.sampling.replacement or not sample.is_whole),
     )
     with run.progress(name) as bar:
         for step in range(steps):

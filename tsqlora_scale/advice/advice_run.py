@@ -23,11 +23,19 @@ from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.files import WRITE_ERRORS, written_whole
 from tsqlora_scale.config.schema import Config
 from tsqlora_scale.quality import BatchSampler
+from tsqlora_scale.run.plan import total_steps
 from tsqlora_scale.run.training_run import Run
 from tsqlora_scale.step import optimizer_step
 
 #: Ways that are compared: the first less the second, where both were tried.
-PAIRS = ((QUERY, EVEN), (ALONE, EVEN), (QUERY, ALONE), (EVEN, POOL))
+PAIRS = {
+    "query_less_even": (QUERY, EVEN),
+    "alone_less_even": (ALONE, EVEN),
+    "query_less_alone": (QUERY, ALONE),
+    "even_less_pool": (EVEN, POOL),
+    "query_less_pool": (QUERY, POOL),
+    "alone_less_pool": (ALONE, POOL),
+}
 #: Steps that are timed, after one that is not.
 TIMED = 3
 
@@ -78,11 +86,12 @@ def look_and_judge(run: Run, config: Config, *, rows: int, steps: int | None) ->
         redundant=found.shares["redundant rows"],
         joins_query=config.task.train_on_query,
     )
-    lines = config_lines(config, verdict, steps=run.plan.total_steps, labels=run.config.task.labels)
+    steps_of_run = total_steps(config.train, sample.size + config.task.train_on_query * len(sample.query))
+    lines = config_lines(config, verdict, steps=steps_of_run, labels=run.config.task.labels)
     if verdict.way == ALONE and loses_held_out(config):
         gone = "the held-out rows come with the pool; give task.dataset.dev_file a file of such rows to evaluate on"
         verdict = replace(verdict, reasons=(*verdict.reasons, gone))
-    looked = cost(sample, found, step_seconds=step_seconds, steps=run.plan.total_steps)
+    looked = cost(sample, found, step_seconds=step_seconds, steps=steps_of_run)
     looked["seconds of this advice"] = round(world.broadcast(time.perf_counter() - started), 2)
     summary = summarise(verdict, lines, sample, found, pilot, looked, seed=seed)
     file = config.run_dir / "advice" / "advice.json"
@@ -125,12 +134,12 @@ def pool_findings(run: Run, sample: PoolSample, *, classes: int) -> PoolFindings
 
 def trials_of(pilot: Pilot, *, seed: int) -> Trials:
     """The differences that a verdict looks at."""
-    return Trials(*_gains(pilot, seed=seed).values())
+    return Trials(**_gains(pilot, seed=seed))
 
 
 def trials_told(pilot: Pilot, *, seed: int) -> dict[str, Any]:
     """For a file: differences in nats and, of classes, in accuracy, and the accuracies themselves."""
-    gains = _gains(pilot, seed=seed)
+    gains = {" less ".join(PAIRS[name]): gain for name, gain in _gains(pilot, seed=seed).items()}
     nats = {name: gain.nats.rounded() for name, gain in gains.items()}
     told = {"of": pilot.kind, **pilot.notes, "judged on": len(pilot.fits[EVEN]), "nats a row": nats}
     if pilot.hits is None:
@@ -141,8 +150,8 @@ def trials_told(pilot: Pilot, *, seed: int) -> dict[str, Any]:
 
 
 def _gains(pilot: Pilot, *, seed: int) -> dict[str, Gain]:
-    tried = ((way, less) for way, less in PAIRS if {way, less} <= pilot.fits.keys())
-    return {f"{way} less {less}": pilot.gain(way, less, seed=seed) for way, less in tried}
+    tried = {name: pair for name, pair in PAIRS.items() if set(pair) <= pilot.fits.keys()}
+    return {name: pilot.gain(way, less, seed=seed) for name, (way, less) in tried.items()}
 
 
 def timed_step(run: Run) -> float:
@@ -202,6 +211,7 @@ def summarise(
     summary: dict[str, Any] = {
         "verdict": verdict.way,
         "reasons": list(verdict.reasons),
+        "trains on query": verdict.way == ALONE or (bool(len(sample.query)) and verdict.joins_query),
         "config": lines,
         "pool": sample.size,
         "looked at": sample.count,

@@ -61,7 +61,8 @@ def _judged(
     all_of_it = sample.weights[count:][others]
     joined, none_of_it = all_of_it * (1.0 if config.task.train_on_query else LEAST), all_of_it * LEAST
     drawn = sample.weights[:count] * known
-    of_pool = {EVEN: drawn, ALONE: np.zeros(count), QUERY: drawn * chosen, POOL: drawn}
+    evenly = sample.in_shares(drawn)
+    of_pool = {EVEN: evenly, ALONE: np.zeros(count), QUERY: sample.in_shares(drawn * chosen), POOL: evenly}
     of_query = {EVEN: joined, ALONE: all_of_it, QUERY: joined, POOL: none_of_it}
     judged = {}
     for way in ways_of(config):

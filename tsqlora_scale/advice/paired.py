@@ -55,7 +55,11 @@ class Gain:
     @property
     def is_below(self) -> bool:
         """Whether there plainly is a loss."""
-        return Gain(*(Difference(-each.mean, -each.high, -each.low) for each in self._each())).is_above
+        return self.turned().is_above
+
+    def turned(self) -> Gain:
+        """What the other way has over the one."""
+        return Gain(*(Difference(-each.mean, -each.high, -each.low) for each in self._each()))
 
     @property
     def leans_up(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from tsqlora_scale.audit.passes import StateLook
-from tsqlora_scale.common.copies import text_groups
 from tsqlora_scale.common.disk_arrays import positions
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.random_streams import philox, uniform
@@ -20,8 +19,10 @@ from tsqlora_scale.quality.draws.key_order import smallest
 from tsqlora_scale.quality.features.forward_pass import ForwardPass
 from tsqlora_scale.quality.features.hidden_states import with_states
 from tsqlora_scale.quality.query.looks import FeatureLook, Shape
+from tsqlora_scale.quality.query.model_copies import groups_to_a_model
 from tsqlora_scale.run.training_run import Run
 from tsqlora_scale.tasks.batch import Batch
+from tsqlora_scale.tasks.rows.mixed_sets import MixedSets
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,10 @@ class PoolSample:
         states: hidden states of some layers of the base, (n + m, width) float32.
         numbers: features and answers as a choice by the query takes them, (n + m, ...) float32.
         shape: of ``numbers``.
-        copies: the number of every row's group of same texts, (n + m,).
+        copies: the number of every row's group of texts that are one to the model, (n + m,).
         weights: of the rows in even draws, (n + m,): each of the sample stands for as many as it was drawn from.
         seconds: of the look.
+        sets: of a mixture, those of the rows (n + m,); None: there are none.
     """
 
     size: int
@@ -49,6 +51,7 @@ class PoolSample:
     copies: np.ndarray
     weights: np.ndarray
     seconds: float
+    sets: MixedSets | None = None
 
     @property
     def count(self) -> int:
@@ -70,6 +73,14 @@ class PoolSample:
             known[: self.count] = True
         return known
 
+    def in_shares(self, weights: np.ndarray) -> np.ndarray:
+        """Weights (n,) of the pool's rows, by which the sets of a mixture are drawn in their shares, as a run does
+        whatever it chooses."""
+        weights = np.array(weights, dtype=np.float64)
+        if self.sets is not None:
+            self.sets.balance(np.arange(self.count), weights)
+        return weights
+
     @property
     def answers(self) -> np.ndarray:
         """Classes or numbers of all rows, (n + m,); losses of the base where answers are texts."""
@@ -89,7 +100,6 @@ def look_at_sample(run: Run, count: int) -> PoolSample:
         if count < size:
             rows = positions(smallest(uniform(philox(seed, "advice rows"), size), count))
         weights = task.draw_weights()
-        copies = text_groups(task.texts(np.append(rows, np.arange(size, len(task)))), exact=True)
     query = np.arange(size, len(task))
     both = np.concatenate([rows, query])
     see = _BothLooks(StateLook(seed), FeatureLook(task, seed=seed))
@@ -109,9 +119,11 @@ def look_at_sample(run: Run, count: int) -> PoolSample:
                 "the hidden states of the base are not finite, and advice rests on them; its weights are damaged, or "
                 "it computes in too coarse a type: use model.dtype=fp32"
             )
+        copies = groups_to_a_model(task.texts(both), seen[:, width:])
     own = np.ones(len(both)) if weights is None else np.asarray(weights[both], dtype=np.float64)
     own[: len(rows)] *= size / len(rows)
-    return PoolSample(size, rows, query, seen[:, :width], seen[:, width:], shape, copies, own, seconds)
+    sets = None if task.sets is None else replace(task.sets, numbers=np.asarray(task.sets.numbers[both]))
+    return PoolSample(size, rows, query, seen[:, :width], seen[:, width:], shape, copies, own, seconds, sets)
 
 
 class _BothLooks:

@@ -22,6 +22,8 @@ class Trials:
     alone_less_even: Gain
     query_less_alone: Gain
     even_less_pool: Gain | None = None
+    query_less_pool: Gain | None = None
+    alone_less_pool: Gain | None = None
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,9 @@ def decide(
     gain. ``query alone`` where the query's rows alone are better than both, beyond doubt. ``even`` otherwise: a choice
     without evidence costs samples.
 
-    Even draws are of the query's rows, too, where these stand out of the pool and trials do not speak against it, or
-    where trials show a gain by them. Elsewhere they are as the pool's rows are, and stay unseen, for a check.
+    Neither where the pool alone is plainly better. Even draws are of the query's rows, too, where these stand out of
+    the pool and trials do not speak against it, or where trials show a gain by them. Elsewhere they are as the pool's
+    rows are, and stay unseen, for a check.
 
     Args:
         evidence: standard errors by which the query stands out of the pool; None without a query.
@@ -70,6 +73,12 @@ def decide(
         way, reasons = EVEN, ["there is no task.query to choose by, and no choice without one has beaten even draws"]
     else:
         way, reasons = _by_query(evidence, is_evident, trials)
+        over_pool = None
+        if trials is not None:
+            over_pool = {QUERY: trials.query_less_pool, ALONE: trials.alone_less_pool}.get(way)
+        if over_pool is not None and over_pool.is_below:
+            way = EVEN
+            reasons.append(f"but in trials the pool alone, evenly, is better still: {_told(over_pool.turned())}")
         if way == EVEN and joins_query:
             joins_query, reason = _joined(is_evident, None if trials is None else trials.even_less_pool)
             reasons.append(reason)

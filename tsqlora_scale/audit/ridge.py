@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from tsqlora_scale.common.disk_arrays import blocks
+from tsqlora_scale.common.disk_arrays import blocks, new_array
 
 #: penalties that are tried, as a share of the features' mean square
 PENALTIES = tuple(10.0 ** (power / 2) for power in range(-10, 5))
@@ -45,16 +47,18 @@ def left_out_predictions(
     place = np.full(size, -1)
     place[learned] = np.arange(len(learned))
     shared = _members_of_large(groups)
-    found = torch.empty(len(PENALTIES), *wanted.shape, dtype=torch.float64)
+    shape = (len(PENALTIES), *wanted.shape)
+    found = new_array(math.prod(shape), np.float64).reshape(shape)
     for block in blocks(size, ROWS):
-        found[:, block] = smoother.predict(features[block], np.where(shared[block], -1, place[block]))
+        found[:, block] = smoother.predict(features[block], np.where(shared[block], -1, place[block])).numpy()
     for members in _large(groups, shared):
         seen = place[members][place[members] >= 0]
-        found[:, members] = smoother.without(features[members], seen)
-    errors = (found - wanted).square().mean((1, 2))
+        found[:, members] = smoother.without(features[members], seen).numpy()
+    errors = np.zeros(len(PENALTIES))
+    for block in blocks(size, ROWS):
+        errors += np.square(found[:, block] - wanted[block].numpy()).sum((1, 2))
     best = int(errors.argmin())
-    predictions: np.ndarray = found[best].numpy()
-    return predictions, PENALTIES[best]
+    return found[best].copy(), PENALTIES[best]  # a view would keep the others
 
 
 class _Smoother:

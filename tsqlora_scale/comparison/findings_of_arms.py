@@ -156,7 +156,7 @@ def _of_cell(queue: TrialQueue, cell: Cell, failures: dict[str, str], missing: l
     except LookupError:
         if cell in queue.spent:
             failures[str(cell)] = queue.spent[cell]
-        elif not any(key.startswith(str(cell)) for key in (*failures, *missing)):
+        elif not any(str(trial) in failures or str(trial) in missing for trial in queue.of_cell(cell)):
             missing.append(str(cell))
         return []
     return [outcome for outcome in outcomes if outcome.result is not None]

@@ -82,10 +82,10 @@ class DdpEngine(BaseEngine):
         inner = self._optimizer.optimizer.state
         state, steps = TrainState(), torch.zeros(())
         for name, param in self._named.items():
-            entry = ParamState.fresh(param.detach().float().cpu().clone())
+            entry = ParamState.fresh(param.detach().to("cpu", torch.float32, copy=True))
             if param in inner:
-                entry.exp_avg = inner[param]["exp_avg"].detach().cpu().clone()
-                entry.exp_avg_sq = inner[param]["exp_avg_sq"].detach().cpu().clone()
+                entry.exp_avg = inner[param]["exp_avg"].detach().to("cpu", copy=True)
+                entry.exp_avg_sq = inner[param]["exp_avg_sq"].detach().to("cpu", copy=True)
                 steps = inner[param]["step"]
             state.params[name] = entry
         state.optimizer_steps = int(steps)

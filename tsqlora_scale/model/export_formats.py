@@ -24,7 +24,6 @@ from tsqlora_scale.model.streamed_merge import NotLayerByLayer, StreamedMerge
 from tsqlora_scale.model.tensor_stream import SHARD_BYTES
 from tsqlora_scale.model.tied_weights import is_untied, save_untied, ties_of, untie_adapted
 from tsqlora_scale.model.weight_files import DESCRIPTION, check_adapter, check_own
-from tsqlora_scale.tasks import auto_class_of
 from tsqlora_scale.tasks.objectives.answer_settings import answer_settings
 
 FORMATS = ("peft", "padded", "vllm", "merged", "gguf")
@@ -223,7 +222,7 @@ def _merge_as_a_whole(adapter: Path, out: Path, described: AdaptedBase) -> list[
     merged.config.use_cache = True
     if is_untied(merged, ties):
         key = f"--adapter {str(adapter)!r}"
-        save_untied(merged, ties, out, auto_class=auto_class_of(config.task), key=key)
+        save_untied(merged, ties, out, key=key)
         return ["embeddings and output layer share their weights no longer (tie_word_embeddings: false)"]
     save_model(merged, out, max_shard_size=SHARD_BYTES)
     return []

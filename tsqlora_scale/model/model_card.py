@@ -46,7 +46,9 @@ def write_card(
 
 
 def result_beside(adapter: Path) -> dict[str, Any]:
-    """``result.json`` of the run whose adapter this is; empty where there is none."""
+    """``result.json`` of the run whose ``adapter/`` this is; empty where there is none."""
+    if adapter.name != "adapter":  # a checkpoint's, which it is not about, or one from elsewhere
+        return {}
     try:
         found = json.loads((adapter.parent / "result.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -120,10 +122,10 @@ def _files(dataset: DatasetConfig) -> Iterator[tuple[str, int | None]]:
     """Names of the data's files, without the folders of this machine, and their sizes in bytes."""
     folder = Path(resolve(dataset.path, key="task.dataset.path")) if dataset.path else Path()
     for given in (dataset.train_file, dataset.dev_file):
-        several: Any = given.values() if isinstance(given, Mapping) else given
-        for name in [several] if isinstance(several, str) else several or ():
-            path = folder / str(name)
-            yield Path(str(name)).name, path.stat().st_size if path.is_file() else None
+        for several in given.values() if isinstance(given, Mapping) else [given or []]:
+            for name in [several] if isinstance(several, str) else several:
+                path = folder / name
+                yield path.name, path.stat().st_size if path.is_file() else None
 
 
 def _prompt(config: Config) -> list[str]:

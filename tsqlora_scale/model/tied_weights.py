@@ -53,7 +53,7 @@ def set_tying(model_config: Any, value: bool) -> None:
             part.tie_word_embeddings = value
 
 
-def save_untied(model: Any, ties: Ties, out: Path, *, auto_class: Any, key: str) -> None:
+def save_untied(model: Any, ties: Ties, out: Path, *, key: str) -> None:
     """Save a model whose ties a merge has broken, so that it is read as what it is.
 
     Some models scale what goes into a tied head (T5, by 1 / sqrt(d_model)) and do not where their config says that it
@@ -78,7 +78,7 @@ def save_untied(model: Any, ties: Ties, out: Path, *, auto_class: Any, key: str)
         if factor != 1 and head is not None:
             head.weight.data.mul_(factor)
         save_model(model, out)
-        opened = auto_class.from_pretrained(str(out), dtype=model.dtype).to(model.device)
+        opened = type(model).from_pretrained(str(out), dtype=model.dtype).to(model.device)
         found = _logits(opened)
         del opened
         if torch.allclose(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max())):

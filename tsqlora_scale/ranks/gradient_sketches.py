@@ -7,10 +7,13 @@ its leading right-singular vectors are near those of G (the range finder of Halk
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from tsqlora_scale.common.random_streams import generator_for
+from tsqlora_scale.engine.collectives import World
 
 #: Rows k of a sketch: the most directions that an event can take from it, less some for accuracy.
 SKETCH_ROWS = 16
@@ -28,8 +31,8 @@ class GradientSketches:
         self._seed = seed
         self._beta = beta
         self.rows = rows
-        #: (k, d_in) float32 by layer, on the CPU; zeros as long as nothing was heard.
-        self.values: dict[str, Tensor] = {}
+        #: (k, d_in) float32 by layer, where the layer is; zeros, on the CPU, as long as nothing was heard.
+        self._values: dict[str, Tensor] = {}
         #: Of the steps in the average, below 1 where these are few.
         self.weight = 0.0
 
@@ -39,24 +42,28 @@ class GradientSketches:
 
     def add_layer(self, layer: str, d_in: int) -> None:
         """Start with a sketch of zeros, unless there is one."""
-        self.values.setdefault(layer, torch.zeros(self.rows, d_in))
+        self._values.setdefault(layer, torch.zeros(self.rows, d_in))
 
     def count(self) -> None:
         """A step is taken in, of all layers."""
         self.weight = self._beta * self.weight + (1 - self._beta)
 
     def update(self, layer: str, step: Tensor) -> None:
-        """Take in the sketch of a step's gradient, without bias correction."""
-        self.values[layer] = self._beta * self.values[layer] + (1 - self._beta) * step.cpu()
+        """Take in the sketch of a step's gradient, without bias correction. The host waits for nothing."""
+        self._values[layer] = self._beta * self._values[layer].to(step.device) + (1 - self._beta) * step
 
-    def flat(self) -> Tensor:
-        """All of them in the order of names, float64."""
-        parts = [self.values[name].double().flatten() for name in sorted(self.values)]
-        return torch.cat([torch.zeros(0, dtype=torch.float64), *parts])
+    def average(self, world: World) -> None:
+        """Take the mean over processes, layer by layer, in float64: all layers at once would be a second model. A
+        collective."""
+        if world.size > 1:
+            for name in sorted(self._values):
+                self._values[name] = world.mean(self._values[name].double()).float()
 
-    def take(self, flat: Tensor) -> None:
-        """The reverse of :meth:`flat`."""
-        names = sorted(self.values)
-        parts = flat.float().split([self.values[name].numel() for name in names])
-        for name, part in zip(names, parts, strict=True):
-            self.values[name] = part.view_as(self.values[name]).clone()
+    @property
+    def values(self) -> dict[str, Tensor]:
+        """(k, d_in) float32 by layer, on the CPU."""
+        return {name: value.cpu() for name, value in self._values.items()}
+
+    @values.setter
+    def values(self, given: Mapping[str, Tensor]) -> None:
+        self._values = dict(given)

@@ -230,24 +230,22 @@ class SensitivityTracker:
     def synchronize(self, world: World) -> None:
         """Take the mean over processes of all steps since the last time into the averages. A collective.
 
-        One all-reduce of one flat vector: layers x (1 + 2 steps) numbers, and the sketches. Uncertainty is not linear
-        in the steps' values, so that these must be those of all processes first. Sketches are linear, and their
-        average goes on from the mean. Called by :meth:`reduce`, and before :meth:`state_dict`.
+        One all-reduce of one flat vector, layers x (1 + 2 steps) numbers, and one of each layer's sketches. Uncertainty
+        is not linear in the steps' values, so that these must be those of all processes first. Sketches are linear, and
+        their average goes on from the mean. Called by :meth:`reduce`, and before :meth:`state_dict`.
         """
         names = sorted(self._ema)
         parts = [torch.tensor([self._heard[name] for name in names], dtype=torch.float64)]
         parts += [step.flatten() for step in self._pending]
-        parts += [kept.flat() for kept in self._kept]
         mean = world.mean(torch.cat(parts)).split([len(part) for part in parts])
         self._heard = dict(zip(names, mean[0].tolist(), strict=True))
-        steps, flat = mean[1 : 1 + len(self._pending)], mean[1 + len(self._pending) :]
-        for step in steps:
+        for step in mean[1:]:
             for name, value, count in zip(names, *step.view(2, -1).tolist(), strict=True):
                 if count:
                     self._take(name, value / count)
         self._pending = []
-        for kept, values in zip(self._kept, flat, strict=True):
-            kept.take(values)
+        for kept in self._kept:
+            kept.average(world)
 
     def _take(self, name: str, value: float) -> None:
         """A step's value of a layer, over all processes, into the layer's averages."""
@@ -288,7 +286,7 @@ class SensitivityTracker:
 
     def sketches(self) -> dict[str, Tensor]:
         """Omega G of every layer, (k, d_in), as of the last :meth:`reduce`; empty where none are taken."""
-        return dict(self._kept[0].values) if self._kept else {}
+        return self._kept[0].values if self._kept else {}
 
     def halves(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Omega G of every layer, (k, d_in) each, of every second listened step and of the others, as of the last
@@ -298,7 +296,8 @@ class SensitivityTracker:
             return {}
         first, second = self._kept[1:]
         one, other = (kept.weight or 1.0 for kept in (first, second))
-        return {name: (first.values[name] / one, second.values[name] / other) for name in first.values}
+        ours, theirs = first.values, second.values
+        return {name: (ours[name] / one, theirs[name] / other) for name in ours}
 
     def projection(self, layer: str, d_out: int) -> Tensor:
         """Omega of a layer, (k, d_out)."""
@@ -316,7 +315,7 @@ class SensitivityTracker:
             "whole_micro_batch": self._listener.whole_micro_batch,
             "sketches": self.sketches(),
             "sketch_weights": [kept.weight for kept in self._kept],
-            "alternate_sketches": {str(turn): dict(kept.values) for turn, kept in enumerate(self._kept[1:])},
+            "alternate_sketches": {str(turn): kept.values for turn, kept in enumerate(self._kept[1:])},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -328,7 +327,7 @@ class SensitivityTracker:
             for kept, values in zip(
                 self._kept, (state["sketches"], *state.get("alternate_sketches", {}).values()), strict=True
             ):
-                kept.values = dict(values)
+                kept.values = values
             for kept, weight in zip(self._kept, state.get("sketch_weights", [1.0] * len(self._kept)), strict=True):
                 kept.weight = weight
         self._pending = []

@@ -108,9 +108,9 @@ class RunRecord:
     def change_config(self, config_yaml: str) -> None:
         """Go on, perhaps by another config: it takes the old one's place, and the result of what was goes."""
         if self._writes:
+            (self.folder / "result.json").unlink(missing_ok=True)  # first: it is of the config that was
             with written_whole(self.folder / "config.yaml") as partial:
                 partial.write_text(config_yaml, encoding="utf-8")
-            (self.folder / "result.json").unlink(missing_ok=True)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -72,6 +72,18 @@ def test_a_choice_is_beside_the_query() -> None:
     assert decide(evidence=10.0, is_evident=True, trials=Trials(UP, RATHER_UP, UP, DOWN)).joins_query
 
 
+@pytest.mark.parametrize(("trials", "way"), [
+    (Trials(UP, RATHER_UP, UP, DOWN, RATHER_DOWN, RATHER_DOWN), "query"),
+    (Trials(UP, RATHER_UP, UP, DOWN, DOWN, RATHER_DOWN), "even"),
+    (Trials(DOWN, UP, DOWN, DOWN, DOWN, RATHER_DOWN), "query alone"),
+    (Trials(DOWN, UP, DOWN, DOWN, DOWN, DOWN), "even"),
+])  # fmt: skip
+def test_nothing_is_advised_that_the_pool_alone_beats(trials: Trials, way: str) -> None:
+    found = decide(evidence=10.0, is_evident=True, trials=trials)
+    assert (found.way, found.joins_query) == (way, way != "even")
+    assert ("+0.200 nats a row (+0.100 to +0.300)" in found.reasons[2]) if way == "even" else True
+
+
 def test_without_a_query_there_is_nothing_to_choose_by() -> None:
     found = decide(evidence=None, wrong=PoolShare(0.3, 0.2, 0.4), redundant=PoolShare(0.1, 0.1, 0.1))
     assert found.way == "even"

@@ -93,5 +93,6 @@ def _hear(world: World, model: nn.Module, batches: list[Batch], estimator: str, 
     tracker.detach()
     counting = CountingWorld(world.rank, world.size, world.device)
     sensitivity = tracker.reduce(counting)
-    assert counting.means == 1, "one all-reduce for all layers"
-    return Heard(sensitivity, tracker.sketches())
+    sketches = tracker.sketches()
+    assert counting.means == 1 + len(sketches), "one all-reduce for all layers, and one of each sketch"
+    return Heard(sensitivity, sketches)

@@ -30,9 +30,9 @@ MIXED = {
 PLAIN = {"uniform": (0.80, 0.81, 0.79), "quality": (0.9, 0.9, 0.9)}
 
 
-def said(verdict: str, joins_query: bool = True) -> dict[str, Any]:
+def said(verdict: str, trains_on_query: bool = True) -> dict[str, Any]:
     """Advice."""
-    return {"verdict": verdict, "config": {} if joins_query else {"task": {"train_on_query": False}}}
+    return {"verdict": verdict, "trains on query": trains_on_query}
 
 
 def write_results(folder: Path, pools: dict[str, dict[str, tuple[float, ...]]]) -> Path:
@@ -92,10 +92,9 @@ def test_what_was_not_run_is_not_judged(tmp_path: Path) -> None:
     assert judge(runs, {}) is None
 
 
-def test_even_draws_are_of_the_query_too_where_there_is_one_and_advice_leaves_it_in() -> None:
-    cases = [("even", True, True), ("even", False, True), ("even", True, False), ("query", True, True)]
-    named = [arm_of(said(verdict, joins), has_query=has_query) for verdict, joins, has_query in cases]
-    assert named == ["uniform+q", "uniform", "uniform", "ours"]
+def test_even_draws_are_of_the_query_too_where_advice_says_so() -> None:
+    cases = [("even", True), ("even", False), ("query", True), ("query alone", True), ("query", False)]
+    assert [arm_of(said(*case)) for case in cases] == ["uniform+q", "uniform", "ours", "query", "ours without q"]
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,7 +103,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         for setting, told in (("sst2-mix-500", verdict), ("sst2-clean-500", "even")):
             folder = tmp_path / "advice" / "heads-2000" / f"seed-{seed}" / setting / "advice"
             folder.mkdir(parents=True)
-            (folder / "advice.json").write_text(json.dumps(said(told)), encoding="utf-8")
+            (folder / "advice.json").write_text(json.dumps(said(told, setting != "sst2-clean-500")), encoding="utf-8")
     command = ["judge.py", results, "--settings", tmp_path / "settings", "--advice", tmp_path / "advice"]
     monkeypatch.setattr(sys, "argv", [str(word) for word in command])
     judging.main()

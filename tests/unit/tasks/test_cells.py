@@ -48,6 +48,7 @@ def load(folder: Path, kind: dict[str, Any] = CLASSES, file: str = "train.parque
         (pa.array([1.0, 0.1], pa.float32()), ["1.0", "0.1"]),
         (pa.array([1.0, 0.5], pa.float16()), ["1.0", "0.5"]),
         (pa.array([Decimal("1.00"), None]), ["1.00", None]),
+        (pa.array([0, 1, None], pa.decimal128(38, 9)), ["0.000000000", "1.000000000", None]),
         (pa.nulls(2), [None, None]),
         (pa.ExtensionArray.from_storage(pa.bool8(), pa.array([1, None, 0], pa.int8())), ["true", None, "false"]),
         (pa.ExtensionArray.from_storage(pa.uuid(), pa.array([KEY.bytes, None], pa.binary(16))), [str(KEY), None]),
@@ -250,6 +251,27 @@ class TestOwnClasses:
             cfg = task_config(tmp_path, CLASSES | {"labels": other}, train_file="train.parquet", dev_file="dev.parquet")
             with pytest.raises(UserError, match=r"dev.parquet: its label numbers stand for .* set task.labels"):
                 load_data(cfg, seed=0)
+
+    @pytest.mark.parametrize("named", ["train", "dev"])
+    def test_places_beside_names(self, tmp_path: Path, named: str) -> None:
+        """The numbers of one are those of its own names, the other one's are places in ``task.labels``."""
+        self.write(tmp_path, f"{named}.parquet")
+        other = "dev" if named == "train" else "train"
+        files = {f"{named}_file": f"{named}.parquet", f"{other}_file": f"{other}.csv"}
+
+        def labels_of(cells: list[str], labels: list[str]) -> tuple[list[int], list[int]]:
+            rows = [f"{text},{cell}" for text, cell in zip(TEXTS, cells, strict=True)]
+            (tmp_path / f"{other}.csv").write_text("\n".join(["text,label", *rows]) + "\n", encoding="utf-8")
+            data = load_data(task_config(tmp_path, CLASSES | {"labels": labels}, **files), seed=0)
+            assert data.dev is not None
+            return data.train["label"][:], data.dev["label"][:]
+
+        assert labels_of(["0", "1"], ["good", "bad"]) == ([0, 1], [0, 1])
+        assert labels_of(["good", "bad"], ["bad", "good"]) == ([1, 0], [1, 0])
+        message = r"its label numbers stand for .*are places in task.labels; set task.labels=\['good', 'bad'\]"
+        with pytest.raises(UserError, match=message):
+            labels_of(["0", "1"], ["bad", "good"])
+        assert labels_of(["0", "1"], ["first", "second"]) == ([0, 1], [0, 1])
 
     def test_shards_that_number_them_differently(self, tmp_path: Path) -> None:
         self.write(tmp_path, "a.parquet")

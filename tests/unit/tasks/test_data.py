@@ -136,6 +136,11 @@ class TestSubset:
         assert half("report", 3, 40) < report and half("report", 4, 40) < report
         assert len(load(tmp_path, dev_half="tuning").train) == 1000
 
+    def test_a_row_has_no_halves(self, tmp_path: Path) -> None:
+        (tmp_path / "dev.tsv").write_text("text\tlabel\na film\tgood\n", encoding="utf-8")
+        with pytest.raises(UserError, match=r"dev.tsv: has too few rows for a half .*tuning.half: false"):
+            load(tmp_path, dev_file="dev.tsv", dev_half="tuning")
+
     def test_differs_between_splits(self, tmp_path: Path) -> None:
         data = self.subset(tmp_path, 50)
         assert data.train["sample_id"][:] != data.dev["sample_id"][:]

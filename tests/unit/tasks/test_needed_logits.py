@@ -16,6 +16,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+from tests.queried import queried
 from tests.runs import go, losses_of, ranks_of, run_tree
 from tests.tiny import VOCAB
 from tests.zoo import CONFIGS, DECODER
@@ -139,6 +140,30 @@ def test_a_run_scores_and_trains_the_same(tmp_path: Path, models_dir: Path, monk
     tables = [run.selector.table for run in runs]
     assert tables[0] is not None and tables[1] is not None
     np.testing.assert_allclose(tables[1].grad_norm, tables[0].grad_norm, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_choice_by_a_query_looks_at_few_logits(
+    kind: str, tmp_path: Path, models_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose features are of the states, and whose losses are of the answers' own places."""
+    widths: list[int] = []
+    seen = {}
+
+    def watched(logits: torch.Tensor, batch: Any) -> torch.Tensor:
+        widths.append(logits.shape[0] * logits.shape[1])
+        return at_places(logits, batch)
+
+    at_places = needed_logits.at_places
+    monkeypatch.setattr("tsqlora_scale.tasks.task.at_places", watched)
+    for worth in (2**40, 1):
+        monkeypatch.setattr(needed_logits, "WORTH", worth)
+        widths.clear()
+        table = go(queried(kind, tmp_path, models_dir, f"{kind}-{worth}")).selector.table
+        assert table is not None
+        seen[worth] = (max(widths), table.quality)
+    assert seen[1][0] < seen[2**40][0]
+    np.testing.assert_allclose(seen[1][1], seen[2**40][1], atol=1e-3)
 
 
 def test_what_is_no_model_is_left_alone() -> None:

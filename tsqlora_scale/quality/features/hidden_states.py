@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.tasks.batch import IGNORED, Batch
+from tsqlora_scale.tasks.needed_logits import needed_logits
 from tsqlora_scale.tasks.packing import known_samples
 
 
@@ -35,11 +36,13 @@ def without_adapters(module: nn.Module) -> Iterator[None]:
 
 
 def with_states(module: Any, batch: Batch) -> Any:
-    """A forward on the batch, laid end to end where it is packed: what ``module`` gives with its hidden states."""
+    """A forward on the batch, laid end to end where it is packed: what ``module`` gives with its hidden states, and
+    with the logits that losses are of."""
     packing = batch.packing
     if packing is None:
-        return module(**batch.inputs, output_hidden_states=True)
-    with known_samples(packing):
+        with needed_logits(module, batch.places, None if batch.places is None else batch.shape):
+            return module(**batch.inputs, output_hidden_states=True)
+    with known_samples(packing), needed_logits(module, packing.places, packing.shape):
         return module(**packing.inputs, output_hidden_states=True)
 
 

@@ -30,7 +30,7 @@ class LastLayerLook:
         states, mask = last_states(with_states(module, batch), batch)
         weights = torch.ones(states.shape[:2], device=states.device) if mask is None else mask.float()
         if self._by_position:
-            weights = weights * weights.cumsum(1)
+            weights = weights * weights.long().cumsum(1)  # of floats it is not deterministic on a GPU, and refused
         total = (states.float() * weights.unsqueeze(-1)).sum(1)
         return total / weights.sum(1, keepdim=True).clamp(min=1)
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tsqlora_scale.common.copies import text_groups, text_key
+from tsqlora_scale.common.copies import text_key
 from tsqlora_scale.common.disk_arrays import blocks, filled, new_array, positions
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.random_streams import philox, uniform
@@ -22,6 +22,7 @@ from tsqlora_scale.quality.features.forward_pass import ForwardPass
 from tsqlora_scale.quality.pool import Pool
 from tsqlora_scale.quality.query.density_ratio import Standing
 from tsqlora_scale.quality.query.looks import FeatureLook, Shape
+from tsqlora_scale.quality.query.model_copies import are_alike, groups_to_a_model
 from tsqlora_scale.quality.query.row_rating import RowRating
 
 #: Rows of the pool that models are fitted to; of a larger one a random part.
@@ -105,7 +106,8 @@ class QueryRater:
         numbers = passes.run(self.pool, rows, look, name=name)
         shape = look.agreed_shape(module, self.world, max_length=scoring.max_length)
         with self.world.together():
-            copies = text_groups([*self.pool.texts(rows), *query.texts(np.arange(len(query)))], exact=True)
+            texts = [*self.pool.texts(rows), *query.texts(np.arange(len(query)))]
+            copies = groups_to_a_model(texts, np.concatenate([numbers, wanted]))
         rating = self._fit(shape, numbers, wanted, copies)
         columns = len(rating.names)
         with self.world.together():
@@ -184,9 +186,11 @@ class _TermLook:
         self, look: FeatureLook, rating: RowRating, pool: Pool[Any], fitted: np.ndarray, numbers: np.ndarray
     ) -> None:
         self._look, self._rating, self._pool = look, rating, pool
-        self._rated: dict[tuple[bytes, float], np.ndarray] = {}
+        self._numbers = numbers
+        self._rated: dict[tuple[bytes, float], list[int]] = {}
         if rating.shape.kind != "text":  # of texts no model of the pool's answers is fitted
-            self._rated = dict(zip(self._keys(fitted, numbers), rating.of_pool, strict=True))
+            for place, key in enumerate(self._keys(fitted, numbers)):
+                self._rated.setdefault(key, []).append(place)
 
     def __call__(self, module: nn.Module, batch: Any) -> Tensor:
         """(B, m) float32."""
@@ -194,12 +198,14 @@ class _TermLook:
         values = self._rating.values(numbers)
         if self._rated:
             for place, key in enumerate(self._keys(batch.indices, numbers)):
-                values[place] = self._rated.get(key, values[place])
+                for copy in self._rated.get(key, ()):
+                    if are_alike(numbers[place, :-1], self._numbers[copy, :-1]):
+                        values[place] = self._rating.of_pool[copy]
+                        break
         return torch.from_numpy(values)
 
     def _keys(self, rows: np.ndarray, numbers: np.ndarray) -> list[tuple[bytes, float]]:
         _, answers = self._rating.shape.split(numbers)
         return [
-            (text_key(*texts, exact=True), answer)
-            for texts, answer in zip(self._pool.texts(rows), answers.tolist(), strict=True)
+            (text_key(*texts), answer) for texts, answer in zip(self._pool.texts(rows), answers.tolist(), strict=True)
         ]

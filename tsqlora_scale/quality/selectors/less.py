@@ -92,7 +92,10 @@ class LessSelector(RankedSelector):
                 likeness[places] = cosines
         if likeness is not None:
             among = np.flatnonzero(usable[: self.choices])
-            ratings[among] = rated_by_turns(likeness[among], min(self.places, len(among)))
+            all_are = len(among) == self.choices  # whose likeness stays on the disk
+            ratings[among] = rated_by_turns(
+                likeness[: self.choices] if all_are else likeness[among], min(self.places, len(among))
+            )
         others = usable & (ratings <= 1)  # the query's picks stand above all likeness
         ratings[~looked] = ratings[others].mean() if others.any() else ratings[usable].min() - 0.5
         ratings[looked & ~usable] = ratings[usable].min() - 1

@@ -47,11 +47,21 @@ def texts_of(array: pa.Array, *, ids: bool = False) -> pa.Array | None:
         return _texts_of_extension(array, ids=ids)
     if types.is_floating(kind):
         return _texts_of_floats(array)
-    if types.is_null(kind) or types.is_boolean(kind) or types.is_integer(kind) or types.is_decimal(kind):
+    if types.is_null(kind) or types.is_boolean(kind) or types.is_integer(kind):
         return pc.cast(array, pa.string())
+    if types.is_decimal(kind):
+        return _texts_of_decimals(array)
     if kind == pa.string_view() or (ids and (types.is_temporal(kind) or types.is_binary(kind))):
         return pc.cast(array, pa.string())
     return None
+
+
+def _texts_of_decimals(array: pa.Array) -> pa.Array:
+    texts = pc.cast(array, pa.string())
+    if not pc.any(pc.match_substring(texts, "E")).as_py():
+        return texts
+    # Arrow writes small ones with an exponent, 0 too: 0E-18
+    return pa.array([None if value is None else format(value, "f") for value in array.to_pylist()], pa.string())
 
 
 def _texts_of_extension(array: pa.Array, *, ids: bool) -> pa.Array | None:

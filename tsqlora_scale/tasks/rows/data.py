@@ -22,6 +22,7 @@ from tsqlora_scale.tasks.rows.conversations import check_conversations, check_to
 from tsqlora_scale.tasks.rows.excluded_ids import digest_of, not_excluded, read_ids
 from tsqlora_scale.tasks.rows.joined_conversations import joined
 from tsqlora_scale.tasks.rows.label_cells import class_ids, draw_weights, infer_labels, regression_targets
+from tsqlora_scale.tasks.rows.numbering import Numbering, check_numbered_alike
 from tsqlora_scale.tasks.rows.origin import Origin
 from tsqlora_scale.tasks.rows.query_rows import as_in_pool, check_query, query_ids
 from tsqlora_scale.tasks.rows.row_ids import text_column
@@ -163,37 +164,42 @@ def load_pool(
 
 
 def load_dev_set(
-    cfg: TaskConfig, name: str, seed: int, classes: list[str] | None = None, part: SetColumns | None = None
+    cfg: TaskConfig, name: str, seed: int, numbering: Numbering | None = None, part: SetColumns | None = None
 ) -> datasets.Dataset:
     """The checked held-out set ``name`` of ``cfg.dataset``.
 
     Args:
-        classes: the pool's own class names, where it has some.
+        numbering: what the pool's label numbers stand for.
         part: which set of a mixture it is of, if it is of one.
     """
     opened = open_dev(cfg.dataset, name, wanted_columns(cfg, pool=False), label=label_column(cfg))
-    check_numbered_alike(cfg, opened, classes)
+    check_numbered_alike(cfg, opened, numbering or Numbering())
     kept = filled_array(len(opened.rows), bool, True)
     dataset, _ = _checked(cfg, opened, _ids(cfg, opened), kept, None, identity="", part=part)
     split = f"dev {name}" if name else "dev"
     if cfg.dataset.dev_half is not None:
         dataset = dataset.select(half_rows(len(dataset), cfg.dataset.dev_half, split=split))
+        if not len(dataset):
+            raise UserError(
+                f"{opened.where}: has too few rows for a half to tune on and one to report (task.dataset.dev_half="
+                f"{cfg.dataset.dev_half}); give it more, or set tuning.half: false in the comparison's file"
+            )
     return _part(dataset, cfg.dataset.max_dev_samples, seed, split)
 
 
 def load_query(
-    cfg: TaskConfig, train: datasets.Dataset, sets: dict[str, datasets.Dataset], classes: list[str] | None
+    cfg: TaskConfig, train: datasets.Dataset, sets: dict[str, datasets.Dataset], numbering: Numbering
 ) -> datasets.Dataset:
     """The checked rows of ``task.query``.
 
     Args:
         train: the pool.
         sets: the held-out sets.
-        classes: the pool's own class names, where it has some.
+        numbering: what the pool's label numbers stand for.
     """
     assert cfg.query is not None
     opened = open_query(cfg.dataset, cfg.query, wanted_columns(cfg, pool=False), label=label_column(cfg))
-    check_numbered_alike(cfg, opened, classes)
+    check_numbered_alike(cfg, opened, numbering)
     kept = filled_array(len(opened.rows), bool, True)
     weights = None if cfg.dataset.weight is None else filled_array(len(kept), np.float64, 1.0)
     rows, _ = _checked(cfg, opened, query_ids(_ids(cfg, opened)), kept, weights, identity="query", part=None)
@@ -342,22 +348,6 @@ def _targets(cfg: TaskConfig, opened: Opened, label: str, kept: np.ndarray) -> n
         return regression_targets(column, where=opened.where, name=label, kept=kept)
     assert cfg.labels is not None, "they are known by now"
     return class_ids(column, cfg.labels, where=opened.where, name=label, names=opened.classes, kept=kept)
-
-
-def check_numbered_alike(cfg: TaskConfig, opened: Opened, classes: list[str] | None) -> None:
-    """Label numbers that count by position must stand for the same classes in the pool and in a held-out set.
-
-    Raises:
-        UserError: by the class names that both bring with them they do not.
-    """
-    if cfg.type != "classification" or classes is None or opened.classes in (None, classes):
-        return
-    if isinstance(cfg.labels, list) and set(cfg.labels) & set(classes):
-        return  # they are matched by name
-    raise UserError(
-        f"{opened.where}: its label numbers stand for {opened.classes}, those of the pool for {classes}; set "
-        "task.labels to these names, by which both are then matched"
-    )
 
 
 def check_declared_labels(cfg: TaskConfig) -> None:

@@ -48,17 +48,38 @@ def class_id(cell: Cell, labels: Labels) -> int | None:
     text = cell_text(cell)
     if isinstance(labels, int):
         return _position(text, labels)
+    named = _named(text, labels)
+    if named:
+        return named[0] if len(named) == 1 else None
+    if any(_number(name) is not None for name in labels):
+        return None
+    return _position(text, len(labels))
+
+
+def _named(text: str, labels: Sequence[str]) -> list[int]:
+    """The classes that a text may name."""
     for name in (text, text.strip()):
         if name in labels:
-            return list(labels).index(name)
+            return [list(labels).index(name)]
     for meaning, named in ((_number, _number), (_truth, _named_truth)):
         value = meaning(text)
         same = [place for place, name in enumerate(labels) if value is not None and named(name) == value]
         if same:
-            return same[0] if len(same) == 1 else None
-    if any(_number(name) is not None for name in labels):
-        return None
-    return _position(text, len(labels))
+            return same
+    return []
+
+
+def has_places(column: pa.ChunkedArray, labels: Sequence[str], *, where: Origin, name: str) -> bool:
+    """Whether some cell of a label column is a place in ``labels``, and not a name of them.
+
+    Raises:
+        UserError: the column has no plain cells.
+    """
+    for _, part in _text_blocks(column, name, where):
+        for cell in pc.unique(part).drop_null()[: MOST_CLASSES + 1].to_pylist():
+            if not _named(cell, labels) and class_id(cell, labels) is not None:
+                return True
+    return False
 
 
 def _number(text: str) -> Decimal | None:

@@ -12,18 +12,18 @@ from tsqlora_scale.tasks.rows.data import (
     Data,
     check_classes_known,
     check_declared_labels,
-    check_numbered_alike,
     label_column,
     load_dev_set,
     load_pool,
     load_query,
     wanted_columns,
 )
+from tsqlora_scale.tasks.rows.numbering import Numbering, check_numbered_alike
 from tsqlora_scale.tasks.rows.set_columns import SetColumns
 from tsqlora_scale.tasks.rows.sources import open_pool
 
-#: A pool, the classes in it, and the class names that its file brings along.
-Pooled = tuple[datasets.Dataset, list[str] | int | None, list[str] | None]
+#: A pool, the classes in it, and what its label numbers stand for.
+Pooled = tuple[datasets.Dataset, list[str] | int | None, Numbering]
 
 
 def load_dev(cfg: TaskConfig, *, seed: int) -> Data:
@@ -61,18 +61,18 @@ def load_data(cfg: TaskConfig, *, seed: int) -> Data:
     """
     check_metrics(cfg.metrics, cfg.type)
     check_declared_labels(cfg)
-    train, labels, classes = _load_mixture(cfg, seed) if cfg.mixture else _load_one(cfg, seed)
+    train, labels, numbering = _load_mixture(cfg, seed) if cfg.mixture else _load_one(cfg, seed)
     cfg = cfg.model_copy(update={"labels": labels})
-    sets = _load_dev_sets(cfg, seed, classes)
+    sets = _load_dev_sets(cfg, seed, numbering)
     dev, more = _first_and_more(sets)
-    query = None if cfg.query is None else load_query(cfg, train, sets, classes)
+    query = None if cfg.query is None else load_query(cfg, train, sets, numbering)
     return Data(train, dev, more, labels, query)
 
 
 def _load_one(cfg: TaskConfig, seed: int) -> Pooled:
     opened = open_pool(cfg.dataset, wanted_columns(cfg, pool=True), label=label_column(cfg))
     train, labels = load_pool(cfg, opened, seed)
-    return train, labels, opened.classes
+    return train, labels, Numbering.opened_as(cfg, opened)
 
 
 def _load_mixture(cfg: TaskConfig, seed: int) -> Pooled:
@@ -82,12 +82,12 @@ def _load_mixture(cfg: TaskConfig, seed: int) -> Pooled:
         UserError: naming the set, also where its classes are not those of the others.
     """
     pools: list[datasets.Dataset] = []
-    labels, classes = cfg.labels, None
+    labels, numbering = cfg.labels, Numbering()
     for each in cfg.mixture:
         with naming(_key(each)):
             own = cfg.of_set(each)
             opened = open_pool(own.dataset, wanted_columns(own, pool=True), label=label_column(own))
-            check_numbered_alike(own, opened, classes)
+            found_numbering = check_numbered_alike(own, opened, numbering)
             rows, found = load_pool(own, opened, seed, _part(cfg, each, is_pool=True))
             labels = found if labels is None else labels
             if found != labels:
@@ -95,24 +95,24 @@ def _load_mixture(cfg: TaskConfig, seed: int) -> Pooled:
                     f"its classes are {found}, those of {cfg.mixture[0].name!r} {labels}; set task.labels to the names "
                     "of all"
                 )
-        classes = opened.classes if classes is None else classes
+        numbering = numbering or found_numbering
         pools.append(rows)
-    return datasets.concatenate_datasets(pools), labels, classes
+    return datasets.concatenate_datasets(pools), labels, numbering
 
 
-def _load_dev_sets(cfg: TaskConfig, seed: int, classes: list[str] | None = None) -> dict[str, datasets.Dataset]:
+def _load_dev_sets(cfg: TaskConfig, seed: int, numbering: Numbering | None = None) -> dict[str, datasets.Dataset]:
     """The checked held-out sets by name.
 
     Args:
-        classes: the pool's own class names, where it has some.
+        numbering: what the pool's label numbers stand for.
     """
     sets = {}
     for title, (each, name) in cfg.dev_sets.items():
         if each is None:
-            sets[title] = load_dev_set(cfg, name, seed, classes)
+            sets[title] = load_dev_set(cfg, name, seed, numbering)
             continue
         with naming(_key(each)):
-            sets[title] = load_dev_set(cfg.of_set(each), name, seed, classes, _part(cfg, each, is_pool=False))
+            sets[title] = load_dev_set(cfg.of_set(each), name, seed, numbering, _part(cfg, each, is_pool=False))
     return sets
 
 
