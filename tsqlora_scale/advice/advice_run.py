@@ -23,7 +23,7 @@ from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.common.files import WRITE_ERRORS, written_whole
 from tsqlora_scale.config.schema import Config
 from tsqlora_scale.quality import BatchSampler
-from tsqlora_scale.run.plan import total_steps
+from tsqlora_scale.run.plan import subset_size, total_steps
 from tsqlora_scale.run.training_run import Run
 from tsqlora_scale.step import optimizer_step
 
@@ -86,7 +86,8 @@ def look_and_judge(run: Run, config: Config, *, rows: int, steps: int | None) ->
         redundant=found.shares["redundant rows"],
         joins_query=config.task.train_on_query,
     )
-    steps_of_run = total_steps(config.train, sample.size + config.task.train_on_query * len(sample.query))
+    queried = len(sample.query) if config.task.train_on_query else 0
+    steps_of_run = total_steps(config.train, subset_size(config, sample.size + queried, queried))
     lines = config_lines(config, verdict, steps=steps_of_run, labels=run.config.task.labels)
     if verdict.way == ALONE and loses_held_out(config):
         gone = "the held-out rows come with the pool; give task.dataset.dev_file a file of such rows to evaluate on"
@@ -228,11 +229,12 @@ def summarise(
 
 
 def expected_gain(verdict: Verdict, pilot: Pilot | None, *, seed: int) -> dict[str, list[float]] | None:
-    """Of the verdict's way, mean and interval; None where nothing was tried."""
-    if verdict.way == EVEN:
+    """Of the verdict's way over the pool and the query, evenly, mean and interval; None where nothing was tried."""
+    way = POOL if verdict.way == EVEN and not verdict.joins_query else verdict.way
+    if way == EVEN or (way == POOL and (pilot is None or POOL not in pilot.fits)):
         return {"nats a row": [0.0, 0.0, 0.0], "accuracy": [0.0, 0.0, 0.0]}
     if pilot is None:
         return None
-    gain = pilot.gain(verdict.way, EVEN, seed=seed)
+    gain = pilot.gain(way, EVEN, seed=seed)
     found = {"nats a row": gain.nats.rounded()}
     return found if gain.points is None else {**found, "accuracy": gain.points.rounded()}

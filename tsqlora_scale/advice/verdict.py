@@ -77,9 +77,9 @@ def decide(
         if trials is not None:
             over_pool = {QUERY: trials.query_less_pool, ALONE: trials.alone_less_pool}.get(way)
         if over_pool is not None and over_pool.is_below:
-            way = EVEN
+            way, joins_query = EVEN, False
             reasons.append(f"but in trials the pool alone, evenly, is better still: {_told(over_pool.turned())}")
-        if way == EVEN and joins_query:
+        elif way == EVEN and joins_query:
             joins_query, reason = _joined(is_evident, None if trials is None else trials.even_less_pool)
             reasons.append(reason)
     if wrong is not None and wrong.low >= TOLD and not wrong.note:

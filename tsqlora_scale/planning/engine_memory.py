@@ -12,6 +12,8 @@ from tsqlora_scale.engine.fsdp import AT_ONCE
 from tsqlora_scale.engine.zero_internals import bucket_size
 from tsqlora_scale.planning.held_bytes import HeldWeights
 from tsqlora_scale.planning.phantom_passes import Machine, PassNeeds
+from tsqlora_scale.ranks.gradient_sketches import SKETCH_ROWS
+from tsqlora_scale.ranks.policies.gain import most_ranks
 
 GIB = 2**30
 #: DeepSpeed's defaults under ZeRO-3: parameters that may stay whole between their uses, and that are fetched ahead.
@@ -179,7 +181,7 @@ def engine_memory(
     state = ENGINES[engine](weights, devices)
     step, scored, judged = passes["step"], passes["scoring"], passes["evaluation"]
     unpacked = max((weight.unpacked for weight in weights.frozen), default=0)
-    listened = _listening(config, weights)
+    listened, sketches = _listening(config, weights), _sketches(config, weights)
     importances = _importances(config, weights)
     parts = {
         "base": state.base,
@@ -195,10 +197,11 @@ def engine_memory(
         "passing in a step": step.passing,
         "sensitivity of one layer": listened,
         "importances of components": importances,
+        "sketches of gradients": sketches,
         "scoring batch": scored.peak,
         "evaluation batch": judged.peak,
     }
-    between = state.base + weights.scales + state.factors + state.moments + state.buckets + importances
+    between = state.base + weights.scales + state.factors + state.moments + state.buckets + importances + sketches
     used = between + state.gathered + unpacked
     first = between + state.gathered_first
     phases = {
@@ -218,6 +221,16 @@ def _listening(config: Config, weights: HeldWeights) -> int:
     if not config.adapts_ranks or config.sensitivity.estimator == "adapter" or chosen:
         return 0
     return 2 * 4 * weights.largest_layer
+
+
+def _sketches(config: Config, weights: HeldWeights) -> int:
+    """Small sketches of every layer's gradient, float32, on every rank: of ``gain`` three, of as many rows as a layer
+    may have ranks; of ``resize.grow_init: gradient`` one."""
+    worths = config.allocation.policy == "gain"
+    if not config.adapts_ranks or not (worths or config.resize.grow_init == "gradient"):
+        return 0
+    rows = max(SKETCH_ROWS, most_ranks(config.allocation, config.adapter.r) if worths else 0)
+    return 4 * rows * weights.inputs * (3 if worths else 1)
 
 
 def _importances(config: Config, weights: HeldWeights) -> int:

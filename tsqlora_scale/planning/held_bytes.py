@@ -70,11 +70,13 @@ class HeldWeights:
         frozen: the base.
         trained: elements of each parameter that trains: factors and head.
         largest_layer: elements of the largest adapted layer's weight.
+        inputs: of all adapted layers together, d_in each.
     """
 
     frozen: Sequence[FrozenWeight]
     trained: Sequence[int]
     largest_layer: int
+    inputs: int = 0
 
     @property
     def base(self) -> int:
@@ -116,12 +118,10 @@ def held_weights(config: Config, phantom: Phantom) -> HeldWeights:
             rows = param.shape[0] if param.dim() else 1
             is_alone, is_first = id(param) in alone, id(param) in looked_up
             frozen.append(FrozenWeight(size, param.element_size(), rows=rows, alone=is_alone, looked_up=is_first))
-    return HeldWeights(frozen, trained, _largest_layer(phantom.model))
-
-
-def _largest_layer(model: nn.Module) -> int:
-    sizes = [prod(p.shape) for name, p in model.named_parameters() if name.endswith(".base_layer.weight")]
-    return max(sizes, default=0)
+    layers = [layer for name, layer in phantom.model.named_modules() if name.endswith(".base_layer")]
+    sizes = [prod(layer.weight.shape) for layer in layers if isinstance(layer.weight, nn.Parameter)]
+    fed = sum(int(getattr(layer, "in_features", 0)) for layer in layers)
+    return HeldWeights(frozen, trained, max(sizes, default=0), fed)
 
 
 def _input_embeddings(model: nn.Module) -> list[nn.Module]:

@@ -70,9 +70,7 @@ def plan_run(config: Config, pool_size: int, world_size: int, *, query_rows: int
         UserError: when the batch does not divide, the schedule never fires, or scoring comes after the end.
     """
     micro = _micro_batch_size(config, world_size)
-    subset = pool_size
-    if config.sampling.selector != "full":
-        subset = share_of(config.sampling.most_kept, pool_size - query_rows) + query_rows
+    subset = subset_size(config, pool_size, query_rows)
     total = total_steps(config.train, subset)
     schedule = check_length(config, total)
     return RunPlan(
@@ -89,6 +87,13 @@ def plan_run(config: Config, pool_size: int, world_size: int, *, query_rows: int
         query_rows=query_rows,
         finds_size=config.finds_size,
     )
+
+
+def subset_size(config: Config, pool_size: int, query_rows: int) -> int:
+    """Samples of S, at most, the query's among them, as in :func:`plan_run`."""
+    if config.sampling.selector == "full":
+        return pool_size
+    return share_of(config.sampling.most_kept, pool_size - query_rows) + query_rows
 
 
 def check_length(config: Config, total: int) -> Schedule | None:

@@ -77,6 +77,7 @@ def test_a_choice_is_beside_the_query() -> None:
     (Trials(UP, RATHER_UP, UP, DOWN, DOWN, RATHER_DOWN), "even"),
     (Trials(DOWN, UP, DOWN, DOWN, DOWN, RATHER_DOWN), "query alone"),
     (Trials(DOWN, UP, DOWN, DOWN, DOWN, DOWN), "even"),
+    (Trials(RATHER_UP, RATHER_DOWN, UP, RATHER_DOWN, DOWN, DOWN), "even"),
 ])  # fmt: skip
 def test_nothing_is_advised_that_the_pool_alone_beats(trials: Trials, way: str) -> None:
     found = decide(evidence=10.0, is_evident=True, trials=trials)

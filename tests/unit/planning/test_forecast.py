@@ -35,6 +35,8 @@ from tsqlora_scale.planning.held_bytes import WHOLE, FrozenWeight, HeldWeights
 from tsqlora_scale.planning.phantom_passes import PassNeeds
 from tsqlora_scale.planning.remedies import find_remedies
 from tsqlora_scale.planning.run_times import scored_samples
+from tsqlora_scale.run import preflight
+from tsqlora_scale.run.build import build_run
 from tsqlora_scale.run.plan import plan_run
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -119,6 +121,19 @@ def test_phases_are_sums_of_parts(tree: dict[str, Any]) -> None:
     assert found.phases["scoring"] == held + 11 + 5000
     assert found.phases["evaluation"] == held
     assert found.total == found.phases["scoring"]
+
+
+@pytest.mark.parametrize(("policy", "init", "copies"), [("gain", "orthogonal", 3), ("tsqlora", "gradient", 1)])
+def test_sketches_are_counted(tree: dict[str, Any], policy: str, init: str, copies: int) -> None:
+    tree["allocation"], tree["resize"] = {"policy": policy}, {"grow_init": init}
+    run = build_run(preflight.check(parse_config(tree)), writes=False)
+    assert run.ranks.tracker is not None
+    run.ranks.tracker.attach(run.engine.module)
+    kept = [kept.values for kept in run.ranks.tracker._kept]
+    assert len(kept) == copies
+    held = sum(4 * value.numel() for values in kept for value in values.values())
+    assert planned(tree).engines[0].parts["sketches of gradients"] == held > 0
+    run.engine.close()
 
 
 def planned(tree: dict[str, Any], **options: Any) -> Forecast:

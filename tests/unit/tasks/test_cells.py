@@ -15,6 +15,7 @@ import pytest
 
 from tests.unit.tasks.cases import CLASSES, NUMBERS, task_config
 from tsqlora_scale.common.errors import UserError
+from tsqlora_scale.config.task_section import TaskConfig
 from tsqlora_scale.tasks import load_data
 from tsqlora_scale.tasks.rows.cells import texts_of
 
@@ -259,19 +260,39 @@ class TestOwnClasses:
         other = "dev" if named == "train" else "train"
         files = {f"{named}_file": f"{named}.parquet", f"{other}_file": f"{other}.csv"}
 
-        def labels_of(cells: list[str], labels: list[str]) -> tuple[list[int], list[int]]:
-            rows = [f"{text},{cell}" for text, cell in zip(TEXTS, cells, strict=True)]
+        def labels_of(cells: list[str], labels: list[str], **dataset: Any) -> tuple[list[int], list[int]]:
+            rows = [f"{text},{cell}" for text, cell in zip([*TEXTS, "a film"], cells, strict=False)]
             (tmp_path / f"{other}.csv").write_text("\n".join(["text,label", *rows]) + "\n", encoding="utf-8")
-            data = load_data(task_config(tmp_path, CLASSES | {"labels": labels}, **files), seed=0)
+            data = load_data(task_config(tmp_path, CLASSES | {"labels": labels}, **files, **dataset), seed=0)
             assert data.dev is not None
             return data.train["label"][:], data.dev["label"][:]
 
         assert labels_of(["0", "1"], ["good", "bad"]) == ([0, 1], [0, 1])
+        assert labels_of(["0", "1"], ["good", "bad", "neither"]) == ([0, 1], [0, 1])
         assert labels_of(["good", "bad"], ["bad", "good"]) == ([1, 0], [1, 0])
-        message = r"its label numbers stand for .*are places in task.labels; set task.labels=\['good', 'bad'\]"
+        message = r"its label numbers stand for .*are places in task.labels; write these by name, or list task.labels"
         with pytest.raises(UserError, match=message):
             labels_of(["0", "1"], ["bad", "good"])
         assert labels_of(["0", "1"], ["first", "second"]) == ([0, 1], [0, 1])
+        if other == "train":  # what is left out may hold anything
+            (tmp_path / "wrong.txt").write_text("2\n", encoding="utf-8")
+            left_out = {"exclude": str(tmp_path / "wrong.txt")}
+            assert labels_of(["good", "bad", "1"], ["bad", "good"], **left_out) == ([1, 0], [1, 0])
+            with pytest.raises(UserError, match=message):
+                labels_of(["good", "bad", "1"], ["bad", "good"])
+
+    def test_sets_of_a_mixture_are_all_remembered(self, tmp_path: Path) -> None:
+        """Places in one, names in another, and a third that numbers these names otherwise."""
+        (tmp_path / "a.csv").write_text("text,label\na film,0\na plot,1\n", encoding="utf-8")
+        self.write(tmp_path, "b.parquet")
+        self.write(tmp_path, "c.parquet", ["bad", "good"])
+        sets = [
+            {"name": name, "dataset": {"train_file": str(tmp_path / file)}}
+            for name, file in (("a", "a.csv"), ("b", "b.parquet"), ("c", "c.parquet"))
+        ]
+        tree = {**CLASSES, "labels": ["first", "second"], "metrics": ["accuracy"], "mixture": sets}
+        with pytest.raises(UserError, match=r"'c': .*its label numbers stand for \['bad', 'good'\]"):
+            load_data(TaskConfig.model_validate(tree), seed=0)
 
     def test_shards_that_number_them_differently(self, tmp_path: Path) -> None:
         self.write(tmp_path, "a.parquet")

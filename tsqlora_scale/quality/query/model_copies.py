@@ -9,15 +9,15 @@ import numpy as np
 
 from tsqlora_scale.common.copies import copy_groups, text_groups
 
-#: Cosine of two rows' features from which on texts that differ by case or spaces alone are one: a tokenizer that keeps
-#: either apart leaves less, and rounding in 16 bits more.
-ALIKE = 0.999
+#: Distance of two rows' features, as a share of their length, up to which they are the same but for rounding. No more:
+#: closed forms that leave groups out take their rows for equal (:func:`.fit_heads`).
+ALIKE = 1e-3
 
 
 def are_alike(one: np.ndarray, other: np.ndarray) -> bool:
     """Whether a model makes the same of two rows, by their features (d,)."""
     one, other = np.asarray(one, dtype=np.float64), np.asarray(other, dtype=np.float64)
-    return bool(one @ other >= ALIKE * np.linalg.norm(one) * np.linalg.norm(other))
+    return bool(np.linalg.norm(one - other) <= ALIKE * min(np.linalg.norm(one), np.linalg.norm(other)))
 
 
 def groups_to_a_model(texts: Sequence[Sequence[str]], numbers: np.ndarray) -> np.ndarray:

@@ -117,7 +117,7 @@ class QueryRater:
             rest[rows] = False
             places = positions(rest)
         if len(rows) < size:
-            kind = f"terms, copies known, of {name}: {' '.join(rating.names)}"
+            kind = f"terms, copies to the model known, of {name}: {' '.join(rating.names)}"
             seen = passes.run(self.pool, places, _TermLook(look, rating, self.pool, rows, numbers), name=kind)
             for block in blocks(len(places)):
                 values[places[block]] = seen[block]
@@ -189,8 +189,12 @@ class _TermLook:
         self._numbers = numbers
         self._rated: dict[tuple[bytes, float], list[int]] = {}
         if rating.shape.kind != "text":  # of texts no model of the pool's answers is fitted
-            for place, key in enumerate(self._keys(fitted, numbers)):
-                self._rated.setdefault(key, []).append(place)
+            first: set[tuple[str, ...]] = set()  # one of those that are the same to the letter is enough
+            keys = self._keys(fitted, numbers)
+            for place, (texts, key) in enumerate(zip(pool.texts(fitted), keys, strict=True)):
+                if (written := (*texts, str(key[1]))) not in first:
+                    first.add(written)
+                    self._rated.setdefault(key, []).append(place)
 
     def __call__(self, module: nn.Module, batch: Any) -> Tensor:
         """(B, m) float32."""

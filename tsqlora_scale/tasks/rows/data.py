@@ -115,8 +115,8 @@ def label_column(cfg: TaskConfig) -> str | None:
 
 def load_pool(
     cfg: TaskConfig, opened: Opened, seed: int, part: SetColumns | None = None
-) -> tuple[datasets.Dataset, list[str] | int | None]:
-    """The checked pool, and the classes in it.
+) -> tuple[datasets.Dataset, list[str] | int | None, Numbering]:
+    """The checked pool, the classes in it, and what its label numbers stand for.
 
     Args:
         part: which set of a mixture it is, if it is one.
@@ -149,8 +149,9 @@ def load_pool(
     if cfg.type == "classification" and labels is None:
         assert cfg.label is not None
         column = raw.data.column(cfg.label)
-        counted = _with_text(cfg, opened, kept) if cfg.dataset.drop_empty else kept
+        counted = _counted(cfg, opened, kept)
         labels = infer_labels(column, where=where, name=cfg.label, names=opened.classes, kept=counted)
+    numbering = Numbering.opened_as(cfg, opened, lambda: _counted(cfg, opened, kept))
     cfg = cfg.model_copy(update={"labels": labels})
     dataset, stays = _checked(cfg, opened, ids, kept, weights, identity=digest_of(excluded), part=part)
     split = "train" if part is None else f"train {part.name}"
@@ -160,7 +161,7 @@ def load_pool(
             f"task.dataset.exclude={cfg.dataset.exclude!r}: leaves no row of those that max_train_samples="
             f"{cfg.dataset.max_train_samples} draws from {where}; raise it"
         )
-    return dataset, labels
+    return dataset, labels, numbering
 
 
 def load_dev_set(
@@ -173,8 +174,9 @@ def load_dev_set(
         part: which set of a mixture it is of, if it is of one.
     """
     opened = open_dev(cfg.dataset, name, wanted_columns(cfg, pool=False), label=label_column(cfg))
-    check_numbered_alike(cfg, opened, numbering or Numbering())
     kept = filled_array(len(opened.rows), bool, True)
+    own = Numbering.opened_as(cfg, opened, lambda: _counted(cfg, opened, kept))
+    check_numbered_alike(cfg, opened.where, own, numbering or Numbering())
     dataset, _ = _checked(cfg, opened, _ids(cfg, opened), kept, None, identity="", part=part)
     split = f"dev {name}" if name else "dev"
     if cfg.dataset.dev_half is not None:
@@ -199,8 +201,9 @@ def load_query(
     """
     assert cfg.query is not None
     opened = open_query(cfg.dataset, cfg.query, wanted_columns(cfg, pool=False), label=label_column(cfg))
-    check_numbered_alike(cfg, opened, numbering)
     kept = filled_array(len(opened.rows), bool, True)
+    own = Numbering.opened_as(cfg, opened, lambda: _counted(cfg, opened, kept))
+    check_numbered_alike(cfg, opened.where, own, numbering)
     weights = None if cfg.dataset.weight is None else filled_array(len(kept), np.float64, 1.0)
     rows, _ = _checked(cfg, opened, query_ids(_ids(cfg, opened)), kept, weights, identity="query", part=None)
     check_query(rows, train, sets, text_columns(cfg), where=opened.where)
@@ -285,6 +288,11 @@ def _checked(
         keys = "task.messages" if cfg.messages is not None else "task.text, task.source and task.target"
         raise UserError(f"{where}: every row has an empty text; check {keys}")
     return dataset, filled
+
+
+def _counted(cfg: TaskConfig, opened: Opened, kept: np.ndarray) -> np.ndarray:
+    """Which of the rows that are ``kept`` (N,) have labels that count."""
+    return _with_text(cfg, opened, kept) if cfg.dataset.drop_empty else kept
 
 
 def _with_text(cfg: TaskConfig, opened: Opened, kept: np.ndarray) -> np.ndarray:

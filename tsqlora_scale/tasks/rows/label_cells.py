@@ -69,14 +69,17 @@ def _named(text: str, labels: Sequence[str]) -> list[int]:
     return []
 
 
-def has_places(column: pa.ChunkedArray, labels: Sequence[str], *, where: Origin, name: str) -> bool:
+def has_places(column: pa.ChunkedArray, labels: Sequence[str], *, where: Origin, name: str, kept: np.ndarray) -> bool:
     """Whether some cell of a label column is a place in ``labels``, and not a name of them.
+
+    Args:
+        kept: the rows that count, (N,) bool; the others may hold anything.
 
     Raises:
         UserError: the column has no plain cells.
     """
-    for _, part in _text_blocks(column, name, where):
-        for cell in pc.unique(part).drop_null()[: MOST_CLASSES + 1].to_pylist():
+    for block, part in _text_blocks(column, name, where):
+        for cell in pc.unique(part.filter(pa.array(kept[block]))).drop_null()[: MOST_CLASSES + 1].to_pylist():
             if not _named(cell, labels) and class_id(cell, labels) is not None:
                 return True
     return False

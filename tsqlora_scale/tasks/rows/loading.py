@@ -71,8 +71,7 @@ def load_data(cfg: TaskConfig, *, seed: int) -> Data:
 
 def _load_one(cfg: TaskConfig, seed: int) -> Pooled:
     opened = open_pool(cfg.dataset, wanted_columns(cfg, pool=True), label=label_column(cfg))
-    train, labels = load_pool(cfg, opened, seed)
-    return train, labels, Numbering.opened_as(cfg, opened)
+    return load_pool(cfg, opened, seed)
 
 
 def _load_mixture(cfg: TaskConfig, seed: int) -> Pooled:
@@ -87,15 +86,15 @@ def _load_mixture(cfg: TaskConfig, seed: int) -> Pooled:
         with naming(_key(each)):
             own = cfg.of_set(each)
             opened = open_pool(own.dataset, wanted_columns(own, pool=True), label=label_column(own))
-            found_numbering = check_numbered_alike(own, opened, numbering)
-            rows, found = load_pool(own, opened, seed, _part(cfg, each, is_pool=True))
+            rows, found, of_set = load_pool(own, opened, seed, _part(cfg, each, is_pool=True))
+            check_numbered_alike(own, opened.where, of_set, numbering)
             labels = found if labels is None else labels
             if found != labels:
                 raise UserError(
                     f"its classes are {found}, those of {cfg.mixture[0].name!r} {labels}; set task.labels to the names "
                     "of all"
                 )
-        numbering = numbering or found_numbering
+        numbering = numbering.joined(of_set)
         pools.append(rows)
     return datasets.concatenate_datasets(pools), labels, numbering
 

@@ -29,7 +29,7 @@ SplitName = str
 E = TypeVar("E", bound=BaseException)
 
 #: Part of every cache key; raise it when :mod:`tsqlora_scale.tasks.rows.readers` reads a file differently.
-_READERS_VERSION = "5"
+_READERS_VERSION = "6"
 
 
 @dataclass(frozen=True)

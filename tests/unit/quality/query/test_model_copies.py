@@ -28,7 +28,7 @@ def test_groups_are_of_what_a_model_cannot_tell(rows: list[tuple[int, int]], tel
         if not tells[way]:
             features[:, way] = features[:, 0 if not tells[0] else tells.index(False)]
     texts = [(f"{text} {WRITTEN[way]}",) for text, way in rows]
-    noise = 1 + 1e-4 * normal((len(rows), 1), seed + 2)
+    noise = 1 + 1e-5 * normal((len(rows), 1), seed + 2)
     numbers = np.append(noise * np.array([features[row] for row in rows]), normal((len(rows), 1), seed + 3), axis=1)
     found = groups_to_a_model(texts, numbers)
     for i, (text, way) in enumerate(rows):
@@ -37,8 +37,8 @@ def test_groups_are_of_what_a_model_cannot_tell(rows: list[tuple[int, int]], tel
             assert (found[i] == found[j]) == same
 
 
-def test_nothing_is_alike_by_its_length() -> None:
-    row = np.array([1.0, 2.0])
-    assert are_alike(row, 3 * row)
+def test_what_differs_by_more_than_rounding_is_not_alike() -> None:
+    row = normal((30,), 0)
+    assert are_alike(row, row * (1 + ALIKE / 3))
+    assert not are_alike(row, row * (1 + 3 * ALIKE))
     assert not are_alike(row, -row)
-    assert not are_alike(np.array([1.0, 0.0]), np.array([ALIKE - 0.01, (1 - (ALIKE - 0.01) ** 2) ** 0.5]))

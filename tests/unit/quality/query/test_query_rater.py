@@ -146,6 +146,22 @@ def test_a_copy_outside_the_fitted_part_is_rated_as_the_one_in_it(
             assert values[other] != values[source]
 
 
+def test_a_copy_is_known_by_what_the_model_makes_of_it(models_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outside the fitted part, a text in capitals of which the model makes the same, and one of which it does not."""
+    monkeypatch.setattr(query_rater, "FITTED", 25)
+    model, pool = lora_model("bert", models_dir), mixed(40)
+    fitted = QueryRater(ScoringConfig(), pool=pool, world=World(), seed=0)._fitted(40)
+    (same, other, *_), (source, *_) = np.setdiff1d(np.arange(40), fitted).tolist(), fitted.tolist()
+    pool.tokens[same], pool.labels[same], pool.labels[other] = pool.tokens[source], *[pool.labels[source]] * 2
+    ((text,),) = pool.texts(np.array([source]))
+    written = {same: f" {text} ", other: text.replace(" ", "  ")}
+    texts = pool.texts
+    monkeypatch.setattr(pool, "texts", lambda rows: [(written.get(int(row), texts([row])[0][0]),) for row in rows])
+    found = rated(model, pool)
+    assert all(values[same] == values[source] for values in found.terms.values())
+    assert found.terms["text_term"][other] != found.terms["text_term"][source]
+
+
 def test_a_class_outside_the_fitted_part_is_rated(models_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(query_rater, "FITTED", 20)
     model, pool = lora_model("bert", models_dir), Wanted("bert", 30)
