@@ -11,7 +11,8 @@ uniform draws, of the query, too, unless advice leaves it out.
 
 Following it is *right* on a setting if, in the mean over the seeds, the arms that it names are not worse than the best
 of uniform, uniform+q, query and ours by more than half of the width of that difference's interval (bootstrap over
-seeds, 95 %). And it has a price: what it gains or loses against uniform draws.
+seeds, 95 %). And it has a price: what it gains or loses against uniform draws. Beside it stand those who name one arm
+always. Arms that were not run are out of the comparison.
 """
 
 from __future__ import annotations
@@ -79,10 +80,10 @@ def arm_of(advice: dict[str, Any]) -> str:
     return {"query": "ours", "query alone": "query"}.get(advice["verdict"], evenly)
 
 
-def judge(pool: PoolRuns, advice: dict[int, dict[str, Any]]) -> Judged | None:
-    """Of a setting, by the advice on its seeds; None where an arm that was named or uniform draws were not run."""
-    seeds = [seed for seed in pool.seeds if seed in advice]
-    named = {seed: arm_of(advice[seed]) for seed in seeds}
+def judge(pool: PoolRuns, named: dict[int, str]) -> Judged | None:
+    """Of a setting, by the arms that are named for its seeds; None where one of them or uniform draws were not run."""
+    seeds = [seed for seed in pool.seeds if seed in named]
+    named = {seed: named[seed] for seed in seeds}
     there = [name for name in ARMS if name in pool.arms]
     if not seeds or "uniform" not in there or not set(named.values()) <= set(there):
         return None
@@ -129,6 +130,20 @@ def table(judged: Sequence[Judged], absent: Sequence[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def constants_told(pools: Sequence[PoolRuns]) -> str:
+    """How often whoever names one arm always would be right, and what that would gain: what advice has to beat."""
+    lines = ["| who names always | right | gain over uniform | at the least |", "|" + "---|" * 4]
+    for arm in ARMS:
+        found = [judge(pool, dict.fromkeys(pool.seeds, arm)) for pool in pools]
+        known = [one for one in found if one is not None]
+        if len(known) < len(found) or not known:
+            continue
+        gains = [one.gain.value for one in known]
+        rights = f"{sum(one.is_right for one in known)} of {len(known)}"
+        lines.append(f"| {arm} | {rights} | {with_interval(mean_of(gains))} | {number(min(gains), '+.3f')} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     """Ask, and compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -145,19 +160,20 @@ def main() -> None:
     pools = gather(trials, STUDIES[plan["study"]], most=plan["steps"], tuning=plan["tuning_seeds"])
     judged, absent = [], []
     for pool in pools:
-        advice = {}
+        named = {}
         for seed in pool.seeds:
             setting = options.settings / f"seed-{seed}" / pool.pool
             pilot = options.pilot if "uniform+q" in pool.arms else "heads"
             found = ask(setting, options.advice, pilot=pilot, rows=options.rows, overrides=options.overrides)
-            advice[seed] = found
+            named[seed] = arm_of(found)
             print(f"{setting.parent.name}/{setting.name}: {found['verdict']}", file=sys.stderr, flush=True)
-        one = judge(pool, advice)
+        one = judge(pool, named)
         if one is None:
             absent.append(pool.pool)
         else:
             judged.append(one)
     print(table(judged, absent))
+    print(constants_told([pool for pool in pools if pool.pool not in absent]))
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def runs_of(folder: Path, arms: dict[str, tuple[float, ...]]) -> PoolRuns:
 def test_what_is_named_is_compared_with_the_best(
     verdicts: list[str], is_right: bool, behind: float, gain: float, tmp_path: Path
 ) -> None:
-    found = judge(runs_of(tmp_path, MIXED), {seed: said(verdict) for seed, verdict in enumerate(verdicts)})
+    found = judge(runs_of(tmp_path, MIXED), {seed: arm_of(said(verdict)) for seed, verdict in enumerate(verdicts)})
     assert found is not None
     assert (found.best, found.is_right, found.is_dear) == ("ours", is_right, False)
     assert found.behind.value == pytest.approx(behind, abs=1e-3)
@@ -78,7 +78,7 @@ def test_what_is_named_is_compared_with_the_best(
 
 def test_a_loss_is_dear(tmp_path: Path) -> None:
     arms = MIXED | {"ours": (0.48, 0.52, 0.52)}
-    found = judge(runs_of(tmp_path, arms), dict.fromkeys(range(3), said("query")))
+    found = judge(runs_of(tmp_path, arms), dict.fromkeys(range(3), "ours"))
     assert found is not None and found.is_dear and not found.is_right
     assert "More than 0.5 points are lost on 1: sst2-mix-500." in table([found], [])
     assert "Right on 0 of 1 settings (0 %)." in table([found], [])
@@ -87,8 +87,8 @@ def test_a_loss_is_dear(tmp_path: Path) -> None:
 def test_what_was_not_run_is_not_judged(tmp_path: Path) -> None:
     arms = {name: values for name, values in MIXED.items() if name != "ours"}
     runs = runs_of(tmp_path, arms)
-    assert judge(runs, dict.fromkeys(range(3), said("query"))) is None
-    assert judge(runs, dict.fromkeys(range(3), said("even"))) is not None
+    assert judge(runs, dict.fromkeys(range(3), "ours")) is None
+    assert judge(runs, dict.fromkeys(range(3), "uniform")) is not None
     assert judge(runs, {}) is None
 
 
@@ -111,6 +111,8 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "| sst2-mix-500 | ours (2), uniform+q (1) | ours | +0.057" in out
     assert "| sst2-clean-500 | uniform (3) | uniform | +0.000" in out
     assert "Right on 2 of 2 settings (100 %)." in out
+    assert "| uniform | 1 of 2 | +0.000" in out, "who names that always"
+    assert "\n| ours |" not in out, "which was not run everywhere"
     assert "gains +0.078 over uniform draws on average, and +0.000 at the least" in out
 
 
