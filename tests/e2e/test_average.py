@@ -222,3 +222,8 @@ def test_a_run_too_short_for_a_snapshot(tmp_path: Path, models_dir: Path) -> Non
     made = run_tree("bert", tmp_path, models_dir, "run", train={"average_last": 2, "average_every": 14})
     with pytest.raises(Exception, match="takes no snapshot in a run of 13 steps"):
         preflight.check(parse_config(made))
+    made["train"]["average_every"] = 13
+    preflight.check(parse_config(made))
+    made["train"]["distill"] = {"weight": 1.0}
+    with pytest.raises(Exception, match="takes the first one after the last of 13 steps; lower it"):
+        preflight.check(parse_config(made))

@@ -21,6 +21,7 @@ from tsqlora_scale.quality import QualityScorer, ScoreTable
 from tsqlora_scale.quality.selectors.by_steps import OnlineSelector
 from tsqlora_scale.quality.selectors.selector import SelectorContext
 from tsqlora_scale.ranks import current_ranks
+from tsqlora_scale.ranks.policies.policy import Plan
 from tsqlora_scale.run import preflight
 from tsqlora_scale.run.build import build_run
 from tsqlora_scale.run.plan import plan_run
@@ -125,6 +126,22 @@ def test_alignment_is_with_the_direction_of_the_steps_before(tmp_path: Path, mod
         scorer.running.direction = direction.clone()
         visit(run, everything[start : start + 12])
     np.testing.assert_allclose(scorer.running.table.convergence, passed(run).convergence, atol=2e-4)
+
+
+def test_the_direction_begins_anew_where_ranks_have_changed(tmp_path: Path, models_dir: Path) -> None:
+    """Gradients of other factors have other coordinates."""
+    run = build_run(preflight.check(parse_config(online_tree("bert", tmp_path, models_dir))))
+    running = scores_of(run).scorer.running
+    visit(run, np.arange(12))
+    kept = run.state_dict()
+    assert running.direction.abs().sum() > 0
+    names = list(current_ranks(run.engine.module))
+    ranks = {name: 2 if place % 2 else 5 for place, name in enumerate(names)}
+    plan = Plan(ranks=ranks, phi=1.0, budget=sum(ranks.values()), sensitivity={}, reasons={})
+    run.ranks.carry_out(plan, run.engine, 1)
+    assert running.direction.abs().sum() == 0
+    scores_of(run).load_state_dict(kept["selector"])
+    assert running.direction.abs().sum() > 0, "a resumed run goes on with what it had"
 
 
 def test_the_first_epoch_is_even_and_the_same_training(tmp_path: Path, models_dir: Path) -> None:

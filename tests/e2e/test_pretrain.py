@@ -142,6 +142,20 @@ def test_a_base_without_a_masked_head_is_no_start(tmp_path: Path, models_dir: Pa
         build_run(checked.pretraining)
 
 
+@pytest.mark.parametrize(("length", "warmup", "expected"), [
+    ({"max_steps": 1000}, 500, 150), ({"max_steps": 1000}, 0, 0), ({"max_steps": 100}, 500, 300),
+    ({"max_steps": 1000}, 0.1, 0.1), ({"max_steps": None, "epochs": 3}, 500, 30),
+])  # fmt: skip
+def test_the_rate_reaches_its_highest(length: dict[str, Any], warmup: float, expected: float, tmp_path: Path) -> None:
+    """A number of steps is as long a share of the pretraining as of the run."""
+    tree = run_tree(
+        "bert", tmp_path, tmp_path, "run", train={"lr_warmup": warmup, **length}, adapter={"method": "lora"}
+    )
+    tree = {key: tree[key] for key in ("run", "task", "adapter", "train", "model")}
+    config = parse_config(tree | {"pretrain": {"objective": "mlm", "max_steps": 300}})
+    assert config.of_pretraining().train.lr_warmup == expected
+
+
 def test_keys_that_pretrain_nothing() -> None:
     from tests.unit.config_trees import message
     from tests.unit.config_trees import tree as minimal

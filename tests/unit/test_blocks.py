@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,10 @@ from transformers import (
     AutoModelForSequenceClassification,
     FunnelBaseModel,
     FunnelConfig,
+    OPTConfig,
+    OPTForCausalLM,
+    T5GemmaConfig,
+    T5GemmaForConditionalGeneration,
 )
 
 from tests.runs import go, losses_of, run_tree
@@ -27,6 +32,7 @@ from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.load import parse_config
 from tsqlora_scale.engine.base_engine import lr_groups
 from tsqlora_scale.model.adapters.lora import lora_layers, short_name
+from tsqlora_scale.model.adapters.placed_model import PlacedModel
 from tsqlora_scale.model.base_model import skeleton
 from tsqlora_scale.model.block_depths import block_of, blocks_of, check_depth, lr_scales
 from tsqlora_scale.model.blocks import block_names
@@ -84,6 +90,28 @@ def test_depths_when_everything_trains(kind: str) -> None:
             assert scale == 0.5**count, name
         elif re.search("classifier|lm_head|decoder.final|model.norm|ln_f", name):
             assert scale == 1.0, name
+
+
+OPT = {"hidden_size": 16, "ffn_dim": 32, "num_attention_heads": 2, "vocab_size": 40, "word_embed_proj_dim": 8}
+GEMMA = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8,
+         "num_key_value_heads": 2, "vocab_size": 40}  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "expected"), [
+    (lambda: OPTForCausalLM(OPTConfig(num_hidden_layers=4, **OPT)),
+     {"decoder.final_layer_norm.weight": 1.0, "decoder.project_out.weight": 1.0, "embed_tokens": 0.5**4,
+      "layers.0.": 0.5**3, "layers.3.": 1.0}),
+    (lambda: T5GemmaForConditionalGeneration(T5GemmaConfig(encoder=GEMMA, decoder=GEMMA, vocab_size=40)),
+     {"encoder.norm.weight": 0.25, "decoder.norm.weight": 1.0, "encoder.embed_tokens": 0.5**4}),
+])  # fmt: skip
+def test_a_last_norm_goes_with_the_last_block_of_its_stack(
+    model: Callable[[], nn.Module], expected: dict[str, float]
+) -> None:
+    """Also where it is registered before the blocks."""
+    scales = lr_scales(PlacedModel(model().requires_grad_(True)), 0.5)
+    for part, scale in expected.items():
+        found = {name: value for name, value in scales.items() if part in name}
+        assert found and set(found.values()) == {scale}, part
 
 
 @given(st.lists(st.sampled_from([1.0, 0.9, 0.81]), min_size=1, max_size=6))

@@ -79,7 +79,13 @@ def pretraining_sections(config: Any, nothing_else: Any) -> dict[str, Section]:
         nothing_else: the same as an audit takes it.
     """
     own, train = config.pretrain, config.train
-    length: dict[str, Any] = {"max_steps": own.max_steps, "epochs": None, "lr": own.lr or train.lr, "packing": False}
+    warmup = train.lr_warmup
+    if isinstance(warmup, int) and not isinstance(warmup, bool) and train.max_steps is not None:
+        warmup = int(min(warmup / train.max_steps, 1.0) * own.max_steps)  # as long a share of it
+    elif isinstance(warmup, int):  # of epochs, whose steps are not known yet
+        warmup = min(warmup, own.max_steps // 10)
+    length: dict[str, Any] = {"max_steps": own.max_steps, "epochs": None, "lr": own.lr or train.lr}
+    length |= {"lr_warmup": warmup, "packing": False}
     if own.batch_size is not None:
         length |= {"batch_size": own.batch_size, "micro_batch_size": None}
     by_file = config.allocation.policy == "file"  # its ranks are those of the start

@@ -18,6 +18,8 @@ from tsqlora_scale.model.weight_files import PREFIX
 
 #: A block's own name: up to the first number, or several at once (Funnel's blocks are numbered within their size).
 _BLOCK = re.compile(r"^(.*?\.\d+(?:\.\d+)*)\.")
+#: What comes after the blocks of a stack, by its name in the stack.
+_LAST = re.compile(r"final|^norm$|layer_norm$|^ln_f$|project_out")
 #: What PEFT puts beside the base.
 _BESIDE = ("modules_to_save", "original_module", "prompt_encoder")
 
@@ -46,8 +48,12 @@ def blocks_of(model: nn.Module) -> list[str]:
 
 
 def _base(model: nn.Module) -> nn.Module:
-    base: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
-    return base
+    if isinstance(model, PeftModel):
+        base: nn.Module = model.get_base_model()
+        return base
+    beneath = getattr(model, "base_model", None)  # of a PlacedModel, and of models of Transformers, which are bases
+    inner = beneath["model"] if isinstance(beneath, nn.ModuleDict) else model
+    return inner
 
 
 def lr_scales(model: nn.Module, decay: float) -> dict[str, float]:
@@ -55,8 +61,8 @@ def lr_scales(model: nn.Module, decay: float) -> dict[str, float]:
     top (Sun et al. 2019, 1905.05583: eta^(k-1) = xi eta^k).
 
     The uppermost block and all above it, the head among them, have depth 0, the lowest of n blocks n - 1, embeddings
-    n. What lies between blocks has the depth of the block before it. Adapters that lie beside the model, in no block,
-    have depth 0.
+    n. What lies between blocks has the depth of the block before it, a stack's last norm that of its last block, also
+    where a model registers it before the blocks (OPT). Adapters that lie beside the model, in no block, have depth 0.
 
     Args:
         model: with its adapter; parameters may be sharded.
@@ -64,6 +70,7 @@ def lr_scales(model: nn.Module, decay: float) -> dict[str, float]:
     """
     blocks = {name: number for number, name in enumerate(blocks_of(model))}
     heads, number, scales = head_modules(_base(model)), -1, {}
+    last = {_stack_of(block): place for block, place in blocks.items()}
     for name, param in model.named_parameters():
         own = name.removeprefix(PREFIX)
         block = block_of(name)
@@ -74,9 +81,16 @@ def lr_scales(model: nn.Module, decay: float) -> dict[str, float]:
         place = number
         if block not in blocks:
             is_below = re.search(r"embed|\bwte\b|\bwpe\b", own) is not None
-            place = len(blocks) - 1 if is_above or not blocks else -1 if is_below else number
+            stack, _, child = own.rpartition(".")[0].rpartition(".")
+            ends = last.get(stack) if _LAST.search(child) else None
+            place = len(blocks) - 1 if is_above or not blocks else -1 if is_below else number if ends is None else ends
         scales[name] = decay ** max(len(blocks) - 1 - place, 0)
     return scales
+
+
+def _stack_of(block: str) -> str:
+    """The module that has the list of blocks in which one is: ``model.decoder`` of ``model.decoder.layers.3``."""
+    return block.rpartition(".")[0].rpartition(".")[0]
 
 
 def chosen_blocks(model: nn.Module, layers: list[int] | str) -> set[str]:

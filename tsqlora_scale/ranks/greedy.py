@@ -34,6 +34,7 @@ def buy(
     low: Mapping[str, int],
     high: Mapping[str, int],
     tolerance: float | None = None,
+    whole: float | None = None,
 ) -> Purchase:
     """Ranks of total cost at most ``budget``, each the one worth most for its cost; ties go to the earlier layer.
 
@@ -47,11 +48,12 @@ def buy(
         low: fewest ranks by layer.
         high: most ranks by layer.
         tolerance: in [0, 1).
+        whole: all worth, where that is more than is within ``high``.
     """
     names = list(worths)
     ranks = dict(low)
     spent = sum(costs[name] * ranks[name] for name in names)
-    total = math.fsum(gain for name in names for gain in worths[name][: high[name]])
+    total = math.fsum(gain for name in names for gain in worths[name][: high[name]]) if whole is None else whole
     bought = math.fsum(gain for name in names for gain in worths[name][: ranks[name]])
 
     def worth_of(name: str) -> float:

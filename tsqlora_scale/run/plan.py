@@ -105,6 +105,11 @@ def check_length(config: Config, total: int) -> Schedule | None:
     every, warmup = config.train.average_every, config.scoring.warmup_steps
     if every is not None and every > total:
         raise UserError(f"train.average_every={every} takes no snapshot in a run of {total} steps; lower it")
+    if every is not None and every >= total and config.train.distill is not None:
+        raise UserError(
+            f"train.distill learns from snapshots, and train.average_every={every} takes the first one after the last "
+            f"of {total} steps; lower it"
+        )
     warms_up = config.sampling.selector not in BLIND_SELECTORS and not config.looks_before_training
     if warms_up and as_steps(warmup, total) >= total:
         raise UserError(

@@ -191,6 +191,23 @@ def test_the_size_is_found_and_kept_below_its_ceiling() -> None:
     assert sum(low.ranks.values()) == 4
 
 
+def test_a_size_that_is_found_in_small_steps_is_the_same() -> None:
+    """One strong direction and a long tail: what is left is of all worth, not of what one event can reach."""
+    worths = {"a": (10.0, 1.0, *[0.9] * 22)}
+    cfg = AllocationConfig(policy="gain", budget="auto", tolerance=0.1, ceiling=24, r_max=24)
+    stats = statistics(worths, ranks={"a": 1}, sensitivity={"a": 1.0}, dims={"a": (64, 64)}, initial_rank=1)
+    at_once = GainPolicy(cfg).plan(stats)
+    ranks, plans = 1, []
+    for _ in range(30):
+        stats = dataclasses.replace(stats, ranks={"a": ranks})
+        plans.append(GainPolicy(cfg.model_copy(update={"max_change": 1})).plan(stats))
+        assert abs(plans[-1].ranks["a"] - ranks) <= 1
+        ranks = plans[-1].ranks["a"]
+    assert ranks == at_once.ranks["a"] > 15
+    assert plans[0].curve[-1][1] > 0.5, "of two ranks"
+    assert plans[-1].curve[-1][1] <= 0.1
+
+
 def test_ranks_stay_where_nothing_is_worth_anything() -> None:
     plan = GainPolicy(AllocationConfig(policy="gain")).plan(
         statistics({"a": (0.0,), "b": (0.0,)}, ranks={"a": 2, "b": 6})

@@ -103,8 +103,12 @@ class OnlineScorer:
         return self.running.table if self.ratings else None
 
     def attach(self, module: nn.Module) -> None:
-        """See :class:`~.sample_listener.SampleListener`, as for all that follow."""
+        """See :class:`~.sample_listener.SampleListener`, as for all that follow.
+
+        Of factors that a rank event has changed, gradients have other coordinates: the direction begins anew.
+        """
         self._gradients.attach(module)
+        self.running.direction = torch.zeros_like(self.running.direction)
 
     def start_step(self, step: int, size: int) -> None:
         """Nothing is heard yet."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -41,6 +42,8 @@ class GainPolicy:
             return Plan(dict(stats.ranks), phi, budget, normalised(stats.sensitivity), reasons)
         high = {name: min(ceiling, *dims) for name, dims in stats.dims.items()}
         low = {name: min(cfg.r_min, most) for name, most in high.items()}
+        # of all that a layer may have in the end, and not of this event's reach: the size is found event by event
+        whole = math.fsum(gain for name, most in high.items() for gain in stats.worths[name][:most])
         if cfg.max_change is not None:
             # from further away than that, straight to the bound
             low, high = (
@@ -54,6 +57,7 @@ class GainPolicy:
             low=low,
             high=high,
             tolerance=cfg.tolerance if finds else None,
+            whole=whole,
         )
         ranks = bought.ranks if any(bought.ranks.values()) else _dearest(stats)
         return Plan(
