@@ -35,6 +35,7 @@ sys.path[0] = str(ROOT)
 from benchmarks.studies.fair import read_trials  # noqa: E402
 from benchmarks.studies.plans import STUDIES  # noqa: E402
 from benchmarks.studies.tables import PoolRuns, gather, number, with_interval  # noqa: E402
+from tsqlora_scale.common.code_version import SOURCE  # noqa: E402
 from tsqlora_scale.comparison.estimates import Estimate, mean_of  # noqa: E402
 
 #: The arms that advice is about.
@@ -96,17 +97,16 @@ def judge(pool: PoolRuns, named: dict[int, str]) -> Judged | None:
 
 
 def ask(setting: Path, out: Path, *, pilot: str, rows: int, overrides: Sequence[str]) -> dict[str, Any]:
-    """The advice on a setting; what ``out`` has kept of it, if it has."""
-    out = out / "-".join([pilot, str(rows), *(f"{crc32(each.encode()):08x}" for each in overrides)])
+    """The advice on a setting; what ``out`` has kept of it, if it has: of the same code."""
+    out = out / "-".join([pilot, str(rows), SOURCE, *(f"{crc32(each.encode()):08x}" for each in overrides)])
     file = out / setting.parent.name / setting.name / "advice" / "advice.json"
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    if "trains on query" not in found:  # not asked for yet, or of an earlier rule
+    if not file.exists():
         from tsqlora_scale.api import advise
         from tsqlora_scale.config.load import load_config
 
         place = [f"run.output_dir={out / setting.parent.name}", f"run.name={setting.name}"]
         advise(load_config(setting / "config.yaml", [*place, *overrides]), pilot=pilot, rows=rows)  # type: ignore[arg-type]
-        found = json.loads(file.read_text(encoding="utf-8"))
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return found
 
 

@@ -142,15 +142,12 @@ def test_a_base_without_a_masked_head_is_no_start(tmp_path: Path, models_dir: Pa
         build_run(checked.pretraining)
 
 
-@pytest.mark.parametrize(("length", "warmup", "expected"), [
-    ({"max_steps": 1000}, 500, 150), ({"max_steps": 1000}, 0, 0), ({"max_steps": 100}, 500, 300),
-    ({"max_steps": 1000}, 0.1, 0.1), ({"max_steps": None, "epochs": 3}, 500, 30),
-])  # fmt: skip
-def test_the_rate_reaches_its_highest(length: dict[str, Any], warmup: float, expected: float, tmp_path: Path) -> None:
-    """A number of steps is as long a share of the pretraining as of the run."""
-    tree = run_tree(
-        "bert", tmp_path, tmp_path, "run", train={"lr_warmup": warmup, **length}, adapter={"method": "lora"}
-    )
+@pytest.mark.parametrize(("warmup", "expected"), [(500, 30), (12, 12), (0, 0), (0.1, 0.1)])
+@pytest.mark.parametrize("steps", [100, 1000])
+def test_the_rate_reaches_its_highest(warmup: float, expected: float, steps: int, tmp_path: Path) -> None:
+    """Whatever the run's own length is, which may change while the pretraining goes on."""
+    train = {"lr_warmup": warmup, "max_steps": steps}
+    tree = run_tree("bert", tmp_path, tmp_path, "run", train=train, adapter={"method": "lora"})
     tree = {key: tree[key] for key in ("run", "task", "adapter", "train", "model")}
     config = parse_config(tree | {"pretrain": {"objective": "mlm", "max_steps": 300}})
     assert config.of_pretraining().train.lr_warmup == expected

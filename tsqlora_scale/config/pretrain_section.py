@@ -33,7 +33,8 @@ class PretrainConfig(Section):
     max_steps: PositiveInt = 1000
     #: Samples of one optimizer step; none: as many as ``train.batch_size``.
     batch_size: PositiveInt | None = None
-    #: The learning rate at its highest; none: ``train.lr``. Schedule and warm-up are those of ``train``.
+    #: The learning rate at its highest; none: ``train.lr``. The schedule is that of ``train``, and the
+    #: warm-up, too, of at most a tenth of the steps where it is given in steps.
     lr: PositiveFloat | None = None
     #: Most tokens of a text; none: ``task.max_length``.
     max_length: PositiveInt | None = None
@@ -79,11 +80,8 @@ def pretraining_sections(config: Any, nothing_else: Any) -> dict[str, Section]:
         nothing_else: the same as an audit takes it.
     """
     own, train = config.pretrain, config.train
-    warmup = train.lr_warmup
-    if isinstance(warmup, int) and not isinstance(warmup, bool) and train.max_steps is not None:
-        warmup = int(min(warmup / train.max_steps, 1.0) * own.max_steps)  # as long a share of it
-    elif isinstance(warmup, int):  # of epochs, whose steps are not known yet
-        warmup = min(warmup, own.max_steps // 10)
+    # steps of the run's warm-up may be more than there are here; and its length may change while this goes on
+    warmup = min(train.lr_warmup, own.max_steps // 10) if isinstance(train.lr_warmup, int) else train.lr_warmup
     length: dict[str, Any] = {"max_steps": own.max_steps, "epochs": None, "lr": own.lr or train.lr}
     length |= {"lr_warmup": warmup, "packing": False}
     if own.batch_size is not None:

@@ -120,7 +120,8 @@ def held_weights(config: Config, phantom: Phantom) -> HeldWeights:
             frozen.append(FrozenWeight(size, param.element_size(), rows=rows, alone=is_alone, looked_up=is_first))
     layers = [layer for name, layer in phantom.model.named_modules() if name.endswith(".base_layer")]
     sizes = [prod(layer.weight.shape) for layer in layers if isinstance(layer.weight, nn.Parameter)]
-    fed = sum(int(getattr(layer, "in_features", 0)) for layer in layers)
+    adapted = [layer for layer in phantom.model.modules() if hasattr(layer, "base_layer")]
+    fed = sum(int(getattr(layer, "in_features", 0)) for layer in adapted)
     return HeldWeights(frozen, trained, max(sizes, default=0), fed)
 
 

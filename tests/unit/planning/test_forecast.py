@@ -124,7 +124,9 @@ def test_phases_are_sums_of_parts(tree: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(("policy", "init", "copies"), [("gain", "orthogonal", 3), ("tsqlora", "gradient", 1)])
-def test_sketches_are_counted(tree: dict[str, Any], policy: str, init: str, copies: int) -> None:
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_sketches_are_counted(kind: str, policy: str, init: str, copies: int, tmp_path: Path, models_dir: Path) -> None:
+    tree = run_tree(kind, tmp_path, models_dir, "run")
     tree["allocation"], tree["resize"] = {"policy": policy}, {"grow_init": init}
     run = build_run(preflight.check(parse_config(tree)), writes=False)
     assert run.ranks.tracker is not None

@@ -193,17 +193,19 @@ def test_the_size_is_found_and_kept_below_its_ceiling() -> None:
 
 def test_a_size_that_is_found_in_small_steps_is_the_same() -> None:
     """One strong direction and a long tail: what is left is of all worth, not of what one event can reach."""
-    worths = {"a": (10.0, 1.0, *[0.9] * 22)}
+    worths = {"a": (10.0, 1.0, *[0.9] * 22), "b": (1.0, *[0.01] * 23)}
     cfg = AllocationConfig(policy="gain", budget="auto", tolerance=0.1, ceiling=24, r_max=24)
-    stats = statistics(worths, ranks={"a": 1}, sensitivity={"a": 1.0}, dims={"a": (64, 64)}, initial_rank=1)
+    dims = {"a": (64, 64), "b": (64, 64)}
+    stats = statistics(worths, ranks={"a": 1, "b": 3}, dims=dims, initial_rank=2)
     at_once = GainPolicy(cfg).plan(stats)
-    ranks, plans = 1, []
+    ranks, plans = stats.ranks, []
     for _ in range(30):
-        stats = dataclasses.replace(stats, ranks={"a": ranks})
+        stats = dataclasses.replace(stats, ranks=ranks)
         plans.append(GainPolicy(cfg.model_copy(update={"max_change": 1})).plan(stats))
-        assert abs(plans[-1].ranks["a"] - ranks) <= 1
-        ranks = plans[-1].ranks["a"]
-    assert ranks == at_once.ranks["a"] > 15
+        assert all(abs(plans[-1].ranks[name] - ranks[name]) <= 1 for name in ranks)
+        assert plans[-1].ranks["b"] <= ranks["b"], "which is worth nothing more"
+        ranks = plans[-1].ranks
+    assert ranks == at_once.ranks and ranks["a"] > 15 and ranks["b"] == 1
     assert plans[0].curve[-1][1] > 0.5, "of two ranks"
     assert plans[-1].curve[-1][1] <= 0.1
 

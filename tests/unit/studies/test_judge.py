@@ -19,6 +19,7 @@ from benchmarks.studies.settings import config_of, make_setting
 from benchmarks.studies.tables import PoolRuns, gather
 from tests.tiny import tiny_model
 from tests.unit.studies.small_data import write_small_data
+from tsqlora_scale.common.code_version import SOURCE
 
 #: arm -> values of ``test`` with the seeds 0, 1, 2
 MIXED = {
@@ -101,7 +102,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     results = write_results(tmp_path, {"sst2-mix-500": MIXED, "sst2-clean-500": PLAIN})
     for seed, verdict in enumerate(["query", "query", "even"]):
         for setting, told in (("sst2-mix-500", verdict), ("sst2-clean-500", "even")):
-            folder = tmp_path / "advice" / "heads-2000" / f"seed-{seed}" / setting / "advice"
+            folder = tmp_path / "advice" / f"heads-2000-{SOURCE}" / f"seed-{seed}" / setting / "advice"
             folder.mkdir(parents=True)
             (folder / "advice.json").write_text(json.dumps(said(told, setting != "sst2-clean-500")), encoding="utf-8")
     command = ["judge.py", results, "--settings", tmp_path / "settings", "--advice", tmp_path / "advice"]

@@ -281,14 +281,17 @@ class TestOwnClasses:
             with pytest.raises(UserError, match=message):
                 labels_of(["good", "bad", "1"], ["bad", "good"])
 
-    def test_sets_of_a_mixture_are_all_remembered(self, tmp_path: Path) -> None:
-        """Places in one, names in another, and a third that numbers these names otherwise."""
+    @pytest.mark.parametrize("order", ["abc", "bac", "dbc"])
+    def test_sets_of_a_mixture_are_all_remembered(self, order: str, tmp_path: Path) -> None:
+        """Places in one, names of ``task.labels`` in another, names in a third, and a fourth that numbers these
+        otherwise."""
         (tmp_path / "a.csv").write_text("text,label\na film,0\na plot,1\n", encoding="utf-8")
         self.write(tmp_path, "b.parquet")
         self.write(tmp_path, "c.parquet", ["bad", "good"])
+        self.write(tmp_path, "d.parquet", ["first", "second"])
         sets = [
-            {"name": name, "dataset": {"train_file": str(tmp_path / file)}}
-            for name, file in (("a", "a.csv"), ("b", "b.parquet"), ("c", "c.parquet"))
+            {"name": name, "dataset": {"train_file": str(tmp_path / ("a.csv" if name == "a" else f"{name}.parquet"))}}
+            for name in order
         ]
         tree = {**CLASSES, "labels": ["first", "second"], "metrics": ["accuracy"], "mixture": sets}
         with pytest.raises(UserError, match=r"'c': .*its label numbers stand for \['bad', 'good'\]"):

@@ -157,9 +157,11 @@ class OnlineScorer:
         self._warn_of_shared_calls()
         loss, norm, cosine = found.view(len(rows), GATHERED).numpy().T
         values = np.column_stack([loss, norm, self.eta * norm**2, cosine])
+        # nor to compare with after a rank event: what that step says of its samples is not counted
+        has_none = bool((self.running.direction == 0).all() and (self.running.visits > 0).any())
         if taken:
             self.running.turn(sketch)
-        if self._warms_up:
+        if self._warms_up or has_none:
             return
         if taken:
             self.running.visit(rows, values)

@@ -27,6 +27,8 @@ from tsqlora_scale.quality.query.row_rating import RowRating
 
 #: Rows of the pool that models are fitted to; of a larger one a random part.
 FITTED = 10_000
+#: A text, and its answer.
+Key = tuple[bytes, float]
 
 
 @dataclass(frozen=True)
@@ -187,29 +189,35 @@ class _TermLook:
     ) -> None:
         self._look, self._rating, self._pool = look, rating, pool
         self._numbers = numbers
-        self._rated: dict[tuple[bytes, float], list[int]] = {}
+        #: By text and answer: the place of the one that is the same to the letter, and of those that are but for case
+        #: and spaces.
+        self._exact: dict[Key, int] = {}
+        self._loose: dict[Key, list[int]] = {}
         if rating.shape.kind != "text":  # of texts no model of the pool's answers is fitted
-            first: set[tuple[str, ...]] = set()  # one of those that are the same to the letter is enough
-            keys = self._keys(fitted, numbers)
-            for place, (texts, key) in enumerate(zip(pool.texts(fitted), keys, strict=True)):
-                if (written := (*texts, str(key[1]))) not in first:
-                    first.add(written)
-                    self._rated.setdefault(key, []).append(place)
+            for place, (exact, loose) in enumerate(self._keys(fitted, numbers)):
+                if self._exact.setdefault(exact, place) == place:
+                    self._loose.setdefault(loose, []).append(place)
 
     def __call__(self, module: nn.Module, batch: Any) -> Tensor:
         """(B, m) float32."""
         numbers = self._look(module, batch).double().cpu().numpy()
         values = self._rating.values(numbers)
-        if self._rated:
-            for place, key in enumerate(self._keys(batch.indices, numbers)):
-                for copy in self._rated.get(key, ()):
-                    if are_alike(numbers[place, :-1], self._numbers[copy, :-1]):
-                        values[place] = self._rating.of_pool[copy]
-                        break
+        if self._exact:
+            for place, keys in enumerate(self._keys(batch.indices, numbers)):
+                if (copy := self._copy(numbers[place], *keys)) is not None:
+                    values[place] = self._rating.of_pool[copy]
         return torch.from_numpy(values)
 
-    def _keys(self, rows: np.ndarray, numbers: np.ndarray) -> list[tuple[bytes, float]]:
+    def _copy(self, numbers: np.ndarray, exact: Key, loose: Key) -> int | None:
+        """The place of a row's copy in the fitted part, if it has one there."""
+        if exact in self._exact:
+            return self._exact[exact]
+        alike = (place for place in self._loose.get(loose, ()) if are_alike(numbers[:-1], self._numbers[place, :-1]))
+        return next(alike, None)
+
+    def _keys(self, rows: np.ndarray, numbers: np.ndarray) -> list[tuple[Key, Key]]:
         _, answers = self._rating.shape.split(numbers)
         return [
-            (text_key(*texts), answer) for texts, answer in zip(self._pool.texts(rows), answers.tolist(), strict=True)
+            ((text_key(*texts, exact=True), answer), (text_key(*texts), answer))
+            for texts, answer in zip(self._pool.texts(rows), answers.tolist(), strict=True)
         ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 from tsqlora_scale.config.schema import AllocationConfig
@@ -44,21 +45,19 @@ class GainPolicy:
         low = {name: min(cfg.r_min, most) for name, most in high.items()}
         # of all that a layer may have in the end, and not of this event's reach: the size is found event by event
         whole = math.fsum(gain for name, most in high.items() for gain in stats.worths[name][:most])
+        purchase = partial(
+            buy, {name: stats.worths[name] for name in stats.dims}, budget=budget, costs=costs, whole=whole
+        )
+        bought = purchase(low=low, high=high, tolerance=cfg.tolerance if finds else None)
         if cfg.max_change is not None:
             # from further away than that, straight to the bound
-            low, high = (
+            nearest, farthest = (
                 {name: min(max(stats.ranks[name] + change, low[name]), high[name]) for name in stats.dims}
                 for change in (-cfg.max_change, cfg.max_change)
             )
-        bought = buy(
-            {name: stats.worths[name] for name in stats.dims},
-            budget=budget,
-            costs=costs,
-            low=low,
-            high=high,
-            tolerance=cfg.tolerance if finds else None,
-            whole=whole,
-        )
+            if finds:  # towards the size that was found, and no layer beyond its own part in it
+                farthest = {name: min(max(bought.ranks[name], nearest[name]), most) for name, most in farthest.items()}
+            bought = purchase(low=nearest, high=farthest)
         ranks = bought.ranks if any(bought.ranks.values()) else _dearest(stats)
         return Plan(
             ranks=ranks,

@@ -19,11 +19,11 @@ class Numbering:
     """Of some rows' labels.
 
     Attributes:
-        classes: names that the data brings along, whose places its numbers are; None: it has none.
-        by_place: whether it has none and some cell is a place in ``task.labels``, not a name of it.
+        classes: names that the data brings along, whose places its numbers are: a list of every data set that has some.
+        by_place: whether some cell, of a data set that has none, is a place in ``task.labels``, not a name of it.
     """
 
-    classes: list[str] | None = None
+    classes: tuple[list[str], ...] = ()
     by_place: bool = False
 
     @classmethod
@@ -33,19 +33,25 @@ class Numbering:
         Args:
             kept: the rows that count, (N,) bool, where it is asked.
         """
-        if cfg.type != "classification" or opened.classes is not None or not isinstance(cfg.labels, list):
-            return cls(opened.classes)
+        if opened.classes is not None:
+            return cls((opened.classes,))
+        if cfg.type != "classification" or not isinstance(cfg.labels, list):
+            return cls()
         assert cfg.label is not None
         column = opened.rows.data.column(cfg.label)
-        return cls(None, has_places(column, cfg.labels, where=opened.where, name=cfg.label, kept=kept()))
+        return cls((), has_places(column, cfg.labels, where=opened.where, name=cfg.label, kept=kept()))
 
     def joined(self, other: Numbering) -> Numbering:
         """Of these rows and others, which have been checked against these."""
-        return Numbering(self.classes or other.classes, self.by_place or other.by_place)
+        more = tuple(classes for classes in other.classes if classes not in self.classes)
+        return Numbering(self.classes + more, self.by_place or other.by_place)
 
 
 def check_numbered_alike(cfg: TaskConfig, where: Origin, own: Numbering, pool: Numbering) -> None:
     """Label numbers must stand for the same classes in some rows, of ``where``, and in those of the pool.
+
+    Names that ``task.labels`` has are matched by name, in whatever order they are; other names, and cells of data
+    without names, count by their place.
 
     Raises:
         UserError: they do not, by the class names that both bring with them, or by those that one has and the places in
@@ -54,19 +60,20 @@ def check_numbered_alike(cfg: TaskConfig, where: Origin, own: Numbering, pool: N
     if cfg.type != "classification":
         return
     declared = list(cfg.labels) if isinstance(cfg.labels, list) else []
-    known = own.classes is not None and pool.classes is not None and own.classes != pool.classes
-    if known and not set(declared) & set(pool.classes or ()):  # else they are matched by name
-        raise UserError(
-            f"{where}: its label numbers stand for {own.classes}, those of the pool for {pool.classes}; set "
-            "task.labels to these names, by which both are then matched"
-        )
-    for names, by_place in ((own.classes, pool.by_place), (pool.classes, own.by_place)):
-        if names is None or not by_place or not set(declared) & set(names):
-            continue
-        if any(name != place for name, place in zip(names, declared, strict=False)):
-            ours, theirs = (names, declared) if names is own.classes else (declared, names)
-            raise UserError(
-                f"{where}: its label numbers stand for {ours}, those of the pool for {theirs}: the ones have names of "
-                "their own, and the others are places in task.labels; write these by name, or list task.labels in the "
-                f"order of {names}, if it is theirs"
-            )
+    for ours in own.classes:
+        for theirs in pool.classes:
+            if ours != theirs and not set(declared) & set(theirs):
+                raise UserError(
+                    f"{where}: its label numbers stand for {ours}, those of the pool for {theirs}; set task.labels to "
+                    "these names, by which both are then matched"
+                )
+    for all_names, by_place, are_ours in ((own.classes, pool.by_place, True), (pool.classes, own.by_place, False)):
+        for names in all_names if by_place else ():
+            by_name = bool(set(declared) & set(names))
+            if by_name and any(name != place for name, place in zip(names, declared, strict=False)):
+                ours, theirs = (names, declared) if are_ours else (declared, names)
+                raise UserError(
+                    f"{where}: its label numbers stand for {ours}, those of the pool for {theirs}: the ones have names "
+                    "of their own, and the others are places in task.labels; write these by name, or list task.labels "
+                    f"in the order of {names}, if it is theirs"
+                )
