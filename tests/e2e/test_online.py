@@ -157,7 +157,7 @@ def test_the_first_epoch_is_even_and_the_same_training(tmp_path: Path, models_di
     assert found[:4] == pytest.approx(plain[:4], abs=1e-6)
     assert found[4:] != pytest.approx(plain[4:], abs=1e-3)
     selector = scores_of(run)
-    counted = 13 - 2 - 1  # those of the warm-up do not count, nor those of the step behind the event
+    counted = 13 - 2 - 2  # those of the warm-up do not count, nor those of the steps behind the two events
     assert selector.scorer.running.visits.sum() == counted * 12
     assert selector.table is not None and selector.table.selected.sum() == 36
     chosen, p = selector.scorer.draws()
