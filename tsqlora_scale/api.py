@@ -108,29 +108,23 @@ def score(
     prepare_environment()
     config = _for_scoring(config, adapter)
     _check_options(top, similarity)
-    from tsqlora_scale.model.adapters.adapter_type import check_sizes
-    from tsqlora_scale.model.describe import check_adapter_fits
     from tsqlora_scale.run import preflight
+    from tsqlora_scale.run.labels_of_run import with_labels_of
     from tsqlora_scale.run.resume import has_checkpoint
 
     place = "auto" if resume else None
-    preflight.check_run_dir(config, overwrite=overwrite, resume=place)
+    preflight.check_run_dir(config, overwrite=overwrite, resume=place, adapter=adapter)
     if adapter is not None:
-        config = preflight.with_labels_of(config, Path(adapter))
+        config = with_labels_of(config, Path(adapter))
     checked = preflight.check(config, starts=adapter is None and not (place and has_checkpoint(config.run_dir, place)))
     from tsqlora_scale.report.score_summary import summarise_selector, write_summary
     from tsqlora_scale.run.build import build_run
     from tsqlora_scale.run.preemption import StopRequest
-    from tsqlora_scale.run.trained_adapter import adapter_folder
     from tsqlora_scale.training import warm_up_and_score
 
     folder = config.run_dir / "scores"
     with ExitStack() as stack:
-        start = None
-        if adapter is not None:
-            start = str(stack.enter_context(adapter_folder(adapter)))
-            check_adapter_fits(checked.config, checked.model_config, start)
-            check_sizes(Path(start), checked.config.adapter)
+        start = None if adapter is None else _opened(stack, adapter, checked)
         stop = stack.enter_context(StopRequest())
         lock = stack.enter_context(_only_writer(config, overwrite=overwrite, resume=place))
         run = build_run(checked, resume=place, adapter=start, stop=stop, lock=lock)
@@ -156,6 +150,22 @@ def score(
         run.write_on_main(f"the scores, {str(folder)!r},", write)
     run.engine.close()
     return ScoreResult(folder, summary, files[0] if files else None)
+
+
+def _opened(stack: ExitStack, adapter: str | Path, checked: Any) -> str:
+    """The folder of a trained adapter that fits what has been checked, for as long as the stack is open.
+
+    Raises:
+        UserError: naming what does not fit.
+    """
+    from tsqlora_scale.model.adapters.adapter_type import check_sizes
+    from tsqlora_scale.model.describe import check_adapter_fits
+    from tsqlora_scale.run.trained_adapter import adapter_folder
+
+    folder = stack.enter_context(adapter_folder(adapter))
+    check_adapter_fits(checked.config, checked.model_config, str(folder))
+    check_sizes(folder, checked.config.adapter)
+    return str(folder)
 
 
 def audit(
@@ -258,9 +268,10 @@ def evaluate(config: Config, adapter: str | Path) -> dict[str, float]:
     """
     prepare_environment()
     from tsqlora_scale.run import preflight
+    from tsqlora_scale.run.labels_of_run import with_labels_of
     from tsqlora_scale.run.trained_adapter import adapter_folder
 
-    config = preflight.with_labels_of(config, Path(adapter))
+    config = with_labels_of(config, Path(adapter))
     with adapter_folder(adapter) as folder:
         checked = preflight.check_evaluation(config, folder)
         from tsqlora_scale.run.build import evaluate_adapter
@@ -298,8 +309,8 @@ def predict(
     place = find_adapter(run, adapter)
     config = config or find_config(run, place)
     check_files(Path(data), Path(out), overwrite=overwrite)
+    from tsqlora_scale.run.labels_of_run import with_labels_of
     from tsqlora_scale.run.prediction_run import check_prediction, predict_file
-    from tsqlora_scale.run.preflight import with_labels_of
     from tsqlora_scale.run.trained_adapter import adapter_folder
 
     config = with_labels_of(config, place)

@@ -30,6 +30,11 @@ def _file_as_output(below: str = "") -> Callable[[Place], None]:
     return make
 
 
+def _linked(place: Place) -> None:
+    (place.folder / "served").symlink_to(place.folder / "nothing")
+    _out("--format", "peft", "--out", str(place.folder / "served"))(place)
+
+
 def _own_list(place: Place) -> None:
     """The list of an audit in the run's own folder."""
     audit = place.run_dir / "audit"
@@ -149,6 +154,18 @@ EXPORTS = [
         "out: the adapter",
         ("--out", "the adapter itself"),
         _out("--format", "peft", "--out", "{}/adapter", "--overwrite"),
+        "export",
+    ),
+    Case(
+        "out: a file",
+        ("--out", "is a file or a link", "name a folder"),
+        _out("--format", "peft", "--out", "{0}/adapter/adapter_config.json", "--overwrite"),
+        "export",
+    ),
+    Case(
+        "out: a link to nothing",
+        ("--out", "is a file or a link"),
+        _linked,
         "export",
     ),
     Case(

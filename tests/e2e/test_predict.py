@@ -21,7 +21,7 @@ import torch
 from tests.distributed.launch import ROOT, run_launched
 from tests.runs import go, run_tree
 from tests.tiny import WORDS
-from tsqlora_scale import Config, UserError, predict
+from tsqlora_scale import Config, UserError, api, predict
 from tsqlora_scale.commands import main as cli
 from tsqlora_scale.config.load import load_config, parse_config
 from tsqlora_scale.run import preflight
@@ -255,6 +255,31 @@ def test_number_of_classes_for_names(runs: Callable[..., Finished], tmp_path: Pa
     for row in read_jsonl(tmp_path / "out.jsonl"):
         assert list(row) == ["text", "prediction", "probability_0", "probability_1"]
         assert row["prediction"] == int(row["probability_1"] > row["probability_0"])
+
+
+def test_classes_in_another_order_are_refused(runs: Callable[..., Finished], tmp_path: Path) -> None:
+    """By place they would all be taken for one another."""
+    run = runs("bert")
+    data = jsonl(tmp_path / "new.jsonl", [{"text": "a film"}])
+
+    def named(labels: list[str]) -> Config:
+        return run.config.model_copy(update={"task": run.config.task.model_copy(update={"labels": labels})})
+
+    trained = list(run.config.task.labels)  # type: ignore[arg-type]
+    for adapter in (run.folder, run.folder / "adapter", run.folder / "checkpoints" / "step-00000003"):
+        with pytest.raises(UserError, match=r"the adapter was trained on .* in this order"):
+            predict(data, tmp_path / "out.jsonl", adapter=adapter, config=named(trained[::-1]))
+        with pytest.raises(UserError, match=r"in this order; write them so"):
+            api.evaluate(named(trained[::-1]), adapter)
+    predict(data, tmp_path / "out.jsonl", adapter=run.folder, config=named(["first", "second"]))
+    assert read_jsonl(tmp_path / "out.jsonl")[0]["prediction"] in ("first", "second")
+
+
+def test_a_carriage_return_is_quoted(runs: Callable[..., Finished], tmp_path: Path) -> None:
+    rows = [{"text": "a film\rand a plot", "note": "x"}, {"text": "a film", "note": "y\rz"}, {"text": "a", "note": "b"}]
+    predict(jsonl(tmp_path / "new.jsonl", rows), tmp_path / "out.csv", run=runs("bert").folder)
+    with (tmp_path / "out.csv").open(encoding="utf-8", newline="") as file:
+        assert [(row["text"], row["note"]) for row in csv.DictReader(file)] == [(r["text"], r["note"]) for r in rows]
 
 
 def test_mistakes(runs: Callable[..., Finished], tmp_path: Path) -> None:

@@ -190,6 +190,19 @@ def test_scoring_by_a_trained_adapter(tmp_path: Path, models_dir: Path, capsys: 
     assert "adapter.alpha" in capsys.readouterr().err
 
 
+def test_an_adapter_is_not_overwritten_by_its_scores(
+    tmp_path: Path, models_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its run's folder is that of the scores by the same config, and ``--overwrite`` empties it."""
+    run = go(run_tree("bert", tmp_path, models_dir, "run"))
+    folder = run.record.folder
+    for adapter in (folder, folder / "adapter", next((folder / "checkpoints").iterdir())):
+        command = ["score", "--config", str(folder / "config.yaml"), "--adapter", str(adapter), "--overwrite"]
+        assert cli.main(command) == 2
+        assert "lies in the run folder" in capsys.readouterr().err
+        assert (folder / "adapter" / "adapter_model.safetensors").exists()
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -10,7 +10,11 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.decoders import Metaspace as MetaspaceDecoder
+from tokenizers.models import Unigram
+from tokenizers.pre_tokenizers import Metaspace
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from tests.runs import go, run_tree
 from tests.tiny import tiny_model
@@ -21,6 +25,7 @@ from tsqlora_scale.model.generation_files import settings_that_load
 from tsqlora_scale.run import preflight
 from tsqlora_scale.run.adapted_model import build_base
 from tsqlora_scale.tasks.evaluation import evaluate
+from tsqlora_scale.tasks.objectives.generation import read_back
 
 OWN: dict[str, dict[str, Any]] = {
     "nothing": {},
@@ -102,3 +107,15 @@ def test_a_base_that_loads_with_a_warning_is_exported_too(form: str, tmp_path: P
     assert (found["temperature"], found["top_p"], found.get("do_sample", False)) == (0.9, 0.6, False)
     assert found["pad_token_id"] is not None
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_blanks_before_signs_are_read_back() -> None:
+    """A tokenizer may be set to take them away, which an answer's reference does not do."""
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), *((piece, -1.0) for piece in ("▁Bonjour", "▁!", "▁a", "▁,", "▁b"))]
+    inner = Tokenizer(Unigram(pieces, unk_id=0))
+    inner.pre_tokenizer, inner.decoder = Metaspace(), MetaspaceDecoder()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", clean_up_tokenization_spaces=True)
+    for text in ("Bonjour !", "a , b"):
+        ids = tokenizer(text)["input_ids"]
+        assert tokenizer.decode(ids) != text
+        assert read_back(tokenizer, [*ids, 1]) == text

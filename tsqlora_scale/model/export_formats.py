@@ -25,6 +25,7 @@ from tsqlora_scale.model.tensor_stream import SHARD_BYTES
 from tsqlora_scale.model.tied_weights import is_untied, save_untied, ties_of, untie_adapted
 from tsqlora_scale.model.weight_files import DESCRIPTION, check_adapter, check_own
 from tsqlora_scale.tasks.objectives.answer_settings import answer_settings
+from tsqlora_scale.tasks.objectives.languages import set_languages
 
 FORMATS = ("peft", "padded", "vllm", "merged", "gguf")
 GgufType = Literal["f32", "f16", "bf16", "q8_0"]
@@ -108,6 +109,8 @@ def check_out(out: Path, adapter: Path, *, overwrite: bool, what: str = "the ada
     for name, place in ((what, adapter.resolve()), ("the current folder", Path.cwd())):
         if place.is_relative_to(whole):
             raise UserError(f"--out {str(out)!r} would replace {name}, which is in it; choose another folder")
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise UserError(f"--out {str(out)!r} is a file or a link; name a folder")
     if out.is_dir() and overwrite and any(out.iterdir()) and not any(map(_is_of_an_export, out.iterdir())):
         raise UserError(f"--out {str(out)!r} holds no export that --overwrite could replace; choose another folder")
     if out.exists() and not overwrite:
@@ -198,6 +201,8 @@ def merge(adapter: Path, out: Path, base: AdaptedBase) -> list[str]:
         raise UserError(
             f"--adapter {str(adapter)!r} does not fit model.name_or_path={base.path!r} ({reason_given})"
         ) from None
+    if config.task.type == "seq2seq":  # which the tokenizer is saved with
+        set_languages(config.task, base.tokenizer, base.model_config)
     base.tokenizer.save_pretrained(str(out))
     # or other programs would write on behind an answer's end
     add_settings(out, lambda ends: answer_settings(config.task, base.tokenizer, base.model_config, ends))

@@ -117,6 +117,7 @@ class _Commas:
         self._file, self._rows = file, rows
         self._has_header = False
         self._writer: Any = csv.writer(file, lineterminator="\n")
+        self._quoting: Any = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)
 
     def write(self, answers: pa.Table) -> None:
         table, own = self._rows.take(len(answers)), _plain(answers)
@@ -127,7 +128,9 @@ class _Commas:
             self._line([_cell(value) for value in [*row.values(), *answer.values()]])
 
     def _line(self, cells: list[str]) -> None:
-        self._writer.writerow(cells)
+        # a carriage return alone is a line's end to some readers, and no reason for quotes to the writer
+        writer = self._quoting if any("\r" in cell for cell in cells) else self._writer
+        writer.writerow(cells)
 
 
 class _Tabs(_Commas):

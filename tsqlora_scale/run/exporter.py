@@ -62,7 +62,7 @@ def export(
     if push is not None:
         hub_push.check_push(push)
     if config is not None:
-        from tsqlora_scale.run.preflight import with_labels_of
+        from tsqlora_scale.run.labels_of_run import with_labels_of
 
         config = with_labels_of(config, Path(adapter))
     from tsqlora_scale.run.trained_adapter import adapter_folder
@@ -120,10 +120,11 @@ def truncate(
         if config is not None:
             from tsqlora_scale.model.adapters.adapter_type import saved_kind
             from tsqlora_scale.run import preflight
+            from tsqlora_scale.run.labels_of_run import with_labels_of
 
             if saved_kind(folder) == "loratrf":
                 raise UserError("--ranks: cuts of adapter.type=loratrf are not measured; leave out --config")
-            config = preflight.with_labels_of(config, Path(adapter))
+            config = with_labels_of(config, Path(adapter))
             checked = preflight.check_evaluation(with_loss(config), folder)
         return write_truncations(folder, Path(out), list(ranks), by=by, checked=checked, overwrite=overwrite)
 

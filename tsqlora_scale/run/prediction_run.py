@@ -19,7 +19,8 @@ from tsqlora_scale.report.prediction_file import answer_names, prediction_writer
 from tsqlora_scale.report.progress import Progress
 from tsqlora_scale.run.adapted_model import load_adapted
 from tsqlora_scale.run.build import started
-from tsqlora_scale.run.preflight import Described, check_machine, describe, with_labels_of
+from tsqlora_scale.run.labels_of_run import with_labels_of
+from tsqlora_scale.run.preflight import Described, check_machine, describe
 from tsqlora_scale.tasks.prediction import Answers, predict_windows
 from tsqlora_scale.tasks.rows.given_rows import given_names, given_tables
 from tsqlora_scale.tasks.rows.readers import file_format

@@ -189,36 +189,13 @@ def check_evaluation(config: Config, adapter: str | Path) -> Described:
         UserError: naming the key, the value and the remedy.
     """
     check_machine(config)
+    from tsqlora_scale.run.labels_of_run import with_labels_of
     from tsqlora_scale.tasks import load_dev
 
     config = with_labels_of(config, Path(adapter))
     described = describe(config, load_dev(config.task, seed=config.run.seed))
     check_adapter_fits(described.config, described.model_config, adapter)
     return described
-
-
-def with_labels_of(config: Config, adapter: Path) -> Config:
-    """The config with the classes of the run that a saved adapter lies in, where it names none itself; likewise with
-    what that run's prompt was made of.
-
-    Raises:
-        UserError: that run's ``config.yaml`` is none, or the words of a prompt are not known without it.
-    """
-    from tsqlora_scale.config.load import load_config
-    from tsqlora_scale.run.auto_words import check_found, found_before
-    from tsqlora_scale.run.trained_adapter import config_beside
-
-    task = config.task
-    if task.type != "classification" or (task.labels is not None and task.prompt is None):
-        return config
-    written = config_beside(adapter)
-    if written is not None:
-        run = load_config(written).task
-        if task.labels is None and (run.type, run.label) == (task.type, task.label):
-            config = config.with_labels(run.labels)
-        config = found_before(config, run.model_dump())
-    check_found(config)
-    return config
 
 
 def describe(config: Config, data: Data, *, packs: bool = False) -> Described:
@@ -341,8 +318,11 @@ def resumes_in(config: Config, resume: str) -> bool:
     return resume == "auto" or Path(resume).resolve().parent == (config.run_dir / "checkpoints").resolve()
 
 
-def check_inputs_stay(config: Config) -> None:
+def check_inputs_stay(config: Config, *more: tuple[str, str | None]) -> None:
     """What a run reads does not lie in what it is about to remove: a list of its own earlier audit, say.
+
+    Args:
+        more: other things that it reads, and how they are given.
 
     Raises:
         UserError: naming the key.
@@ -354,6 +334,7 @@ def check_inputs_stay(config: Config) -> None:
         ("allocation.file", config.allocation.file),
         ("sampling.file", config.sampling.file),
         *(("task.dataset.exclude", each.exclude) for each in config.task.datasets),
+        *more,
     ]
     folder = config.run_dir.absolute()
     for key, value in read:
@@ -365,11 +346,12 @@ def check_inputs_stay(config: Config) -> None:
             )
 
 
-def check_run_dir(config: Config, *, overwrite: bool, resume: str | None) -> None:
+def check_run_dir(config: Config, *, overwrite: bool, resume: str | None, adapter: str | Path | None = None) -> None:
     """Never write over a run unless asked to; nor over those before it, its proxy's and its pretraining's.
 
     Args:
         resume: what ``--resume`` says. A checkpoint of another folder starts a new run in this one.
+        adapter: what ``--adapter`` says, if it is read.
 
     Raises:
         UserError: when the run folder holds a run.
@@ -386,7 +368,7 @@ def check_run_dir(config: Config, *, overwrite: bool, resume: str | None) -> Non
             "choose another run.name, or give --resume auto or --overwrite"
         )
     if overwrite and not continues:
-        check_inputs_stay(config)
+        check_inputs_stay(config, ("--adapter", None if adapter is None else str(adapter)))
     if launched_rank() != 0:  # rank 0 alone writes, and a folder need not be on every machine
         return
     key = f"run.output_dir={shown(config.run.output_dir)}"

@@ -398,3 +398,35 @@ def test_a_developers_prompt_stays_as_a_systems_does() -> None:
     for prompts in ([], ["system"], ["developer"], ["system", "developer"]):
         messages = [*({"role": role, "content": "y"} for role in prompts), *turns]
         assert _exchanges(messages) == (len(prompts), [len(prompts) + 2])
+
+
+CALL = [{"id": "a", "type": "function", "function": {"name": "look_up", "arguments": {"film": "x"}}}]
+KNOW_CALLS = {
+    "deepseekv3": 'functionlook_up\n```json\n{"film": "x"}\n```',
+    "qwen2_5": '<tool_call>\n{"name": "look_up", "arguments": {"film": "x"}}\n</tool_call>',
+    "qwen3": '<tool_call>\n{"name": "look_up", "arguments": {"film": "x"}}\n</tool_call>',
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_call_that_a_template_hides_is_no_answer(name: str, tmp_path: Path) -> None:
+    """Nor an empty one: a model would learn to say nothing. Where it is shown it is the reference."""
+    tokens = tokens_of(tokenizer(name), tmp_path)
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "", "tool_calls": CALL}]
+    if name in KNOW_CALLS:
+        assert tokens.answer(messages, None) == KNOW_CALLS[name]
+        return
+    with pytest.raises(UnwrittenTurn, match=r"does not show the call in message 2"):
+        tokens.marked(messages, None, 10_000, 1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_last_answer_is_shown_with_its_thoughts(name: str, tmp_path: Path) -> None:
+    tokens = tokens_of(tokenizer(name), tmp_path)
+    said = "<think>\nlong\n</think>\n\nIt is 4."
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": said}]
+    if name == "deepseekv3":
+        with pytest.raises(UnwrittenTurn, match=r"does not show message 2 \(assistant\)"):
+            tokens.marked(messages, None, 10_000, 1)
+    else:
+        assert tokens.answer(messages, None) == said

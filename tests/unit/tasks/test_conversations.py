@@ -21,7 +21,8 @@ from tsqlora_scale.report.input_preview import input_preview
 from tsqlora_scale.tasks import IGNORED, Task, build_task, load_data, with_tokens
 from tsqlora_scale.tasks.objectives.turn_spans import TurnTemplate
 from tsqlora_scale.tasks.rows.cells import json_of
-from tsqlora_scale.tasks.rows.conversations import MalformedCell, read_conversation, read_tools
+from tsqlora_scale.tasks.rows.conversations import MalformedCell, answerable, read_conversation, read_tools
+from tsqlora_scale.tasks.rows.origin import Origin
 from tsqlora_scale.tasks.rows.unlabelled import load_unlabelled
 
 CHAT = LENGTHS | {"type": "causal", "messages": "messages"}
@@ -357,3 +358,15 @@ def test_half_a_character_is_named(chat_task: Make) -> None:
     assert read_conversation(whole)[0]["content"] == "all \U0001f600"
     with pytest.raises(UserError, match=r"row 2: column 'messages' holds .* with half of a surrogate pair"):
         chat_task([{"messages": whole}, {"messages": broken}])
+
+
+def test_what_can_be_answered() -> None:
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    asked = {"role": "user", "content": "the film"}
+    rows = [
+        [asked], [asked, call, {"role": "tool", "content": ""}], [{"role": "user", "content": " "}],
+        [asked, call, {"role": "tool", "content": "2"}, {"role": "assistant", "content": "x"}], [],
+    ]  # fmt: skip
+    cells, filled = answerable(pa.chunked_array([[json.dumps(row) for row in rows]]), "messages", where=Origin("x"))
+    assert filled.tolist() == [True, True, False, True, False], "a tool's result may be empty"
+    assert [len(json.loads(cell)) for cell in cells.to_pylist()] == [2, 4, 2, 4, 2]

@@ -90,8 +90,14 @@ class ChatObjective:
         return continued(module, self._tokenizer, self._cfg, batch.prompts, ends=ends, synced=synced)
 
     def references(self, rows: Rows) -> list[str]:
-        """The last answers' texts."""
-        return [up_to_last_answer(messages)[-1]["content"] for messages, _ in self._conversations(rows)]
+        """The last answers' texts; of one that holds calls of tools alone these, as the template writes them."""
+        found = []
+        for messages, tools in self._conversations(rows):
+            messages = up_to_last_answer(messages)
+            with _named(messages):
+                content = messages[-1]["content"]
+                found.append(content if content.strip() else self._tokens.answer(messages, tools))
+        return found
 
     def texts(self, rows: Rows) -> list[tuple[str, ...]]:
         """All that is said before the last answer, a turn a line, and that answer."""

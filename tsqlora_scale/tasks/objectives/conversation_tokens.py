@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from tsqlora_scale.common.errors import UserError
 from tsqlora_scale.config.schema import TaskConfig
 from tsqlora_scale.tasks.objectives.early_cut import head, is_long, longest_end, tail
+from tsqlora_scale.tasks.objectives.generation import read_back
 from tsqlora_scale.tasks.objectives.tokenizing import TextEncoder
 from tsqlora_scale.tasks.objectives.turn_spans import Span, TurnTemplate, UnwrittenTurn
 from tsqlora_scale.tasks.rows.conversations import ASSISTANT, PROMPTS, Message, is_learned, up_to_last_answer
@@ -87,6 +88,19 @@ class ConversationTokens:
         if len(found.ids) > limit and over(found) > 0:
             found = self._with_less_asked(messages, limit, made_of, over) or found
         return found.cut(limit, answer_limit)
+
+    def answer(self, messages: list[Message], tools: Tools) -> str:
+        """What a model should write as the last message, an answer, as it is read: without special tokens.
+
+        Raises:
+            UnwrittenTurn: the template does not write it, or hides a turn.
+        """
+        text, spans = self.template.spans(self._plain(messages), self._without_marks(tools))
+        begin, end = spans[-1]
+        lead = self.template.lead
+        begin += len(lead) if lead.strip() and text.startswith(lead, begin) else 0  # which is the prompt's
+        ids = self._tokenizer(text[begin:end], add_special_tokens=False, verbose=False)["input_ids"]
+        return read_back(self._tokenizer, ids)
 
     def prompt(self, messages: list[Message], tools: Tools, limit: int) -> list[int]:
         """The tokens before the last answer, at most ``limit``, which do not depend on it.

@@ -102,7 +102,10 @@ class MaskedText(_OfText):
         with torch.no_grad():
             found = module(**batch.inputs).logits.argmax(dim=-1)
         hidden = batch.targets != IGNORED
-        return [self._tokenizer.decode(row[places]) for row, places in zip(found, hidden, strict=True)]
+        return [
+            self._tokenizer.decode(row[places], clean_up_tokenization_spaces=False)
+            for row, places in zip(found, hidden, strict=True)
+        ]
 
 
 class CorruptedText(Seq2SeqObjective):
@@ -199,7 +202,10 @@ class PlainText(_OfText):
         with torch.no_grad():
             found = module(**batch.inputs).logits.argmax(dim=-1)
         read = batch.inputs["attention_mask"].bool()
-        return [self._tokenizer.decode(row[places]) for row, places in zip(found, read, strict=True)]
+        return [
+            self._tokenizer.decode(row[places], clean_up_tokenization_spaces=False)
+            for row, places in zip(found, read, strict=True)
+        ]
 
 
 def hidden_spans(length: int, generator: np.random.Generator, *, most: int) -> np.ndarray:

@@ -45,8 +45,14 @@ def generate_text(
     )
     with torch.no_grad(), _without_own_settings(module):
         tokens = module.generate(**inputs, generation_config=asked, synced_gpus=synced)
-    texts = tokenizer.batch_decode(tokens[:, prompt_length:], skip_special_tokens=True)
-    return [text.strip() for text in texts]
+    return [read_back(tokenizer, row) for row in tokens[:, prompt_length:]]
+
+
+def read_back(tokenizer: PreTrainedTokenizerBase, ids: Any) -> str:
+    """Tokens as the text that they stand for: without special tokens, and with every blank that they have (a tokenizer
+    may be set to take some away before signs, which targets do not do)."""
+    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return str(text).strip()
 
 
 def _end_ids(own: int | list[int] | None, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:

@@ -119,6 +119,11 @@ class TurnTemplate:
             if not after <= begin < end <= len(text):
                 raise UnwrittenTurn(f"does not show message {place + 1} ({ASSISTANT}) at a place of its own")
             found.append((begin, end))
+            if message["content"].strip():
+                if place == len(messages) - 1:  # of earlier answers some templates take the thoughts away
+                    _check_shown(place, message, text[begin:end])
+            elif not all(name in text[begin:end] for name in _called_names(message)):
+                raise UnwrittenTurn(f"does not show the call in message {place + 1} ({ASSISTANT})")
         return text, found
 
     def _span(self, messages: list[Message], place: int, tools: Any, text: str, after: int) -> Span:
@@ -285,6 +290,18 @@ def _common(first: Any, second: Any) -> int:
         else:
             high = middle - 1
     return low
+
+
+def _called_names(message: Message) -> list[str]:
+    """Names of the tools that a turn calls, as far as they can be read."""
+    found = []
+    for key in _TURN_KEYS:
+        given: Any = message.get(key)
+        for call in given if isinstance(given, list) else [given]:
+            function = call.get("function", call) if isinstance(call, dict) else None
+            name = function.get("name") if isinstance(function, dict) else None
+            found += [name] if isinstance(name, str) else []
+    return found
 
 
 def _check_shown(place: int, message: Message, text: str) -> None:

@@ -152,7 +152,9 @@ def answerable(column: pa.ChunkedArray, name: str, *, where: Origin) -> tuple[pa
     everything = np.ones(len(column), bool)
     for row, messages in read_cells(column, name, where, everything, lambda cell: read_conversation(cell or "[]")):
         given = messages[:-1] if messages and messages[-1]["role"] == ASSISTANT else messages
-        filled[row] = bool(given) and is_filled(given[-1])
+        # a tool's result may be empty, as in training
+        ends = bool(given) and (given[-1]["role"] not in _FILLED or is_filled(given[-1]))
+        filled[row] = ends and any(map(is_filled, given))
         if not filled[row]:
             given = [{"role": "user", "content": "."}]
         cells.append(json.dumps([*given, {"role": ASSISTANT, "content": "."}], ensure_ascii=False))
