@@ -35,13 +35,31 @@ def _linked(place: Place) -> None:
     _out("--format", "peft", "--out", str(place.folder / "served"))(place)
 
 
-def _own_list(place: Place) -> None:
+def _own_list(*options: str) -> Callable[[Place], None]:
     """The list of an audit in the run's own folder."""
-    audit = place.run_dir / "audit"
-    audit.mkdir(parents=True)
-    (audit / "fixes.csv").write_text("sample_id\n1\n")
-    place.tree["task"]["dataset"]["exclude"] = str(audit / "fixes.csv")
-    place.arguments.append("--overwrite")
+
+    def make(place: Place) -> None:
+        audit = place.run_dir / "audit"
+        audit.mkdir(parents=True)
+        (audit / "fixes.csv").write_text("sample_id\n1\n")
+        place.tree["task"]["dataset"]["exclude"] = str(audit / "fixes.csv")
+        place.arguments += options
+
+    return make
+
+
+def _own_rows(key: str) -> Callable[[Place], None]:
+    """Rows of an audit in the run's own folder."""
+
+    def make(place: Place) -> None:
+        audit = place.run_dir / "audit"
+        audit.mkdir(parents=True)
+        shutil.copy(place.data / "train.jsonl", audit / "rows.jsonl")
+        section = place.tree["task"] if key == "query" else place.tree["task"]["dataset"]
+        section[key] = str(audit / "rows.jsonl")
+        place.arguments.append("--overwrite")
+
+    return make
 
 
 def resumed(name: str, damage: Callable[[Place], Any], *words: str) -> Case:
@@ -97,7 +115,18 @@ IN_THE_WAY = [
         for name in ("config.yaml", "result.json", "adapter", "checkpoints", "metrics.jsonl")
     ),
     Case(
-        "overwriting what is read", ("task.dataset.exclude=", "of which --overwrite removes it", "run.name"), _own_list
+        "overwriting a list that is read",
+        ("task.dataset.exclude=", "which a run that starts there empties", "run.name"),
+        _own_list("--overwrite"),
+    ),
+    Case(
+        "starting anew over a list that is read",
+        ("task.dataset.exclude=", "which a run that starts there empties"),
+        _own_list("--resume", "auto"),
+    ),
+    *(
+        Case(f"overwriting what is read: {key}", (f"{key}=", "which a run that starts there empties"), _own_rows(key))
+        for key in ("train_file", "dev_file", "query")
     ),
     Case("score: a run folder", ("already holds a run", "--overwrite"), _holding("config.yaml"), "score"),
     Case("a file in the place of the output folder", ("run.output_dir=", "cannot be written"), _file_as_output()),

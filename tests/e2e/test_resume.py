@@ -25,6 +25,7 @@ from tsqlora_scale.run.build import build_run
 from tsqlora_scale.run.lr_schedule import learning_rate
 from tsqlora_scale.run.preflight import check_run_dir
 from tsqlora_scale.run.resume import MAY_CHANGE, same_method
+from tsqlora_scale.run.training_run import Run
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
@@ -127,6 +128,28 @@ def test_resuming_a_finished_run_adds_nothing(
     assert lines_of(run_dir / "metrics.jsonl") == before
     assert "the run is finished: all of its 13 steps are done" in caplog.text
     assert result_of(run_dir)["lengths"] == []
+
+
+def test_a_run_killed_in_its_last_evaluation_has_its_steps(
+    tmp_path: Path, models_dir: Path, draws: dict[int, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may last longer than a job has left."""
+    go(run_tree("bert", tmp_path, models_dir, "whole"))
+    killed = run_tree("bert", tmp_path, models_dir, "killed")
+
+    def evaluate(run: Run) -> dict[str, float]:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "final_metrics", evaluate)
+        with pytest.raises(Killed):
+            go(killed)
+    draws.clear()
+    run = go(killed, resume="auto")
+    assert draws == {}, "no step is taken again"
+    whole, resumed = (result_of(tmp_path / "runs" / name) for name in ("whole", "killed"))
+    assert resumed["metrics"] == whole["metrics"]
+    assert run.step == run.plan.total_steps
 
 
 def test_a_run_that_goes_on_with_other_code_says_so(

@@ -50,6 +50,9 @@ class BaseEngine(ABC):
         gc.unfreeze()
         gc.collect()
         gc.freeze()
+        # Ranks have read the base for as long as their disks take. DeepSpeed sends it through a group of its own, which
+        # waits for ten minutes whatever run.timeout_minutes says; so they meet here, where that holds.
+        self.world.barrier()
         self._prepare(module, state, sends_base=True)
         if state.params:
             self._check_restored(state, when="after the checkpoint was read")

@@ -121,7 +121,12 @@ class DdpEngine(BaseEngine):
         return state
 
     def _release(self) -> None:
+        module = self.module
         self.accelerator.free_memory(self._wrapped, self._optimizer)
+        # Accelerate's autocast (fp16) is about the module's forward, and is put about it again by every prepare()
+        if "_original_forward" in module.__dict__:
+            module.forward = module.__dict__.pop("_original_forward")
+            module.__dict__.pop("_is_accelerate_prepared", None)
 
     def _wrap(
         self, module: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState, *, sends_base: bool

@@ -318,34 +318,6 @@ def resumes_in(config: Config, resume: str) -> bool:
     return resume == "auto" or Path(resume).resolve().parent == (config.run_dir / "checkpoints").resolve()
 
 
-def check_inputs_stay(config: Config, *more: tuple[str, str | None]) -> None:
-    """What a run reads does not lie in what it is about to remove: a list of its own earlier audit, say.
-
-    Args:
-        more: other things that it reads, and how they are given.
-
-    Raises:
-        UserError: naming the key.
-    """
-    from tsqlora_scale.report.record import CONTENTS
-
-    read: list[tuple[str, str | None]] = [
-        ("adapter.init_from", config.adapter.init_from),
-        ("allocation.file", config.allocation.file),
-        ("sampling.file", config.sampling.file),
-        *(("task.dataset.exclude", each.exclude) for each in config.task.datasets),
-        *more,
-    ]
-    folder = config.run_dir.absolute()
-    for key, value in read:
-        path = None if value is None else Path(os.path.normpath(Path(value).absolute()))
-        if path is not None and (path == folder or any(path.is_relative_to(folder / name) for name in CONTENTS)):
-            raise UserError(
-                f"{key}={value!r}: lies in the run folder {str(config.run_dir)!r}, of which --overwrite removes it; "
-                "choose another run.name, or copy it to another place"
-            )
-
-
 def check_run_dir(config: Config, *, overwrite: bool, resume: str | None, adapter: str | Path | None = None) -> None:
     """Never write over a run unless asked to; nor over those before it, its proxy's and its pretraining's.
 
@@ -357,6 +329,8 @@ def check_run_dir(config: Config, *, overwrite: bool, resume: str | None, adapte
         UserError: when the run folder holds a run.
     """
     from tsqlora_scale.report.record import CONTENTS
+    from tsqlora_scale.run.inputs_stay import check_inputs_stay
+    from tsqlora_scale.run.resume import has_checkpoint
 
     for before in config.runs_before:
         check_run_dir(before, overwrite=overwrite, resume=None if resume is None else "auto")
@@ -367,7 +341,7 @@ def check_run_dir(config: Config, *, overwrite: bool, resume: str | None, adapte
             f"run folder {str(folder)!r} already holds a run; "
             "choose another run.name, or give --resume auto or --overwrite"
         )
-    if overwrite and not continues:
+    if (overwrite and not continues) or (continues and resume is not None and not has_checkpoint(folder, resume)):
         check_inputs_stay(config, ("--adapter", None if adapter is None else str(adapter)))
     if launched_rank() != 0:  # rank 0 alone writes, and a folder need not be on every machine
         return

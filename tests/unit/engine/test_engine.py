@@ -211,6 +211,18 @@ def test_a_loss_scaler_finds_its_scale_while_nothing_changes(models_dir: Path, m
     assert not plain.overflow_is_normal
 
 
+def test_autocast_is_put_about_the_forward_once(models_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often ranks change. Under DDP Accelerate's mark is on the wrapper, which is not there any more then."""
+    engine = make_engine(models_dir)
+    with_scaler(engine, monkeypatch, 2.0, growth=100)
+    for _ in range(3):
+        engine.module.__dict__.pop("_is_accelerate_prepared", None)
+        engine.rebuild(lambda _, state: state)
+        wrapped = engine.module.__dict__["_original_forward"]
+        assert wrapped.__func__ is type(engine.module).forward
+        assert engine.module.forward is not wrapped
+
+
 def test_the_loss_scaler_is_in_the_state(models_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, other = make_engine(models_dir), make_engine(models_dir)
     assert engine.scaler_state() is None
