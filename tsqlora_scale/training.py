@@ -86,7 +86,7 @@ def warm_up_and_score(run: Run, *, warm_up: bool = True) -> None:
 
 def finish(run: Run) -> dict[str, Any]:
     """Evaluate, and write the adapter and the result."""
-    if run.task.dev is not None and run.stopped_early is None:
+    if run.task.dev is not None and run.stopped_early is None and not run.checkpoints.is_newest(run.step):
         run.save_checkpoint()  # an evaluation may last longer than a job has left that was asked to stop
     metrics = run.final_metrics()
     run.judge(metrics)

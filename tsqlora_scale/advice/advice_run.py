@@ -13,7 +13,7 @@ from tsqlora_scale.advice.adapter_pilot import adapter_pilot
 from tsqlora_scale.advice.advice_result import AdviceResult
 from tsqlora_scale.advice.advised_config import config_lines, loses_held_out
 from tsqlora_scale.advice.head_pilot import head_pilot
-from tsqlora_scale.advice.paired import LEVEL, Gain
+from tsqlora_scale.advice.paired import LEVEL
 from tsqlora_scale.advice.pilot import ALONE, EVEN, POOL, QUERY, Pilot
 from tsqlora_scale.advice.pool_sample import PoolSample, look_at_sample
 from tsqlora_scale.advice.pool_shares import PoolShare, near_copies, off_target, redundant, wrong_labels
@@ -78,10 +78,11 @@ def look_and_judge(run: Run, config: Config, *, rows: int, steps: int | None) ->
         elif len(sample.query) and sample.shape.kind != "text":
             pilot = world.from_main(lambda: head_pilot(config, sample, classes=classes))
         step_seconds = world.broadcast(timed_step(run))
+    trials = None if pilot is None else trials_of(pilot, seed=seed)
     verdict = decide(
         evidence=found.evidence.get("standard errors"),
         is_evident=found.evidence.get("evident", False),
-        trials=None if pilot is None else trials_of(pilot, seed=seed),
+        trials=trials,
         wrong=found.shares["wrong labels"],
         redundant=found.shares["redundant rows"],
         joins_query=config.task.train_on_query,
@@ -94,7 +95,10 @@ def look_and_judge(run: Run, config: Config, *, rows: int, steps: int | None) ->
         verdict = replace(verdict, reasons=(*verdict.reasons, gone))
     looked = cost(sample, found, step_seconds=step_seconds, steps=steps_of_run)
     looked["seconds of this advice"] = round(world.broadcast(time.perf_counter() - started), 2)
-    summary = summarise(verdict, lines, sample, found, pilot, looked, seed=seed)
+    summary = summarise(verdict, lines, sample, found, looked)
+    if pilot is not None and trials is not None:
+        summary["trials"] = trials_told(pilot, trials)
+    summary["expected gain over even draws"] = expected_gain(verdict, pilot, seed=seed)
     file = config.run_dir / "advice" / "advice.json"
     with world.together():
         if world.is_main:
@@ -135,12 +139,13 @@ def pool_findings(run: Run, sample: PoolSample, *, classes: int) -> PoolFindings
 
 def trials_of(pilot: Pilot, *, seed: int) -> Trials:
     """The differences that a verdict looks at."""
-    return Trials(**_gains(pilot, seed=seed))
+    tried = {name: pair for name, pair in PAIRS.items() if set(pair) <= pilot.fits.keys()}
+    return Trials(**{name: pilot.gain(way, less, seed=seed) for name, (way, less) in tried.items()})
 
 
-def trials_told(pilot: Pilot, *, seed: int) -> dict[str, Any]:
+def trials_told(pilot: Pilot, trials: Trials) -> dict[str, Any]:
     """For a file: differences in nats and, of classes, in accuracy, and the accuracies themselves."""
-    gains = {" less ".join(PAIRS[name]): gain for name, gain in _gains(pilot, seed=seed).items()}
+    gains = {" less ".join(PAIRS[name]): gain for name, gain in vars(trials).items() if gain is not None}
     nats = {name: gain.nats.rounded() for name, gain in gains.items()}
     told = {"of": pilot.kind, **pilot.notes, "judged on": len(pilot.fits[EVEN]), "nats a row": nats}
     if pilot.hits is None:
@@ -148,11 +153,6 @@ def trials_told(pilot: Pilot, *, seed: int) -> dict[str, Any]:
     accuracy: dict[str, Any] = {way: round(float(hits.mean()), 4) for way, hits in pilot.hits.items()}
     points = {name: gain.points.rounded() for name, gain in gains.items() if gain.points is not None}
     return {**told, "accuracy": accuracy | points}
-
-
-def _gains(pilot: Pilot, *, seed: int) -> dict[str, Gain]:
-    tried = {name: pair for name, pair in PAIRS.items() if set(pair) <= pilot.fits.keys()}
-    return {name: pilot.gain(way, less, seed=seed) for name, (way, less) in tried.items()}
 
 
 def timed_step(run: Run) -> float:
@@ -203,13 +203,10 @@ def summarise(
     lines: dict[str, Any],
     sample: PoolSample,
     found: PoolFindings,
-    pilot: Pilot | None,
     looked: dict[str, Any],
-    *,
-    seed: int,
 ) -> dict[str, Any]:
-    """What ``advice.json`` holds."""
-    summary: dict[str, Any] = {
+    """What ``advice.json`` holds, trials aside."""
+    return {
         "verdict": verdict.way,
         "reasons": list(verdict.reasons),
         "trains on query": verdict.way == ALONE or (bool(len(sample.query)) and verdict.joins_query),
@@ -222,10 +219,6 @@ def summarise(
         "query against pool": found.evidence,
         "cost in seconds": looked,
     }
-    if pilot is not None:
-        summary["trials"] = trials_told(pilot, seed=seed)
-    summary["expected gain over even draws"] = expected_gain(verdict, pilot, seed=seed)
-    return summary
 
 
 def expected_gain(verdict: Verdict, pilot: Pilot | None, *, seed: int) -> dict[str, list[float]] | None:

@@ -10,6 +10,11 @@ from pydantic import model_validator
 from tsqlora_scale.config.fields import PositiveInt, Section
 
 
+def listed(files: str | list[str] | None) -> list[str]:
+    """Files as they may be given: one, several, or none."""
+    return [files] if isinstance(files, str) else files or []
+
+
 class DatasetConfig(Section):
     """The pool and the held-out set: local files (``train_file``), or a hub dataset (``name``)."""
 
@@ -68,6 +73,14 @@ class DatasetConfig(Section):
         if isinstance(places, dict):
             return dict(places)
         return {} if places is None else {"": places}
+
+    @property
+    def files(self) -> list[tuple[str, str]]:
+        """Local files of the pool and of the held-out sets, as they are given, each with its key."""
+        if self.name is not None:
+            return []
+        places = [("train_file", self.train_file), *(("dev_file", place) for place in self.dev_sets.values())]
+        return [(key, file) for key, place in places for file in listed(place)]
 
     @property
     def is_named(self) -> bool:

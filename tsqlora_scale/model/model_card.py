@@ -121,11 +121,9 @@ def _data(config: Config, result: Mapping[str, Any]) -> Iterator[str]:
 def _files(dataset: DatasetConfig) -> Iterator[tuple[str, int | None]]:
     """Names of the data's files, without the folders of this machine, and their sizes in bytes."""
     folder = Path(resolve(dataset.path, key="task.dataset.path")) if dataset.path else Path()
-    for given in (dataset.train_file, dataset.dev_file):
-        for several in given.values() if isinstance(given, Mapping) else [given or []]:
-            for name in [several] if isinstance(several, str) else several:
-                path = folder / name
-                yield path.name, path.stat().st_size if path.is_file() else None
+    for _, name in dataset.files:
+        path = folder / name
+        yield path.name, path.stat().st_size if path.is_file() else None
 
 
 def _prompt(config: Config) -> list[str]:

@@ -6,29 +6,14 @@ import os
 from pathlib import Path
 
 from tsqlora_scale.common.errors import UserError
-from tsqlora_scale.config.dataset_section import DatasetConfig
+from tsqlora_scale.config.dataset_section import DatasetConfig, listed
 from tsqlora_scale.config.locations import resolve
 from tsqlora_scale.config.schema import Config
 from tsqlora_scale.report.record import CONTENTS
 
 
-def _listed(files: str | list[str] | None) -> list[str]:
-    return [files] if isinstance(files, str) else files or []
-
-
 def _folder_of(dataset: DatasetConfig) -> Path:
     return Path() if dataset.path is None else Path(resolve(dataset.path, key="task.dataset.path"))
-
-
-def _files_of(dataset: DatasetConfig) -> list[tuple[str, str]]:
-    """Local files that a data set reads, with their keys."""
-    found = [("exclude", dataset.exclude)] if dataset.exclude is not None else []
-    if dataset.name is not None:
-        return found
-    folder = _folder_of(dataset)
-    files = [("train_file", file) for file in _listed(dataset.train_file)]
-    files += [("dev_file", file) for place in dataset.dev_sets.values() for file in _listed(place)]
-    return found + [(key, str(folder / file)) for key, file in files]
 
 
 def check_inputs_stay(config: Config, *more: tuple[str, str | None]) -> None:
@@ -44,8 +29,13 @@ def check_inputs_stay(config: Config, *more: tuple[str, str | None]) -> None:
         ("adapter.init_from", config.adapter.init_from),
         ("allocation.file", config.allocation.file),
         ("sampling.file", config.sampling.file),
-        *((f"task.dataset.{key}", file) for each in config.task.datasets for key, file in _files_of(each)),
-        *(("task.query", str(_folder_of(config.task.dataset) / file)) for file in _listed(config.task.query)),
+        *(("task.dataset.exclude", each.exclude) for each in config.task.datasets),
+        *(
+            (f"task.dataset.{key}", str(_folder_of(each) / file))
+            for each in config.task.datasets
+            for key, file in each.files
+        ),
+        *(("task.query", str(_folder_of(config.task.dataset) / file)) for file in listed(config.task.query)),
         *more,
     ]
     folder = config.run_dir.absolute()

@@ -56,6 +56,10 @@ class RunCheckpoints:
         complete = complete_checkpoints(self.root)
         self.newest = complete[-1].name if complete else None
 
+    def is_newest(self, step: int) -> bool:
+        """Whether the newest checkpoint, as it was when one was last to be written, is of that step."""
+        return self.newest == checkpoint_dir(self.root, step).name
+
     def resume(self, best: str | None) -> None:
         """Go on from a checkpoint whose best one was ``best``: a later best one may have been kept in its place."""
         self.best = best if best is not None and (self.root / best).is_dir() else None

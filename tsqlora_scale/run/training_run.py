@@ -318,7 +318,7 @@ class Run:
                 tree = {**self.state_dict(), "adapter": self.describe_adapter(state, untrained)}
                 self.checkpoints.write(self.step, state, tree, is_best=is_best)
             self.checkpoints.newest = self.engine.world.broadcast(self.checkpoints.newest)
-        return self.checkpoints.newest == checkpoint_dir(Path(), self.step).name
+        return self.checkpoints.is_newest(self.step)
 
     def write_on_main(self, what: str, write: Callable[[], object]) -> None:
         """Let rank 0 write. A collective.

@@ -48,15 +48,18 @@ class GainPolicy:
         purchase = partial(
             buy, {name: stats.worths[name] for name in stats.dims}, budget=budget, costs=costs, whole=whole
         )
-        bought = purchase(low=low, high=high, tolerance=cfg.tolerance if finds else None)
-        if cfg.max_change is not None:
+        at_once = partial(purchase, low=low, high=high, tolerance=cfg.tolerance if finds else None)
+        if cfg.max_change is None:
+            bought = at_once()
+        else:
             # from further away than that, straight to the bound
             nearest, farthest = (
                 {name: min(max(stats.ranks[name] + change, low[name]), high[name]) for name in stats.dims}
                 for change in (-cfg.max_change, cfg.max_change)
             )
             if finds:  # towards the size that was found, and no layer beyond its own part in it
-                farthest = {name: min(max(bought.ranks[name], nearest[name]), most) for name, most in farthest.items()}
+                wanted = at_once().ranks
+                farthest = {name: min(max(wanted[name], nearest[name]), most) for name, most in farthest.items()}
             bought = purchase(low=nearest, high=farthest)
         ranks = bought.ranks if any(bought.ranks.values()) else _dearest(stats)
         return Plan(

@@ -149,11 +149,11 @@ def load_pool(
     if cfg.type == "classification" and labels is None:
         assert cfg.label is not None
         column = raw.data.column(cfg.label)
-        counted = _counted(cfg, opened, kept)
+        counted = _with_text(cfg, opened, kept) if cfg.dataset.drop_empty else kept
         labels = infer_labels(column, where=where, name=cfg.label, names=opened.classes, kept=counted)
-    numbering = Numbering.opened_as(cfg, opened, lambda: _counted(cfg, opened, kept))
-    cfg = cfg.model_copy(update={"labels": labels})
-    dataset, stays = _checked(cfg, opened, ids, kept, weights, identity=digest_of(excluded), part=part)
+    found = cfg.model_copy(update={"labels": labels})
+    dataset, stays = _checked(found, opened, ids, kept, weights, identity=digest_of(excluded), part=part)
+    numbering = Numbering.opened_as(cfg, opened, stays)
     split = "train" if part is None else f"train {part.name}"
     dataset = _part(dataset, cfg.dataset.max_train_samples, seed, split, stays=stays, listed=listed)
     if not len(dataset):
@@ -175,9 +175,8 @@ def load_dev_set(
     """
     opened = open_dev(cfg.dataset, name, wanted_columns(cfg, pool=False), label=label_column(cfg))
     kept = filled_array(len(opened.rows), bool, True)
-    own = Numbering.opened_as(cfg, opened, lambda: _counted(cfg, opened, kept))
-    check_numbered_alike(cfg, opened.where, own, numbering or Numbering())
-    dataset, _ = _checked(cfg, opened, _ids(cfg, opened), kept, None, identity="", part=part)
+    dataset, stays = _checked(cfg, opened, _ids(cfg, opened), kept, None, identity="", part=part)
+    check_numbered_alike(cfg, opened.where, Numbering.opened_as(cfg, opened, stays), numbering or Numbering())
     split = f"dev {name}" if name else "dev"
     if cfg.dataset.dev_half is not None:
         dataset = dataset.select(half_rows(len(dataset), cfg.dataset.dev_half, split=split))
@@ -202,10 +201,9 @@ def load_query(
     assert cfg.query is not None
     opened = open_query(cfg.dataset, cfg.query, wanted_columns(cfg, pool=False), label=label_column(cfg))
     kept = filled_array(len(opened.rows), bool, True)
-    own = Numbering.opened_as(cfg, opened, lambda: _counted(cfg, opened, kept))
-    check_numbered_alike(cfg, opened.where, own, numbering)
     weights = None if cfg.dataset.weight is None else filled_array(len(kept), np.float64, 1.0)
-    rows, _ = _checked(cfg, opened, query_ids(_ids(cfg, opened)), kept, weights, identity="query", part=None)
+    rows, stays = _checked(cfg, opened, query_ids(_ids(cfg, opened)), kept, weights, identity="query", part=None)
+    check_numbered_alike(cfg, opened.where, Numbering.opened_as(cfg, opened, stays), numbering)
     check_query(rows, train, sets, text_columns(cfg), where=opened.where)
     ours = {DATA_SET: len(cfg.mixture), ROW_WEIGHT: 1.0} if cfg.mixture else {}
     return as_in_pool(rows, train, own_id=cfg.dataset.id_column, where=opened.where, ours=ours)
@@ -288,11 +286,6 @@ def _checked(
         keys = "task.messages" if cfg.messages is not None else "task.text, task.source and task.target"
         raise UserError(f"{where}: every row has an empty text; check {keys}")
     return dataset, filled
-
-
-def _counted(cfg: TaskConfig, opened: Opened, kept: np.ndarray) -> np.ndarray:
-    """Which of the rows that are ``kept`` (N,) have labels that count."""
-    return _with_text(cfg, opened, kept) if cfg.dataset.drop_empty else kept
 
 
 def _with_text(cfg: TaskConfig, opened: Opened, kept: np.ndarray) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,11 +26,11 @@ class Numbering:
     by_place: bool = False
 
     @classmethod
-    def opened_as(cls, cfg: TaskConfig, opened: Opened, kept: Callable[[], np.ndarray]) -> Numbering:
+    def opened_as(cls, cfg: TaskConfig, opened: Opened, kept: np.ndarray) -> Numbering:
         """Of what was opened; of labels that are no list of the config's own there is nothing to compare.
 
         Args:
-            kept: the rows that count, (N,) bool, where it is asked.
+            kept: the rows that count, (N,) bool.
         """
         if opened.classes is not None:
             return cls((opened.classes,))
@@ -39,7 +38,7 @@ class Numbering:
             return cls()
         assert cfg.label is not None
         column = opened.rows.data.column(cfg.label)
-        return cls((), has_places(column, cfg.labels, where=opened.where, name=cfg.label, kept=kept()))
+        return cls((), has_places(column, cfg.labels, where=opened.where, name=cfg.label, kept=kept))
 
     def joined(self, other: Numbering) -> Numbering:
         """Of these rows and others, which have been checked against these."""
